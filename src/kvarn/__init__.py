@@ -1,0 +1,37 @@
+"""kvarn: an LLM inference engine and server.
+
+The way of a request, in the order of the folders:
+
+    server    HTTP to `Request`                      text       template and tokenizer, both ways
+    engine    the loop: schedule, execute, update    scheduler  who computes how many tokens in this step
+    cache     which blocks hold whose KV             runner     `SchedulerOutput` to arrays, arrays to tokens
+    models    a family's config to a `Program`       program    ops, buffers, shapes, counts
+    backends  run a program: reference, cpu, null    weights    files to tensors
+    sampling  logits to tokens
+
+`LLM` and `AsyncLLM` are the two ways in; both are imported on first use, so that `import kvarn` costs nothing.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from kvarn.engine import LLM, AsyncLLM
+    from kvarn.request import SamplingParams
+
+__all__ = ["LLM", "AsyncLLM", "SamplingParams", "__version__"]
+
+
+def __getattr__(name: str) -> object:
+    if name in ("LLM", "AsyncLLM"):
+        import kvarn.engine
+
+        return getattr(kvarn.engine, name)
+    if name == "SamplingParams":
+        from kvarn.request import SamplingParams
+
+        return SamplingParams
+    raise AttributeError(f"module 'kvarn' has no attribute {name!r}")

@@ -1,0 +1,95 @@
+"""The seam between the runner and a back-end: `Backend.load -> Executable`, `Executable.execute(InputBatch)`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvarn.program import Program
+from kvarn.tensors import TensorSource
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class InputBatch:
+    """The arrays of one step: T tokens of S sequences, ragged, R rows with logits. Passed, never ambient.
+
+    token_ids, positions: int32[T]. slot_mapping: int64[T], block id * block_size + offset in the block. query_start:
+    int32[S+1], rows query_start[s] … query_start[s+1] belong to sequence s, in order of position. seq_lens: int32[S],
+    tokens with KV after this step (so the last row of s is at position seq_lens[s] - 1). block_tables: int32[S, B],
+    block ids by position, padded with -1. output_rows: int32[R], rows whose logits are needed, ascending.
+    """
+
+    token_ids: NDArray[np.int32]
+    positions: NDArray[np.int32]
+    slot_mapping: NDArray[np.int64]
+    query_start: NDArray[np.int32]
+    seq_lens: NDArray[np.int32]
+    block_tables: NDArray[np.int32]
+    output_rows: NDArray[np.int32]
+
+    @property
+    def num_tokens(self) -> int:
+        """T."""
+        return int(self.token_ids.size)
+
+    @property
+    def num_sequences(self) -> int:
+        """S."""
+        return int(self.seq_lens.size)
+
+
+KvDType = Literal["float32", "float16"]
+
+
+@dataclass(frozen=True, slots=True)
+class KvCacheSpec:
+    """Size and type of the KV cache that a back-end allocates at load. block_size: tokens in a block."""
+
+    num_blocks: int
+    block_size: int = 16
+    dtype: KvDType = "float16"
+
+
+@dataclass(frozen=True, slots=True)
+class StepLimits:
+    """The largest step an executable must be able to run; its activations are allocated for it at load."""
+
+    max_num_tokens: int
+    max_num_sequences: int
+    max_model_len: int
+
+
+class Executable(Protocol):
+    """A loaded program. Owns its packed weights, KV cache and activations. Not thread-safe: one caller at a time."""
+
+    def execute(self, batch: InputBatch, outputs: Sequence[str] = ()) -> Mapping[str, NDArray[np.float32]]:
+        """Runs one step; writes the KV of all T tokens.
+
+        Returns the program's output buffer (logits, float32[R, vocab]) and every buffer named in `outputs`, by name.
+        The arrays are valid until the next call. Raises ValueError where the batch exceeds the limits or names a
+        slot, block or token out of range (nothing is run then).
+        """
+        ...
+
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copies whole KV blocks (source, destination) in all layers, in order."""
+        ...
+
+    def close(self) -> None:
+        """Releases threads and memory. Idempotent."""
+        ...
+
+
+class Backend(Protocol):
+    """A way to run programs. Stateless: all state lives in the executables it loads."""
+
+    name: str
+
+    def load(self, program: Program, weights: TensorSource, kv: KvCacheSpec, limits: StepLimits) -> Executable:
+        """Reads and packs the weights, allocates cache and activations. Raises UnsupportedModelError where an op, a
+        tensor type or a shape is not supported, ConfigError where a setting is."""
+        ...

@@ -1,0 +1,3 @@
+"""To be written."""
+def main() -> None:
+    """Entry point."""

@@ -1,0 +1,72 @@
+"""Settings of an engine, in small frozen records with defaults. Each checks itself and names the field and limit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from kvarn.errors import ConfigError
+
+
+def _check(ok: bool, name: str, value: object, must: str) -> None:
+    if not ok:
+        raise ConfigError(f"{name} must be {must}, not {value!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class CacheConfig:
+    """The KV cache. kv_cache_bytes None: sized by the planner from memory_utilization and what max_model_len needs."""
+
+    block_size: int = 16
+    """Tokens in a block; a multiple of 16."""
+    dtype: str = "float16"
+    kv_cache_bytes: int | None = None
+    num_blocks: int | None = None
+    """Exact number of blocks; overrides kv_cache_bytes (tests, benchmarks)."""
+    memory_utilization: float = 0.8
+    """Share of the memory available to the process that weights, cache and activations may take together."""
+
+    def __post_init__(self) -> None:
+        _check(self.block_size >= 16 and self.block_size % 16 == 0, "block_size", self.block_size, "a multiple of 16")
+        _check(self.dtype in ("float16", "float32"), "kv_cache_dtype", self.dtype, "float16 or float32")
+        _check(self.kv_cache_bytes is None or self.kv_cache_bytes > 0, "kv_cache_bytes", self.kv_cache_bytes,
+               "above 0")
+        _check(self.num_blocks is None or self.num_blocks > 0, "num_blocks", self.num_blocks, "above 0")
+        _check(0 < self.memory_utilization <= 1, "memory_utilization", self.memory_utilization,
+               "above 0 and at most 1")
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerConfig:
+    """The token-budget loop."""
+
+    max_num_seqs: int = 64
+    """Sequences in one step at most."""
+    max_num_batched_tokens: int = 512
+    """Tokens in one step at most (the budget that prefill chunks and decodes share)."""
+    max_num_queued_requests: int = 1024
+    """Requests waiting at most; one more is refused."""
+
+    def __post_init__(self) -> None:
+        _check(self.max_num_seqs >= 1, "max_num_seqs", self.max_num_seqs, "at least 1")
+        _check(self.max_num_batched_tokens >= self.max_num_seqs, "max_num_batched_tokens",
+               self.max_num_batched_tokens, f"at least max_num_seqs ({self.max_num_seqs})")
+        _check(self.max_num_queued_requests >= 1, "max_num_queued_requests", self.max_num_queued_requests,
+               "at least 1")
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Everything an engine needs beside the model. threads 0: one for each physical core the process may use."""
+
+    max_model_len: int | None = None
+    """Longest prompt + output; None: what the model was trained for, or what fits."""
+    backend: str = "cpu"
+    threads: int = 0
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+
+    def __post_init__(self) -> None:
+        _check(self.max_model_len is None or self.max_model_len >= 1, "max_model_len", self.max_model_len,
+               "at least 1")
+        _check(self.backend in ("cpu", "reference"), "backend", self.backend, "cpu or reference")
+        _check(0 <= self.threads <= 1024, "threads", self.threads, "between 0 and 1024")

@@ -1,0 +1,67 @@
+"""Every error kvarn raises on purpose.
+
+    KvarnError
+    ├── ConfigError            a setting is wrong or does not fit (names the field and the limit)
+    │   └── CapacityError      the plan does not fit in memory (carries the nearest setting that does)
+    ├── ModelFileError         a model file is truncated, inconsistent or of an unknown kind
+    ├── UnsupportedModelError  the file is sound, but holds a family or a feature kvarn does not run
+    ├── PullError              a download failed or its checksum is wrong
+    ├── TemplateError          a chat template is invalid, refuses the messages, or exceeds its bounds
+    ├── RequestError           a request is wrong; `field` names the parameter (HTTP 400)
+    │   └── QueueFullError     the request is fine, the server is full (HTTP 429)
+    └── EngineError            the engine failed or was shut down while a request ran (HTTP 500/503)
+
+Messages are written for the person who can act on them: what is wrong, where, and what would be right.
+"""
+
+from __future__ import annotations
+
+
+class KvarnError(Exception):
+    """Base of all errors raised on purpose."""
+
+
+class ConfigError(KvarnError):
+    """A setting is wrong; the message names the field and the limit."""
+
+
+class CapacityError(ConfigError):
+    """The model with these settings does not fit; the message carries the numbers and a setting that fits."""
+
+
+class ModelFileError(KvarnError):
+    """A model file is damaged or inconsistent. `field` names the part of the file that is at fault."""
+
+    def __init__(self, message: str, *, path: str | None = None, field: str | None = None) -> None:
+        self.path = path
+        self.field = field
+        where = ": ".join(part for part in (path, field) if part)
+        super().__init__(f"{where}: {message}" if where else message)
+
+
+class UnsupportedModelError(KvarnError):
+    """A sound model of a family, tensor type or feature that kvarn does not run."""
+
+
+class PullError(KvarnError):
+    """A model could not be fetched or failed verification."""
+
+
+class TemplateError(KvarnError):
+    """A chat template is invalid, rejects the messages, or exceeds its bounds."""
+
+
+class RequestError(KvarnError):
+    """A request is wrong. `field` is the parameter at fault as the client spelt it."""
+
+    def __init__(self, message: str, *, field: str | None = None) -> None:
+        self.field = field
+        super().__init__(message)
+
+
+class QueueFullError(RequestError):
+    """The engine's queue limit is reached; the client may retry later."""
+
+
+class EngineError(KvarnError):
+    """The engine failed, or was closed, while a request was in flight."""

@@ -1,0 +1,150 @@
+"""What was asked and what comes back: `Request`, `SamplingParams`, `RequestOutput`. Immutable, array-free."""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from kvarn.errors import RequestError
+
+MAX_N = 64
+MAX_STOP_STRINGS = 16
+MAX_STOP_STRING_CHARS = 1024
+MAX_LOGPROBS = 20
+MAX_LOGIT_BIAS = 1024
+SEED_LIMIT = 2**63
+
+
+class FinishReason(enum.Enum):
+    """Why a sequence ended, with OpenAI's spelling where it has one."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+def _check(ok: bool, name: str, value: object, must: str) -> None:
+    if not ok:
+        raise RequestError(f"{name} must be {must}, not {value!r}", field=name)
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How to choose tokens. Defaults sample from the model's own distribution.
+
+    Order of application: `logit_bias`, `min_tokens` (masks stop tokens), penalties, `temperature`, `min_p`,
+    `top_k`, `top_p`; then one draw. `temperature == 0` is greedy. Reported logprobs are of the model's own
+    distribution (log-softmax of the raw logits), before any of these.
+
+    Raises `RequestError` naming the field on construction.
+    """
+
+    max_tokens: int | None = None
+    """Most tokens to generate; None: up to the model's length limit."""
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_k: int = 0
+    """0 or -1: off."""
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    """Over prompt and output tokens (Keskar et al. 2019, CTRL, section 4.1)."""
+    presence_penalty: float = 0.0
+    """Over output tokens."""
+    frequency_penalty: float = 0.0
+    """Over output tokens, per occurrence."""
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    seed: int | None = None
+    """None: the engine picks one per request."""
+    n: int = 1
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+    logprobs: int | None = None
+    """None: off. 0: the chosen token's only. k: also the k most likely tokens'."""
+
+    def __post_init__(self) -> None:
+        _check(self.max_tokens is None or self.max_tokens >= 1, "max_tokens", self.max_tokens, "at least 1")
+        _check(self.min_tokens >= 0, "min_tokens", self.min_tokens, "at least 0")
+        if self.max_tokens is not None:
+            _check(self.min_tokens <= self.max_tokens, "min_tokens", self.min_tokens, "at most max_tokens")
+        _check(math.isfinite(self.temperature) and 0 <= self.temperature <= 100, "temperature", self.temperature,
+               "between 0 and 100")
+        _check(self.top_k >= -1, "top_k", self.top_k, "-1 or 0 (off), or at least 1")
+        _check(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
+        _check(0 <= self.min_p <= 1, "min_p", self.min_p, "between 0 and 1")
+        _check(0 < self.repetition_penalty <= 100, "repetition_penalty", self.repetition_penalty,
+               "above 0 and at most 100")
+        _check(-2 <= self.presence_penalty <= 2, "presence_penalty", self.presence_penalty, "between -2 and 2")
+        _check(-2 <= self.frequency_penalty <= 2, "frequency_penalty", self.frequency_penalty, "between -2 and 2")
+        _check(len(self.logit_bias) <= MAX_LOGIT_BIAS, "logit_bias", f"{len(self.logit_bias)} entries",
+               f"at most {MAX_LOGIT_BIAS} entries")
+        for token, bias in self.logit_bias.items():
+            _check(token >= 0, "logit_bias", token, "keyed by token ids of at least 0")
+            _check(-100 <= bias <= 100, "logit_bias", bias, "between -100 and 100")
+        _check(self.seed is None or -SEED_LIMIT <= self.seed < SEED_LIMIT, "seed", self.seed, "a 64-bit integer")
+        _check(1 <= self.n <= MAX_N, "n", self.n, f"between 1 and {MAX_N}")
+        _check(len(self.stop) <= MAX_STOP_STRINGS, "stop", f"{len(self.stop)} strings",
+               f"at most {MAX_STOP_STRINGS} strings")
+        for stop in self.stop:
+            _check(0 < len(stop) <= MAX_STOP_STRING_CHARS, "stop", stop[:40],
+                   f"strings of 1 to {MAX_STOP_STRING_CHARS} characters")
+        _check(self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS, "logprobs", self.logprobs,
+               f"between 0 and {MAX_LOGPROBS}")
+
+    @property
+    def greedy(self) -> bool:
+        """True where the most likely token is taken (after bias and penalties)."""
+        return self.temperature == 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What was asked. Immutable; the running state lives in the scheduler's `Sequence`s (`sampling.n` of them)."""
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams = SamplingParams()
+    priority: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """One generated token's log-probability and the `top` alternatives as (token id, logprob), best first."""
+
+    token_id: int
+    logprob: float
+    rank: int
+    """1 for the most likely token."""
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceOutput:
+    """What one sequence gained since the last `RequestOutput` (deltas, never repeated)."""
+
+    index: int
+    """0 … n-1."""
+    token_ids: tuple[int, ...]
+    text: str
+    """Whole code points only; held back while it may be the start of a stop string."""
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    """The stop string or stop token id that ended it."""
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOutput:
+    """One message of a request's stream. `finished` is true on the last one only."""
+
+    request_id: str
+    outputs: tuple[SequenceOutput, ...]
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    finished: bool

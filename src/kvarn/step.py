@@ -1,0 +1,82 @@
+"""The two records in which deciding (scheduler, cache) and executing (runner) meet. Standard library only.
+
+One step: `Scheduler.schedule() -> SchedulerOutput`, `Runner.execute(SchedulerOutput) -> StepOutput`,
+`Scheduler.update(SchedulerOutput, StepOutput)`. There is no prefill or decode here: each `ScheduledSequence` says
+which of its tokens to compute in this step, and whether a token is to be sampled after the last of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvarn.request import SamplingParams, TokenLogprob
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledSequence:
+    """One sequence's share of a step: compute tokens `start … start + len(token_ids)`."""
+
+    sequence_id: int
+    """Unique in the engine's lifetime."""
+    token_ids: tuple[int, ...]
+    """The tokens whose KV is computed in this step."""
+    start: int
+    """Position of token_ids[0]; equals the sequence's num_computed_tokens."""
+    block_table: tuple[int, ...]
+    """Ids of all blocks that hold positions 0 … start + len(token_ids)."""
+    sample: bool
+    """Whether the last token's logits are needed and a token is to be sampled from them."""
+
+    @property
+    def end(self) -> int:
+        """Number of tokens with KV after this step."""
+        return self.start + len(self.token_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class NewSequence:
+    """Told to the runner once, when a sequence is first scheduled: what the sampler must know of it."""
+
+    sequence_id: int
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams
+    seed: int
+    stream: int
+    """Index of the sequence in its request (0 … n-1); with `seed` and the position it keys the random counter."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Tokens that `min_tokens` masks: end-of-sequence ids (unless ignore_eos) and the request's stop_token_ids."""
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerOutput:
+    """What to run in one step. The runner mutates nothing in it."""
+
+    step: int
+    sequences: tuple[ScheduledSequence, ...]
+    new: tuple[NewSequence, ...] = ()
+    finished: tuple[int, ...] = ()
+    """Sequence ids the runner may forget."""
+    block_copies: tuple[tuple[int, int], ...] = ()
+    """(source, destination) blocks to copy before the step (copy-on-write)."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens computed in the step, at most the token budget."""
+        return sum(len(s.token_ids) for s in self.sequences)
+
+
+@dataclass(frozen=True, slots=True)
+class SampledToken:
+    """The token sampled for one sequence, with its logprobs where they were asked for."""
+
+    sequence_id: int
+    token_id: int
+    logprob: TokenLogprob | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """What a step produced: one `SampledToken` for each scheduled sequence with `sample`, in schedule order."""
+
+    step: int
+    sampled: tuple[SampledToken, ...]
