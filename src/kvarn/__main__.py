@@ -1,0 +1,5 @@
+"""`python -m kvarn`."""
+
+from kvarn.cli import main
+
+main()

@@ -1,0 +1,5 @@
+"""`python -m kvarn.cli`."""
+
+from kvarn.cli import main
+
+main()

@@ -1,0 +1,49 @@
+"""Options that several commands share, and the way from options to a loaded `LLM`."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kvarn.request import SamplingParams
+
+if TYPE_CHECKING:
+    from kvarn.engine import LLM
+
+DEFAULT_MODEL = "smollm2-135m-instruct"
+
+MaxTokens = Annotated[int, typer.Option("--max-tokens", "-n", help="Most tokens to generate.")]
+Temperature = Annotated[float, typer.Option(help="0: always the most likely token.")]
+TopP = Annotated[float, typer.Option(help="Sample from the smallest set of tokens with this probability.")]
+TopK = Annotated[int, typer.Option(help="Sample from this many most likely tokens; 0: all.")]
+MinP = Annotated[float, typer.Option(help="Drop tokens below this share of the most likely one's probability.")]
+Seed = Annotated[int | None, typer.Option(help="Same seed, same answer.")]
+Threads = Annotated[int, typer.Option(help="Compute threads; 0: one for each physical core.")]
+MaxModelLen = Annotated[int | None, typer.Option(help="Longest prompt and answer together, in tokens.")]
+
+
+def sampling_params(
+    max_tokens: int, temperature: float, top_p: float, top_k: int, min_p: float, seed: int | None
+) -> SamplingParams:
+    """The shared options as `SamplingParams`. Raises RequestError naming the option at fault."""
+    return SamplingParams(
+        max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed
+    )
+
+
+def load_llm(
+    model: str, *, threads: int, max_model_len: int | None, max_num_seqs: int, quiet: bool, backend: str = "cpu"
+) -> LLM:
+    """Pulls the model where needed (with a progress bar on a terminal) and loads it."""
+    from kvarn.cli.progress import resolve_with_progress
+    from kvarn.config import EngineConfig, SchedulerConfig
+    from kvarn.engine import LLM
+
+    path = resolve_with_progress(model, quiet=quiet or not sys.stderr.isatty())
+    scheduler = SchedulerConfig(max_num_seqs=max_num_seqs)
+    return LLM(
+        str(path),
+        config=EngineConfig(max_model_len=max_model_len, threads=threads, scheduler=scheduler, backend=backend),
+    )

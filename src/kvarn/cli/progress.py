@@ -1,0 +1,46 @@
+"""Progress bars for work of more than two seconds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def resolve_with_progress(model: str, *, quiet: bool) -> Path:
+    """`catalog.resolve` with a bar on stderr while it downloads. rich is loaded only when there is something to show."""
+    from kvarn.weights import catalog
+
+    if quiet:
+        return catalog.resolve(model)
+    bar = _LazyBar(f"pulling {model}")
+    try:
+        return catalog.resolve(model, progress=bar.update)
+    finally:
+        bar.close()
+
+
+class _LazyBar:
+    """A byte-progress bar that appears with the first update."""
+
+    def __init__(self, title: str) -> None:
+        from typing import Any
+
+        self._title = title
+        self._progress: Any = None
+        self._task: Any = None
+
+    def update(self, done: int, total: int) -> None:
+        """Shows `done` of `total` bytes."""
+        if self._progress is None:
+            from rich.console import Console
+            from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+            self._progress = Progress(TextColumn("{task.description}"), BarColumn(), DownloadColumn(),
+                                      TransferSpeedColumn(), console=Console(stderr=True))
+            self._progress.start()
+            self._task = self._progress.add_task(self._title, total=total)
+        self._progress.update(self._task, completed=done, total=total)
+
+    def close(self) -> None:
+        """Ends the bar."""
+        if self._progress is not None:
+            self._progress.stop()

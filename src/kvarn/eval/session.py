@@ -1,0 +1,90 @@
+"""A loaded program outside the engine: one sequence at a time, logits of every position."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvarn.backends import Backend, Executable, InputBatch, KvCacheSpec, StepLimits
+from kvarn.errors import ConfigError
+from kvarn.models import Model, load_model
+from kvarn.text import Tokenizer, load_tokenizer
+from kvarn.weights import open_model
+
+BLOCK_SIZE = 16
+
+
+def make_backend(name: str, threads: int) -> Backend:
+    """The back-end of that name. Raises ConfigError."""
+    if name == "cpu":
+        from kvarn.backends.cpu import CpuBackend
+
+        return CpuBackend(threads=threads)
+    if name == "reference":
+        from kvarn.backends.reference import ReferenceBackend
+
+        return ReferenceBackend()
+    raise ConfigError(f"backend must be cpu or reference, not {name!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class EvalSession:
+    """A model, its tokenizer and a cache for one sequence of up to `context` tokens."""
+
+    model: Model
+    tokenizer: Tokenizer
+    executable: Executable
+    context: int
+    chunk: int
+
+    def logits(self, token_ids: NDArray[np.int32], first: int) -> Iterator[tuple[int, NDArray[np.float32]]]:
+        """Runs one sequence from its start and yields (position, logits float32[n, vocab]) for positions >= first.
+
+        Arrays are valid until the next is asked for. token_ids: at most `context`.
+        """
+        total = int(token_ids.size)
+        if total > self.context:
+            raise ValueError(f"{total} tokens in a session for {self.context}")
+        table = np.arange((self.context + BLOCK_SIZE - 1) // BLOCK_SIZE, dtype=np.int32)[None, :]
+        for start in range(0, total, self.chunk):
+            end = min(start + self.chunk, total)
+            positions = np.arange(start, end, dtype=np.int32)
+            wanted = np.arange(max(first, start), end, dtype=np.int32)
+            batch = InputBatch(
+                token_ids=np.ascontiguousarray(token_ids[start:end], dtype=np.int32),
+                positions=positions,
+                slot_mapping=positions.astype(np.int64),
+                query_start=np.array([0, end - start], dtype=np.int32),
+                seq_lens=np.array([end], dtype=np.int32),
+                block_tables=table,
+                output_rows=np.ascontiguousarray(wanted - start, dtype=np.int32),
+            )
+            out = self.executable.execute(batch)
+            if wanted.size:
+                yield int(wanted[0]), out[self.model.program.output]
+
+
+@contextmanager
+def open_session(
+    path: Path, *, context: int, backend: str = "cpu", threads: int = 0, kv_dtype: str = "float16"
+) -> Iterator[EvalSession]:
+    """Loads the model at `path` for sequences of up to `context` tokens and closes it afterwards."""
+    chunk = min(64, context)
+    with open_model(path) as files:
+        model = load_model(files)
+        if context > model.config.max_positions:
+            raise ConfigError(f"context must be at most {model.config.max_positions} for this model, not {context}")
+        blocks = (context + BLOCK_SIZE - 1) // BLOCK_SIZE
+        cache = KvCacheSpec(blocks, BLOCK_SIZE, "float32" if kv_dtype == "float32" else "float16")
+        executable = make_backend(backend, threads).load(
+            model.program, model.weights, cache, StepLimits(chunk, chunk, context)
+        )
+        try:
+            yield EvalSession(model, load_tokenizer(files), executable, context, chunk)
+        finally:
+            executable.close()
