@@ -1,0 +1,49 @@
+"""`import kvarn` costs next to nothing, and no import of the library drags in what only an app needs."""
+
+import json
+import os
+import subprocess
+import sys
+
+HEAVY = ("torch", "fastapi", "uvicorn", "transformers", "numpy", "matplotlib")
+
+
+def modules_after(statement: str) -> set[str]:
+    code = f"{statement}\nimport sys, json; print(json.dumps(sorted(sys.modules)))"
+    output = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    return set(json.loads(output.splitlines()[-1]))
+
+
+def self_time_of_imports(statement: str) -> dict[str, int]:
+    """Microseconds of each kvarn module's own import work, as the interpreter itself counts them."""
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "0"}
+    trace = subprocess.run(
+        [sys.executable, "-X", "importtime", "-c", statement], check=True, capture_output=True, text=True,
+        env=environment,
+    ).stderr
+    times = {}
+    for line in trace.splitlines():
+        own, _, name = line.removeprefix("import time:").split("|")
+        if name.strip().split(".")[0] == "kvarn":
+            times[name.strip()] = int(own)
+    return times
+
+
+def test_import_kvarn_loads_nothing_heavy():
+    loaded = modules_after("import kvarn")
+    assert not loaded & set(HEAVY)
+
+
+def test_the_engine_needs_neither_torch_nor_the_web_server():
+    loaded = modules_after("import kvarn; kvarn.LLM; kvarn.AsyncLLM")
+    assert not loaded & {"torch", "fastapi", "uvicorn", "transformers", "matplotlib"}
+
+
+def test_deciding_loads_no_arrays():
+    loaded = modules_after("import kvarn.scheduler, kvarn.cache")
+    assert "numpy" not in loaded
+
+
+def test_imports_own_work_stays_under_150_ms():
+    best = min(sum(self_time_of_imports("import kvarn; kvarn.LLM").values()) for _ in range(3))
+    assert best < 150_000, f"{best} µs"
