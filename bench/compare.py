@@ -91,13 +91,22 @@ def main() -> None:
 
     title = f"{options.model.name}, {threads} threads, {cpu_name()}, {date.today()}: tokens/s, median (min to max)"
     table = Table("work", *(w.name for w in workers), "ratio", title=title)
-    result = {"model": options.model.name, "threads": options.threads, "cpu": cpu_name(), "date": str(date.today()),
-              "rounds": options.rounds, "peer": workers[1].ready.get("info"), "rows": {}}
+    result = {
+        "model": options.model.name,
+        "threads": options.threads,
+        "cpu": cpu_name(),
+        "date": str(date.today()),
+        "rounds": options.rounds,
+        "peer": workers[1].ready.get("info"),
+        "rows": {},
+    }
     for name, (_, tokens) in tasks.items():
         rates = {w: sorted(tokens / s for s in seconds) for w, seconds in times[name].items()}
         medians = {w: statistics.median(r) for w, r in rates.items()}
         ratio = medians["kvarn"] / max(medians["llama.cpp"], medians["llama.cpp fa"])
-        table.add_row(name, *(f"{medians[w]:.1f} ({r[0]:.1f} to {r[-1]:.1f})" for w, r in rates.items()), f"{ratio:.2f}×")
+        table.add_row(
+            name, *(f"{medians[w]:.1f} ({r[0]:.1f} to {r[-1]:.1f})" for w, r in rates.items()), f"{ratio:.2f}×"
+        )
         result["rows"][name] = {"tokens_per_s": medians, "all": rates, "ratio": ratio}
     Console(width=140).print(table)
     if options.json:

@@ -2,10 +2,10 @@
 
     python bench/greedy_agreement.py [MODEL] [--prompts 20] [--tokens 64] [--json]
 
-The CPU back-end quantizes activations to 8 bits; the reference does not. So where the two best logits lie closer than that
-error, either token is right. For each prompt both back-ends read the same tokens (the reference's own greedy ones) and
+The CPU back-end quantizes activations to 8 bits; the reference does not. So where the two best logits lie closer than
+that error, either token is right. For each prompt both back-ends read the same tokens (the reference's own greedy ones);
 every position where the CPU's choice differs is reported with the reference's gap between the two tokens, next to the
-largest logit difference seen anywhere: a disagreement with a gap inside twice that error is a tie, any other is a fault.
+largest logit difference seen anywhere: a difference with a gap inside twice that error is a tie, any other a fault.
 """
 
 import argparse
@@ -79,14 +79,24 @@ def main() -> None:
     if options.json:
         print(json.dumps({"positions": total, "differing": differing, "faults": faults, "prompts": rows}))
     else:
-        table = Table("prompt", "free-running, same tokens", "same context: differing (gap of the two logits)", "max logit error")
+        table = Table(
+            "prompt", "free-running, same tokens", "same context: differing (gap of the two logits)", "max logit error"
+        )
         for row in rows:
-            gaps = ", ".join(f"#{d['position']} {d['gap']:.3f}{'' if d['tie'] else ' FAULT'}" for d in row["differences"])
-            table.add_row(row["prompt"][:40].replace("\n", "⏎"), f"{row['same_prefix']} of {options.tokens}",
-                          gaps or "none", f"{row['max_logit_error']:.3f}")
+            gaps = ", ".join(
+                f"#{d['position']} {d['gap']:.3f}{'' if d['tie'] else ' FAULT'}" for d in row["differences"]
+            )
+            table.add_row(
+                row["prompt"][:40].replace("\n", "⏎"),
+                f"{row['same_prefix']} of {options.tokens}",
+                gaps or "none",
+                f"{row['max_logit_error']:.3f}",
+            )
         console = Console(width=130)
         console.print(table)
-        console.print(f"{total - differing} of {total} choices equal on the same context; {differing - faults} ties, {faults} faults")
+        console.print(
+            f"{total - differing} of {total} choices equal on the same context; {differing - faults} ties, {faults} faults"
+        )
     sys.exit(1 if faults else 0)
 
 

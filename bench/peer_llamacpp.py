@@ -28,7 +28,9 @@ def main() -> None:
     context = L.llama_init_from_model(model, params)
     memory = L.llama_get_memory(context)
     vocab = L.llama_vocab_n_tokens(L.llama_model_get_vocab(model))
-    print(json.dumps({"ready": time.perf_counter() - started, "info": L.llama_print_system_info().decode()}), flush=True)
+    print(
+        json.dumps({"ready": time.perf_counter() - started, "info": L.llama_print_system_info().decode()}), flush=True
+    )
     batch = L.llama_batch_init(512, 0, 16)
 
     def fill(rows: list[tuple[int, int, int, bool]]) -> None:

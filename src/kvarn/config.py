@@ -28,11 +28,9 @@ class CacheConfig:
     def __post_init__(self) -> None:
         _check(self.block_size >= 16 and self.block_size % 16 == 0, "block_size", self.block_size, "a multiple of 16")
         _check(self.dtype in ("float16", "float32"), "kv_cache_dtype", self.dtype, "float16 or float32")
-        _check(self.kv_cache_bytes is None or self.kv_cache_bytes > 0, "kv_cache_bytes", self.kv_cache_bytes,
-               "above 0")
+        _check(self.kv_cache_bytes is None or self.kv_cache_bytes > 0, "kv_cache_bytes", self.kv_cache_bytes, "above 0")
         _check(self.num_blocks is None or self.num_blocks > 0, "num_blocks", self.num_blocks, "above 0")
-        _check(0 < self.memory_utilization <= 1, "memory_utilization", self.memory_utilization,
-               "above 0 and at most 1")
+        _check(0 < self.memory_utilization <= 1, "memory_utilization", self.memory_utilization, "above 0 and at most 1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +46,13 @@ class SchedulerConfig:
 
     def __post_init__(self) -> None:
         _check(self.max_num_seqs >= 1, "max_num_seqs", self.max_num_seqs, "at least 1")
-        _check(self.max_num_batched_tokens >= self.max_num_seqs, "max_num_batched_tokens",
-               self.max_num_batched_tokens, f"at least max_num_seqs ({self.max_num_seqs})")
-        _check(self.max_num_queued_requests >= 1, "max_num_queued_requests", self.max_num_queued_requests,
-               "at least 1")
+        _check(
+            self.max_num_batched_tokens >= self.max_num_seqs,
+            "max_num_batched_tokens",
+            self.max_num_batched_tokens,
+            f"at least max_num_seqs ({self.max_num_seqs})",
+        )
+        _check(self.max_num_queued_requests >= 1, "max_num_queued_requests", self.max_num_queued_requests, "at least 1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +67,6 @@ class EngineConfig:
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
 
     def __post_init__(self) -> None:
-        _check(self.max_model_len is None or self.max_model_len >= 1, "max_model_len", self.max_model_len,
-               "at least 1")
+        _check(self.max_model_len is None or self.max_model_len >= 1, "max_model_len", self.max_model_len, "at least 1")
         _check(self.backend in ("cpu", "reference"), "backend", self.backend, "cpu or reference")
         _check(0 <= self.threads <= 1024, "threads", self.threads, "between 0 and 1024")

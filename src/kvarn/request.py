@@ -73,29 +73,50 @@ class SamplingParams:
         _check(self.min_tokens >= 0, "min_tokens", self.min_tokens, "at least 0")
         if self.max_tokens is not None:
             _check(self.min_tokens <= self.max_tokens, "min_tokens", self.min_tokens, "at most max_tokens")
-        _check(math.isfinite(self.temperature) and 0 <= self.temperature <= 100, "temperature", self.temperature,
-               "between 0 and 100")
+        _check(
+            math.isfinite(self.temperature) and 0 <= self.temperature <= 100,
+            "temperature",
+            self.temperature,
+            "between 0 and 100",
+        )
         _check(self.top_k >= -1, "top_k", self.top_k, "-1 or 0 (off), or at least 1")
         _check(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
         _check(0 <= self.min_p <= 1, "min_p", self.min_p, "between 0 and 1")
-        _check(0 < self.repetition_penalty <= 100, "repetition_penalty", self.repetition_penalty,
-               "above 0 and at most 100")
+        _check(
+            0 < self.repetition_penalty <= 100, "repetition_penalty", self.repetition_penalty, "above 0 and at most 100"
+        )
         _check(-2 <= self.presence_penalty <= 2, "presence_penalty", self.presence_penalty, "between -2 and 2")
         _check(-2 <= self.frequency_penalty <= 2, "frequency_penalty", self.frequency_penalty, "between -2 and 2")
-        _check(len(self.logit_bias) <= MAX_LOGIT_BIAS, "logit_bias", f"{len(self.logit_bias)} entries",
-               f"at most {MAX_LOGIT_BIAS} entries")
+        _check(
+            len(self.logit_bias) <= MAX_LOGIT_BIAS,
+            "logit_bias",
+            f"{len(self.logit_bias)} entries",
+            f"at most {MAX_LOGIT_BIAS} entries",
+        )
         for token, bias in self.logit_bias.items():
             _check(token >= 0, "logit_bias", token, "keyed by token ids of at least 0")
             _check(-100 <= bias <= 100, "logit_bias", bias, "between -100 and 100")
         _check(self.seed is None or -SEED_LIMIT <= self.seed < SEED_LIMIT, "seed", self.seed, "a 64-bit integer")
         _check(1 <= self.n <= MAX_N, "n", self.n, f"between 1 and {MAX_N}")
-        _check(len(self.stop) <= MAX_STOP_STRINGS, "stop", f"{len(self.stop)} strings",
-               f"at most {MAX_STOP_STRINGS} strings")
+        _check(
+            len(self.stop) <= MAX_STOP_STRINGS,
+            "stop",
+            f"{len(self.stop)} strings",
+            f"at most {MAX_STOP_STRINGS} strings",
+        )
         for stop in self.stop:
-            _check(0 < len(stop) <= MAX_STOP_STRING_CHARS, "stop", stop[:40],
-                   f"strings of 1 to {MAX_STOP_STRING_CHARS} characters")
-        _check(self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS, "logprobs", self.logprobs,
-               f"between 0 and {MAX_LOGPROBS}")
+            _check(
+                0 < len(stop) <= MAX_STOP_STRING_CHARS,
+                "stop",
+                stop[:40],
+                f"strings of 1 to {MAX_STOP_STRING_CHARS} characters",
+            )
+        _check(
+            self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS,
+            "logprobs",
+            self.logprobs,
+            f"between 0 and {MAX_LOGPROBS}",
+        )
 
     @property
     def greedy(self) -> bool:

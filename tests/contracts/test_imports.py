@@ -18,7 +18,10 @@ def self_time_of_imports(statement: str) -> dict[str, int]:
     """Microseconds of each kvarn module's own import work, as the interpreter itself counts them."""
     environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "0"}
     trace = subprocess.run(
-        [sys.executable, "-X", "importtime", "-c", statement], check=True, capture_output=True, text=True,
+        [sys.executable, "-X", "importtime", "-c", statement],
+        check=True,
+        capture_output=True,
+        text=True,
         env=environment,
     ).stderr
     times = {}

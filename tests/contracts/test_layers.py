@@ -30,7 +30,7 @@ def test_no_architecture_name_is_tested_outside_models():
         for path in (ROOT / "src/kvarn").rglob("*.py")
         if not {"models", "testing"} & set(path.relative_to(ROOT / "src/kvarn").parts[:1])
         for number, line in enumerate(path.read_text().splitlines(), 1)
-        if any(f'== "{family}"' in line or f"family in (" in line for family in families)
+        if any(f'== "{family}"' in line or "family in (" in line for family in families)
     ]
     # Tokenizer kinds are named after models in files ("gpt2" is byte-level BPE there); text/ may test for those.
     assert [o for o in offenders if not o.startswith("src/kvarn/text/")] == []

@@ -39,11 +39,11 @@ First steps:
 class LazyGroup(TyperGroup):
     """A group that imports a command's module only when the command is run (or listed in `--help`)."""
 
-    def list_commands(self, ctx: typer.Context) -> list[str]:  # type: ignore[override]
+    def list_commands(self, _ctx: typer.Context) -> list[str]:  # type: ignore[override]
         """All command names."""
         return list(COMMANDS)
 
-    def get_command(self, ctx: typer.Context, cmd_name: str) -> Any:  # type: ignore[override]
+    def get_command(self, _ctx: typer.Context, cmd_name: str) -> Any:  # type: ignore[override]
         """The command of that name, built from its module's `command`, or its typer `app` where it has several."""
         if cmd_name not in COMMANDS:
             return None

@@ -64,15 +64,29 @@ def perplexity_command(
             with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
                 task = bar.add_task("", total=None)
                 result = perplexity(
-                    session, content, chunks=chunks,
+                    session,
+                    content,
+                    chunks=chunks,
                     progress=lambda done, total: bar.update(task, completed=done, total=total),
                 )
     if as_json:
-        print(json.dumps({
-            "model": model, "text": str(text), "backend": backend, "kv_dtype": kv_dtype,
-            "context": result.context, "chunks": result.chunks, "tokens": result.tokens,
-            "perplexity": result.perplexity, "standard_error": result.standard_error,
-        }))
+        print(
+            json.dumps(
+                {
+                    "model": model,
+                    "text": str(text),
+                    "backend": backend,
+                    "kv_dtype": kv_dtype,
+                    "context": result.context,
+                    "chunks": result.chunks,
+                    "tokens": result.tokens,
+                    "perplexity": result.perplexity,
+                    "standard_error": result.standard_error,
+                }
+            )
+        )
     else:
-        print(f"perplexity {result.perplexity:.4f} ± {result.standard_error:.4f}   "
-              f"({result.tokens} tokens in {result.chunks} chunks of {result.context}, back-end {backend})")
+        print(
+            f"perplexity {result.perplexity:.4f} ± {result.standard_error:.4f}   "
+            f"({result.tokens} tokens in {result.chunks} chunks of {result.context}, back-end {backend})"
+        )

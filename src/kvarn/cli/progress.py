@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def resolve_with_progress(model: str, *, quiet: bool) -> Path:
-    """`catalog.resolve` with a bar on stderr while it downloads. rich is loaded only when there is something to show."""
+    """`catalog.resolve` with a bar on stderr while it downloads. rich is loaded only when there is need."""
     from kvarn.weights import catalog
 
     if quiet:
@@ -34,8 +34,13 @@ class _LazyBar:
             from rich.console import Console
             from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-            self._progress = Progress(TextColumn("{task.description}"), BarColumn(), DownloadColumn(),
-                                      TransferSpeedColumn(), console=Console(stderr=True))
+            self._progress = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                DownloadColumn(),
+                TransferSpeedColumn(),
+                console=Console(stderr=True),
+            )
             self._progress.start()
             self._task = self._progress.add_task(self._title, total=total)
         self._progress.update(self._task, completed=done, total=total)

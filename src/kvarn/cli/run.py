@@ -34,10 +34,18 @@ Examples:
 
 def command(
     prompt: Annotated[str | None, typer.Argument(help="What to ask. Text on stdin is added below it.")] = None,
-    model: Annotated[str, typer.Option("--model", "-m", help="A name from `kvarn models`, a .gguf file, or a folder "
-                                       "with config.json and safetensors.")] = DEFAULT_MODEL,
+    model: Annotated[
+        str,
+        typer.Option(
+            "--model",
+            "-m",
+            help="A name from `kvarn models`, a .gguf file, or a folder with config.json and safetensors.",
+        ),
+    ] = DEFAULT_MODEL,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
-    raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as it is, without the chat template.")] = False,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Continue the prompt as it is, without the chat template.")
+    ] = False,
     max_tokens: MaxTokens = 512,
     temperature: Temperature = 0.7,
     top_p: TopP = 1.0,

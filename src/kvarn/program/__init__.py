@@ -20,6 +20,23 @@ from kvarn.program.ops import (
 from kvarn.program.program import Program
 
 __all__ = [
-    "Activation", "Add", "Attention", "Buffer", "Embed", "GatedActivation", "KvLayer", "KvWrite", "Linear", "Logits",
-    "Norm", "Op", "PositionEmbed", "Program", "Rope", "RopeTable", "Rows", "SelectRows", "Weight",
+    "Activation",
+    "Add",
+    "Attention",
+    "Buffer",
+    "Embed",
+    "GatedActivation",
+    "KvLayer",
+    "KvWrite",
+    "Linear",
+    "Logits",
+    "Norm",
+    "Op",
+    "PositionEmbed",
+    "Program",
+    "Rope",
+    "RopeTable",
+    "Rows",
+    "SelectRows",
+    "Weight",
 ]

@@ -177,6 +177,16 @@ class Logits:
 
 
 Op = (
-    Embed | PositionEmbed | Norm | Linear | Rope | KvWrite | Attention | Activation | GatedActivation | Add
-    | SelectRows | Logits
+    Embed
+    | PositionEmbed
+    | Norm
+    | Linear
+    | Rope
+    | KvWrite
+    | Attention
+    | Activation
+    | GatedActivation
+    | Add
+    | SelectRows
+    | Logits
 )

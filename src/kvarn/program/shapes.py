@@ -94,7 +94,10 @@ def _check_op(program: Program, op: ops.Op, buffers: dict[str, Buffer], weights:
             _require(buffers[op.a].rows == buffers[op.b].rows == buffers[op.out].rows, op, "rows must agree")
         case ops.SelectRows():
             _require(width(op.x) == width(op.out), op, "widths must agree")
-            _require(buffers[op.x].rows is Rows.TOKENS and buffers[op.out].rows is Rows.OUTPUTS, op,
-                     "selects from token rows into output rows")
+            _require(
+                buffers[op.x].rows is Rows.TOKENS and buffers[op.out].rows is Rows.OUTPUTS,
+                op,
+                "selects from token rows into output rows",
+            )
         case _:
             assert_never(op)
