@@ -25,8 +25,9 @@ class Tensor:
 
     def __post_init__(self) -> None:
         if self.data.size != self.nbytes:
-            raise ValueError(f"{self.dtype.name} tensor of shape {self.shape} takes {self.nbytes} bytes, "
-                             f"not {self.data.size}")
+            raise ValueError(
+                f"{self.dtype.name} tensor of shape {self.shape} takes {self.nbytes} bytes, not {self.data.size}"
+            )
 
     @property
     def rows(self) -> int:

@@ -1,1 +1,5 @@
-"""To be written."""
+"""Model files to tensors: GGUF and Hugging Face folders (`open_model`), the catalog, and pulling."""
+
+from kvarn.weights.files import ModelFiles, open_model
+
+__all__ = ["ModelFiles", "open_model"]
