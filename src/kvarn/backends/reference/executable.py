@@ -1,0 +1,156 @@
+"""`ReferenceBackend` and its executable: the program's ops in order, one NumPy function each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import assert_never
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvarn.backends.base import InputBatch, KvCacheSpec, StepLimits
+from kvarn.backends.checks import check_batch
+from kvarn.backends.reference import functions as f
+from kvarn.program import Program, ops
+from kvarn.tensors import TensorSource
+from kvarn.tensors.dequantize import dequantize
+
+Floats = NDArray[np.float32]
+
+
+class ReferenceBackend:
+    """Runs any program in NumPy float32 on dequantized weights: slow and plain. Stateless."""
+
+    name = "reference"
+
+    def load(self, program: Program, weights: TensorSource, kv: KvCacheSpec, limits: StepLimits) -> ReferenceExecutable:
+        """Keeps the source; weights are dequantized when first used and kept, embedding rows at each use."""
+        return ReferenceExecutable(program, weights, kv, limits)
+
+
+class ReferenceExecutable:
+    """A loaded program. Owns the cache and the dequantized weights. Not thread-safe."""
+
+    def __init__(self, program: Program, weights: TensorSource, kv: KvCacheSpec, limits: StepLimits) -> None:
+        self.program = program
+        self.kv = kv
+        self.limits = limits
+        self._source = weights
+        self._weights: dict[str, Floats] = {}
+        dtype = np.float16 if kv.dtype == "float16" else np.float32
+        slots = kv.num_blocks * kv.block_size
+        self._keys = [np.zeros((slots, layer.heads, layer.key_dim), dtype) for layer in program.kv_layers]
+        self._values = [np.zeros((slots, layer.heads, layer.value_dim), dtype) for layer in program.kv_layers]
+
+    def execute(self, batch: InputBatch, outputs: Sequence[str] = ()) -> Mapping[str, Floats]:
+        """Runs one step (see `Executable`). A named buffer is returned with the value it has last."""
+        check_batch(batch, self.program, self.kv, self.limits)
+        for name in outputs:
+            try:
+                self.program.buffer(name)
+            except KeyError:
+                raise ValueError(f"the program has no buffer {name!r}") from None
+        buffers: dict[str, Floats] = {}
+        for op in self.program.ops:
+            self._run(op, batch, buffers)
+        return {name: buffers[name] for name in (self.program.output, *outputs)}
+
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copies whole blocks (source, destination), in order."""
+        size = self.kv.block_size
+        for source, destination in pairs:
+            for cache in (*self._keys, *self._values):
+                cache[destination * size : (destination + 1) * size] = cache[source * size : (source + 1) * size]
+
+    def close(self) -> None:
+        """Drops weights and cache."""
+        self._weights.clear()
+        self._keys.clear()
+        self._values.clear()
+
+    def _weight(self, name: str) -> Floats:
+        if name not in self._weights:
+            self._weights[name] = dequantize(self._source.tensor(name))
+        return self._weights[name]
+
+    def _rows(self, name: str, rows: NDArray[np.int32]) -> Floats:
+        """Rows of a table, without dequantizing all of it."""
+        if name in self._weights:
+            return self._weights[name][rows]
+        tensor = self._source.tensor(name)
+        return np.concatenate([dequantize(tensor.row_slice(int(row), int(row) + 1)) for row in rows])
+
+    def _run(self, op: ops.Op, batch: InputBatch, buffers: dict[str, Floats]) -> None:
+        match op:
+            case ops.Embed():
+                buffers[op.out] = self._rows(op.weight, batch.token_ids) * np.float32(op.scale)
+            case ops.PositionEmbed():
+                buffers[op.out] = buffers[op.x] + self._weight(op.weight)[batch.positions]
+            case ops.Norm():
+                buffers[op.out] = self._norm(op, buffers[op.x])
+            case ops.Linear():
+                out = buffers[op.x] @ self._weight(op.weight).T
+                buffers[op.out] = out if op.bias is None else out + self._weight(op.bias)
+            case ops.Rope():
+                heads = buffers[op.x].reshape(-1, op.heads, op.head_dim)
+                buffers[op.out] = f.rope(heads, batch.positions, op.table).reshape(len(heads), -1)
+            case ops.KvWrite():
+                self._write(op, batch, buffers)
+            case ops.Attention():
+                buffers[op.out] = self._attention(op, batch, buffers[op.q])
+            case ops.Activation():
+                buffers[op.out] = f.ACTIVATIONS[op.function](buffers[op.x])
+            case ops.GatedActivation():
+                buffers[op.out] = f.ACTIVATIONS[op.function](buffers[op.gate]) * buffers[op.up]
+            case ops.Add():
+                buffers[op.out] = buffers[op.a] + buffers[op.b]
+            case ops.SelectRows():
+                buffers[op.out] = buffers[op.x][batch.output_rows]
+            case ops.Logits():
+                out = (buffers[op.x] @ self._weight(op.weight).T) * np.float32(op.scale)
+                out = out if op.bias is None else out + self._weight(op.bias)
+                buffers[op.out] = f.soft_cap(out, op.softcap)
+            case _:
+                assert_never(op)
+
+    def _norm(self, op: ops.Norm, x: Floats) -> Floats:
+        groups = x.reshape(len(x), op.groups, -1)
+        weight = self._weight(op.weight)
+        if op.norm == "rms":
+            out = f.rms_norm(groups, weight, op.eps)
+            out = out if op.bias is None else out + self._weight(op.bias)
+        else:
+            out = f.layer_norm(groups, weight, None if op.bias is None else self._weight(op.bias), op.eps)
+        return out.reshape(x.shape)
+
+    def _write(self, op: ops.KvWrite, batch: InputBatch, buffers: dict[str, Floats]) -> None:
+        layer = self.program.kv_layers[op.layer]
+        tokens = batch.num_tokens
+        limit = np.finfo(self._keys[op.layer].dtype).max
+        keys = np.clip(buffers[op.k], -limit, limit).reshape(tokens, layer.heads, layer.key_dim)
+        values = np.clip(buffers[op.v], -limit, limit).reshape(tokens, layer.heads, layer.value_dim)
+        self._keys[op.layer][batch.slot_mapping] = keys
+        self._values[op.layer][batch.slot_mapping] = values
+
+    def _attention(self, op: ops.Attention, batch: InputBatch, q: Floats) -> Floats:
+        heads = q.reshape(-1, op.heads, op.head_dim)
+        size = self.kv.block_size
+        parts = []
+        for index, length in enumerate(batch.seq_lens):
+            rows = slice(batch.query_start[index], batch.query_start[index + 1])
+            positions = np.arange(length)
+            slots = batch.block_tables[index, positions // size].astype(np.int64) * size + positions % size
+            keys = self._keys[op.layer][slots].astype(np.float32)
+            values = self._values[op.layer][slots].astype(np.float32)
+            parts.append(
+                f.attention(
+                    heads[rows],
+                    keys,
+                    values,
+                    batch.positions[rows],
+                    scale=op.scale,
+                    window=op.window,
+                    softcap=op.softcap,
+                ).reshape(-1, op.heads * values.shape[2])
+            )
+        return np.concatenate(parts)
