@@ -1,4 +1,4 @@
-"""Gemma 3 (Gemma Team 2025), text only: local and global layers, norms around each block, QK-norm, scaled embeddings."""
+"""Gemma 3 (Gemma Team 2025), text only: local and global layers, norms around each block, QK-norm."""
 
 from __future__ import annotations
 
@@ -19,6 +19,14 @@ PATTERN = 6
 LARGEST_LAYERS = 62
 """The 27B model, whose queries are scaled by hidden_size / num_heads instead of head_dim (GGUF does not say so)."""
 
+HF_DEFAULTS = {
+    "vocab_size": 262_208,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "max_position_embeddings": 131_072,
+}
+"""What transformers assumes where a config.json is silent."""
 NORMS = {
     "attn_norm": "input_layernorm",
     "attn_post_norm": "post_attention_layernorm",
@@ -47,8 +55,9 @@ def from_hf(reader: ConfigReader, options: LoadOptions) -> Blueprint:
         reader = text
     if reader.boolean("use_bidirectional_attention", False):
         raise UnsupportedModelError(f"{reader.path}: use_bidirectional_attention is not supported")
-    values = {"vocab_size": 262_208, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256,
-              "max_position_embeddings": 131_072, **{k: v for k, v in reader.values.items() if v is not None}}  # fmt: skip
+    if reader.get("attn_logit_softcapping") is not None:
+        raise UnsupportedModelError(f"{reader.path}: attn_logit_softcapping: Gemma 3 has none (nor has its oracle)")
+    values = {**HF_DEFAULTS, **{key: value for key, value in reader.values.items() if value is not None}}
     reader = ConfigReader(values, path=reader.path, tensor_names=reader.tensor_names)
     config = decoder.config_from_hf(reader, "gemma3", tie_default=True)
     ropes = reader.section("rope_parameters")
@@ -67,7 +76,6 @@ def from_hf(reader: ConfigReader, options: LoadOptions) -> Blueprint:
     spec = AttentionSpec(
         config.num_heads, config.num_kv_heads, config.head_dim,
         reader.number("query_pre_attn_scalar", 256.0) ** -0.5,
-        softcap=reader.optional_number("attn_logit_softcapping"),
         qkv_bias=reader.boolean("attention_bias", False), out_bias=reader.boolean("attention_bias", False),
         qk_norm_eps=config.norm_eps,
     )  # fmt: skip
@@ -94,7 +102,7 @@ def from_gguf(reader: ConfigReader, options: LoadOptions) -> Blueprint:
         config.num_heads, config.num_kv_heads, config.head_dim,
         (config.hidden_size / config.num_heads if large else config.head_dim) ** -0.5,
         rope.table_from_gguf(reader, config.head_dim, "halves", options.rope_factors),
-        softcap=reader.optional_number("attn_logit_softcapping"), qk_norm_eps=config.norm_eps,
+        qk_norm_eps=config.norm_eps,
     )  # fmt: skip
     theta = reader.number("rope.freq_base_swa", LOCAL_THETA)
     local = replace(

@@ -69,8 +69,8 @@ def program_from_config(
 ) -> tuple[ModelConfig, Program]:
     """Sizes and program from a config alone: no weights are needed.
 
-    metadata: a parsed config.json, or GGUF key-value pairs. max_model_len: the longest sequence that will be run, where that
-    decides (longrope). Raises ModelFileError naming the field, UnsupportedModelError naming the feature.
+    metadata: a parsed config.json, or GGUF key-value pairs. max_model_len: the longest sequence that will be run,
+    where that decides (longrope). Raises ModelFileError naming the field, UnsupportedModelError naming the feature.
     """
     family, name = _family(metadata, format, path)
     options = LoadOptions(max_model_len)
@@ -81,7 +81,7 @@ def program_from_config(
 def load_model(files: ModelFiles, max_model_len: int | None = None) -> Model:
     """The model in open files; every tensor's presence and shape is checked, none is read.
 
-    Raises ModelFileError where config and tensors disagree, UnsupportedModelError where the model needs what kvarn lacks.
+    Raises ModelFileError where config and tensors disagree, UnsupportedModelError where kvarn lacks what it needs.
     """
     path = str(files.path)
     family, name = _family(files.metadata, files.format, path)

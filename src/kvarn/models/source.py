@@ -47,8 +47,8 @@ def reference_of(names: NameMap, weight: str) -> TensorRef:
 class MappedSource:
     """`TensorSource` over open files. Checks presence and shape of every weight at construction, reads nothing yet.
 
-    ignored: pattern of tensors that a file may hold beside the program's. Any other is a part of the model that the program
-    does not have, so the file is refused (UnsupportedModelError) rather than run wrongly.
+    ignored: pattern of tensors that a file may hold beside the program's. Any other is a part of the model that the
+    program does not have, so the file is refused (UnsupportedModelError) rather than run wrongly.
     """
 
     def __init__(self, files: ModelFiles, program: Program, names: NameMap, ignored: str) -> None:

@@ -1,0 +1,57 @@
+"""The tiny models that other tests stand on are sane in every family and stored type."""
+
+import numpy as np
+import pytest
+
+from kvarn.backends import InputBatch, KvCacheSpec, StepLimits
+from kvarn.backends.reference import ReferenceBackend
+from kvarn.tensors import DType
+from kvarn.tensors.dequantize import dequantize
+from kvarn.testing import random_tensor, tiny_model
+from kvarn.testing.models import SETTINGS
+
+
+def one_prompt(ids, blocks=8):
+    positions = np.arange(len(ids), dtype=np.int32)
+    return InputBatch(
+        np.asarray(ids, np.int32), positions, positions.astype(np.int64), np.array([0, len(ids)], np.int32),
+        np.array([len(ids)], np.int32), np.arange(blocks, dtype=np.int32)[None], positions,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("family", SETTINGS)
+def test_logits_are_finite_and_varied(family):
+    model = tiny_model(family, seed=3)
+    executable = ReferenceBackend().load(model.program, model, KvCacheSpec(8), StepLimits(128, 4, 128))
+    logits = executable.execute(one_prompt(range(40)))["logits"]
+    assert np.isfinite(logits).all()
+    assert 0.1 < logits.std() < 100
+    assert len(set(logits.argmax(1))) > 5
+
+
+@pytest.mark.parametrize("dtype", list(DType), ids=lambda d: d.name)
+def test_random_tensors_have_about_the_scale_asked_for(dtype):
+    values = dequantize(random_tensor(np.random.default_rng(0), dtype, (64, 512), 0.5))
+    assert 0.1 < values.std() < 2.5
+    assert abs(values.mean()) < 0.6
+
+
+def test_a_batch_that_names_what_is_not_there_is_refused():
+    model = tiny_model()
+    executable = ReferenceBackend().load(model.program, model, KvCacheSpec(2), StepLimits(32, 1, 32))
+    good = one_prompt(range(20), blocks=2)
+    executable.execute(good)
+    for field, value in {
+        "token_ids": np.full(20, 259, np.int32),
+        "positions": good.positions + 1,
+        "slot_mapping": good.slot_mapping[::-1].copy(),
+        "block_tables": np.array([[0, 2]], np.int32),
+        "seq_lens": np.array([33], np.int32),
+        "query_start": np.array([0, 19], np.int32),
+        "output_rows": np.array([20], np.int32),
+    }.items():
+        fields = {name: getattr(good, name) for name in InputBatch.__slots__}
+        with pytest.raises(ValueError):
+            executable.execute(InputBatch(**{**fields, field: value}))
+    with pytest.raises(ValueError, match="no buffer 'nothing'"):
+        executable.execute(good, ["nothing"])
