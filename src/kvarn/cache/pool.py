@@ -1,0 +1,73 @@
+"""`BlockPool`: ids of KV blocks, a free list, and a reference count for each block (Kwon et al. 2023, section 4.3)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+
+
+class OutOfBlocksError(Exception):
+    """More blocks were asked for than are free. Callers check `num_free` first, so this marks a bug."""
+
+
+class BlockPool:
+    """Ids 0 … num_blocks - 1, each free or held by one or more owners.
+
+    An owner is whoever will call `free`: a block table, or a prefix cache. A block returns to the free list when its
+    last reference is freed. The block freed last is allocated first, so that a light load touches little memory.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int) -> None:
+        """num_blocks: ids to hand out. block_size: tokens in a block."""
+        if num_blocks < 1 or block_size < 1:
+            raise ValueError(f"a pool of {num_blocks} blocks of {block_size} tokens")
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self._free = list(range(num_blocks - 1, -1, -1))
+        self._references = [0] * num_blocks
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that nobody holds."""
+        return len(self._free)
+
+    def references(self, block: int) -> int:
+        """How many owners hold the block."""
+        return self._references[block]
+
+    def allocate(self, count: int) -> list[int]:
+        """Takes `count` free blocks, one reference each. Raises OutOfBlocksError, and takes none, where fewer are free."""
+        if count > len(self._free):
+            raise OutOfBlocksError(f"{count} blocks asked for, {len(self._free)} of {self.num_blocks} free")
+        blocks = [self._free.pop() for _ in range(count)]
+        for block in blocks:
+            self._references[block] = 1
+        return blocks
+
+    def share(self, blocks: Iterable[int]) -> None:
+        """Adds one reference to each of the blocks, which somebody must hold already."""
+        for block in blocks:
+            if self._references[block] == 0:
+                raise ValueError(f"block {block} is free and cannot be shared")
+            self._references[block] += 1
+
+    def free(self, blocks: Iterable[int]) -> None:
+        """Drops one reference from each of the blocks."""
+        for block in blocks:
+            if self._references[block] == 0:
+                raise ValueError(f"block {block} is freed twice")
+            self._references[block] -= 1
+            if self._references[block] == 0:
+                self._free.append(block)
+
+    def check(self, owners: Iterable[Iterable[int]]) -> None:
+        """Raises AssertionError unless `owners` (all block lists that exist) explain every count and every free block.
+
+        For tests: it walks the whole pool.
+        """
+        held = Counter(block for owner in owners for block in owner)
+        for block, count in enumerate(self._references):
+            assert held[block] == count, f"block {block}: {count} references counted, {held[block]} found"
+        free = sorted(self._free)
+        expected = [block for block, count in enumerate(self._references) if count == 0]
+        assert free == expected, f"free list {free}, but unreferenced are {expected}"

@@ -1,0 +1,343 @@
+"""`Scheduler`: one loop that gives each sequence some of a step's token budget, and takes its sampled token back."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from kvarn.cache import BlockPool, BlockTable, NullPrefixCache, PrefixCache
+from kvarn.config import SchedulerConfig
+from kvarn.errors import QueueFullError, RequestError
+from kvarn.request import FinishReason, Request
+from kvarn.scheduler.admission import Limits
+from kvarn.scheduler.policy import FirstComeFirstServed, OrderedSequences, Policy
+from kvarn.scheduler.sequence import Sequence
+from kvarn.step import NewSequence, SampledToken, ScheduledSequence, SchedulerOutput, StepOutput
+
+
+@dataclass(slots=True)
+class _Group:
+    """The unfinished sequences of a request. `forks` wait until the first has computed the prompt they share."""
+
+    sequences: dict[int, Sequence]
+    forks: list[Sequence]
+    started: bool = False
+
+
+@dataclass(slots=True)
+class _Step:
+    """A step while it is put together."""
+
+    budget: int
+    sequences: list[ScheduledSequence] = field(default_factory=list)
+    new: list[NewSequence] = field(default_factory=list)
+    copies: list[tuple[int, int]] = field(default_factory=list)
+
+
+class Scheduler:
+    """Queues, budget and blocks of one engine. Not thread-safe; `abort` and `finish` may come between any two calls.
+
+    A step first serves the running sequences, then admits waiting ones, both in the policy's order. A sequence gets
+    as many of its uncomputed tokens as the budget allows: a long prompt is computed in chunks. When blocks run out,
+    the last in the policy's order is preempted: it gives its blocks up, and later computes its tokens again, the
+    sampled ones included, so what it says does not change. The first in order is never preempted, and every request
+    is checked to fit the cache alone, so that all of them end.
+
+    The sequences of a request with n > 1 share the prompt's blocks: the first computes them, then the others fork
+    from it one token before the prompt's end, and compute that last token each to sample from.
+    """
+
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        pool: BlockPool,
+        max_model_len: int,
+        *,
+        eos_token_ids: Iterable[int] = (),
+        policy: Policy | None = None,
+        prefix_cache: PrefixCache | None = None,
+    ) -> None:
+        """pool: all blocks of the KV cache, owned from now on. eos_token_ids: the model's own ends of text."""
+        self.limits = Limits(max_model_len, pool.num_blocks * pool.block_size)
+        self.num_preemptions = 0
+        self._config = config
+        self._pool = pool
+        self._eos_token_ids = frozenset(eos_token_ids)
+        policy = policy or FirstComeFirstServed()
+        self._policy = policy
+        self._prefix_cache = prefix_cache or NullPrefixCache()
+        self._running = OrderedSequences(policy)
+        self._waiting = OrderedSequences(policy)
+        self._groups: dict[str, _Group] = {}
+        self._sequences: dict[int, Sequence] = {}
+        self._finished_ids: list[int] = []
+        self._num_queued = 0
+        self._step = 0
+        self._next_sequence_id = itertools.count()
+        self._next_arrival = itertools.count()
+
+    @property
+    def num_running(self) -> int:
+        """Sequences that take part in the steps."""
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that do not: new, preempted, or waiting for a prompt they share."""
+        return len(self._sequences) - len(self._running)
+
+    @property
+    def num_queued(self) -> int:
+        """Requests of which nothing has been computed yet: what the queue limit counts."""
+        return self._num_queued
+
+    @property
+    def num_free_blocks(self) -> int:
+        """Blocks that no sequence holds."""
+        return self._pool.num_free
+
+    @property
+    def num_blocks(self) -> int:
+        """All blocks."""
+        return self._pool.num_blocks
+
+    def has_work(self) -> bool:
+        """Whether a step would do anything: compute, or tell the runner who has finished."""
+        return bool(self._sequences or self._finished_ids)
+
+    def add(self, request: Request, *, seed: int = 0) -> list[Sequence]:
+        """Queues a request; returns its `n` sequences.
+
+        seed: used where the request has none. Raises RequestError where the id is in use or the request would not fit
+        alone, QueueFullError where the queue is full.
+        """
+        if request.request_id in self._groups:
+            raise RequestError(f"request_id {request.request_id!r} is in use", field="request_id")
+        self.limits.check(request)
+        limit = self._config.max_num_queued_requests
+        if self._num_queued >= limit:
+            raise QueueFullError(f"{self._num_queued} requests are waiting, the limit is {limit}; try again later")
+        sampling, arrival = request.sampling, next(self._next_arrival)
+        sequences = [
+            Sequence(
+                sequence_id=next(self._next_sequence_id),
+                request=request,
+                index=index,
+                arrival=arrival,
+                seed=seed if sampling.seed is None else sampling.seed,
+                max_length=self.limits.max_length_of(request),
+                eos_token_ids=frozenset() if sampling.ignore_eos else self._eos_token_ids,
+                table=BlockTable(self._pool),
+            )
+            for index in range(sampling.n)
+        ]
+        group = _Group({s.sequence_id: s for s in sequences}, forks=sequences[1:])
+        self._groups[request.request_id] = group
+        self._sequences.update(group.sequences)
+        self._num_queued += 1
+        self._waiting.add(sequences[0])
+        return sequences
+
+    def abort(self, request_id: str) -> list[Sequence]:
+        """Ends all sequences of a request and frees their blocks at once; returns them. Unknown ids are ignored."""
+        group = self._groups.get(request_id)
+        sequences = list(group.sequences.values()) if group else []
+        for sequence in sequences:
+            self._end(sequence, FinishReason.ABORT)
+        return sequences
+
+    def finish(self, sequence_id: int, reason: FinishReason, stop_reason: str | int | None = None) -> None:
+        """Ends one sequence for a reason that is known outside (a stop string). Unknown and ended ids are ignored."""
+        sequence = self._sequences.get(sequence_id)
+        if sequence is not None:
+            self._end(sequence, reason, stop_reason)
+
+    def schedule(self) -> SchedulerOutput:
+        """Decides the next step and takes the blocks it writes. Follow it by `update` with what came of it."""
+        self._step += 1
+        step = _Step(self._config.max_num_batched_tokens)
+        self._schedule_running(step)
+        self._admit_waiting(step)
+        finished, self._finished_ids = tuple(self._finished_ids), []
+        return SchedulerOutput(self._step, tuple(step.sequences), tuple(step.new), finished, tuple(step.copies))
+
+    def update(self, scheduled: SchedulerOutput, result: StepOutput) -> list[tuple[Sequence, SampledToken]]:
+        """Books a step: computed tokens, sampled tokens, sequences that end by them.
+
+        Returns the sampled tokens with their sequences, in order; `finish_reason` of those that ended is set. What
+        belongs to sequences that were ended meanwhile is dropped.
+        """
+        if result.step != scheduled.step:
+            raise ValueError(f"the result of step {result.step} for step {scheduled.step}")
+        for part in scheduled.sequences:
+            sequence = self._sequences.get(part.sequence_id)
+            if sequence is not None:
+                sequence.num_computed_tokens = part.end
+                self._release_forks(sequence)
+        sampled: list[tuple[Sequence, SampledToken]] = []
+        for token in result.sampled:
+            sequence = self._sequences.get(token.sequence_id)
+            if sequence is None:
+                continue
+            sequence.token_ids.append(token.token_id)
+            sampled.append((sequence, token))
+            end = sequence.end_at(token.token_id)
+            if end is not None:
+                self._end(sequence, *end)
+        return sampled
+
+    def check(self, other_owners: Iterable[Iterable[int]] = ()) -> None:
+        """Raises AssertionError unless blocks, queues and groups agree with one another. For tests.
+
+        other_owners: blocks that a prefix cache holds.
+        """
+        sequences = list(self._sequences.values())
+        self._pool.check(itertools.chain((s.table.ids for s in sequences), other_owners))
+        forks = {f.sequence_id for g in self._groups.values() for f in g.forks if not f.finished}
+        assert forks | {s.sequence_id for s in (*self._running, *self._waiting)} == set(self._sequences)
+        assert len(forks) + len(self._running) + len(self._waiting) == len(sequences)
+        assert len(self._running) <= self._config.max_num_seqs
+        assert {i for g in self._groups.values() for i in g.sequences} == set(self._sequences)
+        assert self._num_queued == sum(not g.started for g in self._groups.values())
+
+    def _schedule_running(self, step: _Step) -> None:
+        index = 0
+        while index < len(self._running):
+            sequence = self._running[index]
+            # One token stays for each sequence after this one, so that a long prompt holds nobody up.
+            after = len(self._running) - index - 1
+            count = min(sequence.num_tokens - sequence.num_computed_tokens, step.budget - after)
+            if self._make_room(index, count):
+                self._put(step, sequence, count)
+                index += 1
+
+    def _admit_waiting(self, step: _Step) -> None:
+        while self._waiting and len(self._running) < self._config.max_num_seqs and step.budget > 0:
+            sequence = self._waiting[0]
+            if not self._can_admit(sequence):
+                return
+            self._waiting.remove(sequence)
+            self._running.add(sequence)
+            if not sequence.announced:
+                sequence.announced = True
+                step.new.append(sequence.announcement())
+            group = self._groups[sequence.request.request_id]
+            if not group.started:
+                group.started = True
+                self._num_queued -= 1
+            self._put(step, sequence, min(sequence.num_tokens - sequence.num_computed_tokens, step.budget))
+
+    def _put(self, step: _Step, sequence: Sequence, count: int) -> None:
+        """Gives the sequence `count` tokens of the step; its blocks are known to be free."""
+        start = sequence.num_computed_tokens
+        end = start + count
+        step.copies += sequence.table.prepare_write(start, end)
+        step.budget -= count
+        step.sequences.append(
+            ScheduledSequence(
+                sequence_id=sequence.sequence_id,
+                token_ids=tuple(sequence.token_ids[start:end]),
+                start=start,
+                block_table=sequence.table.ids,
+                sample=end == sequence.num_tokens,
+            )
+        )
+
+    def _can_admit(self, sequence: Sequence) -> bool:
+        """Whether there are blocks for all of the sequence's tokens, and one to grow by for each running one.
+
+        Room for a first chunk would do, but then a long prompt would soon be preempted, its work lost. Where nothing
+        runs, sequences that wait with shared blocks give theirs up, so that the first in order always gets in.
+        """
+        if not len(sequence.table):
+            self._adopt_prefix(sequence)
+        start, end = sequence.num_computed_tokens, sequence.num_tokens
+        while True:
+            missing = sequence.table.blocks_needed(start, end) + len(self._running) - self._pool.num_free
+            if missing <= 0:
+                return True
+            if self._prefix_cache.evict(missing) > 0:
+                continue
+            if len(self._running):
+                return False
+            self._preempt(self._last(s for s in self._waiting if len(s.table) and s is not sequence))
+
+    def _adopt_prefix(self, sequence: Sequence) -> None:
+        """Starts from cached blocks. The last token is left to compute: somebody must sample from it."""
+        blocks = self._prefix_cache.match(sequence.token_ids[:-1])
+        if blocks:
+            sequence.table.adopt(blocks)
+            sequence.num_computed_tokens = len(blocks) * self._pool.block_size
+            if not sequence.announced:
+                sequence.num_cached_tokens = sequence.num_computed_tokens
+
+    def _make_room(self, index: int, count: int) -> bool:
+        """Frees blocks for `count` tokens of running sequence `index`; False where that one itself was preempted."""
+        sequence = self._running[index]
+        start = sequence.num_computed_tokens
+        while True:
+            missing = sequence.table.blocks_needed(start, start + count) - self._pool.num_free
+            if missing <= 0:
+                return True
+            if self._prefix_cache.evict(missing) > 0:
+                continue
+            # Those before `index` are in this step already. The last of `_running` is the last in order of them.
+            victim = self._last(itertools.chain((self._running[-1],), (s for s in self._waiting if len(s.table))))
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+
+    def _last(self, sequences: Iterable[Sequence]) -> Sequence:
+        return max(sequences, key=self._policy.key)
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._give_up_blocks(sequence)
+        sequence.num_computed_tokens = 0
+        self.num_preemptions += 1
+        if sequence in self._running:
+            self._running.remove(sequence)
+            self._waiting.add(sequence)
+
+    def _give_up_blocks(self, sequence: Sequence) -> None:
+        self._prefix_cache.insert(sequence.token_ids[: sequence.num_computed_tokens], sequence.table.ids)
+        sequence.table.release()
+
+    def _release_forks(self, sequence: Sequence) -> None:
+        """Lets the other sequences of the request start where the first has computed what they share."""
+        group = self._groups[sequence.request.request_id]
+        shared = sequence.num_prompt_tokens - 1
+        if not group.forks or sequence.num_computed_tokens < shared:
+            return
+        for fork in group.forks:
+            if not fork.finished:
+                fork.table = sequence.table.fork(shared)
+                fork.num_computed_tokens = shared
+                self._waiting.add(fork)
+        group.forks = []
+
+    def _end(self, sequence: Sequence, reason: FinishReason, stop_reason: str | int | None = None) -> None:
+        sequence.finish_reason, sequence.stop_reason = reason, stop_reason
+        if sequence in self._running:
+            self._running.remove(sequence)
+        elif sequence in self._waiting:
+            self._waiting.remove(sequence)
+        self._give_up_blocks(sequence)
+        if sequence.announced:
+            self._finished_ids.append(sequence.sequence_id)
+        del self._sequences[sequence.sequence_id]
+        group = self._groups[sequence.request.request_id]
+        del group.sequences[sequence.sequence_id]
+        if sequence.index == 0:
+            self._orphan_forks(group)
+        if not group.sequences:
+            del self._groups[sequence.request.request_id]
+            if not group.started:
+                self._num_queued -= 1
+
+    def _orphan_forks(self, group: _Group) -> None:
+        """The first has ended before it computed the prompt: the others do it themselves."""
+        for fork in group.forks:
+            if not fork.finished:
+                self._waiting.add(fork)
+        group.forks = []

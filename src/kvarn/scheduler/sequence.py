@@ -1,0 +1,94 @@
+"""`Sequence`: one running stream of tokens, and why it ends."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from kvarn.cache import BlockTable
+from kvarn.request import FinishReason, Request, SamplingParams
+from kvarn.step import NewSequence
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One stream of a request (`n` of them share a prompt). Owned and mutated by the scheduler; others only read.
+
+    There is no prefill state: `token_ids` are known, KV of the first `num_computed_tokens` is in the blocks of
+    `table`, and each step catches up some of the rest. When all are computed, a token is sampled and appended.
+    """
+
+    sequence_id: int
+    request: Request
+    index: int
+    """0 … n-1, the stream of the random counter."""
+    arrival: int
+    """Number of the request in order of arrival."""
+    seed: int
+    max_length: int
+    """Most tokens, prompt and output together."""
+    eos_token_ids: frozenset[int]
+    """Tokens that end the sequence as the model's own end; empty with ignore_eos."""
+    table: BlockTable
+    token_ids: list[int] = field(init=False)
+    """Prompt, then output."""
+    num_computed_tokens: int = 0
+    num_cached_tokens: int = 0
+    """Tokens whose KV was found in the prefix cache when the sequence was first admitted."""
+    announced: bool = False
+    """Whether the runner has been told of it."""
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+
+    def __post_init__(self) -> None:
+        self.token_ids = list(self.request.prompt_token_ids)
+
+    @property
+    def sampling(self) -> SamplingParams:
+        """The request's parameters."""
+        return self.request.sampling
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and output."""
+        return len(self.token_ids)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.request.prompt_token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Sampled so far."""
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def finished(self) -> bool:
+        """No more tokens will come."""
+        return self.finish_reason is not None
+
+    def announcement(self) -> NewSequence:
+        """What the runner is told once."""
+        stop_ids = self.eos_token_ids.union(self.sampling.stop_token_ids)
+        return NewSequence(
+            sequence_id=self.sequence_id,
+            prompt_token_ids=self.request.prompt_token_ids,
+            sampling=self.sampling,
+            seed=self.seed,
+            stream=self.index,
+            stop_token_ids=tuple(sorted(stop_ids)),
+        )
+
+    def end_at(self, token_id: int) -> tuple[FinishReason, int | None] | None:
+        """Why the sequence ends with `token_id`, just appended, and the stop token that caused it; None: it goes on.
+
+        The model's own end has no stop token named, as in OpenAI's API. A stop counts from `min_tokens` on.
+        """
+        if self.num_output_tokens > self.sampling.min_tokens:
+            if token_id in self.eos_token_ids:
+                return FinishReason.STOP, None
+            if token_id in self.sampling.stop_token_ids:
+                return FinishReason.STOP, token_id
+        if self.num_tokens >= self.max_length:
+            return FinishReason.LENGTH, None
+        return None

@@ -1,0 +1,75 @@
+"""A model made of a hash, for tests of the scheduler: it computes nothing, but it reads what paged attention reads.
+
+The "KV" of a token is the token. The next token is a hash of the sequence's stream and of all its tokens, read back
+from the blocks, so a lost copy, a block with two owners or a wrong table changes what comes out.
+"""
+
+from collections.abc import Iterable, Sequence
+
+from kvarn.step import SampledToken, SchedulerOutput, StepOutput
+
+VOCAB = 50
+
+
+def next_token(token_ids: Iterable[int], stream: int) -> int:
+    return hash((*token_ids, stream)) % VOCAB
+
+
+def expected_tokens(
+    prompt: Sequence[int], stream: int, *, max_length: int, ends: frozenset[int] = frozenset(), min_tokens: int = 0
+) -> list[int]:
+    """What a sequence says when it is alone."""
+    tokens = list(prompt)
+    while len(tokens) < max_length:
+        tokens.append(next_token(tokens, stream))
+        if tokens[-1] in ends and len(tokens) - len(prompt) > min_tokens:
+            break
+    return tokens[len(prompt) :]
+
+
+class PagedModel:
+    """Executes steps over real block tables, and checks what a runner may rely on."""
+
+    def __init__(self, num_blocks: int, block_size: int, *, max_tokens: int, max_seqs: int) -> None:
+        self.slots: list[list[int | None]] = [[None] * block_size for _ in range(num_blocks)]
+        self.block_size = block_size
+        self.max_tokens = max_tokens
+        self.max_seqs = max_seqs
+        self.streams: dict[int, int] = {}
+
+    def execute(self, step: SchedulerOutput) -> StepOutput:
+        for sequence_id in step.finished:
+            del self.streams[sequence_id]
+        for new in step.new:
+            assert new.sequence_id not in self.streams, "announced twice"
+            self.streams[new.sequence_id] = new.stream
+        assert step.num_tokens <= self.max_tokens
+        assert len(step.sequences) <= self.max_seqs
+        assert len({s.sequence_id for s in step.sequences}) == len(step.sequences)
+        for source, destination in step.block_copies:
+            self.slots[destination] = list(self.slots[source])
+        written: set[tuple[int, int]] = set()
+        for part in step.sequences:
+            assert part.token_ids, "scheduled with nothing to compute"
+            for position, token in enumerate(part.token_ids, part.start):
+                block, offset = self._slot(part.block_table, position)
+                assert (block, offset) not in written, "two sequences write one slot"
+                written.add((block, offset))
+                self.slots[block][offset] = token
+        return StepOutput(
+            step.step,
+            tuple(
+                SampledToken(part.sequence_id, next_token(self._read(part), self.streams[part.sequence_id]))
+                for part in step.sequences
+                if part.sample
+            ),
+        )
+
+    def _slot(self, table: Sequence[int], position: int) -> tuple[int, int]:
+        return table[position // self.block_size], position % self.block_size
+
+    def _read(self, part) -> list[int]:
+        slots = (self._slot(part.block_table, position) for position in range(part.end))
+        tokens = [self.slots[block][offset] for block, offset in slots]
+        assert None not in tokens, "attention reads a slot that nobody wrote"
+        return tokens
