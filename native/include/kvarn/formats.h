@@ -1,0 +1,102 @@
+// Packed matrices: the one form in which kernels read weights.
+//
+// A matrix of R rows (output features) and K columns is cut into panels of 16 rows; rows beyond R are zero. Within a
+// panel K runs in one direction, in groups of 32, so a row's sum has one order whatever the number of tokens.
+//
+// Quantized panel = [quants][scales]:
+//   quants  4-bit: a group is 4 lines of 64 bytes; line j holds quad j in the low and quad j + 4 in the high nibbles.
+//           8-bit: a group is 8 lines; line j holds quad j. A quad is 4 consecutive k of 16 rows: byte 4 * row + k % 4.
+//           All quants are unsigned; `zero` is what a signed format subtracts.
+//   scales  kSym32      group: d fp16[16]                                         w = d * (q - zero)
+//           kAffine32   group: d fp16[16], m fp16[16]                             w = d * q + m
+//           kSuper32    8 groups: d fp16[16], dmin fp16[16], sc u8[8][16], mn u8[8][16]
+//                                                                                 w = d * sc * q - dmin * mn
+//           kSuperSym16 8 groups: d fp16[16], sc i8[16][16]; a sub-block is 16 k  w = d * sc * (q - zero)
+//           kSuper16    8 groups: d fp16[16], dmin fp16[16], sc u8[16][16], mn u8[16][16]
+// Float panel = elements [k][16 rows] in the stored type.
+//
+// Nothing of the file's numbers is lost: every field is the file's own, moved.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+// Kernels are compiled once per ISA: a function in a shared header must never be emitted out of line, or the linker
+// might keep a copy with instructions the machine lacks.
+#define KVARN_INLINE [[gnu::always_inline]] inline
+
+namespace kvarn {
+
+// Same names and numbers as kvarn.tensors.DType's order in bindings/formats.cpp.
+enum class Format : uint8_t { F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K };
+constexpr int kNumFormats = 13;
+
+enum class Scales : uint8_t { kFloat, kSym32, kAffine32, kSuper32, kSuperSym16, kSuper16 };
+
+struct FormatTraits {
+    const char *name;
+    int block_size;   // elements of a stored block
+    int block_bytes;  // bytes of a stored block
+    int pack_bits;    // bits of a packed quant; of a packed element for floats
+    int value_bits;   // bits that a quant can use: bounds intermediate sums in ISAs with saturating products
+    Scales scales;
+    int zero;
+};
+
+constexpr FormatTraits kTraits[kNumFormats] = {
+    {"F32", 1, 4, 32, 32, Scales::kFloat, 0},        {"F16", 1, 2, 16, 16, Scales::kFloat, 0},
+    {"BF16", 1, 2, 16, 16, Scales::kFloat, 0},       {"Q4_0", 32, 18, 4, 4, Scales::kSym32, 8},
+    {"Q4_1", 32, 20, 4, 4, Scales::kAffine32, 0},    {"Q5_0", 32, 22, 8, 5, Scales::kSym32, 16},
+    {"Q5_1", 32, 24, 8, 5, Scales::kAffine32, 0},    {"Q8_0", 32, 34, 8, 8, Scales::kSym32, 128},
+    {"Q2_K", 256, 84, 8, 2, Scales::kSuper16, 0},    {"Q3_K", 256, 110, 8, 3, Scales::kSuperSym16, 4},
+    {"Q4_K", 256, 144, 4, 4, Scales::kSuper32, 0},   {"Q5_K", 256, 176, 8, 5, Scales::kSuper32, 0},
+    {"Q6_K", 256, 210, 8, 6, Scales::kSuperSym16, 32},
+};
+
+KVARN_INLINE constexpr const FormatTraits &traits(Format f) { return kTraits[static_cast<int>(f)]; }
+
+constexpr int kPanelRows = 16;
+constexpr int kGroup = 32;
+constexpr int kSuperGroups = 8;  // groups of 32 in a super-block of 256
+
+KVARN_INLINE constexpr size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
+
+// Bytes of the scales of one group (kSym32, kAffine32) or one super-block (the others).
+KVARN_INLINE constexpr size_t scale_unit_bytes(Scales s) {
+    switch (s) {
+        case Scales::kSym32: return 32;
+        case Scales::kAffine32: return 64;
+        case Scales::kSuper32: return 64 + 2 * 8 * 16;
+        case Scales::kSuperSym16: return 32 + 16 * 16;
+        case Scales::kSuper16: return 64 + 2 * 16 * 16;
+        default: return 0;
+    }
+}
+
+KVARN_INLINE constexpr size_t quant_group_bytes(int pack_bits) { return size_t(kPanelRows) * kGroup * pack_bits / 8; }
+
+KVARN_INLINE constexpr size_t panel_quant_bytes(Format f, int64_t cols) { return size_t(cols) * kPanelRows * traits(f).pack_bits / 8; }
+
+KVARN_INLINE constexpr size_t panel_bytes(Format f, int64_t cols) {
+    const FormatTraits &t = traits(f);
+    size_t scale_units = 0;
+    if (t.scales == Scales::kSym32 || t.scales == Scales::kAffine32) scale_units = size_t(cols) / kGroup;
+    if (t.scales == Scales::kSuper32 || t.scales == Scales::kSuperSym16 || t.scales == Scales::kSuper16)
+        scale_units = size_t(cols) / 256;
+    return round_up(panel_quant_bytes(f, cols) + scale_units * scale_unit_bytes(t.scales), 64);
+}
+
+KVARN_INLINE constexpr int64_t num_panels(int64_t rows) { return (rows + kPanelRows - 1) / kPanelRows; }
+
+// A view of a packed matrix; `data` is 64-byte aligned and followed by at least 64 readable bytes.
+struct PackedMatrix {
+    Format format;
+    int64_t rows;
+    int64_t cols;
+    const uint8_t *data;
+
+    KVARN_INLINE int64_t panels() const { return num_panels(rows); }
+    KVARN_INLINE int64_t groups() const { return cols / kGroup; }
+    KVARN_INLINE const uint8_t *panel(int64_t p) const { return data + size_t(p) * panel_bytes(format, cols); }
+};
+
+}  // namespace kvarn

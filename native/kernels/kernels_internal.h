@@ -1,0 +1,22 @@
+// The kernels of one ISA, as table.cpp lists them; what each does is said in kvarn/kernels.h.
+#pragma once
+#include "isa.h"
+#include "kvarn/kernels.h"
+
+KVARN_KERNELS_BEGIN
+
+void linear(const LinearArgs &a);
+void quantize(const float *x, int64_t x_stride, int64_t rows, int64_t row_begin, const QuantRows &out);
+void quantize_groups(const float *x, int64_t row, int64_t group_begin, int64_t group_end, const QuantRows &out);
+void norm(const NormArgs &a);
+void rope(const RopeArgs &a);
+void kv_write(const KvLayerView &kv, int64_t slot, int64_t head, const float *k, const float *v);
+void attention(const AttentionArgs &a);
+void attention_merge(const float *partial, int64_t spans, int64_t span_stride, int64_t value_dim, float *scratch,
+                     float *out);
+void activation(Function f, const float *x, float *out, int64_t n);
+void gated(Function f, const float *gate, const float *up, float *out, int64_t n);
+void add_rows(const float *a, const float *b, float *out, int64_t n);
+void scale_cap(float scale, float softcap, float *x, int64_t n);
+
+KVARN_KERNELS_END

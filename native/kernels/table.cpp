@@ -1,0 +1,16 @@
+#include "kernels_internal.h"
+
+#define KVARN_TEXT_(x) #x
+#define KVARN_TEXT(x) KVARN_TEXT_(x)
+
+KVARN_KERNELS_BEGIN
+
+const Kernels &kernels() {
+    static constexpr Kernels table = {
+        KVARN_TEXT(KVARN_ISA), linear,    quantize,        quantize_groups, norm,  rope,     kv_write,
+        attention,             attention_merge, activation, gated,           add_rows, scale_cap,
+    };
+    return table;
+}
+
+KVARN_KERNELS_END

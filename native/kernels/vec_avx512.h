@@ -1,0 +1,107 @@
+// AVX-512 F, BW, VL, DQ and VNNI (Cascade Lake and later, Zen 4 and later).
+#pragma once
+#include <immintrin.h>
+
+#include "isa.h"
+
+KVARN_KERNELS_BEGIN
+
+struct F { __m512 v; };
+struct I { __m512i v; };
+struct B { __m512i v; };
+using M = __mmask16;
+
+inline M first(int64_t n) { return n >= 16 ? M(0xffff) : M((1u << n) - 1); }
+inline F zero() { return {_mm512_setzero_ps()}; }
+inline F set(float x) { return {_mm512_set1_ps(x)}; }
+inline I set_i(int32_t x) { return {_mm512_set1_epi32(x)}; }
+inline F load(const float *p) { return {_mm512_loadu_ps(p)}; }
+inline F load_n(const float *p, int64_t n) { return {_mm512_maskz_loadu_ps(first(n), p)}; }
+inline void store(float *p, F a) { _mm512_storeu_ps(p, a.v); }
+inline void store_n(float *p, F a, int64_t n) { _mm512_mask_storeu_ps(p, first(n), a.v); }
+inline F load_f16(const uint16_t *p) {
+    return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(p)))};
+}
+inline F load_bf16(const uint16_t *p) {
+    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(p)));
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};
+}
+inline void store_f16(uint16_t *p, F a) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i *>(p), _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
+}
+inline F load_u8(const uint8_t *p) {
+    return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p))))};
+}
+inline F load_i8(const uint8_t *p) {
+    return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p))))};
+}
+
+inline F add(F a, F b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline F sub(F a, F b) { return {_mm512_sub_ps(a.v, b.v)}; }
+inline F mul(F a, F b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline F div(F a, F b) { return {_mm512_div_ps(a.v, b.v)}; }
+inline F fma(F a, F b, F c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+inline F max(F a, F b) { return {_mm512_max_ps(a.v, b.v)}; }
+inline F min(F a, F b) { return {_mm512_min_ps(a.v, b.v)}; }
+inline F abs(F a) { return {_mm512_abs_ps(a.v)}; }
+inline F copy_sign(F a, F sign) {
+    const __m512i mask = _mm512_set1_epi32(int32_t(0x80000000));
+    return {_mm512_castsi512_ps(
+        _mm512_ternarylogic_epi32(mask, _mm512_castps_si512(sign.v), _mm512_castps_si512(a.v), 0xca))};
+}
+inline M less(F a, F b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ); }
+inline F select(M m, F a, F b) { return {_mm512_mask_blend_ps(m, b.v, a.v)}; }
+inline I to_int(F a) { return {_mm512_cvtps_epi32(a.v)}; }
+inline F to_float(I a) { return {_mm512_cvtepi32_ps(a.v)}; }
+inline F pow2(I n) {
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(n.v, _mm512_set1_epi32(127)), 23))};
+}
+inline I abs_bits(F a) { return {_mm512_castps_si512(_mm512_abs_ps(a.v))}; }
+inline I max_i(I a, I b) { return {_mm512_max_epi32(a.v, b.v)}; }
+
+inline float reduce_add(F a) {
+    const __m256 b = _mm256_add_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1));
+    __m128 c = _mm_add_ps(_mm256_castps256_ps128(b), _mm256_extractf128_ps(b, 1));
+    c = _mm_add_ps(c, _mm_movehl_ps(c, c));
+    return _mm_cvtss_f32(_mm_add_ss(c, _mm_shuffle_ps(c, c, 1)));
+}
+inline float reduce_max(F a) { return _mm512_reduce_max_ps(a.v); }
+inline int32_t reduce_add_i(I a) { return _mm512_reduce_add_epi32(a.v); }
+inline int32_t reduce_max_i(I a) { return _mm512_reduce_max_epi32(a.v); }
+inline void store_i8(int8_t *p, I a) {
+    _mm_storeu_si128(reinterpret_cast<__m128i *>(p), _mm512_cvtsepi32_epi8(a.v));
+}
+
+// Pairs (x0, x1), (x2, x3)… of 32 floats into their first and second elements, and back.
+inline void deinterleave(F a, F b, F &even, F &odd) {
+    const __m512i e = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const __m512i o = _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+    even = {_mm512_permutex2var_ps(a.v, e, b.v)};
+    odd = {_mm512_permutex2var_ps(a.v, o, b.v)};
+}
+inline void interleave(F even, F odd, F &a, F &b) {
+    const __m512i l = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    const __m512i h = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+    a = {_mm512_permutex2var_ps(even.v, l, odd.v)};
+    b = {_mm512_permutex2var_ps(even.v, h, odd.v)};
+}
+
+inline B load_b(const uint8_t *p) { return {_mm512_loadu_si512(p)}; }
+inline B low_nibbles(B b) { return {_mm512_and_si512(b.v, _mm512_set1_epi8(0x0f))}; }
+inline B high_nibbles(B b) { return {_mm512_and_si512(_mm512_srli_epi16(b.v, 4), _mm512_set1_epi8(0x0f))}; }
+inline void prefetch(const void *p) { _mm_prefetch(static_cast<const char *>(p), _MM_HINT_T0); }
+
+// Sixteen integer dot products, four k a step. bits: how many a weight can use.
+template <int bits>
+struct Dot {
+    __m512i acc;
+    void init(int32_t start) { acc = _mm512_set1_epi32(start); }
+    void step(B w, const int8_t *a) {
+        int32_t four;
+        std::memcpy(&four, a, 4);
+        acc = _mm512_dpbusd_epi32(acc, w.v, _mm512_set1_epi32(four));
+    }
+    I finish() const { return {acc}; }
+};
+
+KVARN_KERNELS_END

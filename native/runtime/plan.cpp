@@ -1,0 +1,95 @@
+#include "runtime/plan.h"
+
+#include <algorithm>
+#include <chrono>
+#include <stdexcept>
+
+namespace kvarn {
+
+class StepPlan::Walk final : public Job {
+public:
+    Walk(StepPlan &plan, size_t begin, size_t end) : plan_(plan), begin_(begin), end_(end) {}
+    int stages() const override { return int(end_ - begin_); }
+    uint32_t items(int stage) const override {
+        return std::min(kMaxItems, plan_.stages_[begin_ + size_t(stage)]->items(plan_.step_));
+    }
+    void run(int stage, uint32_t item, int thread) noexcept override {
+        plan_.stages_[begin_ + size_t(stage)]->run(plan_.step_, item, plan_.scratch_[size_t(thread)]);
+    }
+
+private:
+    StepPlan &plan_;
+    size_t begin_, end_;
+};
+
+StepPlan::StepPlan(std::shared_ptr<Pool> pool, std::shared_ptr<KvCache> kv, const Kernels &kernels, Limits limits,
+                   size_t arena_bytes)
+    : pool_(std::move(pool)), kv_(std::move(kv)), kernels_(&kernels), limits_(limits), arena_(arena_bytes) {}
+
+uint8_t *StepPlan::place(size_t offset, size_t bytes) {
+    if (offset % 64 != 0 || offset > arena_.size() || bytes > arena_.size() - offset)
+        throw std::invalid_argument("a buffer of " + std::to_string(bytes) + " bytes at " + std::to_string(offset) +
+                                    " does not fit an arena of " + std::to_string(arena_.size()));
+    return arena_.data() + offset;
+}
+
+FloatBuffer StepPlan::float_buffer(size_t offset, int64_t width, int64_t stride, bool outputs) {
+    if (width < 1 || stride < width) throw std::invalid_argument("a buffer's stride must be at least its width");
+    uint8_t *data = place(offset, size_t(rows(outputs) * stride) * sizeof(float));
+    return {reinterpret_cast<float *>(data), width, stride, outputs};
+}
+
+QuantBuffer StepPlan::quant_buffer(size_t offset, int64_t cols, bool outputs) {
+    if (cols < 1 || cols % kGroup != 0) throw std::invalid_argument("quantized rows are multiples of 32 wide");
+    return {quant_rows(place(offset, quant_bytes(rows(outputs), cols)), rows(outputs), cols), outputs};
+}
+
+float *StepPlan::floats(size_t offset, int64_t count) {
+    return reinterpret_cast<float *>(place(offset, size_t(count) * sizeof(float)));
+}
+
+void StepPlan::finish() {
+    size_t scratch = 0, own = 0;
+    for (const auto &stage : stages_) {
+        scratch = std::max(scratch, round_up(stage->scratch_bytes(), 64));
+        own = std::max(own, round_up(stage->own_bytes(), 64));
+    }
+    const size_t each = round_up(scratch + own + 64, 4096);
+    scratch_pages_ = Pages(each * size_t(pool_->threads()));
+    for (int i = 0; i < pool_->threads(); ++i) {
+        uint8_t *data = scratch_pages_.data() + each * size_t(i);
+        scratch_.push_back({data, data + scratch, 0});
+    }
+}
+
+void StepPlan::begin(const Batch &batch) {
+    if (std::string problem = check_batch(batch, limits_, kv_->num_blocks(), kv_->block_size()); !problem.empty())
+        throw std::invalid_argument(problem);
+    begin_step(batch, ++steps_, step_);
+}
+
+void StepPlan::run(const Batch &batch) {
+    begin(batch);
+    Walk walk(*this, 0, stages_.size());
+    pool_->run(walk);
+}
+
+std::vector<double> StepPlan::profile(const Batch &batch) {
+    begin(batch);
+    std::vector<double> seconds;
+    for (size_t s = 0; s < stages_.size(); ++s) {
+        const auto start = std::chrono::steady_clock::now();
+        Walk walk(*this, s, s + 1);
+        pool_->run(walk);
+        seconds.push_back(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+    }
+    return seconds;
+}
+
+std::vector<std::string> StepPlan::labels() const {
+    std::vector<std::string> names;
+    for (const auto &stage : stages_) names.push_back(stage->label());
+    return names;
+}
+
+}  // namespace kvarn

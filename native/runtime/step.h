@@ -1,0 +1,45 @@
+// One step as stages see it.
+#pragma once
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "kvarn/kernels.h"
+
+namespace kvarn {
+
+// The arrays of kvarn.backends.base.InputBatch; shapes as documented there. Not owned.
+struct Batch {
+    int64_t tokens, sequences, outputs, table_width;
+    const int32_t *token_ids;
+    const int32_t *positions;
+    const int64_t *slot_mapping;
+    const int32_t *query_start;
+    const int32_t *seq_lens;
+    const int32_t *block_tables;
+    const int32_t *output_rows;
+};
+
+struct Limits {
+    int64_t max_tokens, max_sequences, max_model_len, vocab_size;
+};
+
+// Empty where every index is in range and the arrays agree; else what is wrong, naming the field.
+std::string check_batch(const Batch &batch, const Limits &limits, int64_t num_blocks, int64_t block_size);
+
+// Consecutive query rows of one sequence that attention handles together.
+struct QueryTile {
+    int64_t sequence, row, rows, position;
+};
+
+struct Step {
+    Batch batch;
+    uint64_t id;                    // unique in the plan's life, from 1
+    bool decode;                    // every sequence has exactly one token
+    std::vector<QueryTile> tiles;   // longest contexts first
+};
+
+// Fills `step` from a checked batch.
+void begin_step(const Batch &batch, uint64_t id, Step &step);
+
+}  // namespace kvarn

@@ -1,0 +1,71 @@
+#include "runtime/storage.h"
+
+#include <algorithm>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#include "runtime/pack.h"
+#include "runtime/pool.h"
+
+namespace kvarn {
+namespace {
+
+constexpr int64_t kPanelsPerItem = 4;
+
+KvLayerView view(const KvCache::Layer &layer, int64_t block_size, bool half) {
+    return {nullptr, block_size, layer.heads, layer.key_dim, layer.value_dim, half};
+}
+
+size_t layer_bytes(const KvLayerView &layer, int64_t num_blocks) {
+    return round_up(size_t(layer.block_bytes()) * size_t(num_blocks), 64);
+}
+
+}  // namespace
+
+PackedWeight::PackedWeight(Format format, int64_t rows, int64_t cols, const uint8_t *source, Pool &pool) {
+    if (rows < 1 || cols < 1 || cols % traits(format).block_size != 0)
+        throw std::invalid_argument(std::string("a ") + traits(format).name + " matrix of " + std::to_string(rows) +
+                                    " x " + std::to_string(cols) + " does not consist of whole blocks");
+    pages_ = Pages(size_t(num_panels(rows)) * panel_bytes(format, cols));
+    matrix_ = {format, rows, cols, pages_.data()};
+    const int64_t panels = num_panels(rows);
+    pool.parallel_for(uint32_t((panels + kPanelsPerItem - 1) / kPanelsPerItem), [&](uint32_t item, int) {
+        const int64_t begin = item * kPanelsPerItem;
+        pack_panels(format, rows, cols, source, pages_.data(), begin, std::min(panels, begin + kPanelsPerItem));
+    });
+}
+
+KvCache::KvCache(const std::vector<Layer> &layers, int64_t num_blocks, int64_t block_size, bool half)
+    : num_blocks_(num_blocks), block_size_(block_size), pages_(bytes(layers, num_blocks, block_size, half)) {
+    uint8_t *next = pages_.data();
+    for (const Layer &layer : layers) {
+        views_.push_back(view(layer, block_size, half));
+        views_.back().data = next;
+        next += layer_bytes(views_.back(), num_blocks);
+    }
+}
+
+size_t KvCache::bytes(const std::vector<Layer> &layers, int64_t num_blocks, int64_t block_size, bool half) {
+    if (num_blocks < 1 || block_size < 16 || block_size % 16 != 0)
+        throw std::invalid_argument("a KV cache has at least one block, of a multiple of 16 tokens");
+    size_t total = 0;
+    for (const Layer &layer : layers) total += layer_bytes(view(layer, block_size, half), num_blocks);
+    return total;
+}
+
+void KvCache::copy(const std::vector<std::pair<int64_t, int64_t>> &pairs) {
+    for (const auto &[from, to] : pairs)
+        if (from < 0 || from >= num_blocks_ || to < 0 || to >= num_blocks_)
+            throw std::invalid_argument("copy of block " + std::to_string(from) + " to " + std::to_string(to) +
+                                        " in a cache of " + std::to_string(num_blocks_) + " blocks");
+    for (const auto &[from, to] : pairs) {
+        if (from == to) continue;
+        for (const KvLayerView &layer : views_) {
+            const size_t bytes = size_t(layer.block_bytes());
+            std::memcpy(layer.data + size_t(to) * bytes, layer.data + size_t(from) * bytes, bytes);
+        }
+    }
+}
+
+}  // namespace kvarn

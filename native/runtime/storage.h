@@ -1,0 +1,70 @@
+// What an executable owns and stages refer to: packed weights, vectors, rotary tables and the KV cache.
+#pragma once
+#include <cstdint>
+#include <memory>
+#include <utility>
+#include <vector>
+
+#include "kvarn/kernels.h"
+#include "runtime/memory.h"
+
+namespace kvarn {
+
+class Pool;
+
+// A matrix or table in packed form.
+class PackedWeight {
+public:
+    // Packs a stored row-major tensor with the pool's threads. `source` is not used afterwards.
+    // Throws std::invalid_argument where cols is no multiple of the format's block, std::bad_alloc.
+    PackedWeight(Format format, int64_t rows, int64_t cols, const uint8_t *source, Pool &pool);
+
+    const PackedMatrix &matrix() const { return matrix_; }
+    size_t bytes() const { return pages_.size(); }
+
+private:
+    Pages pages_;
+    PackedMatrix matrix_;
+};
+
+// float32 parameters: norm weights, biases.
+struct Vector {
+    std::vector<float> values;
+};
+
+// cos and sin of each position: [positions][2][pairs].
+struct RotaryTable {
+    std::vector<float> values;
+    int64_t positions;
+    int64_t pairs;
+    bool interleaved;
+
+    const float *at(int64_t position) const { return values.data() + position * 2 * pairs; }
+};
+
+// All layers' keys and values, by blocks. Layouts: KvLayerView.
+class KvCache {
+public:
+    struct Layer {
+        int64_t heads, key_dim, value_dim;
+    };
+    KvCache(const std::vector<Layer> &layers, int64_t num_blocks, int64_t block_size, bool half);
+
+    static size_t bytes(const std::vector<Layer> &layers, int64_t num_blocks, int64_t block_size, bool half);
+
+    const KvLayerView &layer(size_t i) const { return views_.at(i); }
+    size_t num_layers() const { return views_.size(); }
+    int64_t num_blocks() const { return num_blocks_; }
+    int64_t block_size() const { return block_size_; }
+    size_t bytes() const { return pages_.size(); }
+
+    // Copies whole blocks in all layers, in order. Throws std::invalid_argument where a block does not exist.
+    void copy(const std::vector<std::pair<int64_t, int64_t>> &pairs);
+
+private:
+    int64_t num_blocks_, block_size_;
+    Pages pages_;
+    std::vector<KvLayerView> views_;
+};
+
+}  // namespace kvarn
