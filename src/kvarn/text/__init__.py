@@ -1,1 +1,7 @@
-"""To be written."""
+"""Text to tokens and back: vocabularies, chat templates, incremental detokenizing with stop strings."""
+
+from kvarn.text.detokenizer import IncrementalDetokenizer
+from kvarn.text.template import ChatTemplate
+from kvarn.text.tokenizer import Tokenizer, load_tokenizer
+
+__all__ = ["ChatTemplate", "IncrementalDetokenizer", "Tokenizer", "load_tokenizer"]
