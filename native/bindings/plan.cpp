@@ -237,6 +237,15 @@ void bind_plan(nb::module_ &m) {
         return size_t(AttentionStage::partial_elements(shape, threads)) * sizeof(float);
     }, "heads"_a, "kv_heads"_a, "value_dim"_a, "max_model_len"_a, "threads"_a,
        "Bytes where a decode step's attention, cut over threads, keeps its parts.");
+    m.def("linear_scratch_bytes", [](int64_t cols) { return LinearStage::scratch_bytes(cols); }, "cols"_a,
+          "Bytes a linear of that input width asks of each thread for an item.");
+    m.def("linear_own_bytes", [](int64_t cols) { return LinearStage::own_bytes(cols); }, "cols"_a,
+          "Bytes a linear that prepares its input asks of each thread for the stage.");
+    m.def("attention_scratch_bytes", [](int64_t group, int64_t key_dim, int64_t value_dim) {
+        return AttentionStage::scratch_bytes(group, key_dim, value_dim);
+    }, "group"_a, "key_dim"_a, "value_dim"_a, "Bytes attention asks of each thread for an item.");
+    m.def("thread_bytes", &StepPlan::thread_bytes, "scratch"_a, "own"_a,
+          "Bytes a plan takes for each thread, from the largest that its stages ask for.");
     auto plan = nb::class_<StepPlan>(m, "StepPlan", "Stages over buffers in one arena, run as one call per step.");
     plan.def("__init__", [](StepPlan *self, std::shared_ptr<Pool> pool, std::shared_ptr<KvCache> kv,
                             const std::string &isa, int64_t max_tokens, int64_t max_sequences, int64_t max_model_len,

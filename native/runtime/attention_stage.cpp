@@ -50,10 +50,9 @@ int64_t AttentionStage::partial_elements(const AttentionShape &shape, int thread
     return most_cut_pairs(threads) * shape.max_spans * shape.group() * attention_partial_elements(shape.kv.value_dim);
 }
 
-size_t AttentionStage::scratch_bytes() const {
-    const int64_t group = shape_.group(), kd = shape_.kv.key_dim;
-    const int64_t own = group * kd + kd + 16;
-    return size_t(attention_scratch_elements(group, kd, shape_.kv.value_dim) + own) * sizeof(float);
+size_t AttentionStage::scratch_bytes(int64_t group, int64_t key_dim, int64_t value_dim) {
+    const int64_t own = (group + 1) * key_dim + 16;
+    return size_t(attention_scratch_elements(group, key_dim, value_dim) + own) * sizeof(float);
 }
 
 float *AttentionStage::kernel_scratch(Scratch &scratch) const {

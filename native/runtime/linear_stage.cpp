@@ -60,14 +60,13 @@ uint32_t LinearStage::items(const Step &step) const {
     return uint32_t(blocks * s.row_spans);
 }
 
-size_t LinearStage::scratch_bytes() const {
-    const size_t starts = round_up(size_t(linear_scratch_elements(cols_)) * 4, 64);
-    return starts + (tiled_ ? 2 * size_t(kTileRows * kTilePanels * kPanelRows) * sizeof(float) : 0);
+size_t LinearStage::scratch_bytes(int64_t cols) {
+    const size_t starts = round_up(size_t(linear_scratch_elements(cols)) * 4, 64);
+    return starts + 2 * size_t(kTileRows * kTilePanels * kPanelRows) * sizeof(float);
 }
 
-size_t LinearStage::own_bytes() const {
-    if (!own_) return 0;
-    return quant_bytes(kOwnRows, cols_) + round_up(size_t(cols_) * sizeof(float), 64);
+size_t LinearStage::own_bytes(int64_t cols) {
+    return quant_bytes(kOwnRows, cols) + round_up(size_t(cols) * sizeof(float), 64);
 }
 
 // The thread's own copy of the input, made when it takes its first item of the stage.
@@ -129,9 +128,10 @@ void LinearStage::direct(const LinearJob &job, LinearArgs args) const {
     const int64_t n = std::min(args.panel_end * kPanelRows, args.w->rows) - begin;
     for (int64_t r = args.row_begin; r < args.row_end; ++r) {
         float *out = args.out + r * args.out_stride + begin;
+        if (job.scale != 1.0f) kernels().scale_cap(job.scale, 0.0f, out, n);
         if (job.bias) kernels().add(out, job.bias->values.data() + begin, out, n);
         if (job.function) kernels().activation(*job.function, out, out, n);
-        if (job.scale != 1.0f || job.softcap > 0) kernels().scale_cap(job.scale, job.softcap, out, n);
+        if (job.softcap > 0) kernels().scale_cap(1.0f, job.softcap, out, n);
     }
 }
 

@@ -18,7 +18,7 @@ struct LinearJob {
     std::shared_ptr<Vector> bias, up_bias;     // may be null
     std::optional<Function> function;          // applied to the result; with up: f(gate) * up
     FloatBuffer residual;                      // data null: none; else added last
-    float scale = 1.0f, softcap = 0.0f;        // logits: scale, then softcap * tanh(. / softcap)
+    float scale = 1.0f, softcap = 0.0f;        // logits: scale before bias, softcap * tanh(. / softcap) last
     FloatBuffer out;                           // data null: only quants are stored
     QuantBuffer quants;                        // unused: only floats are stored
 };
@@ -47,8 +47,12 @@ public:
                 std::shared_ptr<InputRecipe> own, std::vector<LinearJob> jobs, uint64_t index);
     uint32_t items(const Step &step) const override;
     void run(const Step &step, uint32_t item, Scratch &scratch) noexcept override;
-    size_t scratch_bytes() const override;
-    size_t own_bytes() const override;
+    size_t scratch_bytes() const override { return scratch_bytes(cols_); }
+    size_t own_bytes() const override { return own_ ? own_bytes(cols_) : 0; }
+
+    // What a linear that reads `cols` columns asks of a thread: for an item, and for its own input rows.
+    static size_t scratch_bytes(int64_t cols);
+    static size_t own_bytes(int64_t cols);
 
 private:
     struct Split {

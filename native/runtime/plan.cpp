@@ -48,13 +48,17 @@ float *StepPlan::floats(size_t offset, int64_t count) {
     return reinterpret_cast<float *>(place(offset, size_t(count) * sizeof(float)));
 }
 
+size_t StepPlan::thread_bytes(size_t scratch, size_t own) {
+    return round_up(round_up(scratch, 64) + round_up(own, 64) + 64, 4096);
+}
+
 void StepPlan::finish() {
     size_t scratch = 0, own = 0;
     for (const auto &stage : stages_) {
         scratch = std::max(scratch, round_up(stage->scratch_bytes(), 64));
         own = std::max(own, round_up(stage->own_bytes(), 64));
     }
-    const size_t each = round_up(scratch + own + 64, 4096);
+    const size_t each = thread_bytes(scratch, own);
     scratch_pages_ = Pages(each * size_t(pool_->threads()));
     for (int i = 0; i < pool_->threads(); ++i) {
         uint8_t *data = scratch_pages_.data() + each * size_t(i);

@@ -27,6 +27,7 @@ public:
 
     // Allocates what threads need; no stage may be added afterwards.
     void finish();
+    static size_t thread_bytes(size_t scratch, size_t own);  // of one thread, from the stages' largest
     size_t arena_bytes() const { return arena_.size(); }
     size_t scratch_bytes() const { return scratch_pages_.size(); }
 

@@ -30,6 +30,13 @@ std::string check_sequence(const Batch &b, int64_t s, const Limits &limits, int6
         const int64_t block = b.block_tables[s * b.table_width + i];
         if (block < 0 || block >= num_blocks) return out_of_range("block_tables of a sequence", i, block, num_blocks);
     }
+    for (int64_t row = begin; row < end; ++row) {
+        const int64_t position = b.positions[row];
+        const int64_t block = b.block_tables[s * b.table_width + position / block_size];
+        if (b.slot_mapping[row] != block * block_size + position % block_size)
+            return "slot_mapping[" + std::to_string(row) + "] is " + std::to_string(b.slot_mapping[row]) +
+                   ", which is not where the block table of " + name + " has position " + std::to_string(position);
+    }
     return "";
 }
 
@@ -50,16 +57,14 @@ std::string check_batch(const Batch &b, const Limits &limits, int64_t num_blocks
     for (int64_t s = 0; s < b.sequences; ++s)
         if (b.query_start[s + 1] < b.query_start[s] || b.query_start[s + 1] > b.tokens)
             return "query_start must be ascending";
-    const int64_t slots = num_blocks * block_size;
-    for (int64_t i = 0; i < b.tokens; ++i) {
+    for (int64_t i = 0; i < b.tokens; ++i)
         if (b.token_ids[i] < 0 || b.token_ids[i] >= limits.vocab_size)
             return out_of_range("token_ids", i, b.token_ids[i], limits.vocab_size);
-        if (b.slot_mapping[i] < 0 || b.slot_mapping[i] >= slots)
-            return out_of_range("slot_mapping", i, b.slot_mapping[i], slots);
-    }
-    for (int64_t i = 0; i < b.outputs; ++i)
+    for (int64_t i = 0; i < b.outputs; ++i) {
         if (b.output_rows[i] < 0 || b.output_rows[i] >= b.tokens)
             return out_of_range("output_rows", i, b.output_rows[i], b.tokens);
+        if (i > 0 && b.output_rows[i] <= b.output_rows[i - 1]) return "output_rows must be ascending";
+    }
     for (int64_t s = 0; s < b.sequences; ++s)
         if (std::string problem = check_sequence(b, s, limits, num_blocks, block_size); !problem.empty())
             return problem;

@@ -1,0 +1,63 @@
+// Logits to tokens. Every rule is defined by ReferenceSampler (src/kvarn/sampling/reference.py); this is the fast twin.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+namespace kvarn {
+
+struct SamplingParameters {
+    float temperature = 1.0f;  // 0: greedy
+    int64_t top_k = 0;         // <= 0: off
+    double top_p = 1.0;
+    double min_p = 0.0;
+    float repetition_penalty = 1.0f;
+    float presence_penalty = 0.0f;
+    float frequency_penalty = 0.0f;
+    int64_t min_tokens = 0;
+    int64_t logprobs = -1;  // -1: off; k: the chosen token's and the k best
+    uint64_t seed = 0;
+    uint32_t stream = 0;
+    std::vector<std::pair<int32_t, float>> bias;
+    std::vector<int32_t> stop_tokens;  // masked while fewer than min_tokens are out
+};
+
+struct Logprobs {
+    double chosen = 0;
+    int64_t rank = 0;
+    std::vector<std::pair<int32_t, double>> top;
+};
+
+struct Sample {
+    int32_t token = -1;
+    bool has_logprobs = false;
+    Logprobs logprobs;
+};
+
+// One uniform double in [0, 1): Philox4x32-10 (Salmon et al. 2011) of the counter (position, stream) under key `seed`.
+double uniform(uint64_t seed, uint32_t stream, uint64_t position);
+void philox4x32(uint32_t counter[4], uint32_t key0, uint32_t key1);
+
+// The state of one sequence: its parameters and which tokens it has seen.
+class SequenceSampler {
+  public:
+    SequenceSampler(SamplingParameters parameters, const int32_t *prompt, size_t prompt_size);
+
+    // Chooses the token for `position` from logits[vocab], and takes it into the state.
+    // Returns false where the logits hold NaN, +inf, or nothing finite; the state is unchanged then.
+    bool sample(const float *logits, size_t vocab, uint64_t position, std::vector<float> &scratch, Sample &out);
+
+  private:
+    bool adjusts() const;
+    bool penalizes() const;
+    void adjust(float *logits, size_t vocab) const;
+
+    SamplingParameters parameters_;
+    std::unordered_map<int32_t, int32_t> output_counts_;  // kept only where a penalty needs them
+    std::unordered_map<int32_t, int32_t> prompt_counts_;
+    int64_t output_tokens_ = 0;
+};
+
+}  // namespace kvarn

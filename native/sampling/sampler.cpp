@@ -1,0 +1,282 @@
+// One sequence's choice. Reductions run over fixed lanes in a fixed order, so a row's result depends on the row alone.
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "kvarn/sampling.h"
+
+namespace kvarn {
+namespace {
+
+// These loops are compiled for several instruction sets and chosen when the module is loaded. With contraction off each
+// gives the same bits.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_ADDRESS__)
+#define KVARN_WIDE __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
+#else
+#define KVARN_WIDE
+#endif
+
+constexpr size_t LANES = 16;
+constexpr float NEGATIVE_INFINITY = -std::numeric_limits<float>::infinity();
+
+struct Candidate {
+    float weight;
+    int32_t id;
+};
+
+// Better first: more weight, then the lower id.
+bool better(const Candidate &a, const Candidate &b) { return a.weight > b.weight || (a.weight == b.weight && a.id < b.id); }
+
+// Largest value; NaN where any is NaN.
+KVARN_WIDE float maximum(const float *x, size_t n) {
+    float lane[LANES];
+    int nan[LANES] = {};
+    std::fill(lane, lane + LANES, NEGATIVE_INFINITY);
+    size_t i = 0;
+    for (; i + LANES <= n; i += LANES)
+        for (size_t j = 0; j < LANES; ++j) {
+            lane[j] = x[i + j] > lane[j] ? x[i + j] : lane[j];
+            nan[j] |= x[i + j] != x[i + j];
+        }
+    for (size_t j = 0; i < n; ++i, ++j) {
+        lane[j] = std::max(lane[j], x[i]);
+        nan[j] |= x[i] != x[i];
+    }
+    float best = lane[0];
+    int any = nan[0];
+    for (size_t j = 1; j < LANES; ++j) {
+        best = std::max(best, lane[j]);
+        any |= nan[j];
+    }
+    return any ? std::numeric_limits<float>::quiet_NaN() : best;
+}
+
+int32_t first_equal(const float *x, size_t n, float value) {
+    for (size_t i = 0; i < n; ++i)
+        if (x[i] == value) return static_cast<int32_t>(i);
+    return -1;
+}
+
+// exp of a non-positive number to within 1 ulp or so of float: 2^k * polynomial on [-ln2/2, ln2/2], branch-free so that
+// compilers vectorize it. Below -87 the result is 0.
+inline float exp_nonpositive(float x) {
+    const float clamped = x < -87.0f ? -87.0f : x;
+    const float k = std::nearbyint(clamped * 1.44269504f);
+    float r = clamped - k * 0.693145752f;
+    r = r - k * 1.42860677e-6f;
+    float p = 1.3888889e-3f;
+    p = p * r + 8.3333333e-3f;
+    p = p * r + 4.1666668e-2f;
+    p = p * r + 1.6666667e-1f;
+    p = p * r + 0.5f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
+    const int32_t exponent = (static_cast<int32_t>(k) + 127) << 23;
+    const float scale = std::bit_cast<float>(exponent);
+    return x < -87.0f ? 0.0f : p * scale;
+}
+
+// weights[i] = exp((x[i] - top) * inverse_temperature).
+KVARN_WIDE void exponentials(const float *x, size_t n, float top, float inverse_temperature, float *weights) {
+    for (size_t i = 0; i < n; ++i) weights[i] = exp_nonpositive((x[i] - top) * inverse_temperature);
+}
+
+KVARN_WIDE double sum(const float *x, size_t n) {
+    double lane[LANES] = {};
+    size_t i = 0;
+    for (; i + LANES <= n; i += LANES)
+        for (size_t j = 0; j < LANES; ++j) lane[j] += static_cast<double>(x[i + j]);
+    for (size_t j = 0; i < n; ++i, ++j) lane[j] += static_cast<double>(x[i]);
+    double total = 0;
+    for (double value : lane) total += value;
+    return total;
+}
+
+// The k best of n weights, best first: a heap whose root is the worst kept, so most weights cost one comparison.
+std::vector<Candidate> best_of(const float *weights, size_t n, size_t k) {
+    std::vector<Candidate> heap;
+    heap.reserve(k + 1);
+    for (size_t i = 0; i < n; ++i) {
+        const Candidate candidate{weights[i], static_cast<int32_t>(i)};
+        if (heap.size() < k) {
+            heap.push_back(candidate);
+            std::push_heap(heap.begin(), heap.end(), better);
+        } else if (better(candidate, heap.front())) {
+            std::pop_heap(heap.begin(), heap.end(), better);
+            heap.back() = candidate;
+            std::push_heap(heap.begin(), heap.end(), better);
+        }
+    }
+    std::sort_heap(heap.begin(), heap.end(), better);
+    return heap;
+}
+
+// Weights at or above a threshold that together reach `wanted`, best first. The threshold comes from a histogram over
+// exponent and upper mantissa bits, so that only the nucleus is sorted.
+std::vector<Candidate> nucleus_candidates(const float *weights, size_t n, double wanted) {
+    constexpr size_t BINS = 4096;
+    std::vector<double> mass(BINS, 0.0);
+    const auto bin_of = [](float weight) { return std::bit_cast<uint32_t>(weight) >> 19; };
+    for (size_t i = 0; i < n; ++i) mass[bin_of(weights[i]) & (BINS - 1)] += static_cast<double>(weights[i]);
+    double cumulative = 0;
+    size_t threshold = BINS;
+    while (threshold > 0 && cumulative < wanted) cumulative += mass[--threshold];
+    // One bin more: the histogram's sums round otherwise than those of the sorted weights.
+    threshold = threshold > 0 ? threshold - 1 : 0;
+    std::vector<Candidate> kept;
+    for (size_t i = 0; i < n; ++i)
+        if (weights[i] > 0 && bin_of(weights[i]) >= threshold) kept.push_back({weights[i], static_cast<int32_t>(i)});
+    std::sort(kept.begin(), kept.end(), better);
+    return kept;
+}
+
+// Cuts the best-first list to the smallest prefix whose weights reach `wanted`; at least one stays.
+void cut_nucleus(std::vector<Candidate> &sorted, double wanted) {
+    double cumulative = 0;
+    for (size_t i = 0; i < sorted.size(); ++i) {
+        cumulative += static_cast<double>(sorted[i].weight);
+        if (cumulative >= wanted) {
+            sorted.resize(i + 1);
+            return;
+        }
+    }
+}
+
+double total_of(const std::vector<Candidate> &candidates) {
+    double total = 0;
+    for (const Candidate &candidate : candidates) total += static_cast<double>(candidate.weight);
+    return total;
+}
+
+// Inverse distribution function over the candidates in order of token id.
+int32_t draw(std::vector<Candidate> &candidates, double u) {
+    std::sort(candidates.begin(), candidates.end(), [](const Candidate &a, const Candidate &b) { return a.id < b.id; });
+    const double target = u * total_of(candidates);
+    double cumulative = 0;
+    for (const Candidate &candidate : candidates) {
+        cumulative += static_cast<double>(candidate.weight);
+        if (cumulative > target) return candidate.id;
+    }
+    return candidates.back().id;
+}
+
+int32_t draw_all(const float *weights, size_t n, double u) {
+    double total = 0;
+    for (size_t i = 0; i < n; ++i) total += static_cast<double>(weights[i]);
+    const double target = u * total;
+    double cumulative = 0;
+    int32_t last = 0;
+    for (size_t i = 0; i < n; ++i) {
+        cumulative += static_cast<double>(weights[i]);
+        if (weights[i] > 0) last = static_cast<int32_t>(i);
+        if (cumulative > target) return static_cast<int32_t>(i);
+    }
+    return last;
+}
+
+int32_t choose(const SamplingParameters &p, float *weights, size_t n, double u) {
+    if (p.min_p > 0)
+        for (size_t i = 0; i < n; ++i)
+            if (static_cast<double>(weights[i]) < p.min_p) weights[i] = 0;
+    const bool limited = p.top_k > 0 && static_cast<size_t>(p.top_k) < n;
+    if (!limited && p.top_p >= 1.0) return draw_all(weights, n, u);
+    std::vector<Candidate> kept;
+    if (limited) {
+        kept = best_of(weights, n, static_cast<size_t>(p.top_k));
+        if (p.top_p < 1.0) cut_nucleus(kept, p.top_p * total_of(kept));
+    } else {
+        const double wanted = p.top_p * sum(weights, n);
+        kept = nucleus_candidates(weights, n, wanted);
+        cut_nucleus(kept, wanted);
+    }
+    return draw(kept, u);
+}
+
+// Log-softmax of the raw logits: the chosen token's, its rank, and the k best.
+Logprobs logprobs_of(const float *logits, size_t n, float top, int32_t chosen, int64_t k, std::vector<float> &scratch) {
+    scratch.resize(n);
+    exponentials(logits, n, top, 1.0f, scratch.data());
+    const double log_total = static_cast<double>(top) + std::log(sum(scratch.data(), n));
+    Logprobs result;
+    result.chosen = static_cast<double>(logits[chosen]) - log_total;
+    result.rank = 1;
+    for (size_t i = 0; i < n; ++i) result.rank += logits[i] > logits[chosen];
+    if (k > 0)
+        for (const Candidate &candidate : best_of(logits, n, std::min(static_cast<size_t>(k), n)))
+            result.top.emplace_back(candidate.id, static_cast<double>(candidate.weight) - log_total);
+    return result;
+}
+
+}  // namespace
+
+SequenceSampler::SequenceSampler(SamplingParameters parameters, const int32_t *prompt, size_t prompt_size)
+    : parameters_(std::move(parameters)) {
+    if (parameters_.repetition_penalty != 1.0f)
+        for (size_t i = 0; i < prompt_size; ++i) ++prompt_counts_[prompt[i]];
+}
+
+bool SequenceSampler::penalizes() const {
+    return parameters_.repetition_penalty != 1.0f || parameters_.presence_penalty != 0.0f ||
+           parameters_.frequency_penalty != 0.0f;
+}
+
+bool SequenceSampler::adjusts() const {
+    return !parameters_.bias.empty() || penalizes() ||
+           (output_tokens_ < parameters_.min_tokens && !parameters_.stop_tokens.empty());
+}
+
+void SequenceSampler::adjust(float *logits, size_t vocab) const {
+    const auto inside = [vocab](int32_t id) { return id >= 0 && static_cast<size_t>(id) < vocab; };
+    for (const auto &[id, bias] : parameters_.bias)
+        if (inside(id)) logits[id] += bias;
+    if (output_tokens_ < parameters_.min_tokens)
+        for (int32_t id : parameters_.stop_tokens)
+            if (inside(id)) logits[id] = NEGATIVE_INFINITY;
+    if (!penalizes()) return;
+    const auto repeated = [&](int32_t id) {
+        float &x = logits[id];
+        x = x > 0 ? x / parameters_.repetition_penalty : x * parameters_.repetition_penalty;
+    };
+    if (parameters_.repetition_penalty != 1.0f)
+        for (const auto &[id, count] : prompt_counts_)
+            if (inside(id)) repeated(id);
+    for (const auto &[id, count] : output_counts_) {
+        if (!inside(id)) continue;
+        if (parameters_.repetition_penalty != 1.0f && !prompt_counts_.contains(id)) repeated(id);
+        logits[id] -= parameters_.frequency_penalty * static_cast<float>(count);
+        logits[id] -= parameters_.presence_penalty;
+    }
+}
+
+bool SequenceSampler::sample(const float *logits, size_t vocab, uint64_t position, std::vector<float> &scratch,
+                             Sample &out) {
+    const float raw_top = maximum(logits, vocab);
+    if (!std::isfinite(raw_top)) return false;
+    const float *row = logits;
+    float top = raw_top;
+    std::vector<float> adjusted;
+    if (adjusts()) {
+        adjusted.assign(logits, logits + vocab);
+        adjust(adjusted.data(), vocab);
+        row = adjusted.data();
+        top = maximum(row, vocab);
+        if (!std::isfinite(top)) return false;
+    }
+    if (parameters_.temperature == 0.0f) {
+        out.token = first_equal(row, vocab, top);
+    } else {
+        scratch.resize(vocab);
+        exponentials(row, vocab, top, 1.0f / parameters_.temperature, scratch.data());
+        out.token = choose(parameters_, scratch.data(), vocab, uniform(parameters_.seed, parameters_.stream, position));
+    }
+    out.has_logprobs = parameters_.logprobs >= 0;
+    if (out.has_logprobs)
+        out.logprobs = logprobs_of(logits, vocab, raw_top, out.token, parameters_.logprobs, scratch);
+    ++output_tokens_;
+    if (penalizes()) ++output_counts_[out.token];
+    return true;
+}
+
+}  // namespace kvarn

@@ -1,0 +1,111 @@
+"""`CpuBackend`: chooses threads and instruction set, packs weights, builds executables."""
+
+from __future__ import annotations
+
+import os
+
+from kvarn import _native
+from kvarn.backends.base import KvCacheSpec, StepLimits
+from kvarn.backends.cpu.build import Parameters, rotary_table
+from kvarn.backends.cpu.executable import CpuExecutable
+from kvarn.backends.cpu.memory import kv_layers
+from kvarn.backends.cpu.topology import physical_cores
+from kvarn.errors import ConfigError, UnsupportedModelError
+from kvarn.program import PositionEmbed, Program, Rope, Weight
+from kvarn.tensors import DType, Tensor, TensorSource
+from kvarn.tensors.dequantize import dequantize
+
+ISA_VARIABLE = "KVARN_ISA"
+MAX_THREADS = 1024
+
+
+class CpuBackend:
+    """Runs programs with native kernels. Stateless: each executable owns its threads and memory.
+
+    threads: how many run a step, the caller among them; 0: one for each physical core the process may use. isa:
+    "avx512", "avx2" or "scalar"; None: the environment's KVARN_ISA, else the best that the machine has. Raises
+    ConfigError where the machine does not run it or `threads` is out of range.
+    """
+
+    name = "cpu"
+
+    def __init__(self, threads: int = 0, isa: str | None = None) -> None:
+        if not 0 <= threads <= MAX_THREADS:
+            raise ConfigError(f"threads must be between 0 and {MAX_THREADS}, not {threads}")
+        self.isa = _choose_isa(isa)
+        self._cores = physical_cores()
+        self.threads = threads or len(self._cores)
+
+    def load(self, program: Program, weights: TensorSource, kv: KvCacheSpec, limits: StepLimits) -> CpuExecutable:
+        """Reads and packs every weight once (the file is not needed afterwards), allocates cache and activations.
+
+        Raises UnsupportedModelError for shapes the kernels do not run, ConfigError for settings, ModelFileError from
+        the source.
+        """
+        _check(program, kv, limits)
+        pool = _native.Pool(self.threads, self._pins())
+        tensors = {weight.name: _checked(weight, weights.tensor(weight.name)) for weight in program.weights}
+        parameters = Parameters(
+            matrices={name: _pack(tensor, pool) for name, tensor in tensors.items() if len(tensor.shape) > 1},
+            vectors={name: _vector(tensor) for name, tensor in tensors.items() if len(tensor.shape) == 1},
+            rotary={
+                table: rotary_table(table, limits.max_model_len)
+                for table in {op.table for op in program.ops if isinstance(op, Rope)}
+            },
+        )
+        cache = _native.KvCache(kv_layers(program), kv.num_blocks, kv.block_size, kv.dtype == "float16")
+        dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
+        return CpuExecutable(program, dtypes, parameters, pool, cache, kv, limits, self.isa)
+
+    def _pins(self) -> list[list[int]]:
+        """Each thread on its own core, where there are as many cores; else wherever the system puts it."""
+        return [list(core) for core in self._cores] if self.threads == len(self._cores) else []
+
+
+def available_isas() -> list[str]:
+    """Instruction sets that this machine runs, best first."""
+    return list(_native.available_isas())
+
+
+def _choose_isa(isa: str | None) -> str:
+    wanted = isa if isa is not None else os.environ.get(ISA_VARIABLE, "")
+    known = available_isas()
+    if not wanted:
+        return known[0]
+    if wanted not in known:
+        source = "isa" if isa is not None else ISA_VARIABLE
+        raise ConfigError(f"{source} must be one of {', '.join(known)} on this machine, not {wanted!r}")
+    return wanted
+
+
+def _check(program: Program, kv: KvCacheSpec, limits: StepLimits) -> None:
+    if kv.block_size < 16 or kv.block_size % 16:
+        raise ConfigError(f"block_size must be a multiple of 16, not {kv.block_size}")
+    if kv.num_blocks < 1:
+        raise ConfigError(f"num_blocks must be at least 1, not {kv.num_blocks}")
+    for name in ("max_num_tokens", "max_num_sequences", "max_model_len"):
+        if getattr(limits, name) < 1:
+            raise ConfigError(f"{name} must be at least 1, not {getattr(limits, name)}")
+    for op in program.ops:
+        if isinstance(op, PositionEmbed):
+            positions = program.weight(op.weight).shape[0]
+            if limits.max_model_len > positions:
+                raise ConfigError(f"max_model_len must be at most {positions}, the model's positions, not "
+                                  f"{limits.max_model_len}")  # fmt: skip
+    for index, layer in enumerate(program.kv_layers):
+        if layer.key_dim != layer.value_dim:
+            raise UnsupportedModelError(f"KV layer {index}: values of another length than keys are not supported")
+
+
+def _checked(weight: Weight, tensor: Tensor) -> Tensor:
+    if tensor.shape != weight.shape:
+        raise UnsupportedModelError(f"weight {weight.name} has shape {tensor.shape}, the program wants {weight.shape}")
+    return tensor
+
+
+def _pack(tensor: Tensor, pool: _native.Pool) -> _native.PackedWeight:
+    return _native.pack(tensor.dtype.name, tensor.rows, tensor.shape[-1], tensor.data, pool)
+
+
+def _vector(tensor: Tensor) -> _native.Vector:
+    return _native.Vector(dequantize(tensor))

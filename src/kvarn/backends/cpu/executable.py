@@ -1,0 +1,129 @@
+"""A loaded program on the CPU: packed weights, cache, threads, and one native plan per set of outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvarn import _native
+from kvarn.backends.base import InputBatch, KvCacheSpec, StepLimits
+from kvarn.backends.cpu.build import BuiltPlan, Parameters, build_plan
+from kvarn.backends.cpu.compile import compile_program
+from kvarn.backends.cpu.memory import CpuMemory, assign, weight_bytes
+from kvarn.errors import EngineError
+from kvarn.program import Program, Rows
+from kvarn.tensors import DType
+
+MAX_PLANS = 4
+"""Plans kept beside the main one: each set of extra outputs has its own, with activations of its own."""
+
+
+@dataclass(frozen=True, slots=True)
+class CpuInfo:
+    """What runs: instruction set, threads, and bytes held."""
+
+    isa: str
+    threads: int
+    memory: CpuMemory
+
+
+class CpuExecutable:
+    """See `kvarn.backends.base.Executable`. Owns all of its memory and threads; one caller at a time."""
+
+    def __init__(
+        self,
+        program: Program,
+        dtypes: Mapping[str, DType],
+        parameters: Parameters,
+        pool: _native.Pool,
+        kv: _native.KvCache,
+        kv_spec: KvCacheSpec,
+        limits: StepLimits,
+        isa: str,
+    ) -> None:
+        self.program = program
+        self.kv = kv_spec
+        self.limits = limits
+        self._dtypes = dtypes
+        self._parameters = parameters
+        self._pool: _native.Pool | None = pool
+        self._cache: _native.KvCache | None = kv
+        self._isa = isa
+        self._main = self._build(())
+        self._variants: dict[tuple[str, ...], BuiltPlan] = {}
+
+    def execute(self, batch: InputBatch, outputs: Sequence[str] = ()) -> Mapping[str, NDArray[np.float32]]:
+        """Runs one step in one native call without the GIL (see `Executable`)."""
+        built = self._plan(tuple(sorted(set(outputs) - {self.program.output})))
+        built.plan.run(*_arrays(batch))
+        rows = {Rows.TOKENS: batch.num_tokens, Rows.OUTPUTS: int(batch.output_rows.size)}
+        return {name: built.plan.array(buffer, rows[kind]) for name, (buffer, kind) in built.outputs.items()}
+
+    def profile(self, batch: InputBatch) -> list[tuple[str, float]]:
+        """Runs one step stage by stage; (stage, seconds) in order. Slower than `execute`; the same results."""
+        plan = self._plan(()).plan
+        return list(zip(plan.labels, plan.profile(*_arrays(batch)), strict=True))
+
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copies whole KV blocks (source, destination) in all layers, in order. Raises ValueError."""
+        if self._cache is None:
+            raise EngineError("the executable is closed")
+        self._cache.copy(list(pairs))
+
+    def info(self) -> CpuInfo:
+        """Instruction set, threads and bytes held now (activations of extra plans among them)."""
+        if self._pool is None or self._cache is None:
+            raise EngineError("the executable is closed")
+        plans = [built.plan for built in (self._main, *self._variants.values()) if built is not None]
+        tables = sum(self.limits.max_model_len * table.rotary_dim * 4 for table in self._parameters.rotary)
+        memory = CpuMemory(
+            weights=weight_bytes(self.program, self._dtypes),
+            tables=tables,
+            kv_cache=self._cache.nbytes,
+            activations=sum(plan.arena_bytes + plan.scratch_bytes for plan in plans),
+        )
+        return CpuInfo(self._isa, self._pool.threads, memory)
+
+    def close(self) -> None:
+        """Releases threads and memory. Idempotent."""
+        self._main = None
+        self._variants.clear()
+        self._parameters = Parameters({}, {}, {})
+        self._cache = None
+        self._pool = None
+
+    def _plan(self, outputs: tuple[str, ...]) -> BuiltPlan:
+        if self._main is None:
+            raise EngineError("the executable is closed")
+        if not outputs:
+            return self._main
+        if outputs not in self._variants:
+            for name in outputs:
+                try:
+                    self.program.buffer(name)
+                except KeyError:
+                    raise ValueError(f"the program has no buffer {name!r}") from None
+            if len(self._variants) >= MAX_PLANS:
+                self._variants.pop(next(iter(self._variants)))
+            self._variants[outputs] = self._build(outputs)
+        return self._variants[outputs]
+
+    def _build(self, outputs: tuple[str, ...]) -> BuiltPlan | None:
+        assert self._pool is not None
+        assert self._cache is not None
+        stages = compile_program(self.program, self._dtypes, outputs)
+        layout = assign(stages, self.program, self.limits, self._pool.threads)
+        return build_plan(
+            stages, layout, self._parameters,
+            program=self.program, limits=self.limits, pool=self._pool, kv=self._cache, isa=self._isa,
+        )  # fmt: skip
+
+
+def _arrays(batch: InputBatch) -> tuple[NDArray[np.generic], ...]:
+    return (
+        batch.token_ids, batch.positions, batch.slot_mapping, batch.query_start, batch.seq_lens, batch.block_tables,
+        batch.output_rows,
+    )  # fmt: skip

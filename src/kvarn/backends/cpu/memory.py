@@ -1,0 +1,163 @@
+"""Where activations are, and what everything takes: exact, computed without loading anything."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from kvarn import _native
+from kvarn.backends.base import KvCacheSpec, StepLimits
+from kvarn.backends.cpu.compile import compile_program
+from kvarn.backends.cpu.stages import (
+    AttentionStage,
+    LinearStage,
+    Place,
+    PositionStage,
+    Stage,
+    StageList,
+    reads,
+    writes,
+)
+from kvarn.program import Program, Rope, Rows
+from kvarn.tensors import DType
+
+ALIGNMENT = 64
+
+
+@dataclass(frozen=True, slots=True)
+class CpuMemory:
+    """Bytes an executable of the CPU back-end holds. `total` leaves out the interpreter and the mapped file."""
+
+    weights: int
+    """Packed matrices and tables, vectors."""
+    tables: int
+    """Rotary tables, for every position up to max_model_len."""
+    kv_cache: int
+    activations: int
+    """Buffers of the largest step, and the threads' working storage."""
+
+    @property
+    def total(self) -> int:
+        """Sum of all parts."""
+        return self.weights + self.tables + self.kv_cache + self.activations
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Offsets of all places in an arena of `arena_bytes`; places whose lifetimes do not meet share bytes."""
+
+    offsets: Mapping[Place, int]
+    arena_bytes: int
+
+
+def assign(stages: StageList, program: Program, limits: StepLimits, threads: int) -> Layout:
+    """Gives every place an offset: first fit, stage by stage. Places of outputs live to the end."""
+    sizes = _sizes(stages, program, limits, threads)
+    last = {place: index for index, stage in enumerate(stages.stages) for place in (*reads(stage), *writes(stage))}
+    for place in stages.outputs.values():
+        last[place] = len(stages.stages)
+    offsets: dict[Place, int] = {}
+    live: dict[Place, int] = {}
+    top = 0
+    for index, stage in enumerate(stages.stages):
+        for place in writes(stage):
+            if place in offsets:
+                continue
+            offset = _gap(sorted((offsets[p], sizes[p]) for p in live), sizes[place])
+            offsets[place] = offset
+            live[place] = last[place]
+            top = max(top, offset + sizes[place])
+        live = {place: end for place, end in live.items() if end > index}
+    return Layout(offsets, max(top, ALIGNMENT))
+
+
+def memory_use(
+    program: Program, dtypes: Mapping[str, DType], kv: KvCacheSpec, limits: StepLimits, threads: int
+) -> CpuMemory:
+    """What `CpuBackend(threads).load(...)` will hold, to the byte. dtypes: stored type of each weight of the program."""
+    stages = compile_program(program, dtypes)
+    layout = assign(stages, program, limits, threads)
+    rotary = {op.table for op in program.ops if isinstance(op, Rope)}
+    return CpuMemory(
+        weights=weight_bytes(program, dtypes),
+        tables=sum(limits.max_model_len * table.rotary_dim * 4 for table in rotary),
+        kv_cache=kv_cache_bytes(program, kv),
+        activations=layout.arena_bytes + threads * _thread_bytes(stages, program),
+    )
+
+
+def weight_bytes(program: Program, dtypes: Mapping[str, DType]) -> int:
+    """Bytes of the program's weights as kernels hold them."""
+    total = 0
+    for weight in program.weights:
+        if len(weight.shape) == 1:
+            total += 4 * weight.num_elements
+        else:
+            total += _native.packed_bytes(dtypes[weight.name].name, weight.num_elements // weight.shape[-1],
+                                          weight.shape[-1])  # fmt: skip
+    return total
+
+
+def kv_cache_bytes(program: Program, kv: KvCacheSpec) -> int:
+    """Bytes of the KV cache."""
+    return int(_native.kv_bytes(kv_layers(program), kv.num_blocks, kv.block_size, kv.dtype == "float16"))
+
+
+def kv_layers(program: Program) -> list[tuple[int, int, int]]:
+    """(heads, key_dim, value_dim) of each KV layer, as the native cache wants them."""
+    return [(layer.heads, layer.key_dim, layer.value_dim) for layer in program.kv_layers]
+
+
+def _gap(taken: list[tuple[int, int]], size: int) -> int:
+    """The lowest offset where `size` bytes fit between (offset, size) spans in ascending order."""
+    offset = 0
+    for start, length in taken:
+        if start - offset >= size:
+            break
+        offset = max(offset, start + length)
+    return offset
+
+
+def _sizes(stages: StageList, program: Program, limits: StepLimits, threads: int) -> dict[Place, int]:
+    sizes: dict[Place, int] = {}
+    for stage in stages.stages:
+        for place in (*reads(stage), *writes(stage)):
+            rows = limits.max_num_tokens if place.rows is Rows.TOKENS else limits.max_num_sequences
+            exact = _native.quant_bytes(rows, place.width) if place.quantized else rows * place.width * 4
+            sizes[place] = _aligned(exact)
+        if isinstance(stage, AttentionStage):
+            layer = program.kv_layers[stage.layer]
+            sizes[stage.partials] = _aligned(
+                _native.attention_partial_bytes(
+                    stage.heads, layer.heads, layer.value_dim, limits.max_model_len, threads
+                )
+            )
+    return sizes
+
+
+def _thread_bytes(stages: StageList, program: Program) -> int:
+    scratch, own = 0, 0
+    for stage in stages.stages:
+        scratch = max(scratch, _scratch_bytes(stage, program))
+        if isinstance(stage, LinearStage) and stage.recipe:
+            own = max(own, _native.linear_own_bytes(stage.recipe.x.width))
+    return int(_native.thread_bytes(scratch, own))
+
+
+def _scratch_bytes(stage: Stage, program: Program) -> int:
+    match stage:
+        case LinearStage():
+            source = stage.quants or stage.input
+            assert source is not None
+            return int(_native.linear_scratch_bytes(source.width))
+        case AttentionStage():
+            layer = program.kv_layers[stage.layer]
+            return int(_native.attention_scratch_bytes(stage.heads // layer.heads, layer.key_dim, layer.value_dim))
+        case PositionStage():
+            return 4 * stage.x.width
+        case _:
+            return 0
+
+
+def _aligned(size: int) -> int:
+    return (size + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
