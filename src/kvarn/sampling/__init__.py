@@ -1,1 +1,7 @@
-"""To be written."""
+"""Logits to tokens: the rules (`ReferenceSampler`), and the native twin that serves (`NativeSampler`)."""
+
+from kvarn.sampling.base import Sampler
+from kvarn.sampling.native import NativeSampler
+from kvarn.sampling.reference import ReferenceSampler
+
+__all__ = ["NativeSampler", "ReferenceSampler", "Sampler"]

@@ -1,0 +1,130 @@
+"""The definition of sampling, in NumPy float64."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvarn.request import SamplingParams, TokenLogprob
+from kvarn.sampling.base import check_ids
+from kvarn.step import NewSequence, SampledToken
+
+Floats = NDArray[np.float64]
+WORD = (1 << 32) - 1
+
+
+def philox4x32(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Philox4x32-10: a counter and a key to four random words (Salmon et al. 2011, section 3.3)."""
+    a, b, c, d = counter
+    k0, k1 = key
+    for _ in range(10):
+        first, second = 0xD2511F53 * a, 0xCD9E8D57 * c
+        a, b, c, d = (second >> 32) ^ b ^ k0, second & WORD, (first >> 32) ^ d ^ k1, first & WORD
+        k0, k1 = (k0 + 0x9E3779B9) & WORD, (k1 + 0xBB67AE85) & WORD
+    return a, b, c, d
+
+
+def uniform(seed: int, stream: int, position: int) -> float:
+    """The uniform number in [0, 1) for one token: 53 bits of Philox at counter (position, stream) under key seed."""
+    words = philox4x32((position & WORD, position >> 32 & WORD, stream, 0), (seed & WORD, seed >> 32 & WORD))
+    return ((words[0] << 32 | words[1]) >> 11) * 2.0**-53
+
+
+def adjusted_logits(
+    logits: Floats,
+    p: SamplingParams,
+    prompt: Sequence[int],
+    output: Counter[int],
+    masked: Sequence[int],
+) -> Floats:
+    """Logits after bias, the min_tokens mask and penalties, in that order. float64[vocab]; the input is not changed."""
+    x = logits.copy()
+    for token, bias in p.logit_bias.items():
+        x[token] += bias
+    x[list(masked)] = -np.inf
+    seen = list(set(prompt) | set(output))
+    if p.repetition_penalty != 1.0 and seen:
+        x[seen] = np.where(x[seen] > 0, x[seen] / p.repetition_penalty, x[seen] * p.repetition_penalty)
+    for token, count in output.items():
+        x[token] -= p.frequency_penalty * count + p.presence_penalty
+    return x
+
+
+def distribution(x: Floats, p: SamplingParams) -> Floats:
+    """Probabilities of all tokens after temperature, min_p, top_k and top_p, renormalized. float64[vocab].
+
+    min_p keeps tokens of at least that share of the likeliest one's probability (Nguyen et al. 2024); top_k the k
+    likeliest; top_p the smallest set of likeliest tokens whose probability, among those still kept, reaches p (Holtzman
+    et al. 2020, eq. 2). Among equals the lower id goes first.
+    """
+    weights = np.exp((x - x.max()) / p.temperature)
+    weights[weights < p.min_p] = 0.0
+    order = np.lexsort((np.arange(len(x)), -weights))
+    if p.top_k > 0:
+        weights[order[p.top_k :]] = 0.0
+    if p.top_p < 1.0:
+        cumulative = np.cumsum(weights[order])
+        last = int(np.searchsorted(cumulative, p.top_p * cumulative[-1]))
+        weights[order[last + 1 :]] = 0.0
+    result: Floats = weights / weights.sum()
+    return result
+
+
+@dataclass(slots=True)
+class _State:
+    new: NewSequence
+    output: Counter[int] = field(default_factory=Counter)
+
+
+class ReferenceSampler:
+    """`Sampler` as its rules read; for tests and as documentation."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self._vocab_size = vocab_size
+        self._states: dict[int, _State] = {}
+
+    def add(self, sequence: NewSequence) -> None:
+        """See `Sampler.add`."""
+        check_ids(sequence.sampling, self._vocab_size)
+        self._states[sequence.sequence_id] = _State(sequence)
+
+    def remove(self, sequence_id: int) -> None:
+        """See `Sampler.remove`."""
+        self._states.pop(sequence_id, None)
+
+    def sample(
+        self, logits: NDArray[np.float32], sequence_ids: Sequence[int], positions: Sequence[int]
+    ) -> list[SampledToken]:
+        """See `Sampler.sample`."""
+        rows = zip(logits.astype(np.float64), sequence_ids, positions, strict=True)
+        return [self._sample(row, sequence_id, position) for row, sequence_id, position in rows]
+
+    def _sample(self, row: Floats, sequence_id: int, position: int) -> SampledToken:
+        if sequence_id not in self._states:
+            raise ValueError(f"sequence {sequence_id} was not added")
+        state = self._states[sequence_id]
+        new, p = state.new, state.new.sampling
+        masked = new.stop_token_ids if state.output.total() < p.min_tokens else ()
+        x = adjusted_logits(row, p, new.prompt_token_ids, state.output, masked)
+        if not (np.isfinite(row.max()) and np.isfinite(x.max())):
+            raise ValueError(f"the logits of sequence {sequence_id} hold NaN or infinity, or leave no token")
+        if p.greedy:
+            token = int(x.argmax())
+        else:
+            cumulative = np.cumsum(distribution(x, p))
+            target = uniform(new.seed, new.stream, position) * cumulative[-1]
+            token = int(np.searchsorted(cumulative, target, side="right"))
+        state.output[token] += 1
+        return SampledToken(sequence_id, token, None if p.logprobs is None else _logprob(row, token, p.logprobs))
+
+
+def _logprob(row: Floats, token: int, count: int) -> TokenLogprob:
+    """Log-softmax of the raw logits at the token and at the `count` likeliest."""
+    logprobs = row - row.max() - np.log(np.exp(row - row.max()).sum())
+    order = np.lexsort((np.arange(len(row)), -row))[:count]
+    top = tuple((int(i), float(logprobs[i])) for i in order)
+    return TokenLogprob(token, float(logprobs[token]), int((row > row[token]).sum()) + 1, top)

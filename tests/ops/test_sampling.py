@@ -1,0 +1,204 @@
+"""The native sampler draws what the definition draws, with the right frequencies, whoever else is in the batch."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvarn import _native
+from kvarn.errors import RequestError
+from kvarn.request import SamplingParams
+from kvarn.sampling import NativeSampler, ReferenceSampler
+from kvarn.sampling.reference import distribution, philox4x32, uniform
+from kvarn.step import NewSequence
+
+VOCAB = 211
+
+
+def sequence(sampling, *, number=0, seed=5, stream=0, prompt=(1, 2, 2, 3), stop=()):
+    return NewSequence(number, tuple(prompt), sampling, seed, stream, tuple(stop))
+
+
+def random_logits(seed, rows=1, vocab=VOCAB):
+    return (np.random.default_rng(seed).standard_normal((rows, vocab)) * 3).astype(np.float32)
+
+
+PARAMS = st.builds(
+    SamplingParams,
+    temperature=st.sampled_from([0.0, 0.3, 1.0, 1.7]),
+    top_k=st.sampled_from([0, 1, 2, 17, 500]),
+    top_p=st.sampled_from([1.0, 0.95, 0.5, 0.01]),
+    min_p=st.sampled_from([0.0, 0.02, 0.3, 1.0]),
+    repetition_penalty=st.sampled_from([1.0, 1.3, 0.7]),
+    presence_penalty=st.sampled_from([0.0, 0.7, -1.0]),
+    frequency_penalty=st.sampled_from([0.0, 0.4, -0.5]),
+    logit_bias=st.dictionaries(st.integers(0, VOCAB - 1), st.sampled_from([-100.0, -3.0, 2.5]), max_size=4),
+    min_tokens=st.sampled_from([0, 3]),
+    logprobs=st.sampled_from([None, 0, 5]),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(PARAMS, st.integers(0, 2**63 - 1), st.integers(0, 7))
+def test_native_draws_what_the_reference_draws(params, seed, stream):
+    native, reference = NativeSampler(VOCAB), ReferenceSampler(VOCAB)
+    for sampler in (native, reference):
+        sampler.add(sequence(params, seed=seed, stream=stream, stop=(7, 9)))
+    for position in range(4, 12):
+        logits = random_logits(seed + position)
+        got, want = (sampler.sample(logits, [0], [position])[0] for sampler in (native, reference))
+        assert got.token_id == want.token_id
+        if params.logprobs is None:
+            assert got.logprob is None
+        else:
+            assert got.logprob.rank == want.logprob.rank
+            assert got.logprob.logprob == pytest.approx(want.logprob.logprob, abs=1e-5)
+            assert [t for t, _ in got.logprob.top] == [t for t, _ in want.logprob.top]
+            assert np.allclose([p for _, p in got.logprob.top], [p for _, p in want.logprob.top], atol=1e-5)
+
+
+def chi_square(counts, probabilities):
+    """The statistic and its degrees of freedom, rare outcomes pooled so that each expects at least 10."""
+    total = counts.sum()
+    order = np.argsort(-probabilities)
+    counts, expected = counts[order].astype(float), probabilities[order] * total
+    cut = int(np.searchsorted(-expected, -10, side="right"))
+    if cut < len(expected) and expected[cut:].sum() > 0:
+        counts = np.append(counts[:cut], counts[cut:].sum())
+        expected = np.append(expected[:cut], expected[cut:].sum())
+    else:
+        assert counts[cut:].sum() == 0
+        counts, expected = counts[:cut], expected[:cut]
+    return float(((counts - expected) ** 2 / expected).sum()), len(expected) - 1
+
+
+def quantile(freedom, z=4.0):
+    """The chi-square distribution's value at z standard deviations (Wilson & Hilferty 1931)."""
+    f = max(freedom, 1)
+    return f * (1 - 2 / (9 * f) + z * (2 / (9 * f)) ** 0.5) ** 3
+
+
+RULES = {
+    "plain": SamplingParams(),
+    "hot": SamplingParams(temperature=1.8),
+    "cold": SamplingParams(temperature=0.5),
+    "top_k": SamplingParams(top_k=12),
+    "top_p": SamplingParams(top_p=0.8),
+    "min_p": SamplingParams(min_p=0.05),
+    "all": SamplingParams(temperature=1.3, top_k=40, top_p=0.9, min_p=0.01),
+}
+
+
+def draws(params, logits, count):
+    sampler = NativeSampler(logits.size)
+    counts = np.zeros(logits.size, int)
+    rows = np.repeat(logits[None], 100, axis=0)
+    sampler.add(sequence(params))
+    for start in range(0, count, 100):
+        for sampled in sampler.sample(rows, [0] * 100, range(start, start + 100)):
+            counts[sampled.token_id] += 1
+    return counts
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_frequencies_are_the_exact_probabilities(name):
+    logits = random_logits(11)[0]
+    counts = draws(RULES[name], logits, 100_000)
+    exact = distribution(logits.astype(np.float64), RULES[name])
+    statistic, freedom = chi_square(counts, exact)
+    assert statistic < quantile(freedom), (statistic, freedom)
+
+
+def test_the_chi_square_test_sees_a_wrong_rule():
+    logits = random_logits(11)[0]
+    counts = draws(SamplingParams(temperature=1.03), logits, 100_000)
+    statistic, freedom = chi_square(counts, distribution(logits.astype(np.float64), SamplingParams()))
+    assert statistic > quantile(freedom)
+
+
+def test_a_row_does_not_depend_on_its_neighbours():
+    params = [SamplingParams(temperature=t, top_p=p, logprobs=3) for t, p in itertools.product((0, 1.0), (0.7, 1.0))]
+    logits = random_logits(3, rows=4)
+    together = NativeSampler(VOCAB)
+    for number, p in enumerate(params):
+        together.add(sequence(p, number=number, seed=number))
+    crowd = together.sample(logits, range(4), [9] * 4)
+    for number, p in enumerate(params):
+        alone = NativeSampler(VOCAB)
+        alone.add(sequence(p, number=number, seed=number))
+        assert alone.sample(logits[number : number + 1].copy(), [number], [9]) == [crowd[number]]
+
+
+def test_seed_stream_and_position_key_the_draw():
+    flat = np.zeros((1, VOCAB), np.float32)
+
+    def draw(seed, stream, position):
+        sampler = NativeSampler(VOCAB)
+        sampler.add(sequence(SamplingParams(), seed=seed, stream=stream))
+        return sampler.sample(flat, [0], [position])[0].token_id
+
+    assert draw(1, 0, 5) == draw(1, 0, 5)
+    assert len({draw(s, t, p) for s, t, p in itertools.product(range(3), repeat=3)}) > 15
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "words"),
+    [  # known answers of the Random123 distribution
+        ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+        (
+            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+            (0xA4093822, 0x299F31D0),
+            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+        ),
+    ],
+)
+def test_philox_known_answers(counter, key, words):
+    assert philox4x32(counter, key) == words
+    assert tuple(_native.philox4x32(list(counter), *key)) == words
+
+
+def test_uniform_is_the_same_in_both():
+    for seed, stream, position in ((0, 0, 0), (2**63 + 5, 3, 77), (12345, 0, 2**40)):
+        assert _native.uniform(seed, stream, position) == uniform(seed, stream, position)
+
+
+def test_greedy_takes_the_lowest_id_among_equals():
+    logits = np.zeros((1, VOCAB), np.float32)
+    logits[0, [50, 20, 120]] = 3
+    sampler = NativeSampler(VOCAB)
+    sampler.add(sequence(SamplingParams(temperature=0)))
+    assert sampler.sample(logits, [0], [4])[0].token_id == 20
+
+
+def test_min_tokens_keeps_stop_tokens_out_and_then_lets_them_in():
+    logits = np.zeros((1, VOCAB), np.float32)
+    logits[0, 7] = 50
+    sampler = NativeSampler(VOCAB)
+    sampler.add(sequence(SamplingParams(temperature=0, min_tokens=2), stop=(7,)))
+    assert [sampler.sample(logits, [0], [p])[0].token_id for p in range(3)] == [0, 0, 7]
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("kind", [NativeSampler, ReferenceSampler])
+def test_logits_that_are_no_distribution_are_refused(kind, bad):
+    logits = np.full((1, VOCAB), bad if bad == -np.inf else 0, np.float32)
+    logits[0, 3] = bad
+    sampler = kind(VOCAB)
+    sampler.add(sequence(SamplingParams(), number=42))
+    with pytest.raises(ValueError, match="sequence 42"):
+        sampler.sample(logits, [42], [4])
+    with pytest.raises(ValueError, match="sequence 43 was not added"):
+        sampler.sample(logits, [43], [4])
+
+
+@pytest.mark.parametrize("kind", [NativeSampler, ReferenceSampler])
+def test_tokens_outside_the_vocabulary_are_refused(kind):
+    for field, params in {
+        "logit_bias": SamplingParams(logit_bias={VOCAB: 1.0}),
+        "stop_token_ids": SamplingParams(stop_token_ids=(VOCAB,)),
+    }.items():
+        with pytest.raises(RequestError, match=field):
+            kind(VOCAB).add(sequence(params))
