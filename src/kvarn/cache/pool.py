@@ -36,7 +36,7 @@ class BlockPool:
         return self._references[block]
 
     def allocate(self, count: int) -> list[int]:
-        """Takes `count` free blocks, one reference each. Raises OutOfBlocksError, and takes none, where fewer are free."""
+        """Takes `count` free blocks, one reference each; raises OutOfBlocksError, taking none, if fewer are free."""
         if count > len(self._free):
             raise OutOfBlocksError(f"{count} blocks asked for, {len(self._free)} of {self.num_blocks} free")
         blocks = [self._free.pop() for _ in range(count)]

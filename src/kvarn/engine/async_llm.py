@@ -1,0 +1,206 @@
+"""`AsyncLLM`: the engine for asyncio. Requests of any number of tasks and event loops share one engine."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import weakref
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Self
+
+from kvarn.config import EngineConfig
+from kvarn.engine.events import EngineStats, Event, RequestFailed, merge_outputs
+from kvarn.engine.load import LoadedEngine, load_engine
+from kvarn.engine.loop import EngineLoop
+from kvarn.models import ModelConfig
+from kvarn.request import Request, RequestOutput
+from kvarn.text import Tokenizer
+
+
+class AsyncLLM:
+    """A loaded model that answers `Request`s as streams. Close it when done."""
+
+    def __init__(self, engine: LoadedEngine) -> None:
+        """Starts the engine's thread. engine: owned from now on."""
+        self._engine = engine
+        self._loop = EngineLoop(engine.core, max_num_queued_requests=engine.config.scheduler.max_num_queued_requests)
+        self._mailboxes: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Mailbox] = weakref.WeakKeyDictionary()
+        self._lock = threading.Lock()
+
+    @classmethod
+    def from_model(cls, name_or_path: str, config: EngineConfig | None = None) -> Self:
+        """Loads a catalogued name, a .gguf file or a folder. Blocks for as long as loading takes; prints nothing.
+
+        Raises ModelFileError, UnsupportedModelError, PullError, ConfigError, CapacityError.
+        """
+        return cls(load_engine(name_or_path, config or EngineConfig()))
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer."""
+        return self._engine.tokenizer
+
+    @property
+    def model_name(self) -> str:
+        """A name for the model: the catalogued one, or the file's or folder's."""
+        return self._engine.name
+
+    @property
+    def model_config(self) -> ModelConfig:
+        """Sizes and ids of the model."""
+        return self._engine.model_config
+
+    @property
+    def config(self) -> EngineConfig:
+        """The engine's settings."""
+        return self._engine.config
+
+    @property
+    def max_model_len(self) -> int:
+        """Most tokens of one sequence, prompt and output together."""
+        return self._engine.max_model_len
+
+    @property
+    def is_running(self) -> bool:
+        """False once the engine was closed or has failed for good."""
+        return self._loop.failure is None
+
+    def check(self, request: Request) -> None:
+        """Raises RequestError, naming field and limit, for a request this engine can never run."""
+        self._loop.check(request)
+
+    def generate(self, request: Request) -> RequestStream:
+        """Starts a request; its outputs come from the stream, in pieces as they are made.
+
+        The request is queued when this returns, whether or not the stream is read; it is aborted within a step when
+        the stream is closed, when a task that waits on it is cancelled, or when nobody holds the stream any more.
+        Must be called in a running event loop. Raises RequestError, QueueFullError, EngineError at once.
+        """
+        mailbox = self._mailbox(asyncio.get_running_loop())
+        self._loop.submit(request, mailbox)
+        # Nothing can be delivered before this returns to the event loop, so the stream is in time.
+        stream = mailbox.streams[request.request_id] = RequestStream(self._loop, request.request_id)
+        return stream
+
+    async def abort(self, request_id: str) -> None:
+        """Ends a request before the next step; its stream gets a last output with FinishReason.ABORT."""
+        self._loop.abort(request_id)
+
+    def stats(self) -> EngineStats:
+        """A snapshot of the engine."""
+        return self._loop.stats()
+
+    async def close(self) -> None:
+        """Ends the engine: requests in flight fail with EngineError, memory is released. Idempotent."""
+        await asyncio.to_thread(self._loop.close)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    def _mailbox(self, loop: asyncio.AbstractEventLoop) -> _Mailbox:
+        with self._lock:
+            if loop not in self._mailboxes:
+                self._mailboxes[loop] = _Mailbox(loop, self._loop)
+            return self._mailboxes[loop]
+
+
+class RequestStream:
+    """The outputs of one request: an async iterator of `RequestOutput`.
+
+    A reader that falls behind the engine gets what has gathered as one output. Ends after the output with `finished`;
+    raises EngineError where the request failed. For one reader at a time.
+    """
+
+    def __init__(self, engine: EngineLoop, request_id: str) -> None:
+        self.request_id = request_id
+        self._engine = engine
+        self._pending: list[RequestOutput] = []
+        self._error: Exception | None = None
+        self._ended = False
+        """The last event has come (it may still be unread)."""
+        self._reader: asyncio.Future[None] | None = None
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> RequestOutput:
+        while not self._pending:
+            if self._error is not None:
+                error, self._error = self._error, None
+                raise error
+            if self._ended:
+                raise StopAsyncIteration
+            self._reader = asyncio.get_running_loop().create_future()
+            try:
+                await self._reader
+            except asyncio.CancelledError:
+                self._abort()
+                raise
+            finally:
+                self._reader = None
+        pending, self._pending = self._pending, []
+        return merge_outputs(pending)
+
+    async def aclose(self) -> None:
+        """Aborts the request if it is not finished; the stream ends. Idempotent."""
+        self._abort()
+
+    def _abort(self) -> None:
+        if not self._ended:
+            self._ended = True
+            self._engine.abort(self.request_id)
+        self._pending.clear()
+        self._error = None
+        self._wake_reader()
+
+    def _put(self, event: Event) -> None:
+        """Called in the stream's event loop."""
+        if self._ended:
+            return
+        if isinstance(event, RequestFailed):
+            self._error, self._ended = event.error, True
+        else:
+            self._pending.append(event)
+            self._ended = event.finished
+        self._wake_reader()
+
+    def _wake_reader(self) -> None:
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
+
+    def __del__(self) -> None:
+        self._abort()
+
+
+class _Mailbox:
+    """Hands events to the streams of one event loop: one wake-up of the loop for all events of a step."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, engine: EngineLoop) -> None:
+        # The engine holds mailboxes of requests in flight; these must not keep a loop alive that is closed.
+        self._loop = weakref.ref(loop)
+        self._engine = engine
+        self.streams: weakref.WeakValueDictionary[str, RequestStream] = weakref.WeakValueDictionary()
+
+    def receive(self, events: Sequence[Event]) -> None:
+        """Called in the engine's thread."""
+        loop = self._loop()
+        try:
+            if loop is None:
+                raise RuntimeError("the event loop is gone")
+            loop.call_soon_threadsafe(self._deliver, events)
+        except RuntimeError:
+            # The loop was closed with requests in flight: nobody will read them.
+            for event in events:
+                self._engine.abort(event.request_id)
+
+    def _deliver(self, events: Sequence[Event]) -> None:
+        for event in events:
+            stream = self.streams.get(event.request_id)
+            if stream is not None:
+                stream._put(event)

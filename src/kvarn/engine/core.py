@@ -1,0 +1,178 @@
+"""`EngineCore`: requests in, one step at a time, outputs out. Synchronous, and the same whoever drives it."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from kvarn.engine.events import EngineStats, Event, RequestFailed
+from kvarn.engine.output import RequestText
+from kvarn.errors import EngineError, RequestError
+from kvarn.request import FinishReason, Request, RequestOutput, SequenceOutput
+from kvarn.runner import Runner
+from kvarn.scheduler import Scheduler, Sequence
+from kvarn.step import SampledToken
+from kvarn.text import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Counters:
+    """What `EngineStats` counts since the start; a reset does not set it back."""
+
+    steps: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    preemptions: int = 0
+    failed_steps: int = 0
+
+
+class EngineCore:
+    """A scheduler, a runner and a tokenizer put together. Not thread-safe, but for `check`.
+
+    Owns the runner and closes it. After `step` raised, `reset` brings the engine back to an empty state.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        new_scheduler: Callable[[], Scheduler],
+        tokenizer: Tokenizer,
+        vocab_size: int,
+        *,
+        on_close: Callable[[], None] = lambda: None,
+    ) -> None:
+        """new_scheduler: makes an empty scheduler over the runner's blocks. vocab_size: width of the logits.
+
+        on_close: called after the runner is closed (the model's files, from which a back-end may still read).
+        """
+        self._runner = runner
+        self._on_close = on_close
+        self._new_scheduler = new_scheduler
+        self._scheduler = new_scheduler()
+        self._limits = self._scheduler.limits
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._texts: dict[str, RequestText] = {}
+        self._counters = _Counters()
+
+    def check(self, request: Request) -> None:
+        """Raises RequestError, naming field and limit, for a request this engine can never run. Any thread may call."""
+        self._limits.check(request)
+        sampling = request.sampling
+        for field, ids in (
+            ("prompt", request.prompt_token_ids),
+            ("logit_bias", sampling.logit_bias),
+            ("stop_token_ids", sampling.stop_token_ids),
+        ):
+            wrong = next((token for token in ids if not 0 <= token < self._vocab_size), None)
+            if wrong is not None:
+                raise RequestError(f"{field}: token ids are 0 to {self._vocab_size - 1}, not {wrong}", field=field)
+        if request.priority != 0:
+            raise RequestError("priority must be 0: requests are served first come, first served", field="priority")
+
+    def add(self, request: Request) -> None:
+        """Queues a request. Without a seed it gets one at random. Raises RequestError, QueueFullError."""
+        self.check(request)
+        sequences = self._scheduler.add(request, seed=secrets.randbits(63))
+        try:
+            self._texts[request.request_id] = RequestText(request, sequences, self._tokenizer)
+        except Exception:
+            self._scheduler.abort(request.request_id)
+            raise
+
+    def abort(self, request_id: str) -> RequestOutput | None:
+        """Ends a request and frees its blocks at once. Returns its last output; None where there is no such request."""
+        self._scheduler.abort(request_id)
+        text = self._texts.pop(request_id, None)
+        return None if text is None else text.abort()
+
+    def has_work(self) -> bool:
+        """Whether `step` has anything to do."""
+        return self._scheduler.has_work()
+
+    def step(self) -> list[Event]:
+        """Runs one step; returns what each request gained by it.
+
+        Raises what the runner raises: then nothing is known of the state, and only `reset` and `close` may follow.
+        """
+        scheduled = self._scheduler.schedule()
+        result = self._runner.execute(scheduled)
+        sampled = self._scheduler.update(scheduled, result)
+        self._count(sampled)
+        parts: dict[str, list[SequenceOutput]] = {}
+        failed: list[Event] = []
+        for sequence, token in sampled:
+            request_id = sequence.request.request_id
+            text = self._texts.get(request_id)
+            if text is None:
+                continue
+            try:
+                output = text.append(sequence, token)
+            except Exception:
+                failed.append(self._fail_one(request_id))
+                continue
+            parts.setdefault(request_id, []).append(output)
+            if output.finish_reason is FinishReason.STOP:
+                self._scheduler.finish(sequence.sequence_id, FinishReason.STOP, output.stop_reason)
+        return failed + [self._message(i, tuple(outputs)) for i, outputs in parts.items() if i in self._texts]
+
+    def stats(self) -> EngineStats:
+        """A snapshot."""
+        scheduler, counters = self._scheduler, self._counters
+        return EngineStats(
+            running=scheduler.num_running,
+            waiting=scheduler.num_waiting,
+            queued=scheduler.num_queued,
+            num_blocks=scheduler.num_blocks,
+            free_blocks=scheduler.num_free_blocks,
+            steps=counters.steps,
+            prompt_tokens=counters.prompt_tokens,
+            generated_tokens=counters.generated_tokens,
+            preemptions=counters.preemptions + scheduler.num_preemptions,
+            failed_steps=counters.failed_steps,
+        )
+
+    def reset(self) -> None:
+        """Drops all requests and starts anew, after `step` raised. Raises where the program does not run any more."""
+        self._counters.failed_steps += 1
+        self._counters.preemptions += self._scheduler.num_preemptions
+        self._texts.clear()
+        self._scheduler = self._new_scheduler()
+        self._runner.reset()
+
+    def close(self) -> None:
+        """Releases the model. Idempotent."""
+        self._runner.close()
+        self._on_close()
+
+    def _message(self, request_id: str, outputs: tuple[SequenceOutput, ...]) -> RequestOutput:
+        text = self._texts[request_id]
+        if text.finished:
+            del self._texts[request_id]
+        return text.output(outputs)
+
+    def _fail_one(self, request_id: str) -> RequestFailed:
+        """Ends a request whose text could not be made; the others go on."""
+        error_id = new_error_id()
+        logger.exception("request %s failed (error id %s)", request_id, error_id)
+        self._scheduler.abort(request_id)
+        del self._texts[request_id]
+        return RequestFailed(request_id, EngineError(f"the request failed in the engine (error id {error_id})"))
+
+    def _count(self, sampled: list[tuple[Sequence, SampledToken]]) -> None:
+        counters = self._counters
+        counters.steps += 1
+        counters.generated_tokens += len(sampled)
+        for sequence, _ in sampled:
+            if sequence.index == 0 and sequence.num_output_tokens == 1:
+                counters.prompt_tokens += sequence.num_prompt_tokens
+
+
+def new_error_id() -> str:
+    """A short id that is in the log and in the client's error, so that one finds the other."""
+    return uuid.uuid4().hex[:12]

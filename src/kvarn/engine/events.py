@@ -1,0 +1,63 @@
+"""What comes out of the engine: outputs and failures of requests, and its statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kvarn.errors import KvarnError
+from kvarn.request import RequestOutput, SequenceOutput
+
+
+@dataclass(frozen=True, slots=True)
+class RequestFailed:
+    """A request that ends without an answer. The last event of its request."""
+
+    request_id: str
+    error: KvarnError
+
+
+Event = RequestOutput | RequestFailed
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """A snapshot of the engine. Counters count since its start; they never go down."""
+
+    running: int = 0
+    """Sequences that take part in the steps."""
+    waiting: int = 0
+    """Sequences that do not: new or preempted."""
+    queued: int = 0
+    """Requests of which nothing has been computed; the queue limit counts these."""
+    num_blocks: int = 0
+    free_blocks: int = 0
+    steps: int = 0
+    prompt_tokens: int = 0
+    """Of the requests that have got their first token."""
+    generated_tokens: int = 0
+    preemptions: int = 0
+    failed_steps: int = 0
+
+
+def merge_outputs(outputs: Sequence[RequestOutput]) -> RequestOutput:
+    """Consecutive outputs of one request as one, for a reader that is slower than the engine. At least one."""
+    last = outputs[-1]
+    if len(outputs) == 1:
+        return last
+    by_index: dict[int, list[SequenceOutput]] = {}
+    for output in outputs:
+        for part in output.outputs:
+            by_index.setdefault(part.index, []).append(part)
+    merged = tuple(
+        SequenceOutput(
+            index=index,
+            token_ids=tuple(token for part in parts for token in part.token_ids),
+            text="".join(part.text for part in parts),
+            logprobs=tuple(logprob for part in parts for logprob in part.logprobs),
+            finish_reason=parts[-1].finish_reason,
+            stop_reason=parts[-1].stop_reason,
+        )
+        for index, parts in sorted(by_index.items())
+    )
+    return RequestOutput(last.request_id, merged, last.num_prompt_tokens, last.num_cached_tokens, last.finished)

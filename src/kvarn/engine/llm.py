@@ -1,0 +1,239 @@
+"""`LLM`: the engine for scripts. Blocking, and thin: the same engine thread as `AsyncLLM` does the work."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import queue
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+from kvarn.config import CacheConfig, EngineConfig, SchedulerConfig
+from kvarn.engine.events import EngineStats, Event, RequestFailed, merge_outputs
+from kvarn.engine.load import LoadedEngine, load_engine
+from kvarn.engine.loop import EngineLoop
+from kvarn.errors import ConfigError, RequestError
+from kvarn.models import ModelConfig
+from kvarn.request import FinishReason, Request, RequestOutput, SamplingParams, TokenLogprob
+from kvarn.text import Tokenizer
+
+Prompt = str | Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One answer, whole."""
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    stop_reason: str | int | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """The `n` answers to one prompt. `text`, `token_ids` and `finish_reason` are the first one's."""
+
+    prompt_token_ids: tuple[int, ...]
+    choices: tuple[Choice, ...]
+    num_cached_tokens: int = 0
+
+    @property
+    def text(self) -> str:
+        """Text of the first answer."""
+        return self.choices[0].text
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """Tokens of the first answer."""
+        return self.choices[0].token_ids
+
+    @property
+    def finish_reason(self) -> FinishReason:
+        """Why the first answer ended."""
+        return self.choices[0].finish_reason
+
+
+class LLM:
+    """A loaded model. A context manager; close it when done.
+
+    with LLM("smollm2-135m-instruct", max_num_seqs=16) as llm:
+        print(llm.chat([{"role": "user", "content": "Name three rivers."}]).text)
+
+    Settings are an `EngineConfig`, or its fields by name, those of its `cache` and `scheduler` among them. Methods may
+    be called from several threads; Ctrl-C in one of them aborts what it waits for and leaves the engine as it was.
+    """
+
+    def __init__(self, name_or_path: str, *, config: EngineConfig | None = None, **overrides: Any) -> None:
+        """Loads a catalogued name, a .gguf file or a folder.
+
+        Raises ModelFileError, UnsupportedModelError, PullError, CapacityError, and ConfigError for a wrong setting.
+        """
+        self._start(load_engine(name_or_path, with_overrides(config or EngineConfig(), overrides)))
+
+    @classmethod
+    def from_engine(cls, engine: LoadedEngine) -> Self:
+        """A front for an engine that is loaded already; owned from now on."""
+        llm = cls.__new__(cls)
+        llm._start(engine)
+        return llm
+
+    def _start(self, engine: LoadedEngine) -> None:
+        self._engine = engine
+        self._max_queued = engine.config.scheduler.max_num_queued_requests
+        self._loop = EngineLoop(engine.core, max_num_queued_requests=self._max_queued)
+        self._numbers = itertools.count()
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer."""
+        return self._engine.tokenizer
+
+    @property
+    def model_name(self) -> str:
+        """A name for the model: the catalogued one, or the file's or folder's."""
+        return self._engine.name
+
+    @property
+    def model_config(self) -> ModelConfig:
+        """Sizes and ids of the model."""
+        return self._engine.model_config
+
+    @property
+    def max_model_len(self) -> int:
+        """Most tokens of one sequence, prompt and output together."""
+        return self._engine.max_model_len
+
+    def stats(self) -> EngineStats:
+        """A snapshot of the engine."""
+        return self._loop.stats()
+
+    def generate(
+        self,
+        prompts: str | Sequence[Prompt],
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[Completion]:
+        """Completes one text, or each of several texts or lists of token ids; in the order of the prompts.
+
+        All run together, as many as the engine takes. sampling: for all, or one for each. Raises RequestError before
+        anything runs where one of the prompts is wrong, EngineError where the engine fails.
+        """
+        several = [prompts] if isinstance(prompts, str) else list(prompts)
+        params = [sampling or SamplingParams()] * len(several) if not isinstance(sampling, Sequence) else list(sampling)
+        if len(params) != len(several):
+            raise RequestError(f"{len(params)} sampling params for {len(several)} prompts", field="sampling")
+        requests = [self._request(p, s) for p, s in zip(several, params, strict=True)]
+        gathered: dict[str, list[RequestOutput]] = {request.request_id: [] for request in requests}
+        for output in self._run(requests):
+            gathered[output.request_id].append(output)
+        return [_completion(request, gathered[request.request_id]) for request in requests]
+
+    def chat(
+        self, messages: Sequence[Mapping[str, Any]], sampling: SamplingParams | None = None, **template: Any
+    ) -> Completion:
+        """The answer to a conversation. template: keywords of `Tokenizer.encode_chat` (tools, …)."""
+        (completion,) = self.generate([self.tokenizer.encode_chat(messages, **template)], sampling)
+        return completion
+
+    def stream(self, prompt: Prompt, sampling: SamplingParams | None = None) -> Iterator[RequestOutput]:
+        """Completes one prompt piece by piece.
+
+        The request is checked at once, starts with the first read, and is aborted where the iterator is closed early.
+        """
+        request = self._request(prompt, sampling or SamplingParams())
+        return self._run([request])
+
+    def close(self) -> None:
+        """Ends the engine and releases its memory. Idempotent."""
+        self._loop.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _request(self, prompt: Prompt, sampling: SamplingParams) -> Request:
+        """Checked: it can run."""
+        if isinstance(prompt, int):
+            raise RequestError("prompts are texts or lists of token ids; put a single list into a list", field="prompt")
+        ids = self.tokenizer.encode(prompt, add_special_tokens=True) if isinstance(prompt, str) else prompt
+        request = Request(f"llm-{next(self._numbers)}", tuple(ids), sampling)
+        self._loop.check(request)
+        return request
+
+    def _run(self, requests: Iterable[Request]) -> Iterator[RequestOutput]:
+        """Outputs of all requests as they come. No more are submitted at a time than the engine's queue takes."""
+        waiting, inbox, unfinished = deque(requests), _Inbox(), set[str]()
+        try:
+            while waiting or unfinished:
+                while waiting and len(unfinished) < self._max_queued:
+                    request = waiting.popleft()
+                    unfinished.add(request.request_id)
+                    self._loop.submit(request, inbox)
+                for event in inbox.get():
+                    if isinstance(event, RequestFailed):
+                        unfinished.discard(event.request_id)
+                        raise event.error
+                    if event.finished:
+                        unfinished.discard(event.request_id)
+                    yield event
+        finally:
+            for request_id in unfinished:
+                self._loop.abort(request_id)
+
+
+class _Inbox:
+    """A receiver that a blocking reader waits on."""
+
+    def __init__(self) -> None:
+        self._events: queue.SimpleQueue[Sequence[Event]] = queue.SimpleQueue()
+
+    def receive(self, events: Sequence[Event]) -> None:
+        """Called in the engine's thread."""
+        self._events.put(events)
+
+    def get(self) -> Sequence[Event]:
+        """The events of the next step that has any."""
+        return self._events.get()
+
+
+def _completion(request: Request, outputs: Sequence[RequestOutput]) -> Completion:
+    whole = merge_outputs(outputs)
+    choices = tuple(
+        Choice(part.index, part.text, part.token_ids, part.finish_reason, part.stop_reason, part.logprobs)
+        for part in whole.outputs
+        if part.finish_reason is not None
+    )
+    return Completion(request.prompt_token_ids, choices, whole.num_cached_tokens)
+
+
+def with_overrides(config: EngineConfig, overrides: Mapping[str, Any]) -> EngineConfig:
+    """The config with fields changed by name, wherever in it they are. Raises ConfigError for a name it lacks.
+
+    The cache's type goes by `kv_cache_dtype`, as on the command line.
+    """
+    places: dict[str, dict[str, Any]] = {"": {}, "cache": {}, "scheduler": {}}
+    nested = {
+        place: {field.name for field in dataclasses.fields(record)}
+        for place, record in (("cache", CacheConfig), ("scheduler", SchedulerConfig))
+    }
+    own = {field.name for field in dataclasses.fields(EngineConfig)}
+    for name, value in overrides.items():
+        field = "dtype" if name == "kv_cache_dtype" else name
+        owners = [place for place, names in nested.items() if field in names]
+        if name in own:
+            places[""][name] = value
+        elif owners and name != "dtype":
+            places[owners[0]][field] = value
+        else:
+            raise ConfigError(f"there is no setting {name!r}")
+    parts = {place: dataclasses.replace(getattr(config, place), **places[place]) for place in nested if places[place]}
+    return dataclasses.replace(config, **parts, **places[""])

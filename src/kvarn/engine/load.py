@@ -1,0 +1,136 @@
+"""From a model's name or path to an engine that is ready to step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from kvarn.backends import Backend, KvCacheSpec, StepLimits
+from kvarn.cache import BlockPool
+from kvarn.config import EngineConfig
+from kvarn.engine.capacity import Needs, plan_capacity
+from kvarn.engine.core import EngineCore
+from kvarn.engine.memory import available_memory
+from kvarn.errors import ConfigError
+from kvarn.models import ModelConfig, load_model
+from kvarn.program import Program, Rows
+from kvarn.runner import Runner
+from kvarn.sampling import NativeSampler
+from kvarn.scheduler import Scheduler
+from kvarn.tensors import TensorSource
+from kvarn.text import Tokenizer, load_tokenizer
+from kvarn.weights import open_model
+
+
+class LoadableModel(Protocol):
+    """What an engine is built from: `kvarn.models.Model`, or a model that a test made in memory."""
+
+    @property
+    def config(self) -> ModelConfig:
+        """Sizes and ids."""
+        ...
+
+    @property
+    def program(self) -> Program:
+        """What runs."""
+        ...
+
+    @property
+    def weights(self) -> TensorSource:
+        """Where its weights come from."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedEngine:
+    """A core and what its fronts tell about it. The front that takes it owns the core and closes it."""
+
+    core: EngineCore
+    name: str
+    tokenizer: Tokenizer
+    model_config: ModelConfig
+    max_model_len: int
+    config: EngineConfig
+
+
+def make_backend(name: str, threads: int = 0) -> Backend:
+    """The back-end of that name. threads 0: one for each physical core. Raises ConfigError."""
+    if name == "cpu":
+        from kvarn.backends.cpu import CpuBackend
+
+        return CpuBackend(threads=threads)
+    if name == "reference":
+        from kvarn.backends.reference import ReferenceBackend
+
+        return ReferenceBackend()
+    raise ConfigError(f"backend must be cpu or reference, not {name!r}")
+
+
+def load_engine(name_or_path: str, config: EngineConfig) -> LoadedEngine:
+    """Resolves the name (pulling the model where it is not there yet), opens its files and builds the engine.
+
+    Raises ModelFileError, UnsupportedModelError, PullError, ConfigError, CapacityError.
+    """
+    from kvarn.weights import catalog
+
+    path = catalog.resolve(name_or_path)
+    files = open_model(path)
+    try:
+        model = load_model(files, config.max_model_len)
+        tokenizer = load_tokenizer(files)
+        return build_engine(model, tokenizer, config, name=_name(name_or_path), on_close=files.close)
+    except BaseException:
+        files.close()
+        raise
+
+
+def _name(name_or_path: str) -> str:
+    """A catalogued name as it is; a path without its folders, a file's without its suffix."""
+    path = Path(name_or_path)
+    if not path.exists():
+        return name_or_path
+    return path.resolve().name if path.is_dir() else path.stem
+
+
+def build_engine(
+    model: LoadableModel,
+    tokenizer: Tokenizer,
+    config: EngineConfig,
+    *,
+    name: str = "model",
+    on_close: Callable[[], None] = lambda: None,
+) -> LoadedEngine:
+    """Sizes the cache, loads the program on the back-end, and puts the engine together.
+
+    The weights must stay open until `on_close` is called, when the engine is closed: a back-end may read them late.
+    Raises CapacityError before any weight is read.
+    """
+    program, cache, steps = model.program, config.cache, config.scheduler
+    capacity = plan_capacity(program, config, _needs(model, config), available_memory())
+    limits = StepLimits(steps.max_num_batched_tokens, steps.max_num_seqs, capacity.max_model_len)
+    spec = KvCacheSpec(capacity.num_blocks, cache.block_size, "float32" if cache.dtype == "float32" else "float16")
+    executable = make_backend(config.backend, config.threads).load(program, model.weights, spec, limits)
+    ends = dict.fromkeys((*model.config.eos_token_ids, *tokenizer.eos_token_ids))
+
+    def new_scheduler() -> Scheduler:
+        pool = BlockPool(capacity.num_blocks, cache.block_size)
+        return Scheduler(steps, pool, capacity.max_model_len, eos_token_ids=ends)
+
+    sampler = NativeSampler(program.vocab_size)
+    runner = Runner(executable, sampler, limits, cache.block_size, logits=program.output)
+    core = EngineCore(runner, new_scheduler, tokenizer, program.vocab_size, on_close=on_close)
+    return LoadedEngine(core, name, tokenizer, model.config, capacity.max_model_len, config)
+
+
+def _needs(model: LoadableModel, config: EngineConfig) -> Needs:
+    """Bytes of weights and of the activations of the largest step."""
+    program = model.program
+    if config.backend == "reference":
+        weights = 4 * program.num_parameters
+    else:
+        weights = sum(model.weights.tensor(weight.name).nbytes for weight in program.weights)
+    tokens, rows = config.scheduler.max_num_batched_tokens, config.scheduler.max_num_seqs
+    activations = sum(4 * b.width * (tokens if b.rows is Rows.TOKENS else rows) for b in program.buffers)
+    return Needs(weights, activations)

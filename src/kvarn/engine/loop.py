@@ -1,0 +1,202 @@
+"""`EngineLoop`: an `EngineCore` in a thread of its own. Commands go in through a queue, events come out in batches."""
+
+from __future__ import annotations
+
+import atexit
+import dataclasses
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from kvarn.engine.core import EngineCore, new_error_id
+from kvarn.engine.events import EngineStats, Event, RequestFailed
+from kvarn.errors import EngineError, KvarnError, QueueFullError, RequestError
+from kvarn.request import Request
+
+logger = logging.getLogger(__name__)
+
+
+class Receiver(Protocol):
+    """Where the events of some requests go."""
+
+    def receive(self, events: Sequence[Event]) -> None:
+        """Takes all events of one step at once. Called in the engine's thread: must return soon and raise nothing."""
+        ...
+
+
+class EngineLoop:
+    """Runs the core as long as there is work, and sleeps otherwise. All methods may be called from any thread.
+
+    Every submitted request gets events until its last one (an output with `finished`, or a failure), also when a step
+    fails or the loop is closed. When a step fails, all requests in flight fail with an error id that the log has too,
+    and the core starts anew; where it cannot, the loop refuses all requests from then on.
+    """
+
+    def __init__(self, core: EngineCore, *, max_num_queued_requests: int) -> None:
+        """Starts the thread. core: owned from now on."""
+        self._core = core
+        self._max_queued = max_num_queued_requests
+        # Reentrant: a stream's finalizer may abort at any moment, also in a thread that holds the lock.
+        self._wake = threading.Condition(threading.RLock())
+        self._commands: deque[Callable[[], None]] = deque()
+        self._receivers: dict[str, Receiver] = {}
+        self._submitted: set[str] = set()
+        """Ids of requests whose command to add them has not been carried out yet."""
+        self._stats = core.stats()
+        self._end: EngineError | None = None
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="kvarn-engine", daemon=True)
+        self._thread.start()
+        # A daemon thread must not be inside native code when the interpreter goes away.
+        atexit.register(self.close)
+
+    def submit(self, request: Request, receiver: Receiver) -> None:
+        """Queues a request whose events go to `receiver`.
+
+        Raises RequestError for one that can never run or whose id is in use, QueueFullError where too many wait,
+        EngineError where the engine is closed or has failed.
+        """
+        self._core.check(request)
+        with self._wake:
+            if self._end is not None:
+                raise EngineError(str(self._end))
+            if request.request_id in self._receivers:
+                raise RequestError(f"request_id {request.request_id!r} is in use", field="request_id")
+            waiting = self._stats.queued + len(self._submitted)
+            if waiting >= self._max_queued:
+                raise QueueFullError(
+                    f"{waiting} requests are waiting, the limit is {self._max_queued}; try again later"
+                )
+            self._receivers[request.request_id] = receiver
+            self._submitted.add(request.request_id)
+            self._commands.append(lambda: self._add(request))
+            self._wake.notify()
+
+    def check(self, request: Request) -> None:
+        """Raises RequestError where `submit` would, but for an id in use."""
+        self._core.check(request)
+
+    def abort(self, request_id: str) -> None:
+        """Ends a request before the next step. Its receiver gets a last output. Unknown ids are ignored."""
+        with self._wake:
+            if request_id in self._receivers:
+                self._commands.append(lambda: self._abort(request_id))
+                self._wake.notify()
+
+    def stats(self) -> EngineStats:
+        """A snapshot as of the last step; `queued` has the requests that came since."""
+        with self._wake:
+            stats, submitted = self._stats, len(self._submitted)
+        return dataclasses.replace(stats, queued=stats.queued + submitted, waiting=stats.waiting + submitted)
+
+    @property
+    def failure(self) -> EngineError | None:
+        """Why the loop takes no requests; None while it does."""
+        return self._end
+
+    def close(self) -> None:
+        """Fails what is in flight, ends the thread after the step it is in, releases the model. Idempotent."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+        atexit.unregister(self.close)
+
+    def _run(self) -> None:
+        failure = EngineError("the engine was closed")
+        try:
+            while self._take_commands():
+                if self._core.has_work():
+                    self._step()
+        except _StoppedError as stopped:
+            failure = EngineError(str(stopped))
+        except BaseException:
+            error_id = new_error_id()
+            logger.exception("the engine's thread ended (error id %s)", error_id)
+            failure = EngineError(f"the engine stopped (error id {error_id})")
+        finally:
+            with self._wake:
+                self._end = failure
+                self._commands.clear()
+                self._submitted.clear()
+                lost: list[Event] = [RequestFailed(request_id, failure) for request_id in self._receivers]
+            self._publish(lost)
+            self._core.close()
+
+    def _take_commands(self) -> bool:
+        """Waits while there is nothing to do, then applies all commands; False where the loop is to end."""
+        with self._wake:
+            while not (self._commands or self._closing or self._core.has_work()):
+                self._wake.wait()
+            if self._closing:
+                return False
+            commands, self._commands = self._commands, deque()
+        for command in commands:
+            command()
+        return True
+
+    def _add(self, request: Request) -> None:
+        request_id = request.request_id
+        with self._wake:
+            # One lock around both, so that the request counts as submitted or as queued at every moment.
+            self._submitted.discard(request_id)
+            try:
+                self._core.add(request)
+            except KvarnError as error:
+                failed = RequestFailed(request_id, error)
+            except Exception:
+                error_id = new_error_id()
+                logger.exception("request %s could not be added (error id %s)", request_id, error_id)
+                failed = RequestFailed(request_id, EngineError(f"the engine failed (error id {error_id})"))
+            else:
+                self._stats = self._core.stats()
+                return
+        self._publish([failed])
+
+    def _abort(self, request_id: str) -> None:
+        output = self._core.abort(request_id)
+        if output is not None:
+            self._publish([output])
+
+    def _step(self) -> None:
+        try:
+            events = self._core.step()
+        except Exception:
+            events = self._recover()
+        self._publish(events)
+
+    def _recover(self) -> list[Event]:
+        """After a failed step: fails what was in flight and starts anew. Raises _StoppedError where that fails too."""
+        error_id = new_error_id()
+        logger.exception("a step failed (error id %s)", error_id)
+        try:
+            self._core.reset()
+        except Exception:
+            logger.exception("the engine cannot go on after the failed step (error id %s)", error_id)
+            raise _StoppedError(f"the engine stopped after a failed step (error id {error_id})") from None
+        with self._wake:
+            # The core has not seen those that were only submitted: they go on.
+            started = [request_id for request_id in self._receivers if request_id not in self._submitted]
+        error = EngineError(f"a step of the engine failed (error id {error_id}); the request may be sent again")
+        return [RequestFailed(request_id, error) for request_id in started]
+
+    def _publish(self, events: Sequence[Event]) -> None:
+        """Hands the events of a step to their receivers, each once."""
+        batches: dict[int, tuple[Receiver, list[Event]]] = {}
+        with self._wake:
+            self._stats = self._core.stats()
+            for event in events:
+                last = isinstance(event, RequestFailed) or event.finished
+                find = self._receivers.pop if last else self._receivers.get
+                receiver = find(event.request_id, None)
+                if receiver is not None:
+                    batches.setdefault(id(receiver), (receiver, []))[1].append(event)
+        for receiver, batch in batches.values():
+            receiver.receive(batch)
+
+
+class _StoppedError(Exception):
+    """The core cannot be brought back."""

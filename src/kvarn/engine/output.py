@@ -1,0 +1,76 @@
+"""The output side of a request: tokens to text, stop strings, and when all of it is finished."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as ListOf
+
+from kvarn.request import FinishReason, Request, RequestOutput, SequenceOutput
+from kvarn.scheduler import Sequence
+from kvarn.step import SampledToken
+from kvarn.text import IncrementalDetokenizer, Tokenizer
+
+
+class RequestText:
+    """The text of a request's sequences as it grows. Owns a detokenizer for each unfinished sequence."""
+
+    def __init__(self, request: Request, sequences: ListOf[Sequence], tokenizer: Tokenizer) -> None:
+        self.request = request
+        self._first = sequences[0]
+        self._unfinished = {sequence.sequence_id: sequence for sequence in sequences}
+        sampling = request.sampling
+        self._detokenizers = {
+            sequence.sequence_id: IncrementalDetokenizer(
+                tokenizer,
+                prompt_ids=request.prompt_token_ids,
+                stop=sampling.stop,
+                include_stop=sampling.include_stop_str_in_output,
+                skip_special_tokens=sampling.skip_special_tokens,
+            )
+            for sequence in sequences
+        }
+
+    @property
+    def finished(self) -> bool:
+        """Whether every sequence has ended."""
+        return not self._unfinished
+
+    def append(self, sequence: Sequence, token: SampledToken) -> SequenceOutput:
+        """The output of a sequence for its new token.
+
+        Where that completes a stop string, the output says so; the scheduler does not know it yet. The text of a stop
+        token is left out unless the request wants it, as that of a stop string is.
+        """
+        detokenizer = self._detokenizers[sequence.sequence_id]
+        reason, stop = sequence.finish_reason, sequence.stop_reason
+        ended_by_token = reason is FinishReason.STOP
+        text = ""
+        if not ended_by_token or self.request.sampling.include_stop_str_in_output:
+            text = detokenizer.append(token.token_id)
+        if reason is not None:
+            text += detokenizer.finish()
+        if detokenizer.stop_reason is not None:
+            reason, stop = FinishReason.STOP, detokenizer.stop_reason
+        if reason is not None:
+            del self._unfinished[sequence.sequence_id], self._detokenizers[sequence.sequence_id]
+        logprobs = () if token.logprob is None else (token.logprob,)
+        return SequenceOutput(sequence.index, (token.token_id,), text, logprobs, reason, stop)
+
+    def abort(self) -> RequestOutput:
+        """The last output of a request that is broken off: what was held back of its unfinished sequences."""
+        outputs = tuple(
+            SequenceOutput(
+                index=sequence.index,
+                token_ids=(),
+                text=self._detokenizers[sequence_id].finish(),
+                finish_reason=FinishReason.ABORT,
+            )
+            for sequence_id, sequence in self._unfinished.items()
+        )
+        self._unfinished.clear()
+        self._detokenizers.clear()
+        return self.output(outputs)
+
+    def output(self, outputs: tuple[SequenceOutput, ...]) -> RequestOutput:
+        """The message that carries these."""
+        prompt, cached = self._first.num_prompt_tokens, self._first.num_cached_tokens
+        return RequestOutput(self.request.request_id, outputs, prompt, cached, self.finished)

@@ -1,0 +1,72 @@
+"""`BatchBuilder`: the arrays of a step, written into buffers that are allocated once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from kvarn.backends import InputBatch, StepLimits
+from kvarn.step import ScheduledSequence
+
+
+class BatchBuilder:
+    """Turns scheduled sequences into an `InputBatch`. It is on the path of every token, so it is written for few calls.
+
+    The arrays it returns are views of its buffers, valid until the next call. Block tables that have not changed
+    since a row was last written (the scheduler passes the same tuple then) are not written again.
+    """
+
+    def __init__(self, limits: StepLimits, block_size: int) -> None:
+        """Allocates for the largest step that `limits` allow."""
+        tokens, sequences = limits.max_num_tokens, limits.max_num_sequences
+        width = -(-limits.max_model_len // block_size)
+        self._block_size = block_size
+        self._token_ids = np.zeros(tokens, np.int32)
+        self._positions = np.zeros(tokens, np.int32)
+        self._slots = np.zeros(tokens, np.int64)
+        self._query_start = np.zeros(sequences + 1, np.int32)
+        self._starts = np.zeros(sequences, np.int32)
+        self._seq_lens = np.zeros(sequences, np.int32)
+        self._tables = np.full((sequences, width), -1, np.int32)
+        self._written: list[tuple[int, ...]] = [()] * sequences
+        self._arange = np.arange(tokens, dtype=np.int32)
+
+    def build(self, sequences: Sequence[ScheduledSequence]) -> InputBatch:
+        """The batch of at least one sequence; output rows are the last rows of those with `sample`."""
+        count = len(sequences)
+        lengths = [len(s.token_ids) for s in sequences]
+        starts, seq_lens, query_start = self._starts[:count], self._seq_lens[:count], self._query_start[: count + 1]
+        starts[:] = [s.start for s in sequences]
+        query_start[1:] = lengths
+        np.add(starts, query_start[1:], out=seq_lens)
+        np.cumsum(query_start[1:], out=query_start[1:])
+        total = int(query_start[-1])
+
+        token_ids, positions = self._token_ids[:total], self._positions[:total]
+        for row, sequence in enumerate(sequences):
+            if self._written[row] is not sequence.block_table:
+                self._write_table(row, sequence.block_table)
+        if total == count:
+            owner = self._arange[:total]
+            token_ids[:] = [s.token_ids[0] for s in sequences]
+            positions[:] = starts
+        else:
+            owner = np.repeat(self._arange[:count], lengths)
+            token_ids[:] = [token for s in sequences for token in s.token_ids]
+            np.add(self._arange[:total], (starts - query_start[:-1])[owner], out=positions)
+        blocks, offsets = np.divmod(positions, self._block_size)
+        slots = self._slots[:total]
+        slots[:] = self._tables[owner, blocks]
+        slots *= self._block_size
+        slots += offsets
+        sampled = [row for row, s in enumerate(sequences) if s.sample]
+        output_rows = query_start[1:][sampled]
+        output_rows -= 1
+        return InputBatch(token_ids, positions, slots, query_start, seq_lens, self._tables[:count], output_rows)
+
+    def _write_table(self, row: int, table: tuple[int, ...]) -> None:
+        size = len(table)
+        self._tables[row, :size] = table
+        self._tables[row, size : len(self._written[row])] = -1
+        self._written[row] = table

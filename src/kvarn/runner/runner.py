@@ -1,0 +1,56 @@
+"""`Runner`: executes what the scheduler decided and samples."""
+
+from __future__ import annotations
+
+from kvarn.backends import Executable, StepLimits
+from kvarn.runner.batch import BatchBuilder
+from kvarn.sampling import Sampler
+from kvarn.step import ScheduledSequence, SchedulerOutput, StepOutput
+
+
+class Runner:
+    """One loaded program with its sampler. Knows of sequences only what a step says; the sampler keeps the rest.
+
+    Owns the executable and closes it. Not thread-safe.
+    """
+
+    def __init__(
+        self, executable: Executable, sampler: Sampler, limits: StepLimits, block_size: int, *, logits: str = "logits"
+    ) -> None:
+        """limits: those the executable was loaded with. logits: the program's output buffer."""
+        self._executable = executable
+        self._sampler = sampler
+        self._batches = BatchBuilder(limits, block_size)
+        self._logits = logits
+        self._known: set[int] = set()
+
+    def execute(self, scheduled: SchedulerOutput) -> StepOutput:
+        """Runs a step: forgets who finished, copies blocks, runs the program, samples. A step may be empty."""
+        for sequence_id in scheduled.finished:
+            self._known.discard(sequence_id)
+            self._sampler.remove(sequence_id)
+        for new in scheduled.new:
+            self._sampler.add(new)
+            self._known.add(new.sequence_id)
+        if scheduled.block_copies:
+            self._executable.copy_blocks(scheduled.block_copies)
+        if not scheduled.sequences:
+            return StepOutput(scheduled.step, ())
+        logits = self._executable.execute(self._batches.build(scheduled.sequences))[self._logits]
+        rows = [s for s in scheduled.sequences if s.sample]
+        if not rows:
+            return StepOutput(scheduled.step, ())
+        sampled = self._sampler.sample(logits, [s.sequence_id for s in rows], [s.end for s in rows])
+        return StepOutput(scheduled.step, tuple(sampled))
+
+    def reset(self) -> None:
+        """Forgets all sequences, then runs one token to see that the program still runs. Raises what that raises."""
+        for sequence_id in self._known:
+            self._sampler.remove(sequence_id)
+        self._known.clear()
+        probe = ScheduledSequence(sequence_id=-1, token_ids=(0,), start=0, block_table=(0,), sample=True)
+        self._executable.execute(self._batches.build((probe,)))
+
+    def close(self) -> None:
+        """Closes the executable. Idempotent."""
+        self._executable.close()
