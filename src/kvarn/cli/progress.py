@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 
@@ -9,11 +10,22 @@ def resolve_with_progress(model: str, *, quiet: bool) -> Path:
     """`catalog.resolve` with a bar on stderr while it downloads. rich is loaded only when there is need."""
     from kvarn.weights import catalog
 
+    return _with_bar(catalog.resolve, model, quiet)
+
+
+def pull_with_progress(model: str, *, quiet: bool) -> Path:
+    """`catalog.pull` with a bar on stderr while it downloads."""
+    from kvarn.weights import catalog
+
+    return _with_bar(catalog.pull, model, quiet)
+
+
+def _with_bar(fetch: Callable[..., Path], model: str, quiet: bool) -> Path:
     if quiet:
-        return catalog.resolve(model)
+        return fetch(model)
     bar = _LazyBar(f"pulling {model}")
     try:
-        return catalog.resolve(model, progress=bar.update)
+        return fetch(model, progress=bar.update)
     finally:
         bar.close()
 

@@ -1,7 +1,8 @@
 """A checked, memory-mapped reader of GGUF files (versions 2 and 3, little-endian; source: the GGUF specification).
 
-Nothing in the file is trusted: every count, length, offset and size is compared with the bytes that are there before it is
-used, so that a damaged or hostile file ends in `ModelFileError` naming the field, never in a crash or a huge allocation.
+Nothing in the file is trusted: every count, length, offset and size is compared with the bytes that are there before it
+is used, so that a damaged or hostile file ends in `ModelFileError` naming the field, never in a crash or a huge
+allocation.
 Long arrays (vocabularies) are walked once to find their end and decoded when first asked for.
 """
 

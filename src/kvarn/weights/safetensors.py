@@ -1,7 +1,7 @@
 """A checked, memory-mapped view of one .safetensors file (source: the format's README: length, JSON header, bytes).
 
-The `safetensors` package hands tensors out as arrays of a framework, which NumPy cannot do for bfloat16; this reader hands
-out the raw bytes with their type.
+The `safetensors` package hands tensors out as arrays of a framework, which NumPy cannot do for bfloat16; this reader
+hands out the raw bytes with their type.
 """
 
 from __future__ import annotations

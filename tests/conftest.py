@@ -1,0 +1,25 @@
+"""What tests share: where data and real models are."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def test_data() -> Path:
+    """The folder of test data (KVARN_TEST_DATA, or ../shared/data); the test is skipped where it is absent."""
+    path = Path(os.environ.get("KVARN_TEST_DATA", ROOT.parent / "shared" / "data"))
+    if not path.is_dir():
+        pytest.skip(f"no test data at {path}; KVARN_TEST_DATA says where it is")
+    return path
+
+
+@pytest.fixture(scope="session")
+def smollm2_path() -> Path:
+    """The real SmolLM2-135M, pulled on first use."""
+    from kvarn.weights import catalog
+
+    return catalog.resolve("smollm2-135m-instruct")
