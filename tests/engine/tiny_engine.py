@@ -2,9 +2,16 @@
 
 import functools
 
+from kvarn.backends import KvCacheSpec, StepLimits
+from kvarn.cache import BlockPool
 from kvarn.config import CacheConfig, EngineConfig, SchedulerConfig
-from kvarn.engine import EngineCore, build_engine
+from kvarn.engine import EngineCore, LoadedEngine, build_engine, make_backend
 from kvarn.request import Request, RequestOutput, SamplingParams
+from kvarn.runner import Runner
+from kvarn.sampling import NativeSampler
+from kvarn.scheduler import Scheduler
+from kvarn.step import SampledToken
+from kvarn.tensors import DType
 from kvarn.testing import tiny_model
 from kvarn.text import Tokenizer
 from kvarn.text.gguf import vocabulary_from_gguf
@@ -30,8 +37,8 @@ def byte_tokenizer() -> Tokenizer:
 
 
 @functools.cache
-def shared_model(family, seed):
-    return tiny_model(family, seed=seed)
+def shared_model(family, seed, stored=DType.F32):
+    return tiny_model(family, seed=seed, dtype=stored)
 
 
 def tiny_engine(
@@ -73,3 +80,79 @@ def text_of(outputs: list[RequestOutput], index: int = 0) -> str:
 def request(name: str, prompt: str | tuple[int, ...], **sampling) -> Request:
     ids = tuple(prompt.encode()) if isinstance(prompt, str) else prompt
     return Request(name, ids, SamplingParams(**{"temperature": 0.0, "ignore_eos": True, "max_tokens": 8, **sampling}))
+
+
+def handmade_engine(
+    *, family="llama", stored=DType.F32, backend="cpu", wrap_executable=lambda e: e, wrap_sampler=lambda s: s,
+    max_model_len=512, max_num_seqs=8, max_num_batched_tokens=64, max_num_queued_requests=64, num_blocks=64,
+    block_size=16, dtype="float16", threads=1,
+) -> LoadedEngine:
+    """An engine put together part by part, so that a test can get between them."""
+    model = shared_model(family, 0, stored)
+    config = EngineConfig(
+        max_model_len=max_model_len,
+        backend=backend,
+        cache=CacheConfig(block_size=block_size, num_blocks=num_blocks, dtype=dtype),
+        scheduler=SchedulerConfig(max_num_seqs, max_num_batched_tokens, max_num_queued_requests),
+    )
+    limits = StepLimits(max_num_batched_tokens, max_num_seqs, max_model_len)
+    executable = make_backend(backend, threads).load(
+        model.program, model.weights, KvCacheSpec(num_blocks, block_size, dtype), limits
+    )
+    sampler = wrap_sampler(NativeSampler(model.program.vocab_size))
+    runner = Runner(wrap_executable(executable), sampler, limits, block_size)
+
+    def new_scheduler():
+        return Scheduler(config.scheduler, BlockPool(num_blocks, block_size), max_model_len, eos_token_ids=(EOS,))
+
+    core = EngineCore(runner, new_scheduler, byte_tokenizer(), model.program.vocab_size)
+    return LoadedEngine(core, "handmade", byte_tokenizer(), model.config, max_model_len, config)
+
+
+class Wrapper:
+    """Passes everything on to what it wraps."""
+
+    def __init__(self, inner) -> None:
+        self.inner = inner
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+
+class Script(Wrapper):
+    """A sampler that says what it was told to: one list of tokens for each stream, whatever the logits are."""
+
+    def __init__(self, inner, *texts: str | list[int]) -> None:
+        super().__init__(inner)
+        self.tokens = [list(text.encode()) if isinstance(text, str) else text for text in texts]
+        self.prompts: dict[int, tuple[int, int]] = {}
+
+    def add(self, sequence) -> None:
+        self.inner.add(sequence)
+        self.prompts[sequence.sequence_id] = len(sequence.prompt_token_ids), sequence.stream
+
+    def sample(self, logits, sequence_ids, positions):
+        sampled = []
+        for drawn, position in zip(self.inner.sample(logits, sequence_ids, positions), positions, strict=True):
+            prompt, stream = self.prompts[drawn.sequence_id]
+            token = self.tokens[stream % len(self.tokens)][position - prompt]
+            sampled.append(SampledToken(drawn.sequence_id, token, drawn.logprob))
+        return sampled
+
+
+class RecordingSampler(Wrapper):
+    """Keeps the logits of every sampled token by (stream, prompt, position)."""
+
+    def __init__(self, inner) -> None:
+        super().__init__(inner)
+        self.names: dict[int, tuple] = {}
+        self.logits: dict[tuple, bytes] = {}
+
+    def add(self, sequence) -> None:
+        self.inner.add(sequence)
+        self.names[sequence.sequence_id] = (sequence.stream, sequence.prompt_token_ids)
+
+    def sample(self, logits, sequence_ids, positions):
+        for row, sequence_id, position in zip(logits, sequence_ids, positions, strict=True):
+            self.logits[(*self.names[sequence_id], position)] = row.tobytes()
+        return self.inner.sample(logits, sequence_ids, positions)

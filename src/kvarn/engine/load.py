@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from kvarn.backends import Backend, KvCacheSpec, StepLimits
+from kvarn.backends.cpu import CpuBackend, memory_use
 from kvarn.cache import BlockPool
 from kvarn.config import EngineConfig
 from kvarn.engine.capacity import Needs, plan_capacity
@@ -58,8 +59,6 @@ class LoadedEngine:
 def make_backend(name: str, threads: int = 0) -> Backend:
     """The back-end of that name. threads 0: one for each physical core. Raises ConfigError."""
     if name == "cpu":
-        from kvarn.backends.cpu import CpuBackend
-
         return CpuBackend(threads=threads)
     if name == "reference":
         from kvarn.backends.reference import ReferenceBackend
@@ -108,10 +107,11 @@ def build_engine(
     Raises CapacityError before any weight is read.
     """
     program, cache, steps = model.program, config.cache, config.scheduler
-    capacity = plan_capacity(program, config, _needs(model, config), available_memory())
+    backend = make_backend(config.backend, config.threads)
+    capacity = plan_capacity(program, config, _needs(model, config, backend), available_memory())
     limits = StepLimits(steps.max_num_batched_tokens, steps.max_num_seqs, capacity.max_model_len)
     spec = KvCacheSpec(capacity.num_blocks, cache.block_size, "float32" if cache.dtype == "float32" else "float16")
-    executable = make_backend(config.backend, config.threads).load(program, model.weights, spec, limits)
+    executable = backend.load(program, model.weights, spec, limits)
     ends = dict.fromkeys((*model.config.eos_token_ids, *tokenizer.eos_token_ids))
 
     def new_scheduler() -> Scheduler:
@@ -124,13 +124,16 @@ def build_engine(
     return LoadedEngine(core, name, tokenizer, model.config, capacity.max_model_len, config)
 
 
-def _needs(model: LoadableModel, config: EngineConfig) -> Needs:
-    """Bytes of weights and of the activations of the largest step."""
-    program = model.program
-    if config.backend == "reference":
-        weights = 4 * program.num_parameters
-    else:
-        weights = sum(model.weights.tensor(weight.name).nbytes for weight in program.weights)
-    tokens, rows = config.scheduler.max_num_batched_tokens, config.scheduler.max_num_seqs
+def _needs(model: LoadableModel, config: EngineConfig, backend: Backend) -> Needs:
+    """Bytes of weights and of the activations of the largest step, as the back-end holds them."""
+    program, steps = model.program, config.scheduler
+    if isinstance(backend, CpuBackend):
+        dtypes = {weight.name: model.weights.tensor(weight.name).dtype for weight in program.weights}
+        longest = config.max_model_len or program.max_positions
+        limits = StepLimits(steps.max_num_batched_tokens, steps.max_num_seqs, longest)
+        use = memory_use(program, dtypes, KvCacheSpec(1, config.cache.block_size), limits, backend.threads)
+        return Needs(use.weights + use.tables, use.activations)
+    # The reference holds every value as float32 and keeps all buffers of a step.
+    tokens, rows = steps.max_num_batched_tokens, steps.max_num_seqs
     activations = sum(4 * b.width * (tokens if b.rows is Rows.TOKENS else rows) for b in program.buffers)
-    return Needs(weights, activations)
+    return Needs(4 * program.num_parameters, activations)

@@ -25,6 +25,7 @@ class RequestText:
                 stop=sampling.stop,
                 include_stop=sampling.include_stop_str_in_output,
                 skip_special_tokens=sampling.skip_special_tokens,
+                min_tokens=sampling.min_tokens,
             )
             for sequence in sequences
         }

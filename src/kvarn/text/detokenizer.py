@@ -13,7 +13,8 @@ class IncrementalDetokenizer:
 
     The pieces that `append` and `finish` return join to the text of all tokens, cut at the first stop string. Bytes of
     an unfinished code point, and text that may be the beginning of a stop string, are held back. prompt_ids: the tokens
-    before; with any, a leading space belongs to the text.
+    before; with any, a leading space belongs to the text. min_tokens: stop strings are looked for in the text after so
+    many tokens.
     """
 
     def __init__(
@@ -24,6 +25,7 @@ class IncrementalDetokenizer:
         stop: Sequence[str] = (),
         include_stop: bool = False,
         skip_special_tokens: bool = True,
+        min_tokens: int = 0,
     ) -> None:
         self._tokenizer = tokenizer
         self._stop = tuple(stop)
@@ -31,6 +33,8 @@ class IncrementalDetokenizer:
         self._skip_special = skip_special_tokens
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._strip = tokenizer.strips_leading_space and not prompt_ids
+        self._min_tokens = min_tokens
+        self._num_tokens = 0
         self._held = ""
         self._shown: list[str] = []
         self.stop_reason: str | None = None
@@ -43,6 +47,7 @@ class IncrementalDetokenizer:
 
     def append(self, token_id: int) -> str:
         """The text that this token makes safe to show; empty once stopped."""
+        self._num_tokens += 1
         if self.stop_reason is not None or (self._skip_special and self._tokenizer.is_special(token_id)):
             return ""
         return self._take(self._decoder.decode(self._tokenizer.token_bytes(token_id)))
@@ -64,7 +69,7 @@ class IncrementalDetokenizer:
         if not new:
             return ""
         pending = self._held + new
-        if not self._stop:
+        if not self._stop or self._num_tokens <= self._min_tokens:
             self._shown.append(pending)
             return pending
         found = [(at, stop) for stop in self._stop if (at := pending.find(stop)) >= 0]

@@ -114,7 +114,7 @@ class ReferenceExecutable:
                 assert_never(op)
 
     def _norm(self, op: ops.Norm, x: Floats) -> Floats:
-        groups = x.reshape(len(x), op.groups, -1)
+        groups = x.reshape(len(x), op.groups, x.shape[1] // op.groups)
         weight = self._weight(op.weight)
         if op.norm == "rms":
             out = f.rms_norm(groups, weight, op.eps)
