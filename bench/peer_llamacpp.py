@@ -25,6 +25,7 @@ def main() -> None:
     params.n_threads = params.n_threads_batch = threads
     params.flash_attn_type = flash
     params.no_perf = True
+    params.kv_unified = True
     context = L.llama_init_from_model(model, params)
     memory = L.llama_get_memory(context)
     vocab = L.llama_vocab_n_tokens(L.llama_model_get_vocab(model))
