@@ -22,6 +22,7 @@ namespace {
 
 using Ints = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Longs = nb::ndarray<const int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Rows = nb::ndarray<nb::numpy, float, nb::ndim<2>>;
 using IntTable = nb::ndarray<const int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 
 void require(bool ok, const char *what) {
@@ -60,12 +61,12 @@ auto with_batch(Run run) {
     };
 }
 
-nb::object array(nb::handle plan, const FloatBuffer &buffer, int64_t rows) {
+Rows array(nb::handle plan, const FloatBuffer &buffer, int64_t rows) {
     const Limits &limits = nb::cast<StepPlan &>(plan).limits();
     require(rows >= 0 && rows <= (buffer.outputs ? limits.max_sequences : limits.max_tokens), "more rows than a buffer has");
     const size_t shape[2] = {size_t(rows), size_t(buffer.width)};
     const int64_t strides[2] = {buffer.stride, 1};
-    return nb::cast(nb::ndarray<nb::numpy, float, nb::ndim<2>>(buffer.data, 2, shape, plan, strides));
+    return Rows(buffer.data, 2, shape, plan, strides);
 }
 
 AttentionShape attention_shape(const StepPlan &plan, size_t layer, int64_t heads, float scale, float softcap,
@@ -264,11 +265,11 @@ void bind_plan(nb::module_ &m) {
         .def_prop_ro("arena_bytes", &StepPlan::arena_bytes)
         .def_prop_ro("scratch_bytes", &StepPlan::scratch_bytes)
         .def_prop_ro("labels", &StepPlan::labels)
-        .def("run", with_batch([](StepPlan &p, const Batch &b) { p.run(b); }), "token_ids"_a, "positions"_a,
-             "slot_mapping"_a, "query_start"_a, "seq_lens"_a, "block_tables"_a, "output_rows"_a,
+        .def("run", with_batch([](StepPlan &p, const Batch &b) { p.run(b); }), "token_ids"_a.noconvert(), "positions"_a.noconvert(),
+             "slot_mapping"_a.noconvert(), "query_start"_a.noconvert(), "seq_lens"_a.noconvert(), "block_tables"_a.noconvert(), "output_rows"_a.noconvert(),
              "Runs a step with the GIL released. Raises ValueError where the batch is out of range.")
-        .def("profile", with_batch([](StepPlan &p, const Batch &b) { return p.profile(b); }), "token_ids"_a,
-             "positions"_a, "slot_mapping"_a, "query_start"_a, "seq_lens"_a, "block_tables"_a, "output_rows"_a,
+        .def("profile", with_batch([](StepPlan &p, const Batch &b) { return p.profile(b); }), "token_ids"_a.noconvert(),
+             "positions"_a.noconvert(), "slot_mapping"_a.noconvert(), "query_start"_a.noconvert(), "seq_lens"_a.noconvert(), "block_tables"_a.noconvert(), "output_rows"_a.noconvert(),
              "Runs a step stage by stage; seconds of each stage, in the order of `labels`.")
         .def("array", [](nb::handle_t<StepPlan> self, const FloatBuffer &buffer, int64_t rows) {
             return array(self, buffer, rows);

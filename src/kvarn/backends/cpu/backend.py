@@ -12,7 +12,7 @@ from kvarn.backends.cpu.memory import kv_layers
 from kvarn.backends.cpu.topology import physical_cores
 from kvarn.errors import ConfigError, UnsupportedModelError
 from kvarn.program import PositionEmbed, Program, Rope, Weight
-from kvarn.tensors import DType, Tensor, TensorSource
+from kvarn.tensors import Tensor, TensorSource
 from kvarn.tensors.dequantize import dequantize
 
 ISA_VARIABLE = "KVARN_ISA"

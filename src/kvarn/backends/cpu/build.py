@@ -138,7 +138,9 @@ class _Builder:
             case s.SelectStage():
                 plan.select_rows(self.floats(stage.x), self.floats(stage.out))
             case s.LinearStage():
-                recipe = stage.recipe and _native.InputRecipe(self.floats(stage.recipe.x), self._norm(stage.recipe.norm))
+                recipe = None
+                if stage.recipe is not None:
+                    recipe = _native.InputRecipe(self.floats(stage.recipe.x), self._norm(stage.recipe.norm))
                 jobs = [self._job(job) for job in stage.jobs]
                 plan.linear(stage.label, self.floats(stage.input), self.quants(stage.quants), recipe, jobs)
             case s.AttentionStage():

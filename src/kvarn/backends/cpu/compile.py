@@ -55,6 +55,9 @@ class _Lin:
     op: ops.Linear | ops.Logits
     job: Job
     value: Value
+    residual: Value | None = None
+    taken: list[int] = field(default_factory=list)
+    """Ops that the job took in."""
 
 
 @dataclass(slots=True)
@@ -74,6 +77,9 @@ class _Compiler:
         self.flow = analyse(program, wanted)
         self.rows = {buffer.name: buffer.rows for buffer in program.buffers}
         self.done: set[int] = set()
+        """Ops that a stage takes care of, made already or still to be made."""
+        self.executed: set[int] = set()
+        """Ops whose stage has been made: what only they read may be overwritten."""
         self.stages: list[Stage] = []
         self.floats: dict[Value, Place] = {}
         self.quants: dict[Value, Place] = {}
@@ -93,6 +99,14 @@ class _Compiler:
         place = Place(self.rows[value.name], value.width, quantized)
         (self.quants if quantized else self.floats)[value] = place
         return place
+
+    def _over(self, old: Value, new: Value, index: int) -> Place:
+        """The place of `new`, which op `index` makes of `old` element by element: in place where none needs `old`."""
+        others = (reader for reader in old.readers if reader != index)
+        if not new.wanted and not old.wanted and all(reader in self.executed for reader in others):
+            self.floats[new] = self.floats[old]
+            return self.floats[new]
+        return self._new(new)
 
     def _quantized_linear(self, index: int) -> bool:
         op = self.program.ops[index]
@@ -123,13 +137,16 @@ class _Compiler:
         if isinstance(op, ops.KvWrite):
             k, v = (self.floats[value] for value in read)
             self.stages.append(KvWriteStage(op.layer, k, v))
+            self.executed.add(index)
             return
         assert out is not None
         if isinstance(op, ops.Norm) and self._read_as_int8(out):
             self.recipes[out] = (read[0], _norm(op))
             return
         x = tuple(self.floats[value] for value in read)
-        self.stages.append(_plain_stage(op, x, self._new(out)))
+        place = self._new(out) if isinstance(op, ops.Embed | ops.SelectRows) else self._over(read[0], out, index)
+        self.stages.append(_plain_stage(op, x, place))
+        self.executed.add(index)
 
     # Linears
 
@@ -154,6 +171,9 @@ class _Compiler:
         for lin in jobs:
             self._follow(lin)
         self.stages.append(self._linear_stage(source, quantized, jobs))
+        self.executed.update(members, *(lin.taken for lin in jobs))
+        if source in self.recipes:
+            self.executed.add(source.producer)
 
     def _lin(self, index: int) -> _Lin:
         op, value = self.program.ops[index], self.flow.written[index]
@@ -176,7 +196,7 @@ class _Compiler:
                 assert result is not None
                 job = Job(lin.job.weight, lin.job.bias, up.job.weight, up.job.bias, gated.function)
                 lin.job, lin.value = job, result
-                self.done.add(reader)
+                self._take(lin, reader)
                 return True
         return False
 
@@ -189,7 +209,7 @@ class _Compiler:
             op, result = self.program.ops[reader], self.flow.written[reader]
             if isinstance(op, ops.Activation) and result is not None:
                 lin.job, lin.value = replace(lin.job, function=op.function), result
-                self.done.add(reader)
+                self._take(lin, reader)
                 reader = lin.value.only_reader
         if reader is not None:
             op, result = self.program.ops[reader], self.flow.written[reader]
@@ -198,13 +218,22 @@ class _Compiler:
                 other = b if a is lin.value else a
                 if other is not lin.value and other in self.floats:
                     lin.job, lin.value = replace(lin.job, residual=self.floats[other]), result
-                    self.done.add(reader)
+                    lin.residual = other
+                    self._take(lin, reader)
+
+    def _take(self, lin: _Lin, index: int) -> None:
+        lin.taken.append(index)
+        self.done.add(index)
 
     def _linear_stage(self, source: Value, quantized: bool, jobs: list[_Lin]) -> LinearStage:
         done = []
         for lin in jobs:
             as_int8 = lin.job.up is not None and self._read_as_int8(lin.value)
-            out = None if as_int8 else self._new(lin.value)
+            out = None
+            if lin.residual is not None:
+                out = self._over(lin.residual, lin.value, lin.value.producer)
+            elif not as_int8:
+                out = self._new(lin.value)
             done.append(replace(lin.job, out=out, quants=self._new(lin.value, True) if as_int8 else None))
         label = jobs[0].op.weight.removesuffix(".weight").rpartition(".")[2]
         if not quantized:
@@ -269,6 +298,7 @@ class _Compiler:
         else:
             _, q_head, k_head, v_value = fused
             q, k, v = self._head_spec(q_head), self._head_spec(k_head), self.floats[v_value]
+        self.executed.update((index, *(() if fused is None else (fused[0], *fused[1].fused, *fused[2].fused))))
         columns = op.heads // op.kv_heads * layer.value_dim
         as_int8 = columns % GROUP == 0 and self._read_as_int8(out)
         self.stages.append(

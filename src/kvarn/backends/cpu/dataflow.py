@@ -41,7 +41,8 @@ def analyse(program: Program, wanted: Collection[str]) -> Dataflow:
     """The dataflow of a program whose buffers `wanted` (and its output) are to be returned."""
     widths = {buffer.name: buffer.width for buffer in program.buffers}
     latest: dict[str, Value] = {}
-    read, written = [], []
+    read: list[tuple[Value, ...]] = []
+    written: list[Value | None] = []
     for index, op in enumerate(program.ops):
         values = tuple(latest[name] for name in buffers_read(op))
         for value in values:

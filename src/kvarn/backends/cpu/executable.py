@@ -21,6 +21,10 @@ MAX_PLANS = 4
 """Plans kept beside the main one: each set of extra outputs has its own, with activations of its own."""
 
 
+_Ints = NDArray[np.int32]
+_Arrays = tuple[_Ints, _Ints, NDArray[np.int64], _Ints, _Ints, _Ints, _Ints]
+
+
 @dataclass(frozen=True, slots=True)
 class CpuInfo:
     """What runs: instruction set, threads, and bytes held."""
@@ -52,7 +56,7 @@ class CpuExecutable:
         self._pool: _native.Pool | None = pool
         self._cache: _native.KvCache | None = kv
         self._isa = isa
-        self._main = self._build(())
+        self._main: BuiltPlan | None = self._build(())
         self._variants: dict[tuple[str, ...], BuiltPlan] = {}
 
     def execute(self, batch: InputBatch, outputs: Sequence[str] = ()) -> Mapping[str, NDArray[np.float32]]:
@@ -111,7 +115,7 @@ class CpuExecutable:
             self._variants[outputs] = self._build(outputs)
         return self._variants[outputs]
 
-    def _build(self, outputs: tuple[str, ...]) -> BuiltPlan | None:
+    def _build(self, outputs: tuple[str, ...]) -> BuiltPlan:
         assert self._pool is not None
         assert self._cache is not None
         stages = compile_program(self.program, self._dtypes, outputs)
@@ -122,7 +126,7 @@ class CpuExecutable:
         )  # fmt: skip
 
 
-def _arrays(batch: InputBatch) -> tuple[NDArray[np.generic], ...]:
+def _arrays(batch: InputBatch) -> _Arrays:
     return (
         batch.token_ids, batch.positions, batch.slot_mapping, batch.query_start, batch.seq_lens, batch.block_tables,
         batch.output_rows,

@@ -74,7 +74,7 @@ def assign(stages: StageList, program: Program, limits: StepLimits, threads: int
 def memory_use(
     program: Program, dtypes: Mapping[str, DType], kv: KvCacheSpec, limits: StepLimits, threads: int
 ) -> CpuMemory:
-    """What `CpuBackend(threads).load(...)` will hold, to the byte. dtypes: stored type of each weight of the program."""
+    """What `CpuBackend(threads).load(...)` will hold, to the byte. dtypes: stored type of each of the weights."""
     stages = compile_program(program, dtypes)
     layout = assign(stages, program, limits, threads)
     rotary = {op.table for op in program.ops if isinstance(op, Rope)}

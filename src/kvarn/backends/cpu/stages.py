@@ -122,7 +122,7 @@ class Recipe:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One linear or gate/up pair with what follows: scale, bias, function, residual, softcap; floats and/or int8 out."""
+    """One linear or gate/up pair with what follows: scale, bias, function, residual, softcap; floats or int8 out."""
 
     weight: str
     bias: str | None = None

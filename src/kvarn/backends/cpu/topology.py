@@ -39,7 +39,7 @@ def _affinity() -> frozenset[int]:
 def _siblings(path: Path) -> tuple[int, ...] | None:
     """A list such as "0-1,4" as numbers; None where the file is missing or unreadable."""
     try:
-        cpus = []
+        cpus: list[int] = []
         for part in path.read_text(encoding="ascii").strip().split(","):
             low, _, high = part.partition("-")
             cpus.extend(range(int(low), int(high or low) + 1))
