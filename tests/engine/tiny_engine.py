@@ -85,7 +85,7 @@ def request(name: str, prompt: str | tuple[int, ...], **sampling) -> Request:
 def handmade_engine(
     *, family="llama", stored=DType.F32, backend="cpu", wrap_executable=lambda e: e, wrap_sampler=lambda s: s,
     max_model_len=512, max_num_seqs=8, max_num_batched_tokens=64, max_num_queued_requests=64, num_blocks=64,
-    block_size=16, dtype="float16", threads=1,
+    block_size=16, dtype="float16", threads=1, tokenizer=None,
 ) -> LoadedEngine:
     """An engine put together part by part, so that a test can get between them."""
     model = shared_model(family, 0, stored)
@@ -105,8 +105,9 @@ def handmade_engine(
     def new_scheduler():
         return Scheduler(config.scheduler, BlockPool(num_blocks, block_size), max_model_len, eos_token_ids=(EOS,))
 
-    core = EngineCore(runner, new_scheduler, byte_tokenizer(), model.program.vocab_size)
-    return LoadedEngine(core, "handmade", byte_tokenizer(), model.config, max_model_len, config)
+    tokenizer = tokenizer or byte_tokenizer()
+    core = EngineCore(runner, new_scheduler, tokenizer, model.program.vocab_size)
+    return LoadedEngine(core, "handmade", tokenizer, model.config, max_model_len, config)
 
 
 class Wrapper:

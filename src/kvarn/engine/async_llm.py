@@ -77,11 +77,7 @@ class AsyncLLM:
         the stream is closed, when a task that waits on it is cancelled, or when nobody holds the stream any more.
         Must be called in a running event loop. Raises RequestError, QueueFullError, EngineError at once.
         """
-        mailbox = self._mailbox(asyncio.get_running_loop())
-        self._loop.submit(request, mailbox)
-        # Nothing can be delivered before this returns to the event loop, so the stream is in time.
-        stream = mailbox.streams[request.request_id] = RequestStream(self._loop, request.request_id)
-        return stream
+        return RequestStream(self._loop, self._mailbox(asyncio.get_running_loop()), request)
 
     async def abort(self, request_id: str) -> None:
         """Ends a request before the next step; its stream gets a last output with FinishReason.ABORT."""
@@ -117,14 +113,18 @@ class RequestStream:
     raises EngineError where the request failed. For one reader at a time.
     """
 
-    def __init__(self, engine: EngineLoop, request_id: str) -> None:
-        self.request_id = request_id
+    def __init__(self, engine: EngineLoop, mailbox: _Mailbox, request: Request) -> None:
+        """Submits the request. Raises as `AsyncLLM.generate` says."""
+        self.request_id = request.request_id
         self._engine = engine
+        self._ticket = weakref.ref(self)
         self._pending: list[RequestOutput] = []
         self._error: Exception | None = None
-        self._ended = False
-        """The last event has come (it may still be unread)."""
         self._reader: asyncio.Future[None] | None = None
+        self._ended = True
+        """There is nothing to abort: not submitted yet, or the last event has come (it may still be unread)."""
+        engine.submit(request, mailbox, self._ticket)
+        self._ended = False
 
     def __aiter__(self) -> Self:
         return self
@@ -154,7 +154,7 @@ class RequestStream:
     def _abort(self) -> None:
         if not self._ended:
             self._ended = True
-            self._engine.abort(self.request_id)
+            self._engine.abort(self.request_id, self._ticket)
         self._pending.clear()
         self._error = None
         self._wake_reader()
@@ -185,9 +185,8 @@ class _Mailbox:
         # The engine holds mailboxes of requests in flight; these must not keep a loop alive that is closed.
         self._loop = weakref.ref(loop)
         self._engine = engine
-        self.streams: weakref.WeakValueDictionary[str, RequestStream] = weakref.WeakValueDictionary()
 
-    def receive(self, events: Sequence[Event]) -> None:
+    def receive(self, events: Sequence[tuple[object, Event]]) -> None:
         """Called in the engine's thread."""
         loop = self._loop()
         try:
@@ -196,11 +195,12 @@ class _Mailbox:
             loop.call_soon_threadsafe(self._deliver, events)
         except RuntimeError:
             # The loop was closed with requests in flight: nobody will read them.
-            for event in events:
-                self._engine.abort(event.request_id)
+            for ticket, event in events:
+                self._engine.abort(event.request_id, ticket)
 
-    def _deliver(self, events: Sequence[Event]) -> None:
-        for event in events:
-            stream = self.streams.get(event.request_id)
+    def _deliver(self, events: Sequence[tuple[object, Event]]) -> None:
+        for ticket, event in events:
+            assert isinstance(ticket, weakref.ref)
+            stream = ticket()
             if stream is not None:
                 stream._put(event)

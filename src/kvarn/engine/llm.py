@@ -194,13 +194,13 @@ class _Inbox:
     """A receiver that a blocking reader waits on."""
 
     def __init__(self) -> None:
-        self._events: queue.SimpleQueue[Sequence[Event]] = queue.SimpleQueue()
+        self._events: queue.SimpleQueue[list[Event]] = queue.SimpleQueue()
 
-    def receive(self, events: Sequence[Event]) -> None:
+    def receive(self, events: Sequence[tuple[object, Event]]) -> None:
         """Called in the engine's thread."""
-        self._events.put(events)
+        self._events.put([event for _, event in events])
 
-    def get(self) -> Sequence[Event]:
+    def get(self) -> list[Event]:
         """The events of the next step that has any."""
         return self._events.get()
 

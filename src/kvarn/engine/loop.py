@@ -8,7 +8,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from kvarn.engine.core import EngineCore, new_error_id
 from kvarn.engine.events import EngineStats, Event, RequestFailed
@@ -21,9 +21,17 @@ logger = logging.getLogger(__name__)
 class Receiver(Protocol):
     """Where the events of some requests go."""
 
-    def receive(self, events: Sequence[Event]) -> None:
-        """Takes all events of one step at once. Called in the engine's thread: must return soon and raise nothing."""
+    def receive(self, events: Sequence[tuple[object, Event]]) -> None:
+        """Takes all events of one step at once, each with the ticket that its request was submitted with.
+
+        Called in the engine's thread: must return soon and raise nothing.
+        """
         ...
+
+
+class _Address(NamedTuple):
+    receiver: Receiver
+    ticket: object
 
 
 class EngineLoop:
@@ -41,7 +49,7 @@ class EngineLoop:
         # Reentrant: a stream's finalizer may abort at any moment, also in a thread that holds the lock.
         self._wake = threading.Condition(threading.RLock())
         self._commands: deque[Callable[[], None]] = deque()
-        self._receivers: dict[str, Receiver] = {}
+        self._addresses: dict[str, _Address] = {}
         self._submitted: set[str] = set()
         """Ids of requests whose command to add them has not been carried out yet."""
         self._stats = core.stats()
@@ -52,8 +60,8 @@ class EngineLoop:
         # A daemon thread must not be inside native code when the interpreter goes away.
         atexit.register(self.close)
 
-    def submit(self, request: Request, receiver: Receiver) -> None:
-        """Queues a request whose events go to `receiver`.
+    def submit(self, request: Request, receiver: Receiver, ticket: object = None) -> None:
+        """Queues a request whose events go to `receiver`, with `ticket`: ids may be used again, tickets tell apart.
 
         Raises RequestError for one that can never run or whose id is in use, QueueFullError where too many wait,
         EngineError where the engine is closed or has failed.
@@ -62,14 +70,14 @@ class EngineLoop:
         with self._wake:
             if self._end is not None:
                 raise EngineError(str(self._end))
-            if request.request_id in self._receivers:
+            if request.request_id in self._addresses:
                 raise RequestError(f"request_id {request.request_id!r} is in use", field="request_id")
             waiting = self._stats.queued + len(self._submitted)
             if waiting >= self._max_queued:
                 raise QueueFullError(
                     f"{waiting} requests are waiting, the limit is {self._max_queued}; try again later"
                 )
-            self._receivers[request.request_id] = receiver
+            self._addresses[request.request_id] = _Address(receiver, ticket)
             self._submitted.add(request.request_id)
             self._commands.append(lambda: self._add(request))
             self._wake.notify()
@@ -78,10 +86,14 @@ class EngineLoop:
         """Raises RequestError where `submit` would, but for an id in use."""
         self._core.check(request)
 
-    def abort(self, request_id: str) -> None:
-        """Ends a request before the next step. Its receiver gets a last output. Unknown ids are ignored."""
+    def abort(self, request_id: str, ticket: object = None) -> None:
+        """Ends a request before the next step. Its receiver gets a last output.
+
+        Ignored where there is no such request, or where a ticket is given and the request has another.
+        """
         with self._wake:
-            if request_id in self._receivers:
+            address = self._addresses.get(request_id)
+            if address is not None and ticket in (None, address.ticket):
                 self._commands.append(lambda: self._abort(request_id))
                 self._wake.notify()
 
@@ -122,7 +134,7 @@ class EngineLoop:
                 self._end = failure
                 self._commands.clear()
                 self._submitted.clear()
-                lost: list[Event] = [RequestFailed(request_id, failure) for request_id in self._receivers]
+                lost: list[Event] = [RequestFailed(request_id, failure) for request_id in self._addresses]
             self._publish(lost)
             self._core.close()
 
@@ -179,21 +191,22 @@ class EngineLoop:
             raise _StoppedError(f"the engine stopped after a failed step (error id {error_id})") from None
         with self._wake:
             # The core has not seen those that were only submitted: they go on.
-            started = [request_id for request_id in self._receivers if request_id not in self._submitted]
+            started = [request_id for request_id in self._addresses if request_id not in self._submitted]
         error = EngineError(f"a step of the engine failed (error id {error_id}); the request may be sent again")
         return [RequestFailed(request_id, error) for request_id in started]
 
     def _publish(self, events: Sequence[Event]) -> None:
         """Hands the events of a step to their receivers, each once."""
-        batches: dict[int, tuple[Receiver, list[Event]]] = {}
+        batches: dict[int, tuple[Receiver, list[tuple[object, Event]]]] = {}
         with self._wake:
             self._stats = self._core.stats()
             for event in events:
                 last = isinstance(event, RequestFailed) or event.finished
-                find = self._receivers.pop if last else self._receivers.get
-                receiver = find(event.request_id, None)
-                if receiver is not None:
-                    batches.setdefault(id(receiver), (receiver, []))[1].append(event)
+                find = self._addresses.pop if last else self._addresses.get
+                address = find(event.request_id, None)
+                if address is not None:
+                    batch = batches.setdefault(id(address.receiver), (address.receiver, []))[1]
+                    batch.append((address.ticket, event))
         for receiver, batch in batches.values():
             receiver.receive(batch)
 

@@ -38,13 +38,14 @@ def _control_groups(root: Path) -> Iterator[int]:
 
 def _left(mount: Path, path: str, limit_file: str, used_key: str) -> Iterator[int]:
     """What is left under the limits of the group and of those above it (in a container, the mount is the group)."""
-    group = (mount / path.strip().lstrip("/")).resolve()
-    while group == mount.resolve() or mount.resolve() in group.parents:
+    inside = Path(path.strip().lstrip("/"))
+    # A container may be told of a group that it cannot see: then the mount itself is its group.
+    groups = [mount] if ".." in inside.parts else [mount / inside, *(mount / above for above in inside.parents)]
+    for group in dict.fromkeys(groups):
         limit = next(iter(_lines(group / limit_file)), "max").strip()
         if limit.isdigit() and int(limit) < UNLIMITED:
             used = next((line.split()[1] for line in _lines(group / "memory.stat") if line.split()[0] == used_key), "0")
             yield max(0, int(limit) - int(used))
-        group = group.parent
 
 
 def _lines(path: Path) -> list[str]:

@@ -1,0 +1,261 @@
+"""Many streams over one engine: they end, they abort, they fail, and nothing is lost or left behind."""
+
+import asyncio
+import gc
+import threading
+import time
+
+import pytest
+from tiny_engine import Wrapper, handmade_engine, request, text_of, tokens_of
+
+from kvarn.engine import AsyncLLM
+from kvarn.errors import EngineError, QueueFullError, RequestError
+from kvarn.request import FinishReason
+
+TIMEOUT = 30
+
+
+class Gate(Wrapper):
+    """An executable that runs a step only when it is let, and fails when told to."""
+
+    def __init__(self, inner) -> None:
+        super().__init__(inner)
+        self.open = threading.Event()
+        self.open.set()
+        self.steps = 0
+        self.failures = 0
+        self.error: type[BaseException] = RuntimeError
+
+    def execute(self, batch, outputs=()):
+        assert self.open.wait(TIMEOUT)
+        self.steps += 1
+        if self.failures:
+            self.failures -= 1
+            raise self.error("the kernel is broken")
+        return self.inner.execute(batch, outputs)
+
+
+def with_llm(test, **settings):
+    """Runs `test(llm, gate)` in an event loop with an engine that is closed afterwards."""
+    gates = []
+
+    def wrap(executable):
+        gates.append(Gate(executable))
+        return gates[0]
+
+    async def main():
+        async with AsyncLLM(handmade_engine(wrap_executable=wrap, **settings)) as llm:
+            await asyncio.wait_for(test(llm, gates[0]), TIMEOUT)
+            gates[0].open.set()
+
+    asyncio.run(main())
+
+
+async def until(condition):
+    deadline = time.monotonic() + TIMEOUT
+    while not condition():
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.001)
+
+
+async def read(stream):
+    return [output async for output in stream]
+
+
+def all_free(llm):
+    stats = llm.stats()
+    return stats.free_blocks == stats.num_blocks and stats.running == stats.waiting == stats.queued == 0
+
+
+def test_a_stream_gives_what_a_quiet_engine_gives_and_ends():
+    async def test(llm, gate):
+        outputs = await read(llm.generate(request("a", "hello")))
+        assert len(tokens_of(outputs)) == 8
+        assert [o.finished for o in outputs][-1] is True
+        again = await asyncio.gather(*(read(llm.generate(request(str(i), "hello"))) for i in range(40)))
+        assert all(tokens_of(o) == tokens_of(outputs) for o in again)
+        assert llm.stats().generated_tokens == 41 * 8
+        assert all_free(llm)
+
+    with_llm(test)
+
+
+@pytest.mark.parametrize("way", ["cancel", "close", "break", "drop", "abort"])
+def test_a_reader_who_leaves_frees_the_blocks_within_a_step(way):
+    async def test(llm, gate):
+        async def reader():
+            stream = llm.generate(request("a", "hello", max_tokens=400))
+            async for output in stream:
+                started.set()
+                if way == "break":
+                    break
+                if way == "close":
+                    await stream.aclose()
+                if way == "drop":
+                    return None
+                if way == "abort":
+                    await llm.abort("a")
+                outputs.append(output)
+            return outputs
+
+        started, outputs = asyncio.Event(), []
+        task = asyncio.create_task(reader())
+        await started.wait()
+        if way == "cancel":
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        await until(task.done)
+        gc.collect()
+        steps = gate.steps
+        await until(lambda: all_free(llm))
+        assert gate.steps <= steps + 2, "the step it was in, and at most the next"
+        if way == "abort":
+            assert task.result()[-1].outputs[0].finish_reason is FinishReason.ABORT
+        assert len(tokens_of(await read(llm.generate(request("a", "again"))))) == 8, "the id is free again"
+
+    with_llm(test)
+
+
+def test_a_request_nobody_reads_runs_and_one_nobody_holds_ends():
+    async def test(llm, gate):
+        stream = llm.generate(request("held", "hello"))
+        llm.generate(request("dropped", "hello", max_tokens=400))
+        await until(lambda: all_free(llm))
+        assert llm.stats().generated_tokens < 400
+        outputs = await read(stream)
+        assert len(outputs) == 1, "what has gathered comes at once"
+        assert len(tokens_of(outputs)) == 8
+
+    with_llm(test)
+
+
+def test_a_slow_reader_gets_everything_in_fewer_pieces():
+    async def test(llm, gate):
+        quick = await read(llm.generate(request("quick", "hello", max_tokens=100, n=2, logprobs=1)))
+        slow = []
+        async for output in llm.generate(request("slow", "hello", max_tokens=100, n=2, logprobs=1)):
+            slow.append(output)
+            await asyncio.sleep(0.02)
+        assert len(slow) < len(quick)
+        for index in (0, 1):
+            assert tokens_of(slow, index) == tokens_of(quick, index)
+            assert text_of(slow, index) == text_of(quick, index)
+            logprobs = [lp for o in slow for part in o.outputs if part.index == index for lp in part.logprobs]
+            assert [lp.token_id for lp in logprobs] == tokens_of(slow, index)
+
+    with_llm(test)
+
+
+def test_wrong_requests_and_a_full_queue_are_refused_before_a_stream_exists():
+    async def test(llm, gate):
+        with pytest.raises(RequestError, match="token ids are 0 to 258"):
+            llm.generate(request("a", (999,)))
+        running = llm.generate(request("running", "x", max_tokens=300))
+        await anext(running)
+        gate.open.clear()
+        queued = [llm.generate(request(str(i), "x")) for i in range(3)]
+        with pytest.raises(QueueFullError, match="3 requests are waiting, the limit is 3"):
+            llm.generate(request("more", "x"))
+        with pytest.raises(RequestError, match="'1' is in use") as caught:
+            llm.generate(request("1", "x"))
+        assert caught.value.field == "request_id"
+        gate.open.set()
+        assert len(tokens_of(await read(running))) > 8
+        for stream in queued:
+            assert len(tokens_of(await read(stream))) == 8
+        assert all_free(llm)
+
+    with_llm(test, max_num_seqs=1, max_num_queued_requests=3)
+
+
+def test_a_failed_step_fails_what_is_in_flight_and_the_engine_goes_on(caplog):
+    async def test(llm, gate):
+        expected = tokens_of(await read(llm.generate(request("before", "hello"))))
+        gate.failures = 1
+        results = await asyncio.gather(
+            *(read(llm.generate(request(str(i), "hello"))) for i in range(3)), return_exceptions=True
+        )
+        failed = [r for r in results if isinstance(r, EngineError)]
+        assert failed, "at least the one that the step was for"
+        error_id = str(failed[0]).split("error id ")[1].split(")")[0]
+        assert error_id in caplog.text
+        assert "the kernel is broken" in caplog.text
+        assert "kernel" not in str(failed[0]), "clients are not told of the inside"
+        assert tokens_of(await read(llm.generate(request("after", "hello")))) == expected
+        assert all_free(llm)
+        assert llm.stats().failed_steps == 1
+        assert llm.is_running
+
+    with_llm(test)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, SystemExit])
+def test_an_engine_that_cannot_go_on_refuses_clearly(error):
+    async def test(llm, gate):
+        gate.failures, gate.error = 10, error
+        with pytest.raises(EngineError, match=r"the engine stopped.*error id"):
+            await read(llm.generate(request("a", "hello")))
+        await until(lambda: not llm.is_running)
+        with pytest.raises(EngineError, match="the engine stopped"):
+            llm.generate(request("b", "hello"))
+
+    with_llm(test)
+
+
+def test_close_fails_what_runs_and_is_idempotent():
+    async def test(llm, gate):
+        stream = llm.generate(request("a", "hello", max_tokens=400))
+        await anext(stream)
+        await llm.close()
+        await llm.close()
+        with pytest.raises(EngineError, match="the engine was closed"):
+            await read(stream)
+        with pytest.raises(EngineError, match="the engine was closed"):
+            llm.generate(request("b", "hello"))
+        assert not [t for t in threading.enumerate() if t.name == "kvarn-engine" and t.is_alive()]
+
+    with_llm(test)
+
+
+def test_a_closed_event_loop_frees_its_requests_and_another_can_go_on():
+    llm = AsyncLLM(handmade_engine())
+    kept = []
+
+    async def leave():
+        kept.append(llm.generate(request("left", "hello", max_tokens=400)))
+        await anext(kept[0])
+
+    asyncio.run(leave())
+
+    async def go_on():
+        await until(lambda: all_free(llm))
+        assert len(tokens_of(await read(llm.generate(request("next", "hello"))))) == 8
+        await llm.close()
+
+    asyncio.run(go_on())
+
+
+def test_clients_that_come_and_go_at_random_leave_nothing_behind():
+    async def test(llm, gate):
+        expected = {}
+        for length in range(1, 6):
+            expected[length] = tokens_of(await read(llm.generate(request(f"q{length}", "x" * length, max_tokens=12))))
+
+        async def client(number):
+            length = number % 5 + 1
+            stream = llm.generate(request(str(number), "x" * length, max_tokens=12))
+            if number % 7 == 0:
+                await asyncio.sleep(0)
+                return
+            outputs = []
+            async for output in stream:
+                outputs.append(output)
+                if number % 3 == 0 and len(outputs) == 4:
+                    return
+            assert tokens_of(outputs) == expected[length]
+
+        await asyncio.gather(*(client(number) for number in range(120)))
+        await until(lambda: all_free(llm))
+
+    with_llm(test, max_num_queued_requests=200, num_blocks=16, max_model_len=128)
