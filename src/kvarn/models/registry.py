@@ -32,8 +32,8 @@ class Model:
     weights: TensorSource
 
 
-def _family(metadata: Mapping[str, Any], format: Literal["gguf", "hf"], path: str) -> tuple[Family, str]:
-    """The family and the name that the files give it."""
+def find_family(metadata: Mapping[str, Any], format: Literal["gguf", "hf"], path: str) -> tuple[Family, str]:
+    """The family, and the name that the files give it. Raises ModelFileError, UnsupportedModelError."""
     key = "general.architecture" if format == "gguf" else "model_type"
     name = metadata.get(key)
     if not isinstance(name, str):
@@ -72,7 +72,7 @@ def program_from_config(
     metadata: a parsed config.json, or GGUF key-value pairs. max_model_len: the longest sequence that will be run,
     where that decides (longrope). Raises ModelFileError naming the field, UnsupportedModelError naming the feature.
     """
-    family, name = _family(metadata, format, path)
+    family, name = find_family(metadata, format, path)
     options = LoadOptions(max_model_len)
     blueprint = _blueprint(family, name, metadata, format, path, tensor_names, options)
     return blueprint.config, family.build(blueprint)
@@ -84,7 +84,7 @@ def load_model(files: ModelFiles, max_model_len: int | None = None) -> Model:
     Raises ModelFileError where config and tensors disagree, UnsupportedModelError where kvarn lacks what it needs.
     """
     path = str(files.path)
-    family, name = _family(files.metadata, files.format, path)
+    family, name = find_family(files.metadata, files.format, path)
     factors = None
     if files.format == "gguf" and ROPE_FACTORS in files.tensor_names:
         factors = dequantize(files.tensor(ROPE_FACTORS))

@@ -1,5 +1,19 @@
-"""Helpers for tests only: tiny random models, in memory or as files, and a tokenizer of bytes."""
+"""Helpers for tests only: tiny random models, in memory or as files, and a vocabulary of bytes."""
 
-from kvarn.testing.models import TinyModel, random_tensor, tiny_model
+from kvarn.testing.files import MemoryFiles
+from kvarn.testing.gguf import tiny_gguf, write_gguf, write_tiny_gguf
+from kvarn.testing.models import TinyModel, random_tensor, random_weight, tiny_model
+from kvarn.testing.vocabulary import byte_tokenizer, byte_vocabulary
 
-__all__ = ["TinyModel", "random_tensor", "tiny_model"]
+__all__ = [
+    "MemoryFiles",
+    "TinyModel",
+    "byte_tokenizer",
+    "byte_vocabulary",
+    "random_tensor",
+    "random_weight",
+    "tiny_gguf",
+    "tiny_model",
+    "write_gguf",
+    "write_tiny_gguf",
+]

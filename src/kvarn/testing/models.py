@@ -91,14 +91,19 @@ def tiny_model(family: str = "llama", *, seed: int = 0, dtype: DType = DType.F32
     settings = {"model_type": family, **SETTINGS[family], **changes}
     config, program = program_from_config(settings, "hf")
     rng = np.random.default_rng(seed)
-    tensors: dict[str, Tensor] = {}
-    for weight in program.weights:
-        if len(weight.shape) == 1:
-            offset = np.float32(1.0 if weight.name.endswith("norm.weight") else 0.0)
-            values = rng.standard_normal(weight.shape).astype(np.float32) * np.float32(0.1) + offset
-            tensors[weight.name] = Tensor.from_array(values)
-            continue
-        fits = weight.shape[-1] % dtype.block_size == 0
-        scale = 1.0 if "embed" in weight.name else 1.5 / weight.shape[-1] ** 0.5
-        tensors[weight.name] = random_tensor(rng, dtype if fits else DType.F32, weight.shape, scale)
+    tensors = {weight.name: random_weight(rng, weight.name, weight.shape, dtype) for weight in program.weights}
     return TinyModel(config, program, tensors)
+
+
+def random_weight(rng: np.random.Generator, name: str, shape: tuple[int, ...], dtype: DType) -> Tensor:
+    """A weight of a size that keeps activations of about one, by its name in the program.
+
+    Norm weights lie around one, biases around zero; both are F32, as are matrices whose rows hold no whole blocks.
+    """
+    if len(shape) == 1:
+        offset = np.float32(1.0 if name.endswith("norm.weight") else 0.0)
+        values = rng.standard_normal(shape).astype(np.float32) * np.float32(0.1) + offset
+        return Tensor.from_array(values)
+    fits = shape[-1] % dtype.block_size == 0
+    scale = 1.0 if "embed" in name else 1.5 / shape[-1] ** 0.5
+    return random_tensor(rng, dtype if fits else DType.F32, shape, scale)
