@@ -1,0 +1,89 @@
+"""`kvarn serve`: the OpenAI-compatible server."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kvarn.cli.options import DEFAULT_MODEL, MaxModelLen, Threads
+
+if TYPE_CHECKING:
+    from kvarn.engine import AsyncLLM
+
+EPILOG = """\b
+Examples:
+  kvarn serve
+  kvarn serve qwen2.5-coder-0.5b-instruct --port 9000 --max-num-seqs 16
+  kvarn serve model.gguf --max-model-len 4096 --kv-cache-bytes 2000000000
+\b
+Ask it:
+  curl http://127.0.0.1:8000/v1/chat/completions -H "Content-Type: application/json" \\
+    -d '{"messages": [{"role": "user", "content": "Hello!"}]}'
+Or open http://127.0.0.1:8000 in a browser.
+"""
+
+
+def command(
+    model: Annotated[
+        str,
+        typer.Argument(help="A name from `kvarn models`, a .gguf file, or a folder with config.json and safetensors."),
+    ] = DEFAULT_MODEL,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; 0.0.0.0 opens it to the network, without any authentication.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on; 0: a free one.")] = 8000,
+    served_model_name: Annotated[str | None, typer.Option(help="Name in the API; default: the model's own.")] = None,
+    max_model_len: MaxModelLen = None,
+    max_num_seqs: Annotated[int, typer.Option(help="Sequences computed at the same time.")] = 64,
+    max_num_batched_tokens: Annotated[
+        int, typer.Option(help="Tokens computed in one step: the budget that prompts and running answers share.")
+    ] = 512,
+    max_num_queued_requests: Annotated[int, typer.Option(help="Requests waiting; one more gets 429.")] = 1024,
+    kv_cache_bytes: Annotated[
+        int | None,
+        typer.Option(help="Bytes for the KV cache; default: what the sequences can use, within --memory-utilization."),
+    ] = None,
+    memory_utilization: Annotated[float, typer.Option(help="Share of available memory that may be taken.")] = 0.8,
+    threads: Threads = 0,
+    max_body_bytes: Annotated[int, typer.Option(help="Largest request body.")] = 8 << 20,
+) -> None:
+    """Serve a model over an OpenAI-compatible HTTP API, with a chat page at /."""
+    from kvarn.cli.progress import resolve_with_progress
+    from kvarn.config import CacheConfig, EngineConfig, SchedulerConfig
+    from kvarn.server import ServeOptions, serve
+
+    config = EngineConfig(
+        max_model_len=max_model_len,
+        threads=threads,
+        cache=CacheConfig(kv_cache_bytes=kv_cache_bytes, memory_utilization=memory_utilization),
+        scheduler=SchedulerConfig(max_num_seqs, max_num_batched_tokens, max_num_queued_requests),
+    )
+    path = resolve_with_progress(model, quiet=not sys.stderr.isatty())
+    options = ServeOptions(str(path), host, port, served_model_name or _name(model), max_body_bytes, config)
+    addresses: list[str] = []
+
+    def listening(url: str) -> None:
+        addresses.append(url)
+        typer.echo(f"loading {model} …")
+
+    serve(options, on_listening=listening, on_ready=lambda llm, seconds: _tell(llm, seconds, addresses[0]))
+
+
+def _name(model: str) -> str:
+    """A known name as it is; of a path only its last part."""
+    from pathlib import Path
+
+    return Path(model).stem if Path(model).suffix == ".gguf" else Path(model).name
+
+
+def _tell(llm: AsyncLLM, seconds: float, url: str) -> None:
+    stats, cache = llm.stats(), llm.config.cache
+    tokens = stats.num_blocks * cache.block_size
+    config = llm.model_config
+    typer.echo(
+        f"{config.family}, {config.num_layers} layers · sequences of up to {llm.max_model_len} tokens · KV cache for "
+        f"{tokens} tokens in {stats.num_blocks} blocks · ready in {seconds:.2f} s"
+    )
+    typer.secho(f"{url}  (chat page; API under {url}/v1)", bold=True)

@@ -1,0 +1,79 @@
+"""Every answer that is no success, in OpenAI's shape: {"error": {"message", "type", "param", "code"}}."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from kvarn.errors import EngineError, KvarnError, QueueFullError, RequestError, TemplateError
+
+logger = logging.getLogger("kvarn.server")
+RETRY_SECONDS = "1"
+
+
+class ApiError(Exception):
+    """An answer with an error. Raised by routes; never holds anything that a client must not see."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.param = param
+        self.code = code
+        self.headers = dict(headers or {})
+
+    def body(self) -> dict[str, Any]:
+        """The JSON body."""
+        kinds = {429: "rate_limit_error", 503: "service_unavailable_error"}
+        kind = "server_error" if self.status >= 500 else "invalid_request_error"
+        error = {"message": self.message, "type": kinds.get(self.status, kind), "param": self.param, "code": self.code}
+        return {"error": error}
+
+
+def to_api_error(error: Exception) -> ApiError:
+    """What a client is told of an exception. Unexpected ones are logged with an id, and only the id is told."""
+    match error:
+        case ApiError():
+            return error
+        case QueueFullError():
+            return ApiError(429, str(error), code="queue_full", headers={"Retry-After": RETRY_SECONDS})
+        case RequestError():
+            return ApiError(400, str(error), param=error.field, code="invalid_value")
+        case TemplateError():
+            return ApiError(400, str(error), param="messages", code="template_error")
+        case EngineError():
+            return ApiError(500, str(error), code="engine_error")
+        case HTTPException():
+            return ApiError(error.status_code, str(error.detail), headers=error.headers)
+        case KvarnError():
+            return ApiError(500, str(error))
+    identity = secrets.token_hex(8)
+    logger.error("unexpected error %s", identity, exc_info=error)
+    return ApiError(500, f"internal error {identity}; the server's log says more", code="internal_error")
+
+
+def install(app: FastAPI) -> None:
+    """Makes every error of the app, routing errors among them, answer in this shape."""
+
+    def answer(request: Request, error: Exception) -> JSONResponse:
+        found = to_api_error(error)
+        if isinstance(error, HTTPException):
+            found.message = f"{found.message}: {request.method} {request.url.path}"
+        return JSONResponse(found.body(), status_code=found.status, headers=found.headers)
+
+    for kind in (ApiError, KvarnError, HTTPException, Exception):
+        app.add_exception_handler(kind, answer)

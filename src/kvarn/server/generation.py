@@ -1,0 +1,145 @@
+"""Running the engine requests behind one HTTP request: several prompts, each with n answers, as one stream."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import AsyncGenerator, Awaitable, Sequence
+from contextlib import AsyncExitStack, aclosing
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from fastapi import Request as HttpRequest
+
+from kvarn.engine import AsyncLLM
+from kvarn.request import FinishReason, Request, RequestOutput, SamplingParams, SequenceOutput, TokenLogprob
+from kvarn.server.errors import ApiError
+
+T = TypeVar("T")
+
+
+def new_id(prefix: str) -> str:
+    """A fresh id as OpenAI's look: prefix and random characters."""
+    return f"{prefix}-{secrets.token_hex(12)}"
+
+
+@dataclass(slots=True)
+class Usage:
+    """Token counts of one HTTP request."""
+
+    prompt: int = 0
+    completion: int = 0
+    cached: int = 0
+
+    def body(self) -> dict[str, object]:
+        """As OpenAI has it."""
+        return {
+            "prompt_tokens": self.prompt,
+            "completion_tokens": self.completion,
+            "total_tokens": self.prompt + self.completion,
+            "prompt_tokens_details": {"cached_tokens": self.cached},
+        }
+
+
+@dataclass(slots=True)
+class Answer:
+    """One whole answer, gathered from deltas."""
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+
+    def take(self, delta: SequenceOutput) -> None:
+        """Adds a delta."""
+        self.text += delta.text
+        self.token_ids += delta.token_ids
+        self.logprobs += delta.logprobs
+        self.finish_reason = delta.finish_reason or self.finish_reason
+
+
+class Generation:
+    """The engine requests of one HTTP request. Choice index = prompt index * n + sequence index."""
+
+    def __init__(self, llm: AsyncLLM, prompts: Sequence[Sequence[int]], sampling: SamplingParams, name: str) -> None:
+        """Checks all prompts before any is queued. Raises RequestError."""
+        self._llm = llm
+        self._n = sampling.n
+        self.usage = Usage(prompt=sum(map(len, prompts)))
+        self._requests = [Request(f"{name}-{i}", tuple(ids), sampling) for i, ids in enumerate(prompts)]
+        for request in self._requests:
+            llm.check(request)
+
+    @property
+    def num_choices(self) -> int:
+        """Number of answers."""
+        return len(self._requests) * self._n
+
+    async def stream(self) -> AsyncGenerator[list[tuple[int, SequenceOutput]], None]:
+        """(choice index, delta) pairs as they come. Closing it aborts what still runs."""
+        async with AsyncExitStack() as stack:
+            streams = [await stack.enter_async_context(aclosing(self._llm.generate(r))) for r in self._requests]
+            if len(streams) == 1:
+                async for output in streams[0]:
+                    yield self._deltas(0, output)
+                return
+            queue: asyncio.Queue[tuple[int, RequestOutput | Exception | None]] = asyncio.Queue(maxsize=len(streams))
+
+            async def feed(index: int) -> None:
+                try:
+                    async for output in streams[index]:
+                        await queue.put((index, output))
+                    await queue.put((index, None))
+                except Exception as error:  # handed to the reader, who raises it
+                    await queue.put((index, error))
+
+            feeders = [asyncio.create_task(feed(index)) for index in range(len(streams))]
+            try:
+                left = len(streams)
+                while left:
+                    index, item = await queue.get()
+                    if isinstance(item, Exception):
+                        raise item
+                    if item is None:
+                        left -= 1
+                    else:
+                        yield self._deltas(index, item)
+            finally:
+                for feeder in feeders:
+                    feeder.cancel()
+                await asyncio.gather(*feeders, return_exceptions=True)
+
+    def _deltas(self, prompt: int, output: RequestOutput) -> list[tuple[int, SequenceOutput]]:
+        self.usage.completion += sum(len(delta.token_ids) for delta in output.outputs)
+        if output.finished:
+            self.usage.cached += output.num_cached_tokens
+        return [(prompt * self._n + delta.index, delta) for delta in output.outputs]
+
+    async def whole(self) -> list[Answer]:
+        """All answers, complete."""
+        answers = [Answer() for _ in range(self.num_choices)]
+        async with aclosing(self.stream()) as stream:
+            async for deltas in stream:
+                for index, delta in deltas:
+                    answers[index].take(delta)
+        return answers
+
+
+async def unless_disconnected(request: HttpRequest, work: Awaitable[T]) -> T:
+    """Awaits `work`, but cancels it when the client goes away. Raises ApiError 499 then (nobody reads it)."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.create_task(_disconnected(request))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ApiError(499, "the client closed the connection")
+        return task.result()
+    finally:
+        for pending in (task, gone):
+            pending.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _disconnected(request: HttpRequest) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

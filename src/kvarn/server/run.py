@@ -1,0 +1,122 @@
+"""`serve`: listens at once, loads the model beside it, answers, and ends cleanly on SIGINT or SIGTERM."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import uvicorn
+
+from kvarn.config import EngineConfig
+from kvarn.engine import AsyncLLM
+from kvarn.errors import ConfigError, KvarnError
+from kvarn.server.app import DEFAULT_MAX_BODY_BYTES, ServerState, create_app
+
+GRACE_SECONDS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class ServeOptions:
+    """What to serve and where. port 0: a free one."""
+
+    model: str
+    host: str = "127.0.0.1"
+    port: int = 8000
+    served_model_name: str | None = None
+    max_body_bytes: int = DEFAULT_MAX_BODY_BYTES
+    engine: EngineConfig = field(default_factory=EngineConfig)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"port must be between 0 and 65535, not {self.port}")
+        if self.max_body_bytes < 1:
+            raise ConfigError(f"max_body_bytes must be at least 1, not {self.max_body_bytes}")
+
+
+OnListening = Callable[[str], None]
+OnReady = Callable[[AsyncLLM, float], None]
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A bound socket. Raises ConfigError where the address cannot be had."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        reason = "is in use: stop what listens there or choose another --port" if error.errno == 98 else error.strerror
+        raise ConfigError(f"cannot listen on {host} port {port}: it {reason}") from error
+    return listener
+
+
+def serve(options: ServeOptions, *, on_listening: OnListening | None = None, on_ready: OnReady | None = None) -> None:
+    """Serves until SIGINT or SIGTERM; streams in flight get a few seconds to finish.
+
+    While the model loads, everything but the pages answers 503. on_listening(url) is called when the port is open,
+    on_ready(engine, seconds since start) when requests are answered. Raises ConfigError where the port is taken, and
+    what loading raises (KvarnError), after the server has stopped.
+    """
+    listener = _listen(options.host, options.port)
+    app = create_app(None, served_model_name=options.served_model_name, max_body_bytes=options.max_body_bytes)
+    config = uvicorn.Config(
+        app, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE_SECONDS, lifespan="off",
+        server_header=False,
+    )  # fmt: skip
+    server = uvicorn.Server(config)
+    host, port = listener.getsockname()[:2]
+    if on_listening is not None:
+        on_listening(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        failure = runner.run(_run(server, listener, app.state.server, options, on_ready))
+    if failure is not None:
+        raise failure
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
+    return factory
+
+
+async def _run(
+    server: uvicorn.Server,
+    listener: socket.socket,
+    state: ServerState,
+    options: ServeOptions,
+    on_ready: OnReady | None,
+) -> Exception | None:
+    started = time.perf_counter()
+
+    async def load() -> None:
+        llm = await asyncio.to_thread(AsyncLLM.from_model, options.model, options.engine)
+        state.names = tuple(dict.fromkeys(n for n in (options.served_model_name, llm.model_name) if n))
+        state.llm = llm
+        if on_ready is not None:
+            on_ready(llm, time.perf_counter() - started)
+
+    loading = asyncio.create_task(load())
+
+    def stop_on_failure(task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and task.exception() is not None:
+            server.should_exit = True
+
+    loading.add_done_callback(stop_on_failure)
+    try:
+        await server.serve(sockets=[listener])
+    finally:
+        await asyncio.gather(loading, return_exceptions=True)
+        if state.llm is not None:
+            await state.llm.close()
+    error = loading.exception()
+    if error is not None and not isinstance(error, KvarnError):
+        logging.getLogger("kvarn.server").error("loading failed", exc_info=error)
+    return error if isinstance(error, Exception) else None

@@ -1,0 +1,77 @@
+"""Server-sent events: one write for each step's news, an error event on failure midway, an abort on leaving."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from kvarn.server.errors import to_api_error
+
+DONE = b"data: [DONE]\n\n"
+
+
+def event(value: Any) -> bytes:
+    """One event with a JSON value."""
+    return b"data: " + json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+
+
+class EventStream(Response):
+    """Sends the chunks of an iterator as they come, then [DONE].
+
+    The first chunk is awaited before the headers go out, so that a request that fails at once gets a proper status.
+    When the client disconnects the iterator is closed, which aborts the engine's work.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, chunks: AsyncGenerator[bytes, None], first: bytes | None) -> None:
+        """chunks: owned. first: what it gave first; None where it ended at once."""
+        super().__init__()
+        self._chunks = chunks
+        self._first = first
+
+    @classmethod
+    async def begin(cls, chunks: AsyncGenerator[bytes, None]) -> EventStream:
+        """Awaits the first chunk. Raises what the iterator raises."""
+        return cls(chunks, await anext(chunks, None))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Sends until the end or until the client is gone."""
+        del scope
+        sender = asyncio.create_task(self._send(send))
+        listener = asyncio.create_task(_disconnect(receive))
+        try:
+            await asyncio.wait({sender, listener}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in (sender, listener):
+                task.cancel()
+            await asyncio.gather(sender, listener, return_exceptions=True)
+
+    async def _send(self, send: Send) -> None:
+        headers = [
+            (b"content-type", b"text/event-stream; charset=utf-8"),
+            (b"cache-control", b"no-cache"),
+            (b"x-accel-buffering", b"no"),
+        ]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        async with aclosing(self._chunks):
+            if self._first is not None:
+                await send({"type": "http.response.body", "body": self._first, "more_body": True})
+            try:
+                async for chunk in self._chunks:
+                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
+            except Exception as error:  # the status is out already: tell it in the stream
+                body = event(to_api_error(error).body())
+                await send({"type": "http.response.body", "body": body, "more_body": True})
+        await send({"type": "http.response.body", "body": DONE, "more_body": False})
+
+
+async def _disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
