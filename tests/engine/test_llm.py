@@ -1,9 +1,16 @@
 """The engine for scripts: lists in, completions out, in order."""
 
+import gc
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
 import pytest
 from tiny_engine import request, run_core, text_of, tiny_engine, tokens_of
 
 from kvarn.config import EngineConfig
+from kvarn.engine import LLM
 from kvarn.engine.llm import with_overrides
 from kvarn.errors import ConfigError, EngineError, RequestError
 from kvarn.request import FinishReason, SamplingParams
@@ -93,6 +100,32 @@ def test_after_close_there_are_clear_errors(make_llm):
     llm.close()
     with pytest.raises(EngineError, match="the engine was closed"):
         llm.generate("a", GREEDY)
+
+
+def test_an_engine_that_nobody_holds_ends():
+    def engine_threads():
+        return {thread for thread in threading.enumerate() if thread.name == "kvarn-engine"}
+
+    before = engine_threads()
+    llm = LLM.from_engine(tiny_engine())
+    (thread,) = engine_threads() - before
+    del llm
+    gc.collect()
+    thread.join(30)
+    assert not thread.is_alive()
+
+
+def test_a_script_that_forgets_to_close_ends():
+    """Also in the middle of a step, and without a crash in native code."""
+    script = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "from tiny_engine import tiny_engine\n"
+        "from kvarn.engine import LLM\n"
+        "stream = LLM.from_engine(tiny_engine(backend='cpu')).stream('x')\n"
+        "print(next(stream).request_id)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "llm-0\n", "")
 
 
 def test_settings_by_name():

@@ -25,6 +25,8 @@ class AsyncLLM:
         """Starts the engine's thread. engine: owned from now on."""
         self._engine = engine
         self._loop = EngineLoop(engine.core, max_num_queued_requests=engine.config.scheduler.max_num_queued_requests)
+        self._closer = weakref.finalize(self, self._loop.close)
+        """Closes the engine when nobody holds this object any more, and at the interpreter's exit."""
         self._mailboxes: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Mailbox] = weakref.WeakKeyDictionary()
         self._lock = threading.Lock()
 
@@ -77,7 +79,7 @@ class AsyncLLM:
         the stream is closed, when a task that waits on it is cancelled, or when nobody holds the stream any more.
         Must be called in a running event loop. Raises RequestError, QueueFullError, EngineError at once.
         """
-        return RequestStream(self._loop, self._mailbox(asyncio.get_running_loop()), request)
+        return RequestStream(self, self._loop, self._mailbox(asyncio.get_running_loop()), request)
 
     async def abort(self, request_id: str) -> None:
         """Ends a request before the next step; its stream gets a last output with FinishReason.ABORT."""
@@ -89,7 +91,7 @@ class AsyncLLM:
 
     async def close(self) -> None:
         """Ends the engine: requests in flight fail with EngineError, memory is released. Idempotent."""
-        await asyncio.to_thread(self._loop.close)
+        await asyncio.to_thread(self._closer)
 
     async def __aenter__(self) -> Self:
         return self
@@ -113,8 +115,9 @@ class RequestStream:
     raises EngineError where the request failed. For one reader at a time.
     """
 
-    def __init__(self, engine: EngineLoop, mailbox: _Mailbox, request: Request) -> None:
-        """Submits the request. Raises as `AsyncLLM.generate` says."""
+    def __init__(self, llm: AsyncLLM, engine: EngineLoop, mailbox: _Mailbox, request: Request) -> None:
+        """Submits the request. Raises as `AsyncLLM.generate` says. llm: kept alive as long as the stream."""
+        self._llm = llm
         self.request_id = request.request_id
         self._engine = engine
         self._ticket = weakref.ref(self)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import queue
+import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -87,6 +88,8 @@ class LLM:
         self._engine = engine
         self._max_queued = engine.config.scheduler.max_num_queued_requests
         self._loop = EngineLoop(engine.core, max_num_queued_requests=self._max_queued)
+        self._closer = weakref.finalize(self, self._loop.close)
+        """Closes the engine when nobody holds this object any more, and at the interpreter's exit."""
         self._numbers = itertools.count()
 
     @property
@@ -150,7 +153,7 @@ class LLM:
 
     def close(self) -> None:
         """Ends the engine and releases its memory. Idempotent."""
-        self._loop.close()
+        self._closer()
 
     def __enter__(self) -> Self:
         return self

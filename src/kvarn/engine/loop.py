@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import dataclasses
 import logging
 import threading
@@ -43,7 +42,11 @@ class EngineLoop:
     """
 
     def __init__(self, core: EngineCore, *, max_num_queued_requests: int) -> None:
-        """Starts the thread. core: owned from now on."""
+        """Starts the thread. core: owned from now on.
+
+        The thread is a daemon, so that a script that forgets `close` can end; but it must not be inside native code
+        when the interpreter goes away, so whoever makes a loop sees to it that it is closed at exit.
+        """
         self._core = core
         self._max_queued = max_num_queued_requests
         # Reentrant: a stream's finalizer may abort at any moment, also in a thread that holds the lock.
@@ -57,8 +60,6 @@ class EngineLoop:
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="kvarn-engine", daemon=True)
         self._thread.start()
-        # A daemon thread must not be inside native code when the interpreter goes away.
-        atexit.register(self.close)
 
     def submit(self, request: Request, receiver: Receiver, ticket: object = None) -> None:
         """Queues a request whose events go to `receiver`, with `ticket`: ids may be used again, tickets tell apart.
@@ -115,7 +116,6 @@ class EngineLoop:
             self._wake.notify()
         if threading.current_thread() is not self._thread:
             self._thread.join()
-        atexit.unregister(self.close)
 
     def _run(self) -> None:
         failure = EngineError("the engine was closed")
