@@ -1,41 +1,32 @@
-"""Tokenizers from GGUF metadata: byte-level BPE ("gpt2") and SentencePiece BPE with byte fallback ("llama")."""
+"""`vocabulary_from_gguf`: tokenizers from a GGUF file's `tokenizer.ggml.*` metadata.
+
+Two kinds: byte-level BPE with merges (`tokenizer.ggml.model` "gpt2") and SentencePiece's BPE with scores ("llama").
+GGUF says nothing of Unicode normalization, so none is applied: decoding gives back the bytes that were encoded.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
-from tokenizers import AddedToken, models, normalizers
-from tokenizers import Tokenizer as Core
-
 from kvarn.errors import ModelFileError, UnsupportedModelError
-from kvarn.text.pretokenizers import PRE_TOKENIZERS
+from kvarn.text.bpe import ByteLevelBPE, FragmentEncoder, PartitionedEncoder
+from kvarn.text.pretokenizers import PRE_TOKENIZERS, PreTokenizer
+from kvarn.text.special import Partition
+from kvarn.text.spm import SentencePieceBPE
+from kvarn.text.vocabulary import END_OF_TURN, Pieces, Vocabulary, end_tokens
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
-"""Token types of the GGUF specification."""
+"""Token types of the GGUF specification; 0 is "undefined"."""
 PREFIX = "tokenizer.ggml."
-SPACE = "▁"
-
-
-@dataclass(frozen=True, slots=True)
-class Vocabulary:
-    """A tokenizer's parts: core (added tokens registered), and what the metadata say about special tokens.
-
-    pieces: "bytes" (GPT-2's byte characters) or "spaces" (SentencePiece's ▁ and <0xNN>).
-    """
-
-    core: Core
-    pieces: str
-    tokens: list[str]
-    special: frozenset[int]
-    added: frozenset[int]
-    """Tokens whose text stands for itself: special and user-defined ones."""
-    bos: int | None
-    eos: tuple[int, ...]
-    add_bos: bool
-    add_eos: bool
-    space_prefix: bool
+NO_TOKEN = 0xFFFFFFFF
+"""What some converters write where there is no such token (-1 in 32 bits)."""
+SENTENCEPIECE_IDS = {"unknown": 0, "bos": 1, "eos": 2}
+"""Ids of SentencePiece's control tokens where the file names none."""
+OTHER_MODELS = {
+    "bert": "WordPiece", "t5": "Unigram", "rwkv": "RWKV", "plamo2": "PLaMo", "gemma4": "SentencePiece BPE with merges",
+}  # fmt: skip
 
 
 class _Reader:
@@ -44,114 +35,165 @@ class _Reader:
     def __init__(self, metadata: Mapping[str, Any], path: str) -> None:
         self.metadata = metadata
         self.path = path
+        self.tokens: list[str] = self.array("tokens", {str})
+        if not self.tokens:
+            raise self.fail("tokens", "is empty")
+        self.ids = {token: index for index, token in enumerate(self.tokens) if token}
+        if len(self.ids) + self.tokens.count("") != len(self.tokens):
+            twice = next(i for i, token in enumerate(self.tokens) if token and self.ids[token] != i)
+            raise self.fail(
+                "tokens", f"{self.tokens[twice]!r} appears twice, as {twice} and {self.ids[self.tokens[twice]]}"
+            )
+        self.types = self._types()
 
     def fail(self, key: str, message: str) -> ModelFileError:
         return ModelFileError(message, path=self.path, field=PREFIX + key)
 
-    def array(self, key: str, kind: type | tuple[type, ...], length: int | None = None) -> list[Any]:
-        value = self.metadata.get(PREFIX + key)
-        if not isinstance(value, list) or not all(isinstance(item, kind) for item in value):
-            raise self.fail(key, "is missing or no array of the right kind")
-        if length is not None and len(value) != length:
-            raise self.fail(key, f"has {len(value)} entries, there are {length} tokens")
-        return value
-
-    def token_id(self, key: str, size: int) -> int | None:
+    def array(self, key: str, kinds: set[type], length: int | None = None) -> list[Any]:
         value = self.metadata.get(PREFIX + key)
         if value is None:
+            raise self.fail(key, "is missing")
+        if not isinstance(value, list) or not set(map(type, value)) <= kinds:
+            raise self.fail(key, f"must be an array of {' or '.join(sorted(k.__name__ for k in kinds))}")
+        if length is not None and len(value) != length:
+            raise self.fail(key, f"has {len(value)} entries for {length} tokens")
+        return value
+
+    def _types(self) -> list[int]:
+        if PREFIX + "token_type" not in self.metadata:
+            return [NORMAL] * len(self.tokens)
+        types: list[int] = self.array("token_type", {int}, len(self.tokens))
+        strange = set(types).difference(range(BYTE + 1))
+        if strange:
+            raise self.fail("token_type", f"has the type {min(strange)}, which does not exist")
+        return types
+
+    def scores(self) -> list[float]:
+        scores: list[float] = self.array("scores", {float, int}, len(self.tokens))
+        if not math.isfinite(math.fsum(map(abs, scores))):
+            raise self.fail("scores", "has an entry that is infinite or no number")
+        return scores
+
+    def merges(self) -> list[tuple[str, str]]:
+        pairs: list[tuple[str, str]] = []
+        for index, merge in enumerate(self.array("merges", {str})):
+            parts = merge.split(" ")
+            if len(parts) != 2 or not parts[0] or not parts[1]:
+                raise self.fail("merges", f"entry {index}, {merge[:40]!r}, is no pair of tokens")
+            pairs.append((parts[0], parts[1]))
+        return list(dict.fromkeys(pairs))  # of repeated merges the first counts
+
+    def token_id(self, key: str, default: int | None = None) -> int | None:
+        value = self.metadata.get(PREFIX + key)
+        if value is None and default is not None and self.types[default : default + 1] in ([CONTROL], [UNKNOWN]):
+            return default
+        if value is None or value in (-1, NO_TOKEN):
             return None
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < size:
-            raise self.fail(key, f"must be a token id below {size}, not {value!r}")
+        if type(value) is not int or not 0 <= value < len(self.tokens):
+            raise self.fail(key, f"must be a token id below {len(self.tokens)}, not {value!r}")
         return value
 
     def flag(self, key: str, default: bool) -> bool:
-        value = self.metadata.get(PREFIX + key)
-        return default if value is None else bool(value)
+        value = self.metadata.get(PREFIX + key, default)
+        if not isinstance(value, bool):
+            raise self.fail(key, f"must be true or false, not {value!r}")
+        return value
+
+    def of_type(self, *types: int) -> frozenset[int]:
+        return frozenset(index for index, kind in enumerate(self.types) if kind in types)
+
+    def texts(self, ids: frozenset[int]) -> dict[str, int]:
+        return {self.tokens[index]: index for index in ids}
 
 
 def vocabulary_from_gguf(metadata: Mapping[str, Any], path: str) -> Vocabulary:
-    """Builds the tokenizer. Raises ModelFileError where metadata are inconsistent, UnsupportedModelError by kind."""
-    reader = _Reader(metadata, path)
+    """Builds the vocabulary and its encoder; `path` is for messages.
+
+    Raises ModelFileError where the metadata are inconsistent, UnsupportedModelError for another kind of tokenizer.
+    """
     model = metadata.get(PREFIX + "model")
-    tokens: list[str] = reader.array("tokens", str)
-    if not tokens:
-        raise reader.fail("tokens", "is empty")
-    types = (
-        reader.array("token_type", int, len(tokens)) if PREFIX + "token_type" in metadata else [NORMAL] * len(tokens)
-    )
+    if model not in ("gpt2", "llama"):
+        what = f"{PREFIX}model {model!r}" + (f" ({OTHER_MODELS[model]})" if model in OTHER_MODELS else "")
+        raise UnsupportedModelError(
+            f"{path}: {what} is not supported; byte-level BPE (gpt2) and SentencePiece BPE (llama) are"
+        )
+    reader = _Reader(metadata, path)
+    defaults = SENTENCEPIECE_IDS if model == "llama" else {}
+    named_ends = [reader.token_id(f"{name}_token_id", defaults.get(name)) for name in ("eos", "eot", "eom")]
+    ends = {index for index in named_ends if index is not None} | {
+        reader.ids[text] for text in END_OF_TURN if text in reader.ids
+    }
+    special = reader.of_type(CONTROL, UNKNOWN) | ends
+    defined = reader.of_type(USER_DEFINED) - special
     if model == "gpt2":
-        core, pieces, space_prefix, add_bos = *_byte_level(reader, tokens), False, None
-        pre = PRE_TOKENIZERS[metadata.get(PREFIX + "pre") or "default"]
-        add_bos = pre.add_bos
-    elif model == "llama":
-        space_prefix = reader.flag("add_space_prefix", True)
-        core, pieces, add_bos = _sentencepiece(reader, tokens, types, space_prefix), "spaces", True
+        pre = _pre_tokenizer(reader)
+        fragments: FragmentEncoder = _byte_level(reader, pre, special)
+        pieces, space_prefix, add_bos = Pieces.BYTES, False, pre.add_bos
     else:
-        raise UnsupportedModelError(f"{path}: {PREFIX}model {model!r} is not supported (gpt2 and llama are)")
-    special = [i for i, kind in enumerate(types) if kind in (CONTROL, UNKNOWN)]
-    defined = [i for i, kind in enumerate(types) if kind == USER_DEFINED and tokens[i]]
-    core.add_special_tokens([AddedToken(tokens[i], normalized=False, special=True) for i in special if tokens[i]])
-    core.add_tokens([AddedToken(tokens[i], normalized=False, special=False) for i in defined])
-    size = len(tokens)
-    eos = [reader.token_id(f"{name}_token_id", size) for name in ("eos", "eot", "eom")]
+        space_prefix = reader.flag("add_space_prefix", True)
+        fragments = _sentencepiece(reader, special, space_prefix)
+        pieces, add_bos = Pieces.SPACES, True
+    bos = reader.token_id("bos_token_id", defaults.get("bos"))
     return Vocabulary(
-        core=core,
+        tokens=reader.tokens,
         pieces=pieces,
-        tokens=tokens,
-        special=frozenset(special),
-        added=frozenset(special) | frozenset(defined),
-        bos=reader.token_id("bos_token_id", size),
-        eos=tuple(dict.fromkeys(i for i in eos if i is not None)),
-        add_bos=reader.flag("add_bos_token", add_bos),
+        encoder=PartitionedEncoder(fragments, Partition(reader.texts(special), reader.texts(defined))),
+        special=special,
+        verbatim=special | defined,
+        byte_tokens=reader.of_type(BYTE),
+        padding=reader.of_type(UNUSED) if model == "gpt2" else frozenset(),
+        bos=bos,
+        eos=end_tokens(reader.tokens, special, named_ends),
+        add_bos=reader.flag("add_bos_token", add_bos) and bos is not None,
         add_eos=reader.flag("add_eos_token", False),
         space_prefix=space_prefix,
+        names=_names(reader),
     )
 
 
-def _byte_level(reader: _Reader, tokens: list[str]) -> tuple[Core, str]:
-    name = reader.metadata.get(PREFIX + "pre") or "default"
+def _names(reader: _Reader) -> tuple[tuple[str, str], ...]:
+    keys = {"unk_token": "unknown_token_id", "pad_token": "padding_token_id", "sep_token": "seperator_token_id"}
+    ids = {name: reader.token_id(key) for name, key in keys.items()}
+    return tuple((name, reader.tokens[index]) for name, index in ids.items() if index is not None)
+
+
+def _pre_tokenizer(reader: _Reader) -> PreTokenizer:
+    name = reader.metadata.get(PREFIX + "pre", "default")
+    if not isinstance(name, str):
+        raise reader.fail("pre", f"must be text, not {name!r}")
     if name not in PRE_TOKENIZERS:
         raise UnsupportedModelError(
-            f"{reader.path}: {PREFIX}pre {name!r} is not known; running it as another kind would tokenize wrongly "
-            f"(known: {', '.join(sorted(PRE_TOKENIZERS))})"
+            f"{reader.path}: {PREFIX}pre {name!r} is not known, and another kind would cut text into other tokens than "
+            f"the model was trained on (known: {', '.join(sorted(PRE_TOKENIZERS))})"
         )
-    kind = PRE_TOKENIZERS[name]
-    vocabulary = {token: index for index, token in enumerate(tokens)}
-    merges = []
-    for index, merge in enumerate(reader.array("merges", str)):
-        left, separator, right = merge.partition(" ")
-        if not separator:
-            raise reader.fail("merges", f"entry {index} is no pair")
-        if left in vocabulary and right in vocabulary and left + right in vocabulary:
-            merges.append((left, right))
-    core = Core(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=kind.ignore_merges))
-    core.pre_tokenizer = kind.build()
-    return core, "bytes"
+    return PRE_TOKENIZERS[name]
 
 
-def _sentencepiece(reader: _Reader, tokens: list[str], types: list[int], space_prefix: bool) -> Core:
-    """SentencePiece's BPE (Kudo & Richardson 2018) joins the adjacent pair with the best score, so its merges are all
-    pairs of tokens that make up a token, ordered by that token's score."""
-    scores = reader.array("scores", (float, int), len(tokens))
-    normal = {token: i for i, token in enumerate(tokens) if types[i] in (NORMAL, USER_DEFINED, UNUSED)}
-    ranked: list[tuple[float, str, str]] = []
-    for token, index in normal.items():
-        for cut in range(1, len(token)):
-            left, right = token[:cut], token[cut:]
-            if left in normal and right in normal:
-                ranked.append((-scores[index], left, right))
-    ranked.sort(key=lambda entry: entry[0])
-    vocabulary = {token: index for index, token in enumerate(tokens)}
-    unknown = reader.token_id("unknown_token_id", len(tokens))
-    core = Core(
-        models.BPE(
-            vocab=vocabulary,
-            merges=[(left, right) for _, left, right in ranked],
-            byte_fallback=True,
-            fuse_unk=True,
-            unk_token=None if unknown is None else tokens[unknown],
-        )
+def _byte_level(reader: _Reader, pre: PreTokenizer, special: frozenset[int]) -> ByteLevelBPE:
+    vocabulary = reader.ids
+    if pre.ignore_merges:  # a word that spells a special token must not become it
+        vocabulary = {token: index for token, index in vocabulary.items() if index not in special}
+    try:
+        return ByteLevelBPE(vocabulary, reader.merges(), pre)
+    except ValueError as error:
+        raise reader.fail("merges", str(error)) from error
+
+
+def _sentencepiece(reader: _Reader, special: frozenset[int], space_prefix: bool) -> SentencePieceBPE:
+    scores = reader.scores()
+    excluded = special | reader.of_type(BYTE)
+    if len(excluded) < len(reader.tokens):
+        ids = {token: index for token, index in reader.ids.items() if index not in excluded}
+    else:
+        raise reader.fail("token_type", "leaves no token for text")
+    byte_ids = [reader.ids.get(f"<0x{byte:02X}>") for byte in range(256)]
+    unknown = reader.token_id("unknown_token_id", SENTENCEPIECE_IDS["unknown"])
+    if None in byte_ids and unknown is None:
+        raise reader.fail("tokens", "has neither a token for every byte nor an unknown token")
+    return SentencePieceBPE(
+        ids,
+        {token: scores[index] for token, index in ids.items()},
+        byte_ids=byte_ids,
+        unknown=unknown,
+        space_prefix=space_prefix,
     )
-    replace = normalizers.Replace(" ", SPACE)
-    core.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), replace]) if space_prefix else replace
-    return core

@@ -1,64 +1,113 @@
-"""A Jinja environment for templates that nobody vouches for: immutable sandbox, and a bound on every way to grow.
+"""A Jinja environment for templates that nobody vouches for.
 
-Jinja's own sandbox keeps a template from reaching Python's inside, but not from using all time and memory. So loops
-count their iterations against a budget, and whatever makes long strings or lists (repetition, concatenation, padding,
-replacement, joining) is checked before it is made. Templates run in the thread that renders, so all bounds are counts, not clocks.
+Jinja's immutable sandbox keeps a template away from Python's inside and from its arguments, but lets it use all time
+and memory. Here every operation that can make something takes its size from a budget before the thing is made, and
+every loop iteration, call and comparison takes a little too. So one rendering does a bounded amount of work, whatever
+the template: counts decide, so that the same template fails or passes everywhere, and a clock only as the last resort.
+
+What has no use in a chat template and no cheap bound (some filters, most methods) is not there at all.
 """
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+import time
+from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, Mapping, ValuesView
+from functools import wraps
 from typing import Any
 
 import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
+from jinja2.runtime import Context, LoopContext, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
 
 from kvarn.errors import TemplateError
+from kvarn.text.template_filters import bounded_filters
 
-MAX_STEPS = 1_000_000
-"""Loop iterations in one rendering."""
-MAX_CALLS = 1_000_000
-MAX_CHARS = 8 << 20
-"""Characters (or items) of any one value a template makes."""
-MAX_POWER = 64
-WIDE_FORMAT = re.compile(r"%[^a-zA-Z%]*(\d{4,}|\*)|:[^{}]*\d{4,}|\{[^{}]*\{")
-PADDING = frozenset({"ljust", "rjust", "center", "zfill", "expandtabs"})
-REMOVED_FILTERS = ("center", "format", "wordwrap", "urlize", "xmlattr", "pprint", "filesizeformat", "random")
+MAX_WORK = 64 << 20
+"""Units of work in one rendering: characters and elements read and made, plus `STEP` for each operation."""
+WORK_FOR_INPUT = 64
+"""Further units for each character and element of the messages."""
+STEP = 32
+MAX_VALUE = 8 << 20
+"""Characters and elements of one value, those of nested values included, beside twice those of the messages."""
+MAX_DEPTH = 64
+"""Nesting of lists and objects."""
+MAX_BITS = 4096
+MAX_SECONDS = 10.0
+MAX_FORMAT_WIDTH = 1000
+
+FILTERS = frozenset({
+    "abs", "attr", "capitalize", "count", "d", "default", "dictsort", "e", "escape", "first", "float", "groupby",
+    "int", "items", "last", "length", "list", "lower", "map", "max", "min", "reject", "rejectattr", "reverse", "safe",
+    "select", "selectattr", "sort", "string", "title", "trim", "truncate", "unique", "upper", "wordcount",
+})  # fmt: skip
+"""Jinja's own filters whose work is bounded by the size of what they are given and give."""
+METHODS: Mapping[type, frozenset[str]] = {
+    str: frozenset({
+        "capitalize", "casefold", "count", "endswith", "find", "format", "index", "isalnum", "isalpha", "isascii",
+        "isdecimal", "isdigit", "islower", "isnumeric", "isspace", "istitle", "isupper", "join", "lower", "lstrip",
+        "partition", "removeprefix", "removesuffix", "replace", "rfind", "rindex", "rpartition", "rsplit", "rstrip",
+        "split", "splitlines", "startswith", "strip", "swapcase", "title", "upper",
+    }),
+    dict: frozenset({"copy", "get", "items", "keys", "values"}),
+    list: frozenset({"copy", "count", "index"}),
+    tuple: frozenset({"count", "index"}),
+    LoopContext: frozenset({"changed", "cycle"}),
+}  # fmt: skip
+"""Methods that templates may call."""
+_PERCENT_FORMAT = re.compile(r"%(?:\([^)]*\))?[-#0 +]*(\*|\d*)(?:\.(\*|\d*))?")
+_BRACE_FORMAT = re.compile(r"\{[^{}]*(?:\{|\d{4})")
 
 
 class Budget:
-    """What one rendering may still do."""
+    """The work that a rendering may still do, given the size of what it renders."""
 
-    def __init__(self) -> None:
-        self.steps = MAX_STEPS
-        self.calls = MAX_CALLS
+    def __init__(self, input_size: int = 0) -> None:
+        self._left = MAX_WORK + WORK_FOR_INPUT * input_size
+        self._max_value = MAX_VALUE + 2 * input_size
+        self._deadline = time.monotonic() + MAX_SECONDS
 
-    def step(self, count: int = 1) -> None:
-        """Takes loop iterations. Raises TemplateError when they are used up."""
-        self.steps -= count
-        if self.steps < 0:
-            raise TemplateError(f"the chat template loops more than {MAX_STEPS} times")
+    def take(self, size: int) -> None:
+        """Takes one operation and what it reads or makes. Raises TemplateError where the budget is used up."""
+        self._left -= STEP + size
+        if self._left < 0 or time.monotonic() > self._deadline:
+            raise TemplateError("the chat template does more work than a template may (is there an endless loop?)")
 
-    def call(self) -> None:
-        """Takes one call. Raises TemplateError when they are used up."""
-        self.calls -= 1
-        if self.calls < 0:
-            raise TemplateError(f"the chat template makes more than {MAX_CALLS} calls")
+    def check_size(self, size: int) -> None:
+        """Raises TemplateError for a value larger than a template may make."""
+        if size > self._max_value:
+            raise TemplateError(f"the chat template makes a text or list larger than {self._max_value} characters")
 
+    def measure(self, value: Any) -> int:
+        """Characters and elements of a value with all that is nested in it, which is what printing it takes.
 
-def check_size(size: int) -> None:
-    """Raises TemplateError for a value longer than a template may make."""
-    if size > MAX_CHARS:
-        raise TemplateError(f"the chat template makes a value of {size} characters, at most {MAX_CHARS} are allowed")
-
-
-def _size(value: Any) -> int:
-    return len(value) if isinstance(value, str | list | tuple | dict) else 0
+        Raises TemplateError for a value larger or nested deeper than a template may make.
+        """
+        size, level = 0, [value]
+        for _ in range(MAX_DEPTH):
+            following: list[Any] = []
+            for item in level:
+                if isinstance(item, str):
+                    size += len(item)
+                elif isinstance(item, list | tuple | range):
+                    size += len(item)
+                    following.extend(() if isinstance(item, range) else item)
+                elif isinstance(item, dict):
+                    size += len(item)
+                    following.extend(item)
+                    following.extend(item.values())
+                elif isinstance(item, int) and item.bit_length() > MAX_BITS:
+                    raise TemplateError(f"the chat template makes a number of more than {MAX_BITS} bits")
+                self.check_size(max(size, len(following)))
+            if not following:
+                return size
+            self.take(len(following))
+            level = following
+        raise TemplateError(f"the chat template nests values deeper than {MAX_DEPTH}")
 
 
 class _Generation(Extension):
@@ -66,158 +115,211 @@ class _Generation(Extension):
 
     tags = {"generation"}  # noqa: RUF012 (Jinja's own interface)
 
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+
+
+class _Namespace(Namespace):
+    """Jinja's namespace, which is printed without what it holds (that may have any size)."""
+
+    def __repr__(self) -> str:
+        return "<Namespace>"
 
 
 class BoundedEnvironment(ImmutableSandboxedEnvironment):
-    """The environment. `budget` is replaced for every rendering; an environment renders one template at a time."""
+    """Set `budget` before each rendering. An environment renders one template at a time."""
 
-    intercepted_binops = frozenset({"*", "**", "+", "%"})
+    intercepted_binops = frozenset(ImmutableSandboxedEnvironment.default_binop_table)
 
     def __init__(self) -> None:
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation])
+        super().__init__(trim_blocks=True, lstrip_blocks=True, optimized=False, extensions=[loopcontrols, _Generation])
         self.budget = Budget()
-        for name in REMOVED_FILTERS:
-            del self.filters[name]
-        for name in ("join", "replace", "indent"):
-            self.filters[name] = self._checked_filter(self.filters[name], name)
-        self.filters["tojson"] = to_json
-        self.filters["_bounded"] = self._bounded
-        self.filters["_joined"] = self._joined
-        self.globals["range"] = self._range
-        self.globals.pop("lipsum", None)
-        self.globals["raise_exception"] = raise_exception
+        """What the rendering under way may still do."""
+        kept = {name: self._counted_filter(self.filters[name]) for name in FILTERS}
+        self.filters = {**kept, **bounded_filters(self)}
+        globals_ = {name: self.globals[name] for name in ("dict", "joiner")}
+        self.globals = {**globals_, "range": _range, "namespace": _Namespace, "raise_exception": raise_exception}
+        self.concat = self.joined  # type: ignore[method-assign]
+        self._no_context = Context(self, {}, None, {})
 
-    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
-        """Parses, then puts a counter into every loop and a check into every `~`."""
-        tree = super()._parse(source, name, filename)
-        for loop in tree.find_all(nodes.For):
-            loop.iter = nodes.Filter(loop.iter, "_bounded", [], [], None, None, lineno=loop.lineno)
-        for parent in tree.find_all(nodes.Node):
-            for field, value in parent.iter_fields():
-                if isinstance(value, nodes.Concat):
-                    setattr(parent, field, self._joining(value))
-                elif isinstance(value, list):
-                    value[:] = [self._joining(v) if isinstance(v, nodes.Concat) else v for v in value]
-        tree.set_environment(self)
-        return tree
+    # What the compiled template calls instead of plain Python.
 
-    @staticmethod
-    def _joining(concat: nodes.Concat) -> nodes.Filter:
-        parts = nodes.List(concat.nodes, lineno=concat.lineno)
-        return nodes.Filter(parts, "_joined", [], [], None, None, lineno=concat.lineno)
+    def tick(self) -> bool:
+        """One statement or iteration; true."""
+        self.budget.take(0)
+        return True
 
-    def _bounded(self, values: Iterable[Any]) -> Iterable[Any]:
-        if isinstance(values, str | list | tuple | dict | range):
-            self.budget.step(len(values) + 1)
-            return values
-        return self._counted(values)
+    def made(self, value: Any) -> Any:
+        """A value just made, measured."""
+        self.budget.take(_own_size(value))
+        if isinstance(value, str):
+            self.budget.check_size(len(value))
+        else:
+            self.budget.measure(value)
+        return value
 
-    def _counted(self, values: Iterable[Any]) -> Iterator[Any]:
-        for value in values:
-            self.budget.step()
-            yield value
-
-    @staticmethod
-    def _joined(parts: list[Any]) -> str:
-        texts = [part if isinstance(part, str) else str(part) for part in parts]
-        check_size(sum(map(len, texts)))
+    def joined(self, pieces: Iterable[Any]) -> str:
+        """The pieces' texts as one, its size taken before it is made."""
+        texts = [piece if isinstance(piece, str) else str(piece) for piece in pieces]
+        size = sum(map(len, texts))
+        self.budget.take(size)
+        self.budget.check_size(size)
         return "".join(texts)
 
-    @staticmethod
-    def _range(*bounds: int) -> range:
-        values = range(*bounds)
-        if len(values) > MAX_STEPS:
-            raise TemplateError(f"range of {len(values)} in the chat template, at most {MAX_STEPS} are allowed")
-        return values
+    def concatenated(self, *values: Any) -> str:
+        """What `~` makes."""
+        return self.joined(values)
 
-    def _checked_filter(self, function: Callable[..., Any], name: str) -> Callable[..., Any]:
-        def checked(*arguments: Any, **keywords: Any) -> Any:
-            values = [a for a in arguments if not isinstance(a, jinja2.nodes.EvalContext | jinja2.Environment)]
-            values = [list(self._counted(v)) if isinstance(v, Iterator) else v for v in values]
-            self._check_growth(name, [*values, *keywords.values()])
-            replaced = iter(values)
-            passed = [
-                a if isinstance(a, jinja2.nodes.EvalContext | jinja2.Environment) else next(replaced) for a in arguments
-            ]
-            result = function(*passed, **keywords)
-            check_size(_size(result))
-            return result
+    def counted(self, values: Iterable[Any]) -> Iterator[Any]:
+        """The values, a step taken for each."""
+        for value in values:
+            self.budget.take(0)
+            yield value
 
-        for marker in ("jinja_pass_arg",):
-            if hasattr(function, marker):
-                setattr(checked, marker, getattr(function, marker))
-        return checked
+    def binary(self, operator: str, left: Any, right: Any) -> Any:
+        """Computes an operation for a filter; see `call_binop`."""
+        return self.call_binop(self._no_context, operator, left, right)
 
-    @staticmethod
-    def _check_growth(name: str, values: list[Any]) -> None:
-        """Upper bounds, before anything is made, of what joining, replacing and indenting give."""
-        if not values:
-            return
-        subject = values[0]
-        others = max((len(v) if isinstance(v, str) else v if isinstance(v, int) else 0 for v in values[1:]), default=0)
-        if name == "join" and isinstance(subject, list | tuple):
-            check_size(sum(len(v) if isinstance(v, str) else 64 for v in subject) + others * len(subject))
-        elif name in ("replace", "indent") and isinstance(subject, str):
-            check_size(len(subject) + (subject.count("\n") if name == "indent" else len(subject) + 1) * others
-                       if others > 1 else len(subject))  # fmt: skip
-
-    def call(self, context: Any, obj: Any, *arguments: Any, **keywords: Any) -> Any:
-        """Calls what the sandbox allows, within the budget. Raises TemplateError."""
-        self.budget.call()
+    def call(self, context: Context, obj: Any, /, *arguments: Any, **keywords: Any) -> Any:
+        """Calls what templates may call. Raises TemplateError."""
         owner, name = getattr(obj, "__self__", None), getattr(obj, "__name__", "")
+        if owner is self:  # `tick`, `made` and `concatenated`, put in by `_parse`
+            return obj(*arguments, **keywords)
+        self.budget.take(0)
+        if owner is not None:
+            allowed = next((names for kind, names in METHODS.items() if isinstance(owner, kind)), frozenset())
+            if name not in allowed:
+                raise TemplateError(f"{type(owner).__name__}.{name} is not available in chat templates")
         if isinstance(owner, str):
-            if name in PADDING and any(isinstance(a, int) and a > 1000 for a in (*arguments, *keywords.values())):
-                raise TemplateError(f"{name} to more than 1000 characters in the chat template")
-            if name in ("format", "format_map") and WIDE_FORMAT.search(owner):
-                raise TemplateError("a wide or nested format in the chat template")
-            if name == "join" and arguments:
-                items = list(self._counted(arguments[0]))
-                check_size(sum(map(_size, items)) + len(owner) * len(items))
-                arguments = (items, *arguments[1:])
-            if name == "replace" and len(arguments) >= 2 and isinstance(arguments[1], str):
-                check_size(len(owner) + owner.count(str(arguments[0])) * len(arguments[1]))
+            arguments = self._before_method(owner, name, arguments, keywords)
+        elif isinstance(obj, Macro):  # it can get at them as `varargs` and `kwargs`
+            self.budget.measure((arguments, keywords))
         result = super().call(context, obj, *arguments, **keywords)
-        check_size(_size(result))
-        return result
+        return self.made(list(result) if isinstance(result, KeysView | ValuesView | ItemsView) else result)
 
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        """Checks the size of a product, sum, power or format before it is computed."""
+    def _before_method(
+        self, text: str, name: str, arguments: tuple[Any, ...], keywords: Mapping[str, Any]
+    ) -> tuple[Any, ...]:
+        """Takes what a method of text is about to make. Returns its arguments, iterators read."""
+        self.budget.take(len(text))
+        if name == "replace" and len(arguments) >= 2:
+            self.before_replace(text, arguments[0], arguments[1])
+        elif name == "join" and arguments:
+            items = list(self.counted(arguments[0]))
+            self.budget.take(sum(map(_own_size, items)) + len(text) * len(items))
+            return (items, *arguments[1:])
+        elif name == "format":
+            if _BRACE_FORMAT.search(text):
+                raise TemplateError(f"a nested format, or one wider than {MAX_FORMAT_WIDTH}, in the chat template")
+            values = [*arguments, *keywords.values()]
+            self.budget.take((text.count("{") + 1) * sum(map(self.budget.measure, values)))
+        return arguments
+
+    def before_replace(self, text: str, old: Any, new: Any) -> None:
+        """Takes what replacing `old` by `new` in `text` makes at most."""
+        if isinstance(old, str) and isinstance(new, str):
+            self.budget.take(len(text) + (text.count(old) if old else len(text) + 1) * len(new))
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        """Computes an operation, the size of its result taken before it is made. Raises TemplateError."""
         if operator == "*":
-            for value, times in ((left, right), (right, left)):
-                if _size(value) and isinstance(times, int):
-                    check_size(_size(value) * times)
-            if isinstance(left, int) and isinstance(right, int) and left.bit_length() + right.bit_length() > 4096:
-                raise TemplateError("a number of more than 4096 bits in the chat template")
-        elif operator == "**" and (abs(right) > MAX_POWER or abs(left) > 1 << 32):
-            raise TemplateError(f"a power above {MAX_POWER} in the chat template")
-        elif operator == "+":
-            check_size(_size(left) + _size(right))
+            self._before_product(left, right)
+        elif operator == "**":
+            self._before_power(left, right)
         elif operator == "%" and isinstance(left, str):
-            if WIDE_FORMAT.search(left):
-                raise TemplateError("a wide format in the chat template")
-            values = right if isinstance(right, tuple) else (right,)
-            check_size(len(left) + sum(map(_size, values)) * max(left.count("%"), 1))
-        return super().call_binop(context, operator, left, right)
+            self._before_percent(left, right)
+        else:
+            self.budget.take(_own_size(left) + _own_size(right))
+        return self.made(super().call_binop(context, operator, left, right))
+
+    def _before_product(self, left: Any, right: Any) -> None:
+        for value, times in ((left, right), (right, left)):
+            if isinstance(times, int) and not isinstance(value, int | float):
+                self.budget.take(_own_size(value) * max(times, 0))
+
+    def _before_power(self, base: Any, exponent: Any) -> None:
+        if isinstance(base, int) and isinstance(exponent, int) and base.bit_length() * abs(exponent) > MAX_BITS:
+            raise TemplateError(f"the chat template makes a number of more than {MAX_BITS} bits")
+
+    def _before_percent(self, text: str, values: Any) -> None:
+        for match in _PERCENT_FORMAT.finditer(text):
+            if any(width == "*" or (width and int(width[:9]) > MAX_FORMAT_WIDTH) for width in match.groups()):
+                raise TemplateError(f"a format wider than {MAX_FORMAT_WIDTH} in the chat template")
+        self.budget.take(len(text) + (text.count("%") + 1) * self.budget.measure(values))
+
+    def _counted_filter(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A filter of Jinja's that takes what it reads and makes from the budget."""
+
+        @wraps(function)
+        def counted(*arguments: Any, **keywords: Any) -> Any:
+            for argument in arguments:
+                if not isinstance(argument, Context | nodes.EvalContext | jinja2.Environment):
+                    self.budget.take(_own_size(argument))
+            result = function(*arguments, **keywords)
+            return self.counted(result) if isinstance(result, Iterator) else self.made(result)
+
+        return counted
+
+    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
+        """Parses, and puts the counting into the tree."""
+        tree = super()._parse(source, name, filename)
+        counted: nodes.Template = _Counting().visit(tree)
+        counted.set_environment(self)
+        return counted
 
 
-def to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """JSON without HTML escapes, as chat templates are written for (transformers' `tojson`)."""
-    if indent is not None and not 0 <= int(indent) <= 16:
-        raise TemplateError("tojson may indent by at most 16 in the chat template")
-    text = json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-    check_size(len(text))
-    return text
+class _Counting(jinja2.visitor.NodeTransformer):
+    """Puts `tick` into loops, statements and comparisons, and `made` or `concatenated` around what makes values."""
+
+    def visit_For(self, node: nodes.For) -> nodes.Node:
+        self.generic_visit(node)
+        node.body.insert(0, nodes.ExprStmt(_call("tick", []), lineno=node.lineno))
+        if node.test is not None:
+            node.test = nodes.And(_call("tick", []), node.test, lineno=node.lineno)
+        return node
+
+    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
+        self.generic_visit(node)
+        return _call("concatenated", node.nodes, node.lineno)
+
+    def visit_Compare(self, node: nodes.Compare) -> nodes.Node:
+        self.generic_visit(node)
+        return nodes.And(_call("tick", []), node, lineno=node.lineno)
+
+    def visit_List(self, node: nodes.List) -> nodes.Node:
+        self.generic_visit(node)
+        return _call("made", [node], node.lineno)
+
+    def visit_Dict(self, node: nodes.Dict) -> nodes.Node:
+        return self.visit_List(node)  # type: ignore[arg-type]
+
+    def visit_Tuple(self, node: nodes.Tuple) -> nodes.Node:
+        self.generic_visit(node)
+        return node if node.ctx == "store" else _call("made", [node], node.lineno)
+
+    def visit_If(self, node: nodes.If) -> nodes.Node:
+        self.generic_visit(node)
+        node.test = nodes.And(_call("tick", []), node.test, lineno=node.lineno)
+        return node
 
 
-def raise_exception(message: str) -> None:
+def _call(method: str, arguments: list[nodes.Expr], line: int | None = None) -> nodes.Call:
+    return nodes.Call(nodes.EnvironmentAttribute(method), arguments, [], None, None, lineno=line or 0)
+
+
+def _own_size(value: Any) -> int:
+    """Characters or elements of a value, what is nested in it left out."""
+    return len(value) if isinstance(value, str | list | tuple | dict | range) else 1
+
+
+def _range(*bounds: int) -> range:
+    values = range(*bounds)
+    if len(values) > MAX_VALUE:
+        raise TemplateError(f"range of {len(values)} in the chat template, at most {MAX_VALUE} is allowed")
+    return values
+
+
+def raise_exception(message: Any) -> None:
     """What a template calls to refuse the messages. Raises TemplateError."""
     raise TemplateError(f"the chat template refuses the messages: {str(message)[:500]}")

@@ -1,61 +1,70 @@
-"""`ChatTemplate`: a model's Jinja template, compiled once, rendered within bounds."""
+"""`ChatTemplate`: a model's Jinja templates, compiled once, rendered within bounds."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
 import jinja2
+from jinja2 import meta
 
-from kvarn.errors import ModelFileError, RequestError, TemplateError
-from kvarn.text.gguf import Vocabulary
-from kvarn.text.sandbox import BoundedEnvironment, Budget, check_size
-from kvarn.weights import ModelFiles
+from kvarn.errors import RequestError, TemplateError
+from kvarn.text.sandbox import BoundedEnvironment, Budget
+from kvarn.text.sources import DEFAULT, TOOL_USE
 
 MAX_TEMPLATE_CHARS = 256 << 10
+MAX_TIME_PATTERN_CHARS = 100
+RESERVED = frozenset({"messages", "tools", "add_generation_prompt"})
+"""Variables that callers set by name."""
+
 CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + "
-    "'\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-GEMMA = (
-    "{{ bos_token }}{% for message in messages %}{{ '<start_of_turn>' + ('model' if message['role'] == 'assistant' "
-    "else 'user') + '\\n' + message['content'] + '<end_of_turn>\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}"
+"""For models without a template whose vocabulary has these two tokens."""
+PLAIN = (
+    "{% for message in messages %}{{ message['role'] | capitalize + ': ' + message['content'] }}"
+    "{% if not loop.last or add_generation_prompt %}{{ '\\n\\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
 )
-FALLBACKS = (("<|im_start|>", CHATML), ("<start_of_turn>", GEMMA))
-"""For models without a template: the format whose opening token the vocabulary has."""
+"""For all others: a transcript ("User: …", a blank line, "Assistant:")."""
 
 
 class ChatTemplate:
-    """A compiled template. Thread-safe: one rendering at a time.
+    """A model's templates. Thread-safe: it renders one conversation at a time.
 
-    source: Jinja text. named: further templates by name ("tool_use"), used where tools are given. Raises TemplateError
-    where the source is too long or no template.
+    sources: Jinja texts by name; "default" is needed, "tool_use" is taken where there are tools. tokens: the special
+    tokens that templates name (`bos_token`, …). now: the clock behind `strftime_now`.
+
+    Raises TemplateError where a source is too long or no template.
     """
 
     def __init__(
-        self, source: str, *, bos_token: str = "", eos_token: str = "", named: Mapping[str, str] | None = None
+        self,
+        sources: Mapping[str, str],
+        tokens: Mapping[str, str] | None = None,
+        now: Callable[[], datetime] = datetime.now,
     ) -> None:
-        self.source = source
-        self._tokens = {"bos_token": bos_token, "eos_token": eos_token}
+        self.sources = dict(sources)
+        self._tokens = dict(tokens or {})
         self._environment = BoundedEnvironment()
-        self._environment.globals["strftime_now"] = _strftime_now
+        self._environment.globals["strftime_now"] = _strftime(now)
         self._lock = threading.Lock()
-        self._default = self._compile(source)
-        tools = (named or {}).get("tool_use")
-        self._with_tools = self._default if tools is None else self._compile(tools)
+        if DEFAULT not in self.sources:
+            raise TemplateError(f"none of the model's chat templates ({', '.join(self.sources)}) is named {DEFAULT!r}")
+        self._templates: dict[str, tuple[jinja2.Template, frozenset[str]]] = {}
+        self._compiled(DEFAULT)
 
-    def _compile(self, source: str) -> jinja2.Template:
-        if len(source) > MAX_TEMPLATE_CHARS:
-            raise TemplateError(
-                f"the chat template has {len(source)} characters, at most {MAX_TEMPLATE_CHARS} are allowed"
-            )
-        try:
-            return self._environment.from_string(source)
-        except (jinja2.TemplateSyntaxError, RecursionError, ValueError, SyntaxError) as error:
-            raise TemplateError(f"the chat template is invalid: {error}") from error
+    @property
+    def source(self) -> str:
+        """The Jinja text of the usual template."""
+        return self.sources[DEFAULT]
+
+    def variables(self, *, tools: bool = False) -> Collection[str]:
+        """Names that the template reads."""
+        return self._compiled(self._name(tools))[1]
 
     def render(
         self,
@@ -63,83 +72,75 @@ class ChatTemplate:
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
-        continue_final_message: bool = False,
-        **variables: Any,
+        variables: Mapping[str, Any] | None = None,
     ) -> str:
-        """The conversation as one text. continue_final_message: it ends with the last message's content. Raises
-        TemplateError where the template refuses the messages, fails, or exceeds its bounds."""
-        last = str(messages[-1].get("content") or "") if messages else ""
-        if continue_final_message and not last.strip():
-            raise RequestError(
-                "continue_final_message needs content in the last message", field="continue_final_message"
-            )
-        known = {**self._tokens, **variables, "messages": [dict(m) for m in messages], "tools": tools,
-                 "documents": None, "add_generation_prompt": add_generation_prompt}  # fmt: skip
-        text = self._run(self._with_tools if tools else self._default, known)
-        if continue_final_message:
-            end = text.rfind(last.strip())
-            if end < 0:
-                raise TemplateError("the chat template changes the last message, so it cannot be continued")
-            text = text[: end + len(last.strip())]
-        return text
+        """The conversation as one text.
+
+        Raises RequestError for tools or variables that the template does not read, and TemplateError where it refuses
+        the messages, fails, or exceeds its bounds.
+        """
+        template, known = self._compiled(self._name(bool(tools)))
+        if tools and "tools" not in known:
+            raise RequestError("the model's chat template has no place for tools", field="tools")
+        for name in variables or {}:
+            if name in RESERVED or name not in known:
+                free = sorted(known - RESERVED - self._tokens.keys() - self._environment.globals.keys())
+                raise RequestError(
+                    f"{name!r} is no variable of the model's chat template (it has: {', '.join(free) or 'none'})",
+                    field=f"chat_template_kwargs.{name}",
+                )
+        given = {"messages": list(messages), "tools": list(tools) if tools else None, "documents": None}
+        return self._run(
+            template, {**self._tokens, **given, **(variables or {}), "add_generation_prompt": add_generation_prompt}
+        )
+
+    def _name(self, tools: bool) -> str:
+        return TOOL_USE if tools and TOOL_USE in self.sources else DEFAULT
+
+    def _compiled(self, name: str) -> tuple[jinja2.Template, frozenset[str]]:
+        if name not in self._templates:
+            source = self.sources[name]
+            if len(source) > MAX_TEMPLATE_CHARS:
+                raise TemplateError(
+                    f"the chat template has {len(source)} characters, at most {MAX_TEMPLATE_CHARS} are allowed"
+                )
+            try:
+                tree = self._environment.parse(source)
+                known = frozenset(meta.find_undeclared_variables(tree))
+                self._templates[name] = self._environment.from_string(source), known
+            except (jinja2.TemplateError, RecursionError, MemoryError, ValueError, SyntaxError) as error:
+                raise TemplateError(f"the chat template is invalid: {_describe(error)}") from error
+        return self._templates[name]
 
     def _run(self, template: jinja2.Template, variables: Mapping[str, Any]) -> str:
         with self._lock:
-            self._environment.budget = Budget()
-            pieces: list[str] = []
-            size = 0
+            self._environment.budget = budget = Budget()
             try:
-                for piece in template.generate(**variables):
-                    size += len(piece)
-                    check_size(size)
-                    pieces.append(piece)
+                self._environment.budget = Budget(budget.measure(dict(variables)))
+                return self._environment.joined(template.generate(**variables))
             except TemplateError:
                 raise
-            except (RecursionError, MemoryError) as error:
-                raise TemplateError("the chat template nests too deep or makes values too large") from error
             except Exception as error:  # a template can raise whatever Python can
-                raise TemplateError(f"the chat template failed: {type(error).__name__}: {str(error)[:300]}") from error
-        return "".join(pieces)
+                raise TemplateError(f"the chat template failed: {_describe(error)}") from error
 
 
-def _strftime_now(pattern: str) -> str:
-    if len(pattern) > 100:
-        raise TemplateError("strftime_now with more than 100 characters in the chat template")
-    return datetime.now().strftime(pattern)
+def fallback_template(special: Collection[str], tokens: Mapping[str, str]) -> ChatTemplate:
+    """What a model without a template gets: `CHATML` where its vocabulary has ChatML's tokens, else `PLAIN`."""
+    source = CHATML if {"<|im_start|>", "<|im_end|>"} <= set(special) else PLAIN
+    return ChatTemplate({DEFAULT: source}, tokens)
 
 
-def find_template(files: ModelFiles, vocabulary: Vocabulary) -> ChatTemplate | None:
-    """The template that a model's files carry, or one by its vocabulary's turn tokens; None where it has neither.
+def _describe(error: BaseException) -> str:
+    if isinstance(error, RecursionError):
+        return "it nests too deep"
+    where = f"line {error.lineno}: " if isinstance(error, jinja2.TemplateSyntaxError) else ""
+    return f"{where}{type(error).__name__}: {str(error)[:300]}"
 
-    Raises ModelFileError where a file holds something else than text, TemplateError where the text is no template.
-    """
-    named: dict[str, str] = {}
-    if files.format == "gguf":
-        source = files.metadata.get("tokenizer.chat_template")
-        prefix = "tokenizer.chat_template."
-        named = {
-            k.removeprefix(prefix): v for k, v in files.metadata.items() if k.startswith(prefix) and isinstance(v, str)
-        }
-    else:
-        from kvarn.text.hf import tokenizer_config
 
-        source = tokenizer_config(files).get("chat_template")
-        beside = files.file("chat_template.jinja")
-        if beside is not None:
-            source = beside.read_text(encoding="utf-8")
-        if isinstance(source, list):
-            named = {str(t.get("name")): str(t.get("template")) for t in source if isinstance(t, dict)}
-            source = named.get("default")
-    if source is None:
-        texts = {vocabulary.tokens[i] for i in vocabulary.special}
-        source = next((template for opening, template in FALLBACKS if opening in texts), None)
-    if source is None:
-        return None
-    if not isinstance(source, str):
-        raise ModelFileError("must be text", path=str(files.path), field="chat_template")
+def _strftime(now: Callable[[], datetime]) -> Callable[[str], str]:
+    def strftime_now(pattern: str) -> str:
+        if len(pattern) > MAX_TIME_PATTERN_CHARS or any(character.isdigit() for character in pattern):
+            raise TemplateError(f"strftime_now({pattern[:40]!r}) in the chat template: too long, or with a width")
+        return now().strftime(pattern)
 
-    def text(token: int | None) -> str:
-        return "" if token is None else vocabulary.tokens[token]
-
-    eos = vocabulary.eos[0] if vocabulary.eos else None
-    return ChatTemplate(source, bos_token=text(vocabulary.bos), eos_token=text(eos), named=named)
+    return strftime_now

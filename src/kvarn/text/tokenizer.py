@@ -2,64 +2,55 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from kvarn.errors import TemplateError
-from kvarn.text.chat import protect, split_protected, validate_messages
-from kvarn.text.gguf import SPACE, Vocabulary, vocabulary_from_gguf
-from kvarn.text.template import ChatTemplate, find_template
+from kvarn.errors import RequestError
+from kvarn.text.vocabulary import SPACE, Pieces, Vocabulary, byte_of_character
 from kvarn.weights import ModelFiles
 
-END_OF_TURN = frozenset({
-    "<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>", "<|eom_id|>", "<EOT>",
-    "[EOT]", "<|return|>", "<end_of_utterance>",
-})  # fmt: skip
-"""Special tokens that end an answer wherever a vocabulary has them, named as eos or not."""
-
-
-def _byte_of_character() -> dict[str, int]:
-    """GPT-2's characters for bytes: printable ones stand for themselves, the rest are moved to 256 and up."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in set(printable)]
-    return {**{chr(b): b for b in printable}, **{chr(256 + i): b for i, b in enumerate(others)}}
+if TYPE_CHECKING:
+    from kvarn.text.chat import ChatEncoder
+    from kvarn.text.template import ChatTemplate
 
 
 class Tokenizer:
-    """A vocabulary with its rules. Immutable and safe to share between threads."""
+    """A vocabulary with its rules. Safe to share between threads.
 
-    def __init__(self, vocabulary: Vocabulary, chat_template: ChatTemplate | None = None) -> None:
-        self._vocabulary = vocabulary
-        self._parsing = vocabulary.core
-        self._plain = copy.deepcopy(vocabulary.core)
-        self._plain.encode_special_tokens = True
-        self._bytes_of = _byte_of_character()
-        self.chat_template = chat_template
-        self.vocab_size = len(vocabulary.tokens)
-        self.bos_token_id = vocabulary.bos
-        ends = [i for i in sorted(vocabulary.special) if vocabulary.tokens[i] in END_OF_TURN]
-        self.eos_token_ids = tuple(dict.fromkeys((*vocabulary.eos, *ends)))
+    chat_sources: Jinja sources of the model's chat templates by name ("default", "tool_use"); compiled when first used.
+    """
 
-    @cached_property
-    def special_texts(self) -> tuple[str, ...]:
-        """Texts of the special tokens, longest first."""
-        texts = {self._vocabulary.tokens[i] for i in self._vocabulary.special}
-        return tuple(sorted((t for t in texts if t), key=len, reverse=True))
+    def __init__(self, vocabulary: Vocabulary, chat_sources: Mapping[str, str] | None = None) -> None:
+        self.vocabulary = vocabulary
+        self._chat_sources = dict(chat_sources or {})
+        self._bytes: dict[int, bytes] = {}
+        self._byte_of_character = byte_of_character()
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids."""
+        return len(self.vocabulary.tokens)
+
+    @property
+    def bos_token_id(self) -> int | None:
+        """The token that begins a sequence, where the vocabulary has one."""
+        return self.vocabulary.bos
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Tokens that end an answer."""
+        return self.vocabulary.eos
 
     def encode(self, text: str, *, add_special_tokens: bool = False, parse_special: bool = False) -> list[int]:
-        """Token ids of `text`. add_special_tokens: BOS and EOS as the vocabulary wants them. parse_special: special
-        tokens spelt out in the text become those tokens; otherwise they are text like any other."""
-        core = self._parsing if parse_special else self._plain
-        ids: list[int] = core.encode(_well_formed(text), add_special_tokens=False).ids if text else []
-        v = self._vocabulary
-        if add_special_tokens:
-            if v.add_bos and v.bos is not None:
-                ids.insert(0, v.bos)
-            if v.add_eos and v.eos:
-                ids.append(v.eos[0])
-        return ids
+        """Token ids of `text`.
+
+        add_special_tokens: BOS and EOS, as the vocabulary wants them (no second BOS where the text begins with one).
+        parse_special: special tokens spelt out in the text become those tokens; otherwise they are text. Lone
+        surrogates, which JSON lets in and UTF-8 has no room for, become U+FFFD.
+        """
+        ids = self.vocabulary.encoder.encode(well_formed(text), parse_special=parse_special)
+        return self._enclosed(ids) if add_special_tokens else ids
 
     def encode_chat(
         self,
@@ -71,90 +62,137 @@ class Tokenizer:
         template_kwargs: Mapping[str, Any] | None = None,
         parse_special: bool = False,
     ) -> list[int]:
-        """Token ids of a conversation by the model's chat template.
+        """Token ids of a conversation by the model's chat template, or a fallback (`kvarn.text.template`).
 
-        Special tokens that the template writes become tokens; what looks like one inside a message is text, unless
-        `parse_special`. continue_final_message: the last message is left open for the model to go on with. Raises
-        TemplateError, RequestError naming the message.
+        Special tokens that the template writes become tokens. What spells one inside a message or a tool is text,
+        unless `parse_special`. BOS is there once if the vocabulary wants it, whether the template writes it or not.
+
+        continue_final_message: the last message is left open for the model to go on with, and no generation prompt is
+        added. template_kwargs: variables of the template, such as `enable_thinking`.
+
+        Raises RequestError naming the part of the request (`messages[3].content`, `tools`, …), TemplateError where the
+        template is invalid, refuses the messages or exceeds its bounds.
         """
-        if self.chat_template is None:
-            raise TemplateError("the model has no chat template; use plain completions")
-        checked = validate_messages(messages)
-        texts = () if parse_special else self.special_texts
-        protected, table = protect((checked, list(tools or ())), texts)
-        shielded, shielded_tools = protected
-        rendered = self.chat_template.render(
-            shielded,
-            tools=shielded_tools or None,
+        text, literal = self._chat.render(
+            messages,
+            tools=tools,
             add_generation_prompt=add_generation_prompt and not continue_final_message,
             continue_final_message=continue_final_message,
-            **dict(template_kwargs or {}),
+            variables=template_kwargs or {},
+            literal_content=not parse_special,
         )
-        ids: list[int] = []
-        for piece, literal in split_protected(rendered, table):
-            ids += self.encode(piece, parse_special=not literal)
-        v = self._vocabulary
-        if v.add_bos and v.bos is not None and ids[:1] != [v.bos]:
-            ids.insert(0, v.bos)
-        return ids
+        ids = self.vocabulary.encoder.encode(text, parse_special=True, literal=literal)
+        return self._opened(ids)
 
-    def token_text(self, token_id: int) -> str:
-        """The token as the vocabulary spells it. Raises IndexError."""
-        return self._vocabulary.tokens[token_id]
+    @cached_property
+    def chat_template(self) -> ChatTemplate | None:
+        """The model's own template; None where it has none. Raises TemplateError where it is invalid."""
+        if not self._chat_sources:
+            return None
+        from kvarn.text.template import ChatTemplate  # Jinja is imported with the first conversation
+
+        return ChatTemplate(self._chat_sources, self._template_tokens())
+
+    @cached_property
+    def _chat(self) -> ChatEncoder:
+        from kvarn.text.chat import ChatEncoder
+        from kvarn.text.template import fallback_template
+
+        v = self.vocabulary
+        special = {v.tokens[index]: index for index in v.special if v.tokens[index]}
+        return ChatEncoder(self.chat_template or fallback_template(special, self._template_tokens()), special)
+
+    def _template_tokens(self) -> dict[str, str]:
+        """What templates know as bos_token, eos_token, …"""
+        v = self.vocabulary
+        bos = "" if v.bos is None else v.tokens[v.bos]
+        eos = v.tokens[v.eos[0]] if v.eos else ""
+        return {**dict(v.names), "bos_token": bos, "eos_token": eos}
+
+    def _opened(self, ids: list[int]) -> list[int]:
+        v = self.vocabulary
+        return [v.bos, *ids] if v.add_bos and v.bos is not None and ids[:1] != [v.bos] else ids
+
+    def _enclosed(self, ids: list[int]) -> list[int]:
+        v = self.vocabulary
+        ids = self._opened(ids)
+        return [*ids, v.eos[0]] if v.add_eos and v.eos and ids[-1:] != [v.eos[0]] else ids
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of the ids; bytes that are not UTF-8 become U+FFFD. Raises RequestError for a negative id."""
+        data = b"".join(self.text_bytes(token, skip_special_tokens) for token in ids)
+        if self.strips_leading_space and data.startswith(b" "):
+            data = data[1:]
+        return data.decode(errors="replace")
+
+    def text_bytes(self, token_id: int, skip_special_tokens: bool) -> bytes:
+        """`token_bytes`, but nothing for a special token that is to be skipped."""
+        return b"" if skip_special_tokens and token_id in self.vocabulary.special else self.token_bytes(token_id)
 
     def token_bytes(self, token_id: int) -> bytes:
-        """What the token contributes to the text. Raises IndexError."""
-        v = self._vocabulary
+        """What the token contributes to the text, in UTF-8 (not all tokens are whole code points).
+
+        Empty for ids beyond the vocabulary, which only fill up the model's embedding. Raises RequestError for a
+        negative id.
+        """
+        known = self._bytes.get(token_id)
+        if known is None:
+            known = self._bytes[token_id] = self._spelt(token_id)
+        return known
+
+    def _spelt(self, token_id: int) -> bytes:
+        v = self.vocabulary
+        if token_id < 0:
+            raise RequestError(f"token ids must be at least 0, not {token_id}", field="token_ids")
+        if token_id >= len(v.tokens) or token_id in v.padding:
+            return b""
         text = v.tokens[token_id]
-        if token_id in v.added:
+        if token_id in v.byte_tokens:
+            return bytes.fromhex(text[3:5])
+        if v.pieces is Pieces.SPACES:
+            return (text if token_id in v.special else text.replace(SPACE, " ")).encode()
+        if token_id in v.verbatim or not all(character in self._byte_of_character for character in text):
             return text.encode()
-        if v.pieces == "bytes":
-            try:
-                return bytes(self._bytes_of[character] for character in text)
-            except KeyError:
-                return text.encode()
-        if len(text) == 6 and text.startswith("<0x") and text.endswith(">"):
-            try:
-                return bytes((int(text[3:5], 16),))
-            except ValueError:
-                pass
-        return text.replace(SPACE, " ").encode()
+        return bytes(self._byte_of_character[character] for character in text)
+
+    def token_text(self, token_id: int) -> str:
+        """The token as the vocabulary spells it; empty for ids beyond it. Raises RequestError for a negative id."""
+        if token_id < 0:
+            raise RequestError(f"token ids must be at least 0, not {token_id}", field="token_ids")
+        return self.vocabulary.tokens[token_id] if token_id < self.vocab_size else ""
 
     def is_special(self, token_id: int) -> bool:
         """Whether the token is a control token rather than text."""
-        return token_id in self._vocabulary.special
+        return token_id in self.vocabulary.special
 
     @property
     def strips_leading_space(self) -> bool:
         """Whether text begins with a space that the vocabulary itself put there."""
-        return self._vocabulary.space_prefix
-
-    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """The text of the ids; bytes that are not UTF-8 become U+FFFD. Raises IndexError for an id out of range."""
-        kept = [i for i in ids if not (skip_special_tokens and self.is_special(i))]
-        text = b"".join(self.token_bytes(i) for i in kept).decode(errors="replace")
-        return text.removeprefix(" ") if self.strips_leading_space else text
+        return self.vocabulary.space_prefix
 
 
-def _well_formed(text: str) -> str:
-    """Lone surrogates, which JSON lets in and UTF-8 has no room for, become U+FFFD."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") if _has_surrogate(text) else text
-
-
-def _has_surrogate(text: str) -> bool:
+def well_formed(text: str) -> str:
+    """The text with lone surrogates replaced by U+FFFD, as browsers do where a string is cut inside an emoji."""
     try:
         text.encode()
     except UnicodeEncodeError:
-        return True
-    return False
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return text
 
 
 def load_tokenizer(files: ModelFiles) -> Tokenizer:
-    """The tokenizer of open files; a vocabulary-only GGUF is enough. Raises ModelFileError, UnsupportedModelError."""
+    """The tokenizer of open files; a vocabulary-only GGUF is enough. The files may be closed afterwards.
+
+    Raises ModelFileError where the files are inconsistent, UnsupportedModelError for a kind that kvarn does not know.
+    """
+    from kvarn.text.sources import chat_sources
+
     if files.format == "gguf":
+        from kvarn.text.gguf import vocabulary_from_gguf
+
         vocabulary = vocabulary_from_gguf(files.metadata, str(files.path))
     else:
         from kvarn.text.hf import vocabulary_from_hf
 
         vocabulary = vocabulary_from_hf(files)
-    return Tokenizer(vocabulary, find_template(files, vocabulary))
+    return Tokenizer(vocabulary, chat_sources(files))

@@ -1,0 +1,63 @@
+"""Encoders of GGUF vocabularies: cut at special tokens, then byte-level BPE or SentencePiece for the text between."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from tokenizers import Tokenizer as Core
+from tokenizers import models
+
+from kvarn.text.pretokenizers import PreTokenizer
+from kvarn.text.special import Partition
+
+
+class FragmentEncoder(Protocol):
+    """Encodes a text that holds no special token."""
+
+    def encode(self, text: str, *, after_text: bool) -> list[int]:
+        """Token ids. after_text: whether text (not the beginning, not a special token) comes right before."""
+        ...
+
+
+class ByteLevelBPE:
+    """Byte-level BPE (Sennrich et al. 2016; on bytes: Radford et al. 2019, section 2.2), run by `tokenizers`.
+
+    Raises ValueError where a merge names a token that the vocabulary has not.
+    """
+
+    def __init__(
+        self, vocabulary: Mapping[str, int], merges: Sequence[tuple[str, str]], pre_tokenizer: PreTokenizer
+    ) -> None:
+        try:
+            model = models.BPE(dict(vocabulary), list(merges), ignore_merges=pre_tokenizer.ignore_merges)
+        except Exception as error:  # the library raises bare Exception
+            raise ValueError(str(error)) from error
+        self._core = Core(model)
+        self._core.pre_tokenizer = pre_tokenizer.build()
+
+    def encode(self, text: str, *, after_text: bool) -> list[int]:  # noqa: ARG002 (no prefix depends on it)
+        """Token ids of a fragment."""
+        ids: list[int] = self._core.encode(text, add_special_tokens=False).ids
+        return ids
+
+
+class PartitionedEncoder:
+    """The encoder of a GGUF vocabulary."""
+
+    def __init__(self, fragments: FragmentEncoder, partition: Partition) -> None:
+        self._fragments = fragments
+        self._partition = partition
+
+    def encode(self, text: str, *, parse_special: bool, literal: Sequence[tuple[int, int]] = ()) -> list[int]:
+        """Token ids of the text; see `Encoder`."""
+        ids: list[int] = []
+        after_text = False
+        for part in self._partition.split(text, parse_special=parse_special, literal=literal):
+            if isinstance(part, int):
+                ids.append(part)
+                after_text = False
+            else:
+                ids += self._fragments.encode(part, after_text=after_text)
+                after_text = True
+        return ids

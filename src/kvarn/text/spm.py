@@ -1,0 +1,117 @@
+"""SentencePiece's BPE with byte fallback, for vocabularies that have scores and no merges.
+
+Why not the `tokenizers` library: its BPE ranks pairs of tokens. SentencePiece ranks the token that a pair makes, takes
+the leftmost of equals, and joins neighbours that are no tokens themselves. With a vocabulary of a, aa, aaa the text
+aaaaa shows the difference. Listing all pairs is also what would take longest in loading a vocabulary of 262,144.
+"""
+
+from __future__ import annotations
+
+import heapq
+import re
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+
+from kvarn.text.vocabulary import SPACE
+
+CACHED_WORDS = 50_000
+CACHED_WORD_CHARS = 32
+
+
+class SentencePieceBPE:
+    """Joins the adjacent pair whose joint token scores best until none is left (Kudo & Richardson 2018; the greedy
+    order and its ties are those of SentencePiece's bpe_model.cc).
+
+    ids and scores: the tokens that text may become (no control, unknown or byte tokens) and their scores, by spelling.
+    byte_ids: ids of the tokens for bytes 0 … 255, for characters without a token. unknown: for characters that have no
+    byte tokens either.
+    space_prefix: a space is put before text at the beginning and after a special token.
+    """
+
+    def __init__(
+        self,
+        ids: Mapping[str, int],
+        scores: Mapping[str, float],
+        *,
+        byte_ids: Sequence[int | None],
+        unknown: int | None,
+        space_prefix: bool,
+    ) -> None:
+        self._ids = ids
+        self._scores = scores
+        self._byte_ids = byte_ids
+        self._unknown = unknown
+        self._space_prefix = space_prefix
+        self._words: dict[str, list[int]] = {}
+
+    def encode(self, text: str, *, after_text: bool) -> list[int]:
+        """Token ids of a fragment."""
+        if self._space_prefix and not after_text:
+            text = " " + text
+        ids: list[int] = []
+        words = self._words
+        for word in self._word_border.split(text.replace(" ", SPACE)):
+            known = words.get(word)
+            if known is None:
+                known = self._encode_word(word)
+                if len(word) <= CACHED_WORD_CHARS and len(words) < CACHED_WORDS:
+                    words[word] = known
+            ids += known
+        return ids
+
+    @cached_property
+    def _word_border(self) -> re.Pattern[str]:
+        """Matches between words: before a ▁, after a character that no token has before a ▁.
+
+        No join can cross such a place, so that words can be encoded, and remembered, one by one.
+        """
+        before = set(re.findall(f"(.){SPACE}", "\0".join(self._ids), re.DOTALL)) | {"\0"}
+        return re.compile(f"(?<=[^{re.escape(''.join(sorted(before)))}])(?={SPACE})")
+
+    def _encode_word(self, word: str) -> list[int]:
+        ids: list[int] = []
+        for symbol in self._join(word):
+            token = self._ids.get(symbol)
+            if token is not None:
+                ids.append(token)
+            else:
+                ids += self._fall_back(symbol)
+        return ids
+
+    def _fall_back(self, character: str) -> list[int]:
+        ids = [self._byte_ids[byte] for byte in character.encode()]
+        known = [token for token in ids if token is not None]
+        if len(known) < len(ids):
+            return [] if self._unknown is None else [self._unknown]
+        return known
+
+    def _join(self, word: str) -> list[str]:
+        """The symbols of a word after all joins. O(n log n)."""
+        symbols = list(word)
+        last = len(symbols) - 1
+        before = list(range(-1, last))
+        after = list(range(1, last + 2))
+        scores = self._scores
+        queue: list[tuple[float, int, int, int]] = []
+
+        def consider(left: int, right: int) -> None:
+            text = symbols[left] + symbols[right]
+            score = scores.get(text)
+            if score is not None:
+                heapq.heappush(queue, (-score, left, right, len(text)))
+
+        for left in range(last):
+            consider(left, left + 1)
+        while queue:
+            _, left, right, length = heapq.heappop(queue)
+            if not symbols[left] or not symbols[right] or len(symbols[left]) + len(symbols[right]) != length:
+                continue  # one of the two has been joined with another since
+            symbols[left] += symbols[right]
+            symbols[right] = ""
+            following = after[left] = after[right]
+            if following <= last:
+                before[following] = left
+                consider(left, following)
+            if before[left] >= 0:
+                consider(before[left], left)
+        return [symbol for symbol in symbols if symbol]
