@@ -185,16 +185,16 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         """Calls what templates may call. Raises TemplateError."""
         owner, name = getattr(obj, "__self__", None), getattr(obj, "__name__", "")
         if owner is self:  # `tick`, `made` and `concatenated`, put in by `_parse`
-            return obj(*arguments, **keywords)
+            return obj(*arguments)
         self.budget.take(0)
         if owner is not None:
             allowed = next((names for kind, names in METHODS.items() if isinstance(owner, kind)), frozenset())
             if name not in allowed:
                 raise TemplateError(f"{type(owner).__name__}.{name} is not available in chat templates")
         if isinstance(owner, str):
-            arguments = self._before_method(owner, name, arguments, keywords)
+            arguments = self._before_method(owner, name, arguments, _given(keywords))
         elif isinstance(obj, Macro):  # it can get at them as `varargs` and `kwargs`
-            self.budget.measure((arguments, keywords))
+            self.budget.measure((arguments, _given(keywords)))
         result = super().call(context, obj, *arguments, **keywords)
         return self.made(list(result) if isinstance(result, KeysView | ValuesView | ItemsView) else result)
 
@@ -306,6 +306,11 @@ class _Counting(jinja2.visitor.NodeTransformer):
 
 def _call(method: str, arguments: list[nodes.Expr], line: int | None = None) -> nodes.Call:
     return nodes.Call(nodes.EnvironmentAttribute(method), arguments, [], None, None, lineno=line or 0)
+
+
+def _given(keywords: Mapping[str, Any]) -> dict[str, Any]:
+    """A call's keywords without those that Jinja's compiler adds."""
+    return {name: value for name, value in keywords.items() if name not in ("_loop_vars", "_block_vars")}
 
 
 def _own_size(value: Any) -> int:
