@@ -1,0 +1,145 @@
+"""`plan`: what weights, KV cache and activations take, and what a step costs, before anything is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from kvarn.backends.base import KvCacheSpec, StepLimits
+from kvarn.backends.cpu import CpuMemory, memory_use
+from kvarn.errors import ConfigError
+from kvarn.program import Program
+from kvarn.program.counts import StepShape, count_step, total
+from kvarn.tensors import DType
+
+KV_ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
+BLOCK_SIZE = 16
+
+
+@dataclass(frozen=True, slots=True)
+class StepCost:
+    """One step's operations and bytes. intensity: operations a byte."""
+
+    flops: int
+    weight_bytes: int
+    kv_read_bytes: int
+    kv_write_bytes: int
+    intensity: float
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Numbers of one model under one setting; bytes unless said otherwise."""
+
+    parameters: int
+    weight_bytes: int
+    kv_bytes_per_token: int
+    kv_bytes_per_token_without_grouping: int
+    """Were there a KV head for each query head (MHA): what grouped-query attention saves."""
+    kv_bytes_per_sequence: int
+    """Of max_model_len tokens."""
+    kv_bytes_per_sequence_needed: int
+    """Of these, what layers with a sliding window can still see."""
+    kv_bytes_total: int
+    kv_bytes_allocated: int
+    """Rounded up to whole blocks."""
+    batch: int
+    max_model_len: int
+    kv_dtype: str
+    activation_bytes: int
+    """Of the CPU back-end, for the largest step."""
+    cpu_weight_bytes: int
+    """The weights as the CPU back-end packs them."""
+    outgrow_tokens: int
+    """Tokens (batch times length) from which the cache is larger than the weights."""
+    prefill_tokens: int
+    prefill: StepCost
+    decode: StepCost
+    """One token for each sequence of the batch, with max_model_len tokens of context."""
+
+    @property
+    def total_bytes(self) -> int:
+        """Stored weights, cache and activations together."""
+        return self.weight_bytes + self.kv_bytes_allocated + self.activation_bytes
+
+
+def plan(
+    program: Program,
+    dtypes: Mapping[str, DType],
+    *,
+    batch: int = 1,
+    max_model_len: int | None = None,
+    kv_dtype: str = "float16",
+    prefill_tokens: int = 512,
+    max_num_batched_tokens: int = 512,
+    threads: int = 1,
+) -> Plan:
+    """The plan of a program whose weights are stored as `dtypes` says (by weight name).
+
+    max_model_len None: what the model was made for. Raises ConfigError naming the setting that is out of range.
+    """
+    length = program.max_positions if max_model_len is None else max_model_len
+    for name, value, most in (
+        ("max_model_len", length, program.max_positions),
+        ("batch", batch, 1 << 20),
+        ("prefill", prefill_tokens, program.max_positions),
+    ):
+        if not 1 <= value <= most:
+            raise ConfigError(f"{name} must be between 1 and {most}, not {value}")
+    if kv_dtype not in KV_ITEM_BYTES:
+        raise ConfigError(f"kv_dtype must be one of {', '.join(KV_ITEM_BYTES)}, not {kv_dtype!r}")
+    item = KV_ITEM_BYTES[kv_dtype]
+    sizes = {w.name: _stored(dtypes[w.name], w.shape) for w in program.weights}
+    weight_bytes = sum(sizes.values())
+    per_token = program.kv_elements_per_token * item
+    blocks = -(-length // BLOCK_SIZE)
+    cpu = _cpu_memory(program, dtypes, length, batch, max_num_batched_tokens, threads)
+
+    def cost(shape: StepShape) -> StepCost:
+        counts = total(count_step(program, shape, sizes.__getitem__, item))
+        return StepCost(
+            counts.flops, counts.weight_bytes, counts.kv_read_bytes, counts.kv_write_bytes, counts.intensity
+        )
+
+    return Plan(
+        parameters=program.num_parameters,
+        weight_bytes=weight_bytes,
+        kv_bytes_per_token=per_token,
+        kv_bytes_per_token_without_grouping=_ungrouped_elements(program) * item,
+        kv_bytes_per_sequence=per_token * length,
+        kv_bytes_per_sequence_needed=sum(
+            layer.elements_per_token * item * (length if layer.window is None else min(length, layer.window))
+            for layer in program.kv_layers
+        ),
+        kv_bytes_total=per_token * length * batch,
+        kv_bytes_allocated=per_token * blocks * BLOCK_SIZE * batch,
+        batch=batch,
+        max_model_len=length,
+        kv_dtype=kv_dtype,
+        activation_bytes=cpu.activations,
+        cpu_weight_bytes=cpu.weights,
+        outgrow_tokens=weight_bytes // per_token + 1,
+        prefill_tokens=prefill_tokens,
+        prefill=cost(StepShape.prefill(prefill_tokens)),
+        decode=cost(StepShape.decode(batch, length)),
+    )
+
+
+def _stored(dtype: DType, shape: tuple[int, ...]) -> int:
+    rows = 1
+    for extent in shape[:-1]:
+        rows *= extent
+    return rows * dtype.row_bytes(shape[-1])
+
+
+def _ungrouped_elements(program: Program) -> int:
+    """Cached elements of one token were there as many KV heads as query heads."""
+    heads = {op.layer: op.heads for op in program.ops if op.kind == "attention"}  # type: ignore[union-attr]
+    return sum(heads[i] * (layer.key_dim + layer.value_dim) for i, layer in enumerate(program.kv_layers))
+
+
+def _cpu_memory(
+    program: Program, dtypes: Mapping[str, DType], length: int, batch: int, tokens: int, threads: int
+) -> CpuMemory:
+    limits = StepLimits(max(tokens, batch), batch, length)
+    return memory_use(program, dtypes, KvCacheSpec(1, BLOCK_SIZE), limits, threads)
