@@ -1,11 +1,12 @@
 """What an engine answers, step by step: text, stops, seeds, n, logprobs, limits."""
 
 import pytest
-from tiny_engine import EOS, Script, Wrapper, byte_tokenizer, handmade_engine, request, run_core, text_of, tokens_of
+from tiny_engine import EOS, Script, Wrapper, handmade_engine, request, run_core, text_of, tokens_of
 
 from kvarn.engine.events import RequestFailed
 from kvarn.errors import QueueFullError, RequestError
 from kvarn.request import FinishReason, Request, RequestOutput, SamplingParams
+from kvarn.testing import byte_tokenizer
 
 
 @pytest.fixture

@@ -12,28 +12,9 @@ from kvarn.sampling import NativeSampler
 from kvarn.scheduler import Scheduler
 from kvarn.step import SampledToken
 from kvarn.tensors import DType
-from kvarn.testing import tiny_model
-from kvarn.text import Tokenizer
-from kvarn.text.gguf import vocabulary_from_gguf
+from kvarn.testing import byte_tokenizer, tiny_model
 
-BOS, EOS = 256, 257
-
-
-@functools.cache
-def byte_tokenizer() -> Tokenizer:
-    """Tokens 0 … 255 are bytes, then BOS, EOS and one spare: the vocabulary of the tiny models."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = iter(range(256, 512))
-    characters = [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
-    metadata = {
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.tokens": [*characters, "<bos>", "<eos>", "<spare>"],
-        "tokenizer.ggml.token_type": [1] * 256 + [3] * 3,
-        "tokenizer.ggml.merges": [],
-        "tokenizer.ggml.bos_token_id": BOS,
-        "tokenizer.ggml.eos_token_id": EOS,
-    }
-    return Tokenizer(vocabulary_from_gguf(metadata, "bytes"))
+EOS = 257
 
 
 @functools.cache
