@@ -1,0 +1,237 @@
+"""Whatever a client sends, it gets an answer in OpenAI's shape that names the field; never a 5xx."""
+
+import asyncio
+import json
+
+import httpx
+import pytest
+from live_server import serving, wait_until
+from tiny_engine import Wrapper, handmade_engine
+
+from kvarn.engine import AsyncLLM
+
+HELLO = [{"role": "user", "content": "hi"}]
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+
+
+def message(**fields):
+    return {"messages": [{**HELLO[0], **fields}]}
+
+
+BAD = [
+    # path, body, status, param
+    (CHAT, b"", 400, None),
+    (CHAT, b"{", 400, None),
+    (CHAT, b"[]", 400, None),
+    (CHAT, b"null", 400, None),
+    (CHAT, b'"text"', 400, None),
+    (CHAT, b"\xff\xfe", 400, None),
+    (CHAT, b"[" * 100_000, 400, None),
+    (CHAT, b'{"messages": NaN}', 400, None),
+    (CHAT, {}, 400, "messages"),
+    (CHAT, {"messages": []}, 400, "messages"),
+    (CHAT, {"messages": "hi"}, 400, "messages"),
+    (CHAT, {"messages": [1]}, 400, "messages[0]"),
+    (CHAT, {"messages": [{}]}, 400, "messages[0].role"),
+    (CHAT, message(role=3), 400, "messages[0].role"),
+    (CHAT, message(role="<|im_start|>"), 400, "messages[0].role"),
+    (CHAT, message(content=5), 400, "messages[0].content"),
+    (CHAT, message(content=None), 400, "messages[0].content"),
+    (
+        CHAT,
+        message(content=[{"type": "image_url", "image_url": {"url": "http://x"}}]),
+        400,
+        "messages[0].content[0].type",
+    ),
+    (CHAT, {"messages": HELLO, "model": "gpt-4"}, 404, "model"),
+    (CHAT, {"messages": HELLO, "model": 4}, 400, "model"),
+    (CHAT, {"messages": HELLO, "temperature": -1}, 400, "temperature"),
+    (CHAT, {"messages": HELLO, "temperature": "hot"}, 400, "temperature"),
+    (CHAT, {"messages": HELLO, "temperature": True}, 400, "temperature"),
+    (CHAT, {"messages": HELLO, "top_p": 0}, 400, "top_p"),
+    (CHAT, {"messages": HELLO, "top_p": 1.5}, 400, "top_p"),
+    (CHAT, {"messages": HELLO, "top_k": -2}, 400, "top_k"),
+    (CHAT, {"messages": HELLO, "min_p": 2}, 400, "min_p"),
+    (CHAT, {"messages": HELLO, "n": 0}, 400, "n"),
+    (CHAT, {"messages": HELLO, "n": 1000}, 400, "n"),
+    (CHAT, {"messages": HELLO, "n": 1.5}, 400, "n"),
+    (CHAT, {"messages": HELLO, "max_tokens": 0}, 400, "max_tokens"),
+    (CHAT, {"messages": HELLO, "max_tokens": -5}, 400, "max_tokens"),
+    (CHAT, {"messages": HELLO, "max_tokens": 10**9}, 400, "max_tokens"),
+    (CHAT, {"messages": HELLO, "min_tokens": 5, "max_tokens": 2}, 400, "min_tokens"),
+    (CHAT, {"messages": HELLO, "presence_penalty": 3}, 400, "presence_penalty"),
+    (CHAT, {"messages": HELLO, "frequency_penalty": -3}, 400, "frequency_penalty"),
+    (CHAT, {"messages": HELLO, "repetition_penalty": 0}, 400, "repetition_penalty"),
+    (CHAT, {"messages": HELLO, "logit_bias": {"x": 1}}, 400, "logit_bias"),
+    (CHAT, {"messages": HELLO, "logit_bias": {"99999": 1}}, 400, "logit_bias"),
+    (CHAT, {"messages": HELLO, "logit_bias": {"5": 1000}}, 400, "logit_bias"),
+    (CHAT, {"messages": HELLO, "logit_bias": {str(i): 1 for i in range(2000)}}, 400, "logit_bias"),
+    (CHAT, {"messages": HELLO, "stop": [""]}, 400, "stop"),
+    (CHAT, {"messages": HELLO, "stop": ["x"] * 100}, 400, "stop"),
+    (CHAT, {"messages": HELLO, "stop": [1]}, 400, "stop"),
+    (CHAT, {"messages": HELLO, "stop_token_ids": [-1]}, 400, "stop_token_ids"),
+    (CHAT, {"messages": HELLO, "seed": 2**70}, 400, "seed"),
+    (CHAT, {"messages": HELLO, "seed": "x"}, 400, "seed"),
+    (CHAT, {"messages": HELLO, "stream": "yes"}, 400, "stream"),
+    (CHAT, {"messages": HELLO, "stream_options": {"include_usage": True}}, 400, "stream_options"),
+    (CHAT, {"messages": HELLO, "stream": True, "stream_options": {"x": 1}}, 400, "stream_options.x"),
+    (CHAT, {"messages": HELLO, "top_logprobs": 3}, 400, "top_logprobs"),
+    (CHAT, {"messages": HELLO, "logprobs": True, "top_logprobs": 50}, 400, "top_logprobs"),
+    (CHAT, {"messages": HELLO, "logprobs": 3}, 400, "logprobs"),
+    (CHAT, {"messages": HELLO, "tools": [{"type": "function"}]}, 400, "tools"),
+    (CHAT, {"messages": HELLO, "response_format": {"type": "json_object"}}, 400, "response_format"),
+    (CHAT, {"messages": HELLO, "tempature": 1}, 400, "tempature"),
+    (CHAT, {"messages": HELLO, "chat_template": "{{ 1 }}"}, 400, "chat_template"),
+    (CHAT, message(content="x" * 5000), 400, "prompt"),
+    (COMPLETIONS, {}, 400, "prompt"),
+    (COMPLETIONS, {"prompt": ""}, 400, "prompt"),
+    (COMPLETIONS, {"prompt": []}, 400, "prompt"),
+    (COMPLETIONS, {"prompt": [[]]}, 400, "prompt"),
+    (COMPLETIONS, {"prompt": ["a"] * 100}, 400, "prompt"),
+    (COMPLETIONS, {"prompt": [1, "a"]}, 400, None),
+    (COMPLETIONS, {"prompt": [99999]}, 400, "prompt"),
+    (COMPLETIONS, {"prompt": [-1]}, 400, "prompt"),
+    (COMPLETIONS, {"prompt": {"a": 1}}, 400, None),
+    (COMPLETIONS, {"prompt": "a", "echo": True}, 400, "echo"),
+    (COMPLETIONS, {"prompt": "a", "suffix": "b"}, 400, "suffix"),
+    (COMPLETIONS, {"prompt": "a", "best_of": 3}, 400, "best_of"),
+    (COMPLETIONS, {"prompt": "a", "logprobs": 100}, 400, "logprobs"),
+    ("/v1/nothing", {}, 404, None),
+]
+
+
+def check_shape(response, status):
+    assert response.status_code == status, response.text
+    assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+    assert response.json()["error"]["message"]
+    assert "Traceback" not in response.text
+
+
+@pytest.mark.parametrize("case", range(len(BAD)))
+def test_bad_input_is_answered_by_name(url, llm, case):
+    path, body, status, param = BAD[case]
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    response = httpx.post(url + path, content=content, headers={"content-type": "application/json"})
+    check_shape(response, status)
+    if param is not None:
+        assert response.json()["error"]["param"] == param
+    assert llm.stats().running == 0
+
+
+def test_methods_types_and_sizes(url):
+    check_shape(httpx.get(url + CHAT), 405)
+    check_shape(httpx.post(url + CHAT, content=b"{}", headers={"content-type": "text/plain"}), 415)
+    check_shape(httpx.post(url + CHAT, content=b"x" * (9 << 20), headers={"content-type": "application/json"}), 413)
+
+    def endless():
+        for _ in range(200):
+            yield b" " * 65536
+
+    chunked = httpx.post(url + CHAT, content=endless(), headers={"content-type": "application/json"})
+    check_shape(chunked, 413)
+
+
+def test_harmless_parameters_are_taken(url):
+    body = {"messages": HELLO, "max_tokens": 2, "user": "me", "metadata": {"a": "b"}, "tools": None, "n": None,
+            "response_format": {"type": "text"}, "parallel_tool_calls": True}  # fmt: skip
+    assert httpx.post(url + CHAT, json=body).status_code == 200
+
+
+def test_while_the_model_loads():
+    with serving(None) as url:
+        for path in ("/health", "/v1/models"):
+            response = httpx.get(url + path)
+            check_shape(response, 503)
+            assert response.headers["retry-after"] == "1"
+        check_shape(httpx.post(url + CHAT, json={"messages": HELLO}), 503)
+        assert httpx.get(url + "/").status_code == 200
+
+
+class Broken(Wrapper):
+    """An executable that fails as often as it is told to."""
+
+    failures = 0
+
+    def execute(self, batch, outputs=()):
+        if self.failures:
+            self.failures -= 1
+            raise RuntimeError("secret detail")
+        return self.inner.execute(batch, outputs)
+
+
+def test_an_engine_that_fails_is_a_500_with_an_id_and_goes_on():
+    broken = []
+
+    def wrap(executable):
+        broken.append(Broken(executable))
+        return broken[0]
+
+    llm = AsyncLLM(handmade_engine(wrap_executable=wrap))
+    try:
+        with serving(llm) as url:
+            assert httpx.post(url + COMPLETIONS, json={"prompt": "a"}).status_code == 200
+            broken[0].failures = 1
+            response = httpx.post(url + COMPLETIONS, json={"prompt": "a"})
+            check_shape(response, 500)
+            assert "secret" not in response.text
+            broken[0].failures = 1
+            with httpx.stream("POST", url + COMPLETIONS, json={"prompt": "a", "stream": True}) as stream:
+                stream.read()
+                assert stream.status_code == 500
+            assert httpx.post(url + COMPLETIONS, json={"prompt": "a"}).status_code == 200
+    finally:
+        asyncio.run(llm.close())
+
+
+def test_an_engine_that_cannot_go_on_is_a_503():
+    broken = []
+
+    def wrap(executable):
+        broken.append(Broken(executable))
+        return broken[0]
+
+    llm = AsyncLLM(handmade_engine(wrap_executable=wrap))
+    try:
+        with serving(llm) as url:
+            broken[0].failures = 1000
+            check_shape(httpx.post(url + COMPLETIONS, json={"prompt": "a"}), 500)
+            wait_until(lambda: not llm.is_running)
+            check_shape(httpx.post(url + COMPLETIONS, json={"prompt": "a"}), 503)
+            check_shape(httpx.get(url + "/health"), 503)
+    finally:
+        asyncio.run(llm.close())
+
+
+def test_a_failure_in_the_middle_of_a_stream_is_told_in_the_stream():
+    broken = []
+
+    def wrap(executable):
+        broken.append(Broken(executable))
+        return broken[0]
+
+    llm = AsyncLLM(handmade_engine(wrap_executable=wrap))
+    try:
+        with serving(llm) as url:
+            body = {"prompt": "a", "max_tokens": 400, "ignore_eos": True, "stream": True}
+            with httpx.stream("POST", url + COMPLETIONS, json=body) as stream:
+                lines = stream.iter_lines()
+                next(lines)
+                broken[0].failures = 1
+                rest = [line for line in lines if line]
+            assert rest[-1] == "data: [DONE]"
+            assert json.loads(rest[-2][6:])["error"]["type"] == "server_error"
+    finally:
+        asyncio.run(llm.close())
+
+
+def test_a_full_queue_is_429_with_retry_after():
+    llm = AsyncLLM(handmade_engine(max_num_seqs=1, max_num_queued_requests=1))
+    try:
+        with serving(llm) as url:
+            body = {"prompt": ["a"] * 30, "max_tokens": 50, "ignore_eos": True}
+            response = httpx.post(url + COMPLETIONS, json=body)
+            check_shape(response, 429)
+            assert response.headers["retry-after"] == "1"
+            assert llm.stats().running == 0 or httpx.post(url + COMPLETIONS, json={"prompt": "a"}).status_code == 200
+    finally:
+        asyncio.run(llm.close())
