@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from kvarn.errors import ModelFileError
+from kvarn.errors import ModelFileError, UnsupportedModelError
 
 MAX_EXTENT = 1 << 24
 MAX_LAYERS = 4096
@@ -32,8 +33,24 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
 
 
+def shown(value: object) -> str:
+    """A value of a file for a message: at most a line of it."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = short.maxlong = 60
+    return short.repr(value)
+
+
+def is_number(value: object) -> bool:
+    """Whether it is an integer or a finite float (and no boolean)."""
+    if isinstance(value, bool):
+        return False
+    return isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))
+
+
 class ConfigReader:
     """Reads fields of a config that nobody vouches for. Every method raises ModelFileError naming field and limit.
+
+    A field that is absent and one that is null are the same, except where `filled` gave it a default.
 
     prefix: put before every key ("llama." for GGUF). tensor_names: the tensors beside the config, where known.
     """
@@ -46,9 +63,20 @@ class ConfigReader:
         self.prefix = prefix
         self.tensor_names = tensor_names
 
+    def filled(self, defaults: Mapping[str, Any]) -> ConfigReader:
+        """The same config with defaults for absent fields; a field that is null stays so."""
+        present = {self.prefix + key: value for key, value in defaults.items()}
+        return ConfigReader(
+            {**present, **self.values}, path=self.path, prefix=self.prefix, tensor_names=self.tensor_names
+        )
+
     def fail(self, key: str, message: str) -> ModelFileError:
-        """The error for a field."""
+        """The error for a field whose value is wrong."""
         return ModelFileError(message, path=self.path, field=self.prefix + key)
+
+    def unsupported(self, key: str, message: str) -> UnsupportedModelError:
+        """The error for a field whose value is sound, but asks for what kvarn does not run."""
+        return UnsupportedModelError(f"{self.path}: {self.prefix}{key}: {message}")
 
     def get(self, key: str) -> Any:
         """The raw value; None where it is absent."""
@@ -62,7 +90,7 @@ class ConfigReader:
         if value is None:
             raise self.fail(key, "is missing")
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            raise self.fail(key, f"must be an integer from {low} to {high}, not {value!r}")
+            raise self.fail(key, f"must be an integer from {low} to {high}, not {shown(value)}")
         return value
 
     def number(self, key: str, default: float | None = None, *, low: float = 0.0, high: float = 1e12) -> float:
@@ -72,10 +100,10 @@ class ConfigReader:
             value = default
         if value is None:
             raise self.fail(key, "is missing")
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise self.fail(key, f"must be a number, not {value!r}")
+        if not is_number(value):
+            raise self.fail(key, f"must be a number, not {shown(value)}")
         if not low < value <= high:
-            raise self.fail(key, f"must be above {low:g} and at most {high:g}, not {value!r}")
+            raise self.fail(key, f"must be above {low:g} and at most {high:g}, not {shown(value)}")
         return float(value)
 
     def optional_number(self, key: str) -> float | None:
@@ -88,15 +116,17 @@ class ConfigReader:
         if value is None:
             return default
         if not isinstance(value, bool):
-            raise self.fail(key, f"must be true or false, not {value!r}")
+            raise self.fail(key, f"must be true or false, not {shown(value)}")
         return value
 
     def choice(self, key: str, default: str, choices: Mapping[str, str]) -> str:
-        """choices[value] of a string field."""
+        """choices[value] of a string field. Raises UnsupportedModelError for a string that is none of them."""
         value = self.get(key)
         value = default if value is None else value
-        if not isinstance(value, str) or value not in choices:
-            raise self.fail(key, f"must be one of {', '.join(choices)}, not {value!r}")
+        if not isinstance(value, str):
+            raise self.fail(key, f"must be a string, not {shown(value)}")
+        if value not in choices:
+            raise self.unsupported(key, f"{shown(value)} is not supported ({', '.join(choices)} are)")
         return choices[value]
 
     def section(self, key: str) -> ConfigReader | None:
@@ -105,7 +135,7 @@ class ConfigReader:
         if value is None:
             return None
         if not isinstance(value, Mapping):
-            raise self.fail(key, f"must be an object, not {value!r}")
+            raise self.fail(key, f"must be an object, not {shown(value)}")
         return ConfigReader(value, path=f"{self.path}: {self.prefix}{key}")
 
     def token_ids(self, key: str) -> tuple[int, ...]:
@@ -115,7 +145,7 @@ class ConfigReader:
             return ()
         ids = value if isinstance(value, list | tuple) else [value]
         if not all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < MAX_EXTENT for i in ids):
-            raise self.fail(key, f"must be token ids, not {value!r}")
+            raise self.fail(key, f"must be token ids, not {shown(value)}")
         return tuple(ids)
 
     def has_tensor(self, name: str) -> bool:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from kvarn.errors import UnsupportedModelError
 from kvarn.models.blocks import AttentionSpec, attention, gated_mlp
 from kvarn.models.builder import Function, ProgramBuilder
-from kvarn.models.config import MAX_LAYERS, ConfigReader, ModelConfig
+from kvarn.models.config import MAX_LAYERS, ConfigReader, ModelConfig, shown
 from kvarn.models.source import NameMap, TensorRef
 from kvarn.program import Program
 
@@ -101,8 +100,6 @@ def decoder_program(blueprint: Blueprint) -> Program:
 
 def config_from_hf(reader: ConfigReader, family: str, *, tie_default: bool) -> ModelConfig:
     """The fields that llama-like config.json files share. Raises ModelFileError, UnsupportedModelError."""
-    if reader.get("quantization_config") is not None:
-        raise UnsupportedModelError(f"{reader.path}: quantization_config: quantized checkpoints are not supported yet")
     hidden = reader.integer("hidden_size")
     heads = reader.integer("num_attention_heads", high=1 << 16)
     kv_heads = reader.integer("num_key_value_heads", heads, high=1 << 16)
@@ -111,8 +108,6 @@ def config_from_hf(reader: ConfigReader, family: str, *, tie_default: bool) -> M
     if reader.get("head_dim") is None and hidden % heads:
         raise reader.fail("hidden_size", f"must be a multiple of num_attention_heads ({heads}), not {hidden}")
     head_dim = reader.integer("head_dim", max(hidden // heads, 1), high=1 << 12)
-    if head_dim % 2:
-        raise reader.fail("head_dim", f"must be even, not {head_dim}")
     return ModelConfig(
         family=family,
         vocab_size=reader.integer("vocab_size"),
@@ -132,10 +127,6 @@ def config_from_hf(reader: ConfigReader, family: str, *, tie_default: bool) -> M
 
 def config_from_gguf(reader: ConfigReader, family: str) -> ModelConfig:
     """The fields that llama-like GGUF files share; `reader` has the architecture's prefix."""
-    if reader.integer("expert_count", 0, low=0):
-        raise UnsupportedModelError(
-            f"{reader.path}: {reader.prefix}expert_count: mixtures of experts are not supported"
-        )
     hidden = reader.integer("embedding_length")
     heads = reader.integer("attention.head_count", high=1 << 16)
     kv_heads = reader.integer("attention.head_count_kv", heads, high=1 << 16)
@@ -143,9 +134,7 @@ def config_from_gguf(reader: ConfigReader, family: str) -> ModelConfig:
         raise reader.fail("attention.head_count_kv", f"must divide attention.head_count ({heads}), not {kv_heads}")
     head_dim = reader.integer("attention.key_length", max(hidden // heads, 1), high=1 << 12)
     if reader.integer("attention.value_length", head_dim) != head_dim:
-        raise UnsupportedModelError(f"{reader.path}: values of another length than keys are not supported")
-    if head_dim % 2:
-        raise reader.fail("attention.key_length", f"must be even, not {head_dim}")
+        raise reader.unsupported("attention.value_length", "values of another length than keys are not supported")
     tokens = ConfigReader(reader.values, path=reader.path, prefix="tokenizer.ggml.")
     listed = tokens.get("tokens")
     vocab = reader.integer("vocab_size", len(listed) if isinstance(listed, list) else None)
@@ -189,9 +178,12 @@ def layer_types(reader: ConfigReader, num_layers: int) -> tuple[str, ...] | None
     kinds = reader.get("layer_types")
     if kinds is None:
         return None
+    if not isinstance(kinds, list) or len(kinds) != num_layers or not all(isinstance(kind, str) for kind in kinds):
+        raise reader.fail("layer_types", f"must be a list of {num_layers} strings")
     known = ("full_attention", "sliding_attention")
-    if not isinstance(kinds, list) or len(kinds) != num_layers or any(kind not in known for kind in kinds):
-        raise reader.fail("layer_types", f"must be {num_layers} of {' or '.join(known)}")
+    for kind in kinds:
+        if kind not in known:
+            raise reader.unsupported("layer_types", f"{shown(kind)} is not supported ({' and '.join(known)} are)")
     return tuple(kinds)
 
 

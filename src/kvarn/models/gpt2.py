@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from kvarn.errors import UnsupportedModelError
 from kvarn.models import decoder
 from kvarn.models.blocks import AttentionSpec, attention, plain_mlp
 from kvarn.models.builder import ProgramBuilder
@@ -58,7 +57,7 @@ def _blueprint(config: ModelConfig, scales: list[float]) -> Blueprint:
 def from_hf(reader: ConfigReader, _: LoadOptions) -> Blueprint:
     """Reads a config.json of model_type gpt2."""
     if reader.boolean("add_cross_attention", False):
-        raise UnsupportedModelError(f"{reader.path}: add_cross_attention is not supported")
+        raise reader.unsupported("add_cross_attention", "is not supported")
     hidden, heads = reader.integer("n_embd", 768), reader.integer("n_head", 12, high=1 << 16)
     if hidden % heads:
         raise reader.fail("n_embd", f"must be a multiple of n_head ({heads}), not {hidden}")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from kvarn.models import decoder, llama
+from kvarn.models import decoder, llama, rope
 from kvarn.models.blocks import AttentionSpec
 from kvarn.models.config import ConfigReader
 from kvarn.models.decoder import Blueprint
 from kvarn.models.family import Family, LoadOptions
-from kvarn.models.rope import table_from_gguf
+
+HF_DEFAULTS = {"num_key_value_heads": 32, "max_position_embeddings": 32_768, "sliding_window": 4096}
+"""What transformers assumes where a config.json is silent (and not null)."""
 
 
 def windowed(reader: ConfigReader, blueprint: Blueprint) -> Blueprint:
@@ -22,20 +24,27 @@ def windowed(reader: ConfigReader, blueprint: Blueprint) -> Blueprint:
 
 def from_hf(reader: ConfigReader, options: LoadOptions) -> Blueprint:
     """Reads a config.json of model_type qwen2."""
+    reader = reader.filled(HF_DEFAULTS)
     base = llama.from_hf(reader, options)
     layers = tuple(replace(spec, qkv_bias=True, out_bias=False) for spec in base.layers)
     return windowed(reader, replace(base, config=replace(base.config, family="qwen2"), layers=layers, mlp_bias=False))
 
 
-def from_gguf(reader: ConfigReader, options: LoadOptions) -> Blueprint:
-    """Reads GGUF metadata of architecture qwen2."""
-    config = decoder.config_from_gguf(reader, "qwen2")
+def gguf_blueprint(reader: ConfigReader, options: LoadOptions, family: str) -> Blueprint:
+    """What the GGUF architectures qwen2 and qwen3 have in common: rotation in halves, no window."""
+    config = decoder.config_from_gguf(reader, family)
     spec = AttentionSpec(
         config.num_heads, config.num_kv_heads, config.head_dim, config.head_dim**-0.5,
-        table_from_gguf(reader, config.head_dim, "halves", options.rope_factors),
-        qkv_bias=True,
+        rope.table_from_gguf(reader, config.head_dim, "halves", options.rope_factors),
     )  # fmt: skip
+    config = replace(config, max_positions=rope.gguf_max_positions(reader, config.max_positions))
     return Blueprint(config, decoder.same_layers(config, spec))
+
+
+def from_gguf(reader: ConfigReader, options: LoadOptions) -> Blueprint:
+    """Reads GGUF metadata of architecture qwen2."""
+    base = gguf_blueprint(reader, options, "qwen2")
+    return replace(base, layers=tuple(replace(spec, qkv_bias=True) for spec in base.layers))
 
 
 FAMILY = Family("qwen2", ("qwen2",), ("qwen2",), from_hf, from_gguf)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from kvarn.errors import ModelFileError, UnsupportedModelError
 from kvarn.models import gemma3, gpt2, llama, mistral, qwen2, qwen3
-from kvarn.models.config import ConfigReader, ModelConfig
+from kvarn.models.config import ConfigReader, ModelConfig, shown
 from kvarn.models.decoder import Blueprint
 from kvarn.models.family import Family, LoadOptions
 from kvarn.models.source import MappedSource, NameMap, with_prefix
@@ -37,12 +37,12 @@ def find_family(metadata: Mapping[str, Any], format: Literal["gguf", "hf"], path
     key = "general.architecture" if format == "gguf" else "model_type"
     name = metadata.get(key)
     if not isinstance(name, str):
-        raise ModelFileError(f"must be a string, not {name!r}", path=path, field=key)
+        raise ModelFileError(f"must be a string, not {shown(name)}", path=path, field=key)
     for family in FAMILIES:
         if name in (family.gguf_architectures if format == "gguf" else family.hf_types):
             return family, name
     known = sorted({n for f in FAMILIES for n in (f.gguf_architectures if format == "gguf" else f.hf_types)})
-    raise UnsupportedModelError(f"{path}: {key} {name!r} is not supported ({', '.join(known)} are)")
+    raise UnsupportedModelError(f"{path}: {key} {shown(name)} is not supported ({', '.join(known)} are)")
 
 
 def _blueprint(
@@ -56,7 +56,14 @@ def _blueprint(
 ) -> Blueprint:
     prefix = f"{name}." if format == "gguf" else ""
     reader = ConfigReader(metadata, path=path, prefix=prefix, tensor_names=tensor_names)
-    return family.from_gguf(reader, options) if format == "gguf" else family.from_hf(reader, options)
+    for key in ("expert_count",) if format == "gguf" else ("num_local_experts", "num_experts", "n_routed_experts"):
+        if reader.integer(key, 0, low=0) > 1:
+            raise reader.unsupported(key, "mixtures of experts are not supported")
+    if format == "gguf":
+        return family.from_gguf(reader, options)
+    if reader.get("quantization_config") is not None:
+        raise reader.unsupported("quantization_config", "quantized checkpoints are not supported (GGUF files are)")
+    return family.from_hf(reader, options)
 
 
 def program_from_config(

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from kvarn.backends.base import InputBatch, KvCacheSpec, StepLimits
 from kvarn.backends.checks import check_batch
 from kvarn.backends.reference import functions as f
+from kvarn.errors import ConfigError
 from kvarn.program import Program, ops
 from kvarn.tensors import TensorSource
 from kvarn.tensors.dequantize import dequantize
@@ -24,7 +25,15 @@ class ReferenceBackend:
     name = "reference"
 
     def load(self, program: Program, weights: TensorSource, kv: KvCacheSpec, limits: StepLimits) -> ReferenceExecutable:
-        """Keeps the source; weights are dequantized when first used and kept, embedding rows at each use."""
+        """Keeps the source; weights are dequantized when first used and kept, embedding rows at each use.
+
+        Raises ConfigError where the model has learned positions and fewer than limits.max_model_len.
+        """
+        for op in program.ops:
+            if isinstance(op, ops.PositionEmbed):
+                learned = program.weight(op.weight).shape[0]
+                if limits.max_model_len > learned:
+                    raise ConfigError(f"max_model_len must be at most {learned}, the positions that the model learned")
         return ReferenceExecutable(program, weights, kv, limits)
 
 
@@ -99,9 +108,9 @@ class ReferenceExecutable:
             case ops.Attention():
                 buffers[op.out] = self._attention(op, batch, buffers[op.q])
             case ops.Activation():
-                buffers[op.out] = f.ACTIVATIONS[op.function](buffers[op.x])
+                buffers[op.out] = f.activation(op.function, buffers[op.x])
             case ops.GatedActivation():
-                buffers[op.out] = f.ACTIVATIONS[op.function](buffers[op.gate]) * buffers[op.up]
+                buffers[op.out] = f.activation(op.function, buffers[op.gate]) * buffers[op.up]
             case ops.Add():
                 buffers[op.out] = buffers[op.a] + buffers[op.b]
             case ops.SelectRows():
@@ -124,6 +133,7 @@ class ReferenceExecutable:
         return out.reshape(x.shape)
 
     def _write(self, op: ops.KvWrite, batch: InputBatch, buffers: dict[str, Floats]) -> None:
+        """Stores keys and values; what a half cannot hold becomes the largest that it can."""
         layer = self.program.kv_layers[op.layer]
         tokens = batch.num_tokens
         limit = np.finfo(self._keys[op.layer].dtype).max

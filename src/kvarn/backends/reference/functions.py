@@ -1,4 +1,8 @@
-"""The arithmetic of each op on float32 arrays, as its paper writes it. Shapes: T tokens, H heads, D head_dim, N context."""
+"""The arithmetic of each op on float32 arrays, as its paper writes it. Shapes: T tokens, H heads, D head_dim, N context.
+
+Rounding: inputs and results are float32. Norms sum in float64 and activation functions and rotation angles are computed
+in float64, so that they are the float32 nearest to the definition; matrix products and softmax are float32 throughout.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,7 @@ from numpy.typing import NDArray
 from kvarn.program import RopeTable
 
 Floats = NDArray[np.float32]
+Wide = NDArray[np.float64]
 
 
 def rms_norm(x: Floats, weight: Floats, eps: float) -> Floats:
@@ -89,16 +94,36 @@ def attention(
     return mixed
 
 
-def _erf(x: Floats) -> Floats:
-    return np.vectorize(math.erf, otypes=[np.float32])(x) if x.size else x
+def silu(x: Wide) -> Wide:
+    """x * sigmoid(x)."""
+    with np.errstate(over="ignore"):  # exp(-x) is inf far below zero, where the quotient is rightly 0
+        return x / (1 + np.exp(-x))
 
 
-ACTIVATIONS: dict[str, Callable[[Floats], Floats]] = {
-    "silu": lambda x: (x / (1 + np.exp(-x.astype(np.float64)))).astype(np.float32),
-    "gelu": lambda x: (0.5 * x * (1 + _erf(x / np.float32(math.sqrt(2))))).astype(np.float32),
-    "gelu_tanh": lambda x: (
-        0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * np.power(x, 3, dtype=np.float32))))
-    ).astype(np.float32),
-    "relu": lambda x: np.maximum(x, np.float32(0)),
+def gelu(x: Wide) -> Wide:
+    """x * P(X <= x) for X of the standard normal distribution."""
+    return x * np.array([0.5 * math.erfc(-v / math.sqrt(2)) for v in x.flat]).reshape(x.shape)
+
+
+def gelu_tanh(x: Wide) -> Wide:
+    """0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x³)))."""
+    return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def relu(x: Wide) -> Wide:
+    """max(x, 0)."""
+    return np.maximum(x, 0)
+
+
+ACTIVATIONS: dict[str, Callable[[Wide], Wide]] = {
+    "silu": silu,
+    "gelu": gelu,
+    "gelu_tanh": gelu_tanh,
+    "relu": relu,
 }
 """Activation functions by the program's names (Hendrycks & Gimpel 2016 for both gelus)."""
+
+
+def activation(function: str, x: Floats) -> Floats:
+    """The activation of that name in the program's words."""
+    return ACTIVATIONS[function](x.astype(np.float64)).astype(np.float32)
