@@ -50,5 +50,6 @@ def sample_ids(count, seed, vocab=97):
 
 
 def assert_close(got, want):
-    """Equal within float32 error: both sides round every op, so 2e-5 of the largest logit, over three to seven layers."""
+    """Equal within float32 error: both sides round every op, which over these few layers makes up to 2e-5 of the
+    largest logit."""
     np.testing.assert_allclose(got, want, rtol=0, atol=2e-5 * np.abs(want).max())
