@@ -85,6 +85,8 @@ def test_a_reader_who_leaves_frees_the_blocks_within_a_step(way):
     async def test(llm, gate):
         async def reader():
             stream = llm.generate(request("a", "hello", max_tokens=400))
+            if way in ("cancel", "close", "abort"):
+                held.append(stream)
             async for output in stream:
                 started.set()
                 if way == "break":
@@ -98,7 +100,7 @@ def test_a_reader_who_leaves_frees_the_blocks_within_a_step(way):
                 outputs.append(output)
             return outputs
 
-        started, outputs = asyncio.Event(), []
+        started, outputs, held = asyncio.Event(), [], []
         task = asyncio.create_task(reader())
         await started.wait()
         if way == "cancel":
@@ -126,6 +128,24 @@ def test_a_request_nobody_reads_runs_and_one_nobody_holds_ends():
         outputs = await read(stream)
         assert len(outputs) == 1, "what has gathered comes at once"
         assert len(tokens_of(outputs)) == 8
+
+    with_llm(test)
+
+
+def test_an_id_used_again_is_another_request():
+    """The first has ended, but its stream does not know yet: the news is on its way to the event loop."""
+
+    async def test(llm, gate):
+        first = llm.generate(request("a", "hello", max_tokens=2))
+        deadline = time.monotonic() + TIMEOUT
+        while not all_free(llm):
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        second = llm.generate(request("a", "hello", max_tokens=20))
+        await first.aclose()
+        outputs = await read(second)
+        assert len(tokens_of(outputs)) == 20
+        assert outputs[-1].outputs[0].finish_reason is FinishReason.LENGTH
 
     with_llm(test)
 
@@ -230,6 +250,7 @@ def test_a_closed_event_loop_frees_its_requests_and_another_can_go_on():
 
     async def go_on():
         await until(lambda: all_free(llm))
+        assert llm.stats().generated_tokens < 400
         assert len(tokens_of(await read(llm.generate(request("next", "hello"))))) == 8
         await llm.close()
 

@@ -75,6 +75,13 @@ def test_what_may_begin_a_stop_string_is_held_back_and_given_at_the_end(make_cor
     assert [o.outputs[0].text for o in outputs] == ["a", " ", "", "", "", "stoa", "t"]
 
 
+def test_what_is_held_back_comes_with_the_last_token(make_core):
+    outputs = run_core(make_core("a sto"), [request("a", "x", stop=("stop",), max_tokens=5)])["a"]
+    assert [o.outputs[0].text for o in outputs] == ["a", " ", "", "", "sto"]
+    outputs = run_core(make_core("é!"), [request("a", "x", max_tokens=1)])["a"]
+    assert text_of(outputs) == "\ufffd", "half a code point, and no more is coming"
+
+
 def test_a_stop_string_in_the_very_last_token_counts_as_stop(make_core):
     outputs = run_core(make_core("abc"), [request("a", "x", stop=("bc",), max_tokens=3)])["a"]
     assert text_of(outputs) == "a"

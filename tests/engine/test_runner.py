@@ -2,6 +2,7 @@
 
 import hypothesis.strategies as st
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from tiny_engine import shared_model
 
@@ -105,6 +106,9 @@ def test_reset_forgets_and_tries_the_program():
     runner = make_runner()
     part = ScheduledSequence(0, (1, 2), 0, (3,), sample=True)
     runner.execute(SchedulerOutput(1, (part,), new=(new(0),)))
+    runner.reset()
+    with pytest.raises(ValueError, match="sequence 0"):
+        runner.execute(SchedulerOutput(1, (part,)))
     runner.reset()
     assert len(runner.execute(SchedulerOutput(1, (part,), new=(new(0),))).sampled) == 1
     runner.close()

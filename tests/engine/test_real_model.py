@@ -1,0 +1,38 @@
+"""Promise 1 on a real model: quiet, crowded, in chunks, preempted — the same tokens and the same logprobs."""
+
+import pytest
+
+from kvarn.engine import LLM
+from kvarn.request import SamplingParams
+
+QUESTIONS = [
+    "Why is the sky blue?", "Name three rivers.", "What is a mill?", "Write a haiku about rain.", "What is 7 times 8?",
+    "Who wrote Hamlet? " * 20,
+]  # fmt: skip
+SAMPLING = [
+    SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True, logprobs=2),
+    SamplingParams(temperature=0.8, seed=11, top_p=0.95, max_tokens=24, ignore_eos=True, logprobs=2),
+]
+
+
+def answers(path, **settings):
+    """(tokens, logprobs) of every question under both kinds of sampling, asked one by one or all at once."""
+    one_by_one = settings.pop("one_by_one", False)
+    with LLM(str(path), **settings) as llm:
+        prompts = [llm.tokenizer.encode_chat([{"role": "user", "content": q}]) for q in QUESTIONS]
+        asked = [(prompt, sampling) for sampling in SAMPLING for prompt in prompts]
+        if one_by_one:
+            completions = [llm.generate([prompt], sampling)[0] for prompt, sampling in asked]
+        else:
+            completions = llm.generate([p for p, _ in asked], [s for _, s in asked])
+        return [(c.token_ids, c.choices[0].logprobs) for c in completions], llm.stats()
+
+
+@pytest.mark.e2e
+def test_the_same_answers_whoever_else_asks(smollm2_path):
+    quiet, _ = answers(smollm2_path, one_by_one=True, num_blocks=64)
+    crowded, _ = answers(smollm2_path, num_blocks=512)
+    assert crowded == quiet
+    squeezed, stats = answers(smollm2_path, num_blocks=24, max_num_batched_tokens=24, max_num_seqs=12)
+    assert stats.preemptions > 0
+    assert squeezed == quiet
