@@ -134,7 +134,7 @@ class EngineLoop:
                 self._end = failure
                 self._commands.clear()
                 self._submitted.clear()
-                lost: list[Event] = [RequestFailed(request_id, failure) for request_id in self._addresses]
+                lost: list[Event] = [RequestFailed(i, EngineError(str(failure))) for i in self._addresses]
             self._publish(lost)
             self._core.close()
 
@@ -192,8 +192,8 @@ class EngineLoop:
         with self._wake:
             # The core has not seen those that were only submitted: they go on.
             started = [request_id for request_id in self._addresses if request_id not in self._submitted]
-        error = EngineError(f"a step of the engine failed (error id {error_id}); the request may be sent again")
-        return [RequestFailed(request_id, error) for request_id in started]
+        message = f"a step of the engine failed (error id {error_id}); the request may be sent again"
+        return [RequestFailed(request_id, EngineError(message)) for request_id in started]
 
     def _publish(self, events: Sequence[Event]) -> None:
         """Hands the events of a step to their receivers, each once."""
