@@ -2,9 +2,9 @@
 
     python bench/clients.py [MODEL] [--clients 16] [--tokens 128] [--url http://127.0.0.1:8000] [--json]
 
-Without --url a server is started on a free port of the loopback interface and stopped at the end. All requests are greedy
-with `ignore_eos`, so both passes produce the same number of tokens. First the prompts run one after another, then all
-at once; answers must be equal to the character.
+Without --url a server is started on a free port of the loopback interface and stopped at the end. All requests are
+greedy with `ignore_eos`, so both passes produce the same number of tokens. First the prompts run one after another,
+then all at once; answers must be equal to the character.
 """
 
 import argparse
@@ -111,11 +111,10 @@ async def measure(url, model, clients, tokens):
 def report(result):
     """Prints the figures as three lines."""
     ttft, itl = result["ttft_s"], result["itl_s"]
+    alone, together = result["one_at_a_time_tokens_per_s"], result["together_tokens_per_s"]
+    print(f"one at a time  {alone:8.1f} tokens/s   TTFT {ttft['alone_median'] * 1e3:.0f} ms")
     print(
-        f"one at a time  {result['one_at_a_time_tokens_per_s']:8.1f} tokens/s   TTFT {ttft['alone_median'] * 1e3:.0f} ms"
-    )
-    print(
-        f"{result['clients']:2} at once     {result['together_tokens_per_s']:8.1f} tokens/s   "
+        f"{result['clients']:2} at once     {together:8.1f} tokens/s   "
         f"TTFT {ttft['together_median'] * 1e3:.0f} ms   "
         f"ITL p50 {itl['together_p50'] * 1e3:.1f} ms, p99 {itl['together_p99'] * 1e3:.1f} ms"
     )

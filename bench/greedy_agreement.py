@@ -3,7 +3,7 @@
     python bench/greedy_agreement.py [MODEL] [--prompts 20] [--tokens 64] [--json]
 
 The CPU back-end quantizes activations to 8 bits; the reference does not. So where the two best logits lie closer than
-that error, either token is right. For each prompt both back-ends read the same tokens (the reference's own greedy ones);
+that error, either token is right. For each prompt both back-ends read the same tokens, the reference's greedy ones;
 every position where the CPU's choice differs is reported with the reference's gap between the two tokens, next to the
 largest logit difference seen anywhere: a difference with a gap inside twice that error is a tie, any other a fault.
 """
@@ -94,9 +94,8 @@ def main() -> None:
             )
         console = Console(width=130)
         console.print(table)
-        console.print(
-            f"{total - differing} of {total} choices equal on the same context; {differing - faults} ties, {faults} faults"
-        )
+        equal = total - differing
+        console.print(f"{equal} of {total} choices equal in one context; {differing - faults} ties, {faults} faults")
     sys.exit(1 if faults else 0)
 
 

@@ -58,7 +58,7 @@ def perplexity(
         raise ConfigError(f"context must be at least 4 tokens, not {context}")
     tokenizer = session.tokenizer
     ids = np.asarray(tokenizer.encode(text), dtype=np.int32)
-    adds_bos = tokenizer.encode("", add_special_tokens=True)[:1] == [tokenizer.bos_token_id]
+    bos = next(iter(tokenizer.encode("", add_special_tokens=True)), None)
     available = ids.size // context
     if available == 0:
         raise ConfigError(f"text has {ids.size} tokens, fewer than one chunk of context={context}")
@@ -67,8 +67,8 @@ def perplexity(
     nlls: list[NDArray[np.float64]] = []
     for index in range(count):
         chunk = ids[index * context : (index + 1) * context].copy()
-        if adds_bos:
-            chunk[0] = tokenizer.bos_token_id
+        if bos is not None and bos == tokenizer.bos_token_id:
+            chunk[0] = bos
         scored: list[NDArray[np.float64]] = []
         for position, logits in session.logits(chunk[:-1], first):
             targets = chunk[position + 1 : position + 1 + len(logits)].astype(np.int64)

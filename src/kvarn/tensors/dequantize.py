@@ -1,7 +1,7 @@
-"""Stored tensors to float32: the definition of every quantized type (source: the GGUF specification and ggml's layouts).
+"""Stored tensors to float32: the definition of every quantized type (source: GGUF's specification, ggml's layouts).
 
-Each function takes blocks as uint8[n, block_bytes] and gives float32[n, block_size]. Arithmetic is in float32, one rounding
-per written operation, so that the values are exactly those of the `gguf` package.
+Each function takes blocks as uint8[n, block_bytes] and gives float32[n, block_size]. Arithmetic is in float32, one
+rounding per written operation, so that the values are exactly those of the `gguf` package.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ def _nibbles(packed: Bytes) -> Bytes:
 
 def _fifth_bits(blocks: Bytes, start: int) -> Bytes:
     """32 bits at byte `start` as uint8[n, 32] of 0 or 16."""
-    return np.unpackbits(blocks[:, start : start + 4], axis=1, bitorder="little") << 4
+    bits: Bytes = np.unpackbits(blocks[:, start : start + 4], axis=1, bitorder="little")
+    return bits * np.uint8(16)
 
 
 def _q4_0(b: Bytes) -> Floats:
@@ -113,8 +114,8 @@ def _q5_k(b: Bytes) -> Floats:
 
 
 def _q6_k(b: Bytes) -> Floats:
-    low = b[:, :128].reshape(-1, 2, 64)
-    low = np.stack([low & 15, low >> 4], axis=2).reshape(-1, 2, 4, 32)
+    packed = b[:, :128].reshape(-1, 2, 64)
+    low = np.stack([packed & 15, packed >> 4], axis=2).reshape(-1, 2, 4, 32)
     shifts = np.array([0, 2, 4, 6], dtype=np.uint8)[None, None, :, None]
     high = (b[:, 128:192].reshape(-1, 2, 1, 32) >> shifts) & 3
     q = ((low | (high << 4)).astype(np.int8) - np.int8(32)).reshape(-1, 16, 16).astype(np.float32)
@@ -125,7 +126,8 @@ def _q6_k(b: Bytes) -> Floats:
 def _two_bits(packed: Bytes) -> Bytes:
     """uint8[n, 64] to uint8[n, 256] values of two bits: per 32 bytes, four planes of 32."""
     shifts = np.array([0, 2, 4, 6], dtype=np.uint8)[None, None, :, None]
-    return ((packed.reshape(-1, 2, 1, 32) >> shifts) & 3).reshape(-1, 256)
+    values: Bytes = ((packed.reshape(-1, 2, 1, 32) >> shifts) & np.uint8(3)).reshape(-1, 256)
+    return values
 
 
 def _q2_k(b: Bytes) -> Floats:
@@ -141,7 +143,8 @@ def q3_k_scales(packed: Bytes) -> NDArray[np.int8]:
     low = np.concatenate([packed[:, :8] & 15, packed[:, :8] >> 4], axis=1)
     shifts = np.array([0, 2, 4, 6], dtype=np.uint8)[None, :, None]
     high = ((packed[:, 8:12][:, None, :] >> shifts) & 3).reshape(-1, 16)
-    return (low | (high << 4)).astype(np.int8) - np.int8(32)
+    scales: NDArray[np.int8] = (low | (high << 4)).astype(np.int8) - np.int8(32)
+    return scales
 
 
 def _q3_k(b: Bytes) -> Floats:
