@@ -85,16 +85,31 @@ inline void add_halves(const uint8_t *w, const uint8_t *sc, const uint8_t *mn, F
     }
 }
 
+// Weights are read once per call or tile, in one direction: lines are asked for this far ahead of their use. Found by
+// measuring (docs/dev/perf-log.md); hardware prefetchers alone reach half of the memory's bandwidth.
+constexpr int64_t kPrefetchAhead = 4096;
+
+template <int64_t bytes>
+inline void prefetch_ahead(const uint8_t *&next) {
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < bytes; i += 64) prefetch(next + i);
+    next += bytes;
+}
+
 template <int pack_bits, int bits, Scales kind, int rows>
 inline void panel_times_rows(const uint8_t *w, const uint8_t *scales, int64_t groups, const Tile<rows> &x,
                              F (&acc)[rows]) {
     constexpr size_t group_bytes = quant_group_bytes(pack_bits);
     constexpr size_t unit = scale_unit_bytes(kind);
-    if constexpr (kind == Scales::kSym32 || kind == Scales::kAffine32) {
+    constexpr bool plain = kind == Scales::kSym32 || kind == Scales::kAffine32;
+    constexpr int64_t bytes_per_group = group_bytes + unit / (plain ? 1 : kSuperGroups);
+    const uint8_t *ahead = w + kPrefetchAhead;
+    if constexpr (plain) {
         constexpr bool affine = kind == Scales::kAffine32;
         for (int64_t g = 0; g < groups; ++g, w += group_bytes, scales += unit) {
             const F d = load_f16(halves(scales));
             const F m = affine ? load_f16(halves(scales) + 16) : zero();
+            prefetch_ahead<bytes_per_group>(ahead);
             add_group<pack_bits, bits, affine, rows>(w, d, m, x, g, acc);
         }
     } else {
@@ -102,6 +117,7 @@ inline void panel_times_rows(const uint8_t *w, const uint8_t *scales, int64_t gr
             const F d = load_f16(halves(scales));
             const F minus_dmin = kind == Scales::kSuperSym16 ? zero() : sub(zero(), load_f16(halves(scales) + 16));
             for (int i = 0; i < kSuperGroups; ++i, ++g, w += group_bytes) {
+                prefetch_ahead<bytes_per_group>(ahead);
                 if constexpr (kind == Scales::kSuper32) {
                     const uint8_t *sc = scales + 64 + 16 * i;
                     add_group<pack_bits, bits, true, rows>(w, mul(d, load_u8(sc)), mul(minus_dmin, load_u8(sc + 128)), x,
