@@ -20,6 +20,7 @@ from kvarn.cli.options import (
     TopP,
     load_llm,
     sampling_params,
+    within,
 )
 from kvarn.errors import RequestError
 
@@ -81,7 +82,8 @@ def command(
             started = time.perf_counter()
             answer, num_tokens = "", 0
             try:
-                for output in llm.stream(llm.tokenizer.encode_chat(messages), sampling):
+                token_ids = llm.tokenizer.encode_chat(messages)
+                for output in llm.stream(token_ids, within(sampling, len(token_ids), llm.max_model_len)):
                     for sequence in output.outputs:
                         answer += sequence.text
                         num_tokens += len(sequence.token_ids)

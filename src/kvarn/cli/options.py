@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from typing import TYPE_CHECKING, Annotated
 
@@ -31,6 +32,14 @@ def sampling_params(
     return SamplingParams(
         max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed
     )
+
+
+def within(sampling: SamplingParams, prompt_tokens: int, max_model_len: int) -> SamplingParams:
+    """The same, but with no more tokens than the model's length leaves; a person at a terminal wants an answer."""
+    left = max_model_len - prompt_tokens
+    if sampling.max_tokens is None or sampling.max_tokens <= left or left < 1:
+        return sampling
+    return dataclasses.replace(sampling, max_tokens=left)
 
 
 def load_llm(

@@ -21,6 +21,7 @@ from kvarn.cli.options import (
     TopP,
     load_llm,
     sampling_params,
+    within,
 )
 
 EPILOG = """\b
@@ -69,6 +70,7 @@ def command(
         else:
             messages = [{"role": "system", "content": system}] if system else []
             token_ids = llm.tokenizer.encode_chat([*messages, {"role": "user", "content": text}])
+        sampling = within(sampling, len(token_ids), llm.max_model_len)
         pieces: list[str] = []
         first: float | None = None
         num_tokens = 0

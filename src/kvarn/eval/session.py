@@ -10,26 +10,14 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from kvarn.backends import Backend, Executable, InputBatch, KvCacheSpec, StepLimits
+from kvarn.backends import Executable, InputBatch, KvCacheSpec, StepLimits
+from kvarn.engine import make_backend
 from kvarn.errors import ConfigError
 from kvarn.models import Model, load_model
 from kvarn.text import Tokenizer, load_tokenizer
 from kvarn.weights import open_model
 
 BLOCK_SIZE = 16
-
-
-def make_backend(name: str, threads: int) -> Backend:
-    """The back-end of that name. Raises ConfigError."""
-    if name == "cpu":
-        from kvarn.backends.cpu import CpuBackend
-
-        return CpuBackend(threads=threads)
-    if name == "reference":
-        from kvarn.backends.reference import ReferenceBackend
-
-        return ReferenceBackend()
-    raise ConfigError(f"backend must be cpu or reference, not {name!r}")
 
 
 @dataclass(frozen=True, slots=True)

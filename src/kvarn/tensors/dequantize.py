@@ -120,7 +120,8 @@ def _q6_k(b: Bytes) -> Floats:
     high = (b[:, 128:192].reshape(-1, 2, 1, 32) >> shifts) & 3
     q = ((low | (high << 4)).astype(np.int8) - np.int8(32)).reshape(-1, 16, 16).astype(np.float32)
     d = _half(b, 208) * b[:, 192:208].view(np.int8).astype(np.float32)
-    return (d[:, :, None] * q).reshape(len(b), 256)
+    values: Floats = (d[:, :, None] * q).reshape(len(b), 256)
+    return values
 
 
 def _two_bits(packed: Bytes) -> Bytes:
