@@ -5,10 +5,13 @@ import pytest
 
 from kvarn.backends import InputBatch, KvCacheSpec, StepLimits
 from kvarn.backends.reference import ReferenceBackend
+from kvarn.models import load_model
 from kvarn.tensors import DType
 from kvarn.tensors.dequantize import dequantize
-from kvarn.testing import random_tensor, tiny_model
+from kvarn.testing import byte_tokenizer, byte_vocabulary, random_tensor, tiny_gguf, tiny_model, write_tiny_gguf
 from kvarn.testing.models import SETTINGS
+from kvarn.text import IncrementalDetokenizer, load_tokenizer
+from kvarn.weights import open_model
 
 
 def one_prompt(ids, blocks=8):
@@ -55,3 +58,37 @@ def test_a_batch_that_names_what_is_not_there_is_refused():
             executable.execute(InputBatch(**{**fields, field: value}))
     with pytest.raises(ValueError, match="no buffer 'nothing'"):
         executable.execute(good, ["nothing"])
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "gemma3", "gpt2"])
+@pytest.mark.parametrize("dtype", [DType.F32, DType.F16, DType.Q4_1, DType.Q4_K], ids=lambda d: d.name)
+def test_a_written_file_is_the_model_in_memory(tmp_path, architecture, dtype):
+    pytest.importorskip("gguf", reason="GGUF files are written with the gguf package")
+    settings = {"dtype": dtype, "seed": 4, "tied": False, "embedding_length": 256, "feed_forward_length": 256}
+    memory = load_model(tiny_gguf(architecture, **settings))
+    with open_model(write_tiny_gguf(tmp_path / "tiny.gguf", architecture, **settings)) as files:
+        model = load_model(files)
+        assert model.program == memory.program
+        assert model.config == memory.config
+        assert {files.tensor_info(name)[0] for name in files.tensor_names} == {DType.F32, dtype}
+        for weight in model.program.weights:
+            got, want = model.weights.tensor(weight.name), memory.weights.tensor(weight.name)
+            np.testing.assert_array_equal(got.data, want.data)
+        assert load_tokenizer(files).encode("é") == [0xC3, 0xA9]
+
+
+def test_the_byte_tokenizer_is_a_tokenizer():
+    tokenizer = byte_tokenizer()
+    text = "héllo ▁ <bos> 🙂\n"
+    ids = tokenizer.encode(text)
+    assert ids == list(text.encode())
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.encode("<bos>a", parse_special=True) == [tokenizer.bos_token_id, ord("a")]
+    assert (tokenizer.vocab_size, tokenizer.bos_token_id, tokenizer.eos_token_ids) == (259, 256, (257,))
+    streamed = IncrementalDetokenizer(tokenizer)
+    assert "".join(streamed.append(i) for i in ids) + streamed.finish() == text
+    turns = [{"role": "user", "content": "hi"}]
+    assert bytes(tokenizer.encode_chat(turns)).decode() == "user: hi\nassistant:"
+    assert byte_tokenizer(300).vocab_size == 300
+    with pytest.raises(ValueError, match="at least 259"):
+        byte_vocabulary(100)

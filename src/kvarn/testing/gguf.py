@@ -15,6 +15,9 @@ from kvarn.testing.files import MemoryFiles
 from kvarn.testing.models import random_weight
 from kvarn.testing.vocabulary import byte_vocabulary
 
+EPSILON = 2.0**-17
+"""About 1e-5, and the same in the float32 that a file holds."""
+
 SIZES: dict[str, Any] = {
     "block_count": 2,
     "context_length": 512,
@@ -22,14 +25,14 @@ SIZES: dict[str, Any] = {
     "feed_forward_length": 128,
     "attention.head_count": 4,
     "attention.head_count_kv": 2,
-    "attention.layer_norm_rms_epsilon": 1e-5,
+    "attention.layer_norm_rms_epsilon": EPSILON,
 }
 CHANGES: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen2": {},
     "qwen3": {"attention.key_length": 32, "attention.value_length": 32},
     "gemma3": {"attention.key_length": 32, "attention.value_length": 32, "attention.sliding_window": 24},
-    "gpt2": {"attention.head_count_kv": 4, "attention.layer_norm_epsilon": 1e-5},
+    "gpt2": {"attention.head_count_kv": 4, "attention.layer_norm_epsilon": EPSILON},
 }
 """Fields beside SIZES, by general.architecture and without its prefix."""
 

@@ -97,17 +97,21 @@ def attention(
 def silu(x: Wide) -> Wide:
     """x * sigmoid(x)."""
     with np.errstate(over="ignore"):  # exp(-x) is inf far below zero, where the quotient is rightly 0
-        return x / (1 + np.exp(-x))
+        result: Wide = x / (1 + np.exp(-x))
+    return result
 
 
 def gelu(x: Wide) -> Wide:
     """x * P(X <= x) for X of the standard normal distribution."""
-    return x * np.array([0.5 * math.erfc(-v / math.sqrt(2)) for v in x.flat]).reshape(x.shape)
+    below = np.array([0.5 * math.erfc(-v / math.sqrt(2)) for v in x.flat], dtype=np.float64)
+    result: Wide = x * below.reshape(x.shape)
+    return result
 
 
 def gelu_tanh(x: Wide) -> Wide:
     """0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x³)))."""
-    return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    result: Wide = 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    return result
 
 
 def relu(x: Wide) -> Wide:
