@@ -10,6 +10,9 @@ from tokenizers import models
 
 from kvarn.text.pretokenizers import PreTokenizer
 from kvarn.text.special import Partition
+from kvarn.text.vocabulary import byte_of_character
+
+NEVER_IN_UTF8 = frozenset({0xC0, 0xC1, *range(0xF5, 0x100)})
 
 
 class FragmentEncoder(Protocol):
@@ -23,6 +26,8 @@ class FragmentEncoder(Protocol):
 class ByteLevelBPE:
     """Byte-level BPE (Sennrich et al. 2016; on bytes: Radford et al. 2019, section 2.2), run by `tokenizers`.
 
+    A byte that the vocabulary has no token for is left out, and what stands around it is not joined over it.
+
     Raises ValueError where a merge names a token that the vocabulary has not.
     """
 
@@ -34,7 +39,8 @@ class ByteLevelBPE:
         except Exception as error:  # the library raises bare Exception
             raise ValueError(str(error)) from error
         self._core = Core(model)
-        self._core.pre_tokenizer = pre_tokenizer.build()
+        missing = [c for c, byte in byte_of_character().items() if c not in vocabulary and byte not in NEVER_IN_UTF8]
+        self._core.pre_tokenizer = pre_tokenizer.build("".join(missing))
 
     def encode(self, text: str, *, after_text: bool) -> list[int]:  # noqa: ARG002 (no prefix depends on it)
         """Token ids of a fragment."""

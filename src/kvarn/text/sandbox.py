@@ -20,20 +20,24 @@ import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
-from jinja2.runtime import Context, LoopContext, Macro
+from jinja2.runtime import BlockReference, Context, LoopContext, Macro, Undefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from jinja2.utils import Namespace
+from jinja2.utils import Joiner, Namespace
 
 from kvarn.errors import TemplateError
 from kvarn.text.template_filters import bounded_filters
 
-MAX_WORK = 64 << 20
+MAX_WORK = 16 << 20
 """Units of work in one rendering: characters and elements read and made, plus `STEP` for each operation."""
 WORK_FOR_INPUT = 64
 """Further units for each character and element of the messages."""
 STEP = 32
-MAX_VALUE = 8 << 20
-"""Characters and elements of one value, those of nested values included, beside twice those of the messages."""
+MAX_VALUE = 2 << 20
+"""Characters of one value, those of nested values included, beside twice those of the messages."""
+MAX_ELEMENTS = 1 << 18
+"""Elements of one value, those of nested values included, beside twice the size of the messages."""
+ELEMENT = 4
+"""Units of work to measure an element."""
 MAX_DEPTH = 64
 """Nesting of lists and objects."""
 MAX_BITS = 4096
@@ -59,6 +63,8 @@ METHODS: Mapping[type, frozenset[str]] = {
     LoopContext: frozenset({"changed", "cycle"}),
 }  # fmt: skip
 """Methods that templates may call."""
+CALLABLE = (Macro, LoopContext, BlockReference, Joiner, Undefined)
+"""Objects that templates may call, beside the functions that the environment gives them."""
 _PERCENT_FORMAT = re.compile(r"%(?:\([^)]*\))?[-#0 +]*(\*|\d*)(?:\.(\*|\d*))?")
 _BRACE_FORMAT = re.compile(r"\{[^{}]*(?:\{|\d{4})")
 
@@ -69,6 +75,7 @@ class Budget:
     def __init__(self, input_size: int = 0) -> None:
         self._left = MAX_WORK + WORK_FOR_INPUT * input_size
         self._max_value = MAX_VALUE + 2 * input_size
+        self._max_elements = MAX_ELEMENTS + 2 * input_size
         self._deadline = time.monotonic() + MAX_SECONDS
 
     def take(self, size: int) -> None:
@@ -80,32 +87,39 @@ class Budget:
     def check_size(self, size: int) -> None:
         """Raises TemplateError for a value larger than a template may make."""
         if size > self._max_value:
-            raise TemplateError(f"the chat template makes a text or list larger than {self._max_value} characters")
+            raise TemplateError(f"the chat template makes a text of more than {self._max_value} characters")
+
+    def check_elements(self, count: int) -> None:
+        """Raises TemplateError for a value of more elements than a template may make."""
+        if count > self._max_elements:
+            raise TemplateError(f"the chat template makes a list of more than {self._max_elements} elements")
 
     def measure(self, value: Any) -> int:
         """Characters and elements of a value with all that is nested in it, which is what printing it takes.
 
         Raises TemplateError for a value larger or nested deeper than a template may make.
         """
-        size, level = 0, [value]
+        size, elements, level = 0, 0, [value]
         for _ in range(MAX_DEPTH):
             following: list[Any] = []
             for item in level:
                 if isinstance(item, str):
                     size += len(item)
-                elif isinstance(item, list | tuple | range):
-                    size += len(item)
-                    following.extend(() if isinstance(item, range) else item)
+                elif isinstance(item, range):
+                    elements += len(item)
+                elif isinstance(item, list | tuple):
+                    following.extend(item)
                 elif isinstance(item, dict):
-                    size += len(item)
                     following.extend(item)
                     following.extend(item.values())
                 elif isinstance(item, int) and item.bit_length() > MAX_BITS:
                     raise TemplateError(f"the chat template makes a number of more than {MAX_BITS} bits")
-                self.check_size(max(size, len(following)))
+                self.check_elements(elements + len(following))
+            self.check_size(size)
             if not following:
-                return size
-            self.take(len(following))
+                return size + elements
+            elements += len(following)
+            self.take(ELEMENT * len(following))
             level = following
         raise TemplateError(f"the chat template nests values deeper than {MAX_DEPTH}")
 
@@ -138,6 +152,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         """What the rendering under way may still do."""
         kept = {name: self._counted_filter(self.filters[name]) for name in FILTERS}
         self.filters = {**kept, **bounded_filters(self)}
+        self.tests = {name: self._counted_test(test) for name, test in self.tests.items()}  # type: ignore[arg-type]
         globals_ = {name: self.globals[name] for name in ("dict", "joiner")}
         self.globals = {**globals_, "range": _range, "namespace": _Namespace, "raise_exception": raise_exception}
         self.concat = self.joined  # type: ignore[method-assign]
@@ -167,6 +182,11 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         self.budget.check_size(size)
         return "".join(texts)
 
+    def compared(self, value: Any) -> Any:
+        """A value about to be compared or searched, which is quick for its size."""
+        self.budget.take(_own_size(value) // (64 if isinstance(value, str) else 4))
+        return value
+
     def concatenated(self, *values: Any) -> str:
         """What `~` makes."""
         return self.joined(values)
@@ -183,14 +203,17 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 
     def call(self, context: Context, obj: Any, /, *arguments: Any, **keywords: Any) -> Any:
         """Calls what templates may call. Raises TemplateError."""
-        owner, name = getattr(obj, "__self__", None), getattr(obj, "__name__", "")
-        if owner is self:  # `tick`, `made` and `concatenated`, put in by `_parse`
+        method = getattr(obj, "__wrapped__", obj)  # Jinja wraps str.format
+        owner, name = getattr(method, "__self__", None), getattr(method, "__name__", "")
+        if owner is self:  # `tick`, `made`, … put in by `_parse`
             return obj(*arguments)
         self.budget.take(0)
         if owner is not None:
             allowed = next((names for kind, names in METHODS.items() if isinstance(owner, kind)), frozenset())
             if name not in allowed:
                 raise TemplateError(f"{type(owner).__name__}.{name} is not available in chat templates")
+        elif not isinstance(obj, CALLABLE) and not any(obj is function for function in self.globals.values()):
+            raise TemplateError(f"{name or type(obj).__name__} cannot be called in chat templates")
         if isinstance(owner, str):
             arguments = self._before_method(owner, name, arguments, _given(keywords))
         elif isinstance(obj, Macro):  # it can get at them as `varargs` and `kwargs`
@@ -261,6 +284,15 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 
         return counted
 
+    def _counted_test(self, function: Callable[..., bool]) -> Callable[..., bool]:
+        @wraps(function)
+        def counted(*arguments: Any) -> bool:
+            for argument in arguments:
+                self.compared(argument)
+            return function(*arguments)
+
+        return counted
+
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         """Parses, and puts the counting into the tree."""
         tree = super()._parse(source, name, filename)
@@ -270,7 +302,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 
 
 class _Counting(jinja2.visitor.NodeTransformer):
-    """Puts `tick` into loops, statements and comparisons, and `made` or `concatenated` around what makes values."""
+    """Puts `tick` into loops and conditions, and the environment's other methods around what makes or compares."""
 
     def visit_For(self, node: nodes.For) -> nodes.Node:
         self.generic_visit(node)
@@ -285,7 +317,10 @@ class _Counting(jinja2.visitor.NodeTransformer):
 
     def visit_Compare(self, node: nodes.Compare) -> nodes.Node:
         self.generic_visit(node)
-        return nodes.And(_call("tick", []), node, lineno=node.lineno)
+        node.expr = _call("compared", [node.expr], node.lineno)
+        for operand in node.ops:
+            operand.expr = _call("compared", [operand.expr], node.lineno)
+        return node
 
     def visit_List(self, node: nodes.List) -> nodes.Node:
         self.generic_visit(node)
@@ -320,8 +355,8 @@ def _own_size(value: Any) -> int:
 
 def _range(*bounds: int) -> range:
     values = range(*bounds)
-    if len(values) > MAX_VALUE:
-        raise TemplateError(f"range of {len(values)} in the chat template, at most {MAX_VALUE} is allowed")
+    if len(values) > MAX_ELEMENTS:
+        raise TemplateError(f"range of {len(values)} in the chat template, at most {MAX_ELEMENTS} is allowed")
     return values
 
 

@@ -133,8 +133,9 @@ def fallback_template(special: Collection[str], tokens: Mapping[str, str]) -> Ch
 def _describe(error: BaseException) -> str:
     if isinstance(error, RecursionError):
         return "it nests too deep"
-    where = f"line {error.lineno}: " if isinstance(error, jinja2.TemplateSyntaxError) else ""
-    return f"{where}{type(error).__name__}: {str(error)[:300]}"
+    if isinstance(error, jinja2.TemplateSyntaxError):
+        return f"line {error.lineno}: {error.message}"
+    return f"{type(error).__name__}: {str(error)[:300]}"
 
 
 def _strftime(now: Callable[[], datetime]) -> Callable[[str], str]:
