@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import signal
 import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import FrameType
 
 import uvicorn
 
@@ -17,6 +19,9 @@ from kvarn.errors import ConfigError, KvarnError
 from kvarn.server.app import DEFAULT_MAX_BODY_BYTES, ServerState, create_app
 
 GRACE_SECONDS = 5
+"""How long answers in flight may go on after SIGINT or SIGTERM; then they end with an error event."""
+CLOSING_SECONDS = 5
+"""How long the connections may take after that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +40,34 @@ class ServeOptions:
             raise ConfigError(f"port must be between 0 and 65535, not {self.port}")
         if self.max_body_bytes < 1:
             raise ConfigError(f"max_body_bytes must be at least 1, not {self.max_body_bytes}")
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server, but a signal ends the process with exit code 0, and no stream is cut without a word."""
+
+    def __init__(self, config: uvicorn.Config, state: ServerState) -> None:
+        super().__init__(config)
+        self._state = state
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal ends the server in its own time, a second SIGINT at once."""
+        del frame
+        self.force_exit = self.should_exit and sig == signal.SIGINT
+        self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Lets answers finish for a while, then fails those that are left, which their clients are told."""
+        closing = asyncio.create_task(self._close_engine())
+        try:
+            await super().shutdown(sockets)
+        finally:
+            closing.cancel()
+            await asyncio.gather(closing, return_exceptions=True)
+
+    async def _close_engine(self) -> None:
+        await asyncio.sleep(GRACE_SECONDS)
+        if self._state.llm is not None:
+            await self._state.llm.close()
 
 
 OnListening = Callable[[str], None]
@@ -65,10 +98,14 @@ def serve(options: ServeOptions, *, on_listening: OnListening | None = None, on_
     listener = _listen(options.host, options.port)
     app = create_app(None, served_model_name=options.served_model_name, max_body_bytes=options.max_body_bytes)
     config = uvicorn.Config(
-        app, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE_SECONDS, lifespan="off",
+        app,
+        log_level="warning",
+        access_log=False,
+        lifespan="off",
         server_header=False,
-    )  # fmt: skip
-    server = uvicorn.Server(config)
+        timeout_graceful_shutdown=GRACE_SECONDS + CLOSING_SECONDS,
+    )
+    server = _Server(config, app.state.server)
     host, port = listener.getsockname()[:2]
     if on_listening is not None:
         on_listening(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
