@@ -1,4 +1,6 @@
-"""The arithmetic of each op on float32 arrays, as its paper writes it. Shapes: T tokens, H heads, D head_dim, N context.
+"""The arithmetic of each op on float32 arrays, as its paper writes it.
+
+Shapes: T tokens, H heads, D head_dim, N context.
 
 Rounding: inputs and results are float32. Norms sum in float64 and activation functions and rotation angles are computed
 in float64, so that they are the float32 nearest to the definition; matrix products and softmax are float32 throughout.
