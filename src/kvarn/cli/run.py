@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from importlib import import_module
 from typing import Annotated
 
 import typer
@@ -60,6 +61,7 @@ def command(
 ) -> None:
     """Answer one prompt and exit."""
     text = _with_stdin(prompt)
+    import_module("kvarn.engine")  # all of the engine's imports, so that loading is timed by itself
     started = time.perf_counter()
     sampling = sampling_params(max_tokens, temperature, top_p, top_k, min_p, seed)
     llm = load_llm(model, threads=threads, max_model_len=max_model_len, max_num_seqs=1, quiet=as_json)
