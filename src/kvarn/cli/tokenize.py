@@ -79,8 +79,16 @@ def _ids(text: str, size: int) -> list[int]:
     return ids
 
 
+def _shown(piece: bytes) -> str:
+    """A piece of text as Python writes it; as bytes where it is no whole text."""
+    try:
+        return repr(piece.decode())
+    except UnicodeDecodeError:
+        return repr(piece)
+
+
 def _print_table(tokenizer: Tokenizer, ids: list[int]) -> None:
     for token in ids:
         note = "  special" if tokenizer.is_special(token) else ""
-        print(f"{token:>8}  {tokenizer.token_bytes(token).decode(errors='backslashreplace')!r}{note}")
+        print(f"{token:>8}  {_shown(tokenizer.token_bytes(token))}{note}")
     print(f"{len(ids)} tokens", file=sys.stderr)

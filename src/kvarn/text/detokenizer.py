@@ -38,7 +38,8 @@ class IncrementalDetokenizer:
         self._stops = StopMatcher(stop) if any(stop) else None
         self._tokens_without_stop = min_tokens
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._strip_space = tokenizer.strips_leading_space and not self._read_prompt(prompt_ids)
+        prompt_has_text = self._read_prompt(prompt_ids)
+        self._strip_space = tokenizer.strips_leading_space and not prompt_has_text
         self._held = ""
         self._shown: list[str] = []
         self.stop_reason: str | None = None

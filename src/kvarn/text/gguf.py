@@ -112,6 +112,8 @@ def vocabulary_from_gguf(metadata: Mapping[str, Any], path: str) -> Vocabulary:
     Raises ModelFileError where the metadata are inconsistent, UnsupportedModelError for another kind of tokenizer.
     """
     model = metadata.get(PREFIX + "model")
+    if model is None:
+        raise ModelFileError("is missing: the file has no tokenizer", path=path, field=f"{PREFIX}model")
     if model not in ("gpt2", "llama"):
         what = f"{PREFIX}model {model!r}" + (f" ({OTHER_MODELS[model]})" if model in OTHER_MODELS else "")
         raise UnsupportedModelError(
@@ -182,10 +184,7 @@ def _byte_level(reader: _Reader, pre: PreTokenizer, special: frozenset[int]) -> 
 def _sentencepiece(reader: _Reader, special: frozenset[int], space_prefix: bool) -> SentencePieceBPE:
     scores = reader.scores()
     excluded = special | reader.of_type(BYTE)
-    if len(excluded) < len(reader.tokens):
-        ids = {token: index for token, index in reader.ids.items() if index not in excluded}
-    else:
-        raise reader.fail("token_type", "leaves no token for text")
+    ids = {token: index for token, index in reader.ids.items() if index not in excluded}
     byte_ids = [reader.ids.get(f"<0x{byte:02X}>") for byte in range(256)]
     unknown = reader.token_id("unknown_token_id", SENTENCEPIECE_IDS["unknown"])
     if None in byte_ids and unknown is None:

@@ -37,7 +37,9 @@ MAX_VALUE = 2 << 20
 MAX_ELEMENTS = 1 << 18
 """Elements of one value, those of nested values included, beside twice the size of the messages."""
 ELEMENT = 4
-"""Units of work to measure an element."""
+"""Units of work to look at an element of a list."""
+MAX_INPUT = 64 << 20
+"""Characters and elements of the messages, tools and variables."""
 MAX_DEPTH = 64
 """Nesting of lists and objects."""
 MAX_BITS = 4096
@@ -77,6 +79,11 @@ class Budget:
         self._max_value = MAX_VALUE + 2 * input_size
         self._max_elements = MAX_ELEMENTS + 2 * input_size
         self._deadline = time.monotonic() + MAX_SECONDS
+
+    @classmethod
+    def for_input(cls, values: Any) -> Budget:
+        """The budget for rendering these values. Raises TemplateError where they are too large."""
+        return cls(cls(MAX_INPUT).measure(values))
 
     def take(self, size: int) -> None:
         """Takes one operation and what it reads or makes. Raises TemplateError where the budget is used up."""
@@ -278,7 +285,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         def counted(*arguments: Any, **keywords: Any) -> Any:
             for argument in arguments:
                 if not isinstance(argument, Context | nodes.EvalContext | jinja2.Environment):
-                    self.budget.take(_own_size(argument))
+                    self.budget.take(_own_size(argument) * (1 if isinstance(argument, str) else ELEMENT))
             result = function(*arguments, **keywords)
             return self.counted(result) if isinstance(result, Iterator) else self.made(result)
 

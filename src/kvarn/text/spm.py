@@ -1,8 +1,9 @@
 """SentencePiece's BPE with byte fallback, for vocabularies that have scores and no merges.
 
 Why not the `tokenizers` library: its BPE ranks pairs of tokens. SentencePiece ranks the token that a pair makes, takes
-the leftmost of equals, and joins neighbours that are no tokens themselves. With a vocabulary of a, aa, aaa the text
-aaaaa shows the difference. Listing all pairs is also what would take longest in loading a vocabulary of 262,144.
+the leftmost of equals, and joins neighbours that are no tokens themselves. Where ab, bc and ca score the same, abc,
+bca and cab are each joined at the left, which no ranking of the three pairs gives. Listing all pairs is also what would
+take longest in loading a vocabulary of 262,144.
 """
 
 from __future__ import annotations

@@ -114,9 +114,8 @@ class ChatTemplate:
 
     def _run(self, template: jinja2.Template, variables: Mapping[str, Any]) -> str:
         with self._lock:
-            self._environment.budget = budget = Budget()
             try:
-                self._environment.budget = Budget(budget.measure(dict(variables)))
+                self._environment.budget = Budget.for_input(dict(variables))
                 return self._environment.joined(template.generate(**variables))
             except TemplateError:
                 raise
