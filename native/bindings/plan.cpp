@@ -93,7 +93,7 @@ void add_attention(StepPlan &plan, size_t layer, const HeadRecipe &q, const Head
     const KvLayerView &kv = shape.kv;
     check_heads(q, heads * kv.key_dim, kv.key_dim, plan);
     require(out.width == heads * kv.value_dim, "attention's out has heads * value_dim elements");
-    require(!quants.used() || (quants.rows.cols == out.width && shape.group() * kv.value_dim % kGroup == 0),
+    require(!quants.used() || (quants.cols == out.width && shape.group() * kv.value_dim % kGroup == 0),
             "attention's int8 output must fall into groups of 32");
     if (write) {
         check_heads(k, kv.heads * kv.key_dim, kv.key_dim, plan);
@@ -110,7 +110,7 @@ void check_job(const LinearJob &job, int64_t cols) {
     require(m.cols == cols, "linears of one stage read the same width");
     require(job.out.data || job.quants.used(), "a linear needs an output");
     require(!job.out.data || job.out.width == m.rows, "a linear's output has its weight's rows");
-    require(!job.quants.used() || job.quants.rows.cols == m.rows, "a linear's int8 output has its weight's rows");
+    require(!job.quants.used() || job.quants.cols == m.rows, "a linear's int8 output has its weight's rows");
     require(!job.residual.data || job.residual.width == m.rows, "a residual has the output's width");
     require(!job.bias || int64_t(job.bias->values.size()) == m.rows, "a bias has an element for each row");
     if (!job.up) return;
@@ -128,7 +128,7 @@ void add_linear(StepPlan &plan, const std::string &label, const FloatBuffer &inp
         const bool quantized = traits(job.weight->matrix().format).scales != Scales::kFloat;
         require(!job.up || (traits(job.up->matrix().format).scales != Scales::kFloat) == quantized,
                 "gate and up read one kind of rows");
-        require(quantized ? quants.used() && quants.rows.cols == cols : input.data && input.width == cols,
+        require(quantized ? quants.used() && quants.cols == cols : input.data && input.width == cols,
                 "quantized weights read int8 rows, float weights float rows, of their width");
     }
     if (recipe) {
@@ -238,8 +238,8 @@ void bind_plan(nb::module_ &m) {
         return size_t(AttentionStage::partial_elements(shape, threads)) * sizeof(float);
     }, "heads"_a, "kv_heads"_a, "value_dim"_a, "max_model_len"_a, "threads"_a,
        "Bytes where a decode step's attention, cut over threads, keeps its parts.");
-    m.def("linear_scratch_bytes", [](int64_t cols) { return LinearStage::scratch_bytes(cols); }, "cols"_a,
-          "Bytes a linear of that input width asks of each thread for an item.");
+    m.def("linear_scratch_bytes", &LinearStage::scratch_bytes_of_any,
+          "Bytes a linear asks of each thread for an item.");
     m.def("linear_own_bytes", [](int64_t cols) { return LinearStage::own_bytes(cols); }, "cols"_a,
           "Bytes a linear that prepares its input asks of each thread for the stage.");
     m.def("attention_scratch_bytes", [](int64_t group, int64_t key_dim, int64_t value_dim) {

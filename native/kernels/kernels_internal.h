@@ -6,7 +6,6 @@
 KVARN_KERNELS_BEGIN
 
 void linear(const LinearArgs &a);
-void quantize(const float *x, int64_t x_stride, int64_t rows, int64_t row_begin, const QuantRows &out);
 void quantize_groups(const float *x, int64_t row, int64_t group_begin, int64_t group_end, const QuantRows &out);
 void norm(const NormArgs &a);
 void rope(const RopeArgs &a);

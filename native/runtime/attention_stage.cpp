@@ -79,11 +79,12 @@ void AttentionStage::run(const Step &step, uint32_t item, Scratch &scratch) noex
 }
 
 // Quantizes the finished columns of a KV head's query heads.
-void AttentionStage::finish(int64_t row, int64_t rows, int64_t kv_head) const {
+void AttentionStage::finish(const Step &step, int64_t row, int64_t rows, int64_t kv_head) const {
     if (!quants_.used()) return;
+    const QuantRows quants = quants_.rows(step.batch.tokens);
     const int64_t columns = shape_.group() * shape_.kv.value_dim, begin = kv_head * columns;
     for (int64_t r = row; r < row + rows; ++r)
-        kernels().quantize_groups(out_.row(r) + begin, r, begin / kGroup, (begin + columns) / kGroup, quants_.rows);
+        kernels().quantize_groups(out_.row(r) + begin, r, begin / kGroup, (begin + columns) / kGroup, quants);
 }
 
 void AttentionStage::prefill_item(const Step &step, uint32_t item, Scratch &scratch) const {
@@ -107,7 +108,7 @@ void AttentionStage::prefill_item(const Step &step, uint32_t item, Scratch &scra
     args.out_stride = out_.stride;
     args.scratch = kernel_scratch(scratch);
     kernels().attention(args);
-    finish(tile.row, tile.rows, kv_head);
+    finish(step, tile.row, tile.rows, kv_head);
 }
 
 void AttentionStage::decode_item(const Step &step, uint32_t item, Scratch &scratch) const {
@@ -157,7 +158,7 @@ void AttentionStage::decode_item(const Step &step, uint32_t item, Scratch &scrat
         finished_[size_t(pair)].store(0, std::memory_order_relaxed);
         merge_parts(s, kv_head, spans, partial, kernel_scratch(scratch));
     }
-    finish(s, 1, kv_head);
+    finish(step, s, 1, kv_head);
 }
 
 void AttentionStage::merge_parts(int64_t sequence, int64_t kv_head, int64_t spans, const float *partial,

@@ -66,7 +66,7 @@ private:
     int64_t parts(const Step &step) const;
     void prefill_item(const Step &step, uint32_t item, Scratch &scratch) const;
     void decode_item(const Step &step, uint32_t item, Scratch &scratch) const;
-    void finish(int64_t row, int64_t rows, int64_t kv_head) const;
+    void finish(const Step &step, int64_t row, int64_t rows, int64_t kv_head) const;
     void merge_parts(int64_t sequence, int64_t kv_head, int64_t spans, const float *partial, float *scratch) const;
     float *kernel_scratch(Scratch &scratch) const;
 

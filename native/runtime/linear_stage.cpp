@@ -5,27 +5,34 @@
 namespace kvarn {
 namespace {
 
-constexpr int64_t kTileRows = 16;          // rows of a result that wait in scratch for what follows
-constexpr int64_t kTilePanels = 32;        // and panels
-constexpr size_t kCacheBytes = 256 << 10;  // weights of an item that several row tiles read: a part of L2
-constexpr int64_t kFewRows = 8;            // up to here weights are read once: items are cut for balance alone
+// Results that wait in scratch for what follows: few rows of many panels, or many rows of two panels.
+constexpr int64_t kFewRows = kTileTokens;  // up to here weights are read once: items are cut for balance alone
+constexpr int64_t kFewRowsPanels = 32;
+constexpr int64_t kManyRowsPanels = 2;
+constexpr int64_t kTileElements = kPanelRows * 512;
+static_assert(kFewRows * kFewRowsPanels * kPanelRows <= kTileElements);
+static_assert(linear_row_span(1) * kManyRowsPanels * kPanelRows <= kTileElements);
 constexpr int64_t kItemsPerThread = 6;
 
 bool needs_tile(const LinearJob &job) { return job.up || job.residual.data || job.quants.used(); }
 
 }  // namespace
 
+// The int8 row r of `to` from the recipe's row r; `normed` holds a row of floats meanwhile.
+void InputRecipe::make_row(const Kernels &kernels, int64_t r, const QuantRows &to, float *normed) const {
+    const float *from = x.row(r);
+    if (norm.used()) {
+        norm.apply(kernels, from, normed, x.width);
+        from = normed;
+    }
+    kernels.quantize_groups(from, r, 0, to.groups(), to);
+}
+
 void PrepareStage::run(const Step &step, uint32_t item, Scratch &scratch) noexcept {
     const int64_t rows = rows_of(step, outputs_), count = items(step);
-    float *normed = reinterpret_cast<float *>(scratch.data);
-    for (int64_t r = rows * item / count; r < rows * (item + 1) / count; ++r) {
-        const float *x = recipe_.x.row(r);
-        if (recipe_.norm.used()) {
-            recipe_.norm.apply(kernels(), x, normed, recipe_.x.width);
-            x = normed;
-        }
-        kernels().quantize(x, recipe_.x.width, 1, r, quants_.rows);
-    }
+    const QuantRows to = quants_.rows(rows);
+    for (int64_t r = rows * item / count; r < rows * (item + 1) / count; ++r)
+        recipe_.make_row(kernels(), r, to, reinterpret_cast<float *>(scratch.data));
 }
 
 LinearStage::LinearStage(std::string label, StageContext c, FloatBuffer input, QuantBuffer quants,
@@ -33,21 +40,19 @@ LinearStage::LinearStage(std::string label, StageContext c, FloatBuffer input, Q
     : Stage(std::move(label), c), input_(input), quants_(quants), own_(std::move(own)), jobs_(std::move(jobs)),
       index_(index), cols_(jobs_.front().weight->matrix().cols) {
     for (const LinearJob &job : jobs_) {
-        const PackedMatrix &m = job.weight->matrix();
-        all_panels_ += m.panels();
-        panel_bytes_ = std::max(panel_bytes_, panel_bytes(m.format, m.cols) * (job.up ? 2 : 1));
+        all_panels_ += job.weight->matrix().panels();
         tiled_ |= needs_tile(job);
     }
 }
 
 LinearStage::Split LinearStage::split(int64_t rows) const {
     int64_t panels = (all_panels_ + kItemsPerThread * threads() - 1) / (kItemsPerThread * threads());
-    if (rows > kFewRows) panels = std::min(panels, std::max<int64_t>(2, int64_t(kCacheBytes / panel_bytes_)));
-    if (tiled_) panels = std::min(panels, kTilePanels);
+    if (tiled_ && rows <= kFewRows) panels = std::min(panels, kFewRowsPanels);
     panels = (panels + 1) / 2 * 2;  // two panels are a group of 32 of the result, which is quantized as one
     const int64_t blocks = (all_panels_ + panels - 1) / panels;
     const int64_t wanted = (2 * threads() + blocks - 1) / blocks;
-    const int64_t spans = threads() == 1 ? 1 : std::max<int64_t>(1, std::min(wanted, rows / (4 * kTileTokens)));
+    const int64_t tiles = (rows + kTileTokens - 1) / kTileTokens;
+    const int64_t spans = threads() == 1 ? 1 : std::max<int64_t>(1, std::min(wanted, tiles / 4));
     return {panels, spans};
 }
 
@@ -60,69 +65,57 @@ uint32_t LinearStage::items(const Step &step) const {
     return uint32_t(blocks * s.row_spans);
 }
 
-size_t LinearStage::scratch_bytes(int64_t cols) {
-    const size_t starts = round_up(size_t(linear_scratch_elements(cols)) * 4, 64);
-    return starts + 2 * size_t(kTileRows * kTilePanels * kPanelRows) * sizeof(float);
-}
+size_t LinearStage::scratch_bytes_of_any() { return kLinearScratch + 2 * size_t(kTileElements) * sizeof(float); }
 
 size_t LinearStage::own_bytes(int64_t cols) {
-    return quant_bytes(kOwnRows, cols) + round_up(size_t(cols) * sizeof(float), 64);
+    return round_up(quant_bytes(kOwnRows, cols), 64) + round_up(size_t(cols) * sizeof(float), 64);
 }
 
 // The thread's own copy of the input, made when it takes its first item of the stage.
-const QuantRows &LinearStage::own_rows(const Step &step, Scratch &scratch, QuantRows &place) const {
-    place = quant_rows(scratch.own_rows, kOwnRows, cols_);
+QuantRows LinearStage::own_rows(const Step &step, int64_t rows, Scratch &scratch) const {
+    const QuantRows own{scratch.own_rows, cols_, rows == 1};
     const uint64_t stamp = step.id << 16 | index_;
-    if (scratch.own_stamp == stamp) return place;
-    float *normed = reinterpret_cast<float *>(scratch.own_rows + quant_bytes(kOwnRows, cols_));
-    for (int64_t r = 0; r < rows_of(step, own_->x.outputs); ++r) {
-        const float *x = own_->x.row(r);
-        if (own_->norm.used()) {
-            own_->norm.apply(kernels(), x, normed, cols_);
-            x = normed;
-        }
-        kernels().quantize(x, cols_, 1, r, place);
-    }
+    if (scratch.own_stamp == stamp) return own;
+    float *normed = reinterpret_cast<float *>(scratch.own_rows + round_up(quant_bytes(kOwnRows, cols_), 64));
+    for (int64_t r = 0; r < rows; ++r) own_->make_row(kernels(), r, own, normed);
     scratch.own_stamp = stamp;
-    return place;
+    return own;
 }
 
 void LinearStage::run(const Step &step, uint32_t item, Scratch &scratch) noexcept {
     const int64_t rows = rows_of(step, quants_.used() ? quants_.outputs : input_.outputs);
     const Split s = split(rows);
-    QuantRows place;
-    Source in{&quants_.rows, &input_};
-    if (own_ && rows <= kOwnRows) in.quants = &own_rows(step, scratch, place);
+    const QuantRows in = own_ && rows <= kOwnRows ? own_rows(step, rows, scratch) : quants_.rows(rows);
     int64_t block = item / s.row_spans;
-    const int64_t span = item % s.row_spans;
+    const int64_t span = item % s.row_spans, tiles = (rows + kTileTokens - 1) / kTileTokens;
     for (const LinearJob &job : jobs_) {
         const int64_t panels = job.weight->matrix().panels(), blocks = (panels + s.panels - 1) / s.panels;
         if (block >= blocks) {
             block -= blocks;
             continue;
         }
-        run_job(job, in, block * s.panels, std::min(panels, (block + 1) * s.panels), rows * span / s.row_spans,
-                rows * (span + 1) / s.row_spans, scratch);
+        LinearArgs args{};
+        args.w = &job.weight->matrix();
+        args.panel_begin = block * s.panels;
+        args.panel_end = std::min(panels, (block + 1) * s.panels);
+        args.xq = &in;
+        args.xf = input_.data;
+        args.x_stride = input_.stride;
+        args.row_begin = tiles * span / s.row_spans * kTileTokens;
+        args.row_end = std::min(rows, tiles * (span + 1) / s.row_spans * kTileTokens);
+        args.scratch = scratch.data;
+        if (needs_tile(job))
+            through_tiles(job, args, rows);
+        else
+            direct(job, args);
         return;
     }
 }
 
-void LinearStage::run_job(const LinearJob &job, const Source &in, int64_t panel_begin, int64_t panel_end,
-                          int64_t row_begin, int64_t row_end, Scratch &scratch) const {
-    int32_t *starts = reinterpret_cast<int32_t *>(scratch.data);
-    float *tile = reinterpret_cast<float *>(scratch.data + round_up(size_t(linear_scratch_elements(cols_)) * 4, 64));
-    LinearArgs args{&job.weight->matrix(), panel_begin, panel_end, in.quants, in.floats->data, in.floats->stride,
-                    row_begin, row_end, job.out.data, job.out.stride, 0, 0, starts};
-    if (!needs_tile(job)) return direct(job, args);
-    for (int64_t r = row_begin; r < row_end; r += kTileRows) {
-        args.row_begin = r;
-        args.row_end = std::min(row_end, r + kTileRows);
-        through_tile(job, args, tile, tile + kTileRows * kTilePanels * kPanelRows);
-    }
-}
-
-// The result goes straight to its buffer; bias, function, scale and cap are applied there.
+// The result goes straight to its buffer; scale, bias, function and cap are applied there.
 void LinearStage::direct(const LinearJob &job, LinearArgs args) const {
+    args.out = job.out.data;
+    args.out_stride = job.out.stride;
     kernels().linear(args);
     const int64_t begin = args.panel_begin * kPanelRows;
     const int64_t n = std::min(args.panel_end * kPanelRows, args.w->rows) - begin;
@@ -135,21 +128,38 @@ void LinearStage::direct(const LinearJob &job, LinearArgs args) const {
     }
 }
 
-// The result of a few rows waits in scratch while its gate, residual or quantization is done.
-void LinearStage::through_tile(const LinearJob &job, LinearArgs args, float *tile, float *up_tile) const {
+// The result waits in scratch, a tile at a time, while its gate, residual or quantization is done.
+void LinearStage::through_tiles(const LinearJob &job, LinearArgs args, int64_t rows) const {
+    const bool few = args.row_end - args.row_begin <= kFewRows;
+    const int64_t panels = few ? kFewRowsPanels : kManyRowsPanels, end = args.panel_end, last = args.row_end;
+    const int64_t span = few ? kFewRows : linear_row_span(cols_);
+    for (int64_t r = args.row_begin; r < last; r += span)
+        for (int64_t p = args.panel_begin; p < end; p += panels) {
+            LinearArgs part = args;
+            part.panel_begin = p;
+            part.panel_end = std::min(end, p + panels);
+            part.row_begin = r;
+            part.row_end = std::min(last, r + span);
+            one_tile(job, part, rows);
+        }
+}
+
+void LinearStage::one_tile(const LinearJob &job, LinearArgs args, int64_t rows) const {
+    float *tile = reinterpret_cast<float *>(args.scratch + kLinearScratch), *up_tile = tile + kTileElements;
     const int64_t begin = args.panel_begin * kPanelRows;
     const int64_t n = std::min(args.panel_end * kPanelRows, args.w->rows) - begin;
     const int64_t stride = (args.panel_end - args.panel_begin) * kPanelRows;
-    const auto compute = [&](const PackedWeight &weight, float *to) {
-        args.w = &weight.matrix();
-        args.out = to;
-        args.out_stride = stride;
-        args.out_row = args.row_begin;
-        args.out_feature = begin;
+    args.out_stride = stride;
+    args.out_row = args.row_begin;
+    args.out_feature = begin;
+    args.out = tile;
+    kernels().linear(args);
+    if (job.up) {
+        args.w = &job.up->matrix();
+        args.out = up_tile;
         kernels().linear(args);
-    };
-    compute(*job.weight, tile);
-    if (job.up) compute(*job.up, up_tile);
+    }
+    const QuantRows quants = job.quants.rows(rows);
     for (int64_t r = args.row_begin; r < args.row_end; ++r) {
         float *row = tile + (r - args.row_begin) * stride, *up = up_tile + (r - args.row_begin) * stride;
         if (job.bias) kernels().add(row, job.bias->values.data() + begin, row, n);
@@ -160,8 +170,7 @@ void LinearStage::through_tile(const LinearJob &job, LinearArgs args, float *til
             kernels().activation(*job.function, row, row, n);
         if (job.residual.data) kernels().add(job.residual.row(r) + begin, row, row, n);
         if (job.out.data) std::copy(row, row + n, job.out.row(r) + begin);
-        if (job.quants.used())
-            kernels().quantize_groups(row, r, begin / kGroup, (begin + n) / kGroup, job.quants.rows);
+        if (job.quants.used()) kernels().quantize_groups(row, r, begin / kGroup, (begin + n) / kGroup, quants);
     }
 }
 

@@ -10,6 +10,8 @@ namespace kvarn {
 struct InputRecipe {
     FloatBuffer x;
     NormParameters norm;  // unused: x is quantized as it is
+
+    void make_row(const Kernels &kernels, int64_t r, const QuantRows &to, float *normed) const;
 };
 
 // One linear, or a gate/up pair (`up` set), and what is done to its result before it is stored.
@@ -47,11 +49,11 @@ public:
                 std::shared_ptr<InputRecipe> own, std::vector<LinearJob> jobs, uint64_t index);
     uint32_t items(const Step &step) const override;
     void run(const Step &step, uint32_t item, Scratch &scratch) noexcept override;
-    size_t scratch_bytes() const override { return scratch_bytes(cols_); }
+    size_t scratch_bytes() const override { return scratch_bytes_of_any(); }
     size_t own_bytes() const override { return own_ ? own_bytes(cols_) : 0; }
 
-    // What a linear that reads `cols` columns asks of a thread: for an item, and for its own input rows.
-    static size_t scratch_bytes(int64_t cols);
+    // What a linear asks of a thread: for an item, and for its own input rows of `cols` columns.
+    static size_t scratch_bytes_of_any();
     static size_t own_bytes(int64_t cols);
 
 private:
@@ -59,16 +61,11 @@ private:
         int64_t panels;     // of an item at most; even
         int64_t row_spans;  // rows are cut into so many parts
     };
-    struct Source {
-        const QuantRows *quants;
-        const FloatBuffer *floats;
-    };
     Split split(int64_t rows) const;
-    const QuantRows &own_rows(const Step &step, Scratch &scratch, QuantRows &place) const;
-    void run_job(const LinearJob &job, const Source &in, int64_t panel_begin, int64_t panel_end, int64_t row_begin,
-                 int64_t row_end, Scratch &scratch) const;
+    QuantRows own_rows(const Step &step, int64_t rows, Scratch &scratch) const;
     void direct(const LinearJob &job, LinearArgs args) const;
-    void through_tile(const LinearJob &job, LinearArgs args, float *tile, float *up_tile) const;
+    void through_tiles(const LinearJob &job, LinearArgs args, int64_t rows) const;
+    void one_tile(const LinearJob &job, LinearArgs args, int64_t rows) const;
 
     FloatBuffer input_;
     QuantBuffer quants_;
@@ -76,7 +73,6 @@ private:
     std::vector<LinearJob> jobs_;
     uint64_t index_;
     int64_t cols_, all_panels_ = 0;
-    size_t panel_bytes_ = 0;  // of the widest
     bool tiled_ = false;
 };
 

@@ -41,7 +41,7 @@ FloatBuffer StepPlan::float_buffer(size_t offset, int64_t width, int64_t stride,
 
 QuantBuffer StepPlan::quant_buffer(size_t offset, int64_t cols, bool outputs) {
     if (cols < 1 || cols % kGroup != 0) throw std::invalid_argument("quantized rows are multiples of 32 wide");
-    return {quant_rows(place(offset, quant_bytes(rows(outputs), cols)), rows(outputs), cols), outputs};
+    return {place(offset, quant_bytes(rows(outputs), cols)), cols, outputs};
 }
 
 float *StepPlan::floats(size_t offset, int64_t count) {

@@ -23,10 +23,6 @@ void PositionStage::run(const Step &step, uint32_t item, Scratch &scratch) noexc
 
 void NormStage::row(const Step &, int64_t r) noexcept { norm_.apply(kernels(), x_.row(r), out_.row(r), x_.width); }
 
-void QuantizeStage::row(const Step &, int64_t r) noexcept {
-    kernels().quantize(x_.row(r), x_.stride, 1, r, quants_.rows);
-}
-
 void RopeStage::row(const Step &step, int64_t r) noexcept {
     kernels().rope({x_.row(r), out_.row(r), heads_, x_.width / heads_, table_->pairs,
                     table_->at(step.batch.positions[r]), table_->interleaved});

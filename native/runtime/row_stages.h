@@ -43,18 +43,6 @@ private:
     FloatBuffer x_, out_;
 };
 
-// quants = int8(x)
-class QuantizeStage final : public RowStage {
-public:
-    QuantizeStage(StageContext c, FloatBuffer x, QuantBuffer quants)
-        : RowStage("quantize", c, x.outputs), x_(x), quants_(quants) {}
-    void row(const Step &step, int64_t r) noexcept override;
-
-private:
-    FloatBuffer x_;
-    QuantBuffer quants_;
-};
-
 class RopeStage final : public RowStage {
 public:
     RopeStage(StageContext c, std::shared_ptr<RotaryTable> table, FloatBuffer x, FloatBuffer out, int64_t heads)

@@ -19,15 +19,13 @@ struct FloatBuffer {
 
 // int8 activations, what quantized linears read.
 struct QuantBuffer {
-    QuantRows rows{};
+    uint8_t *data = nullptr;
+    int64_t cols = 0;
     bool outputs = false;
 
-    bool used() const { return rows.q != nullptr; }
+    bool used() const { return data != nullptr; }
+    QuantRows rows(int64_t count) const { return {data, cols, count == 1}; }  // of a step that has so many
 };
-
-// Bytes of a QuantRows of `rows` rows, and its parts cut from such a place (64-byte aligned).
-size_t quant_bytes(int64_t rows, int64_t cols);
-QuantRows quant_rows(uint8_t *place, int64_t rows, int64_t cols);
 
 // What belongs to one thread.
 struct Scratch {

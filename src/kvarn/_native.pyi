@@ -109,8 +109,8 @@ def attention_partial_bytes(heads: int, kv_heads: int, value_dim: int, max_model
     Bytes where a decode step's attention, cut over threads, keeps its parts.
     """
 
-def linear_scratch_bytes(cols: int) -> int:
-    """Bytes a linear of that input width asks of each thread for an item."""
+def linear_scratch_bytes() -> int:
+    """Bytes a linear asks of each thread for an item."""
 
 def linear_own_bytes(cols: int) -> int:
     """

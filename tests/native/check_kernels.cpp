@@ -46,24 +46,30 @@ std::vector<uint8_t> stored_matrix(Format f, int64_t rows, int64_t cols) {
     return data;
 }
 
+// Rows as floats, and as int8 where the weights are quantized. `single`: the form of a step of one row.
 struct Rows {
     std::vector<float> x;
+    int64_t count, cols;
     check::Bytes place;
     QuantRows quants;
 
-    Rows(int64_t rows, int64_t cols) : x(floats(rows * cols)), place(quant_bytes(rows, cols)) {
-        quants = quant_rows(place.data(), rows, cols);
+    Rows(const Kernels &k, std::vector<float> values, int64_t rows, int64_t columns, bool quantize)
+        : x(std::move(values)), count(rows), cols(columns), place(quant_bytes(rows, columns)),
+          quants{place.data(), columns, rows == 1} {
+        for (int64_t r = 0; quantize && r < rows; ++r)
+            k.quantize_groups(&x[size_t(r * columns)], r, 0, quants.groups(), quants);
     }
 };
 
-std::vector<float> run_linear(const Kernels &k, const PackedMatrix &w, const Rows &rows, int64_t count, int64_t step) {
-    std::vector<float> out(size_t(count * w.rows), NAN);
-    std::vector<int32_t> scratch(size_t(linear_scratch_elements(w.cols)));
-    for (int64_t r = 0; r < count; r += step) {
+// All panels in two calls, `step` rows at a time.
+std::vector<float> run_linear(const Kernels &k, const PackedMatrix &w, const Rows &rows, int64_t step) {
+    std::vector<float> out(size_t(rows.count * w.rows), NAN);
+    check::Bytes scratch(kLinearScratch);
+    for (int64_t r = 0; r < rows.count; r += step) {
         const int64_t middle = w.panels() / 2;
         for (int part = 0; part < 2; ++part)
             k.linear({&w, part ? middle : 0, part ? w.panels() : middle, &rows.quants, rows.x.data(), w.cols, r,
-                      std::min(count, r + step), out.data(), w.rows, 0, 0, scratch.data()});
+                      std::min(rows.count, r + step), out.data(), w.rows, 0, 0, scratch.data()});
     }
     return out;
 }
@@ -74,7 +80,7 @@ void check_linear(const Kernels &k, const Kernels &scalar) {
         const int64_t block = traits(format).block_size;
         for (int round = 0; round < 4; ++round) {
             const int64_t rows = between(1, 70), cols = block == 1 ? between(1, 90) : block * between(1, block == 32 ? 9 : 2);
-            const int64_t count = between(1, 20);
+            const int64_t count = between(1, 40);
             const std::vector<uint8_t> stored = stored_matrix(format, rows, cols);
             check::Bytes packed(size_t(num_panels(rows)) * panel_bytes(format, cols) + 64);
             std::memset(packed.data(), 0, packed.size());
@@ -83,13 +89,18 @@ void check_linear(const Kernels &k, const Kernels &scalar) {
             std::vector<float> row(static_cast<size_t>(cols));
             for (int64_t r = 0; r < rows; ++r) unpack_row(w, r, row.data());
 
-            Rows in(count, cols);
-            if (block > 1) k.quantize(in.x.data(), cols, count, 0, in.quants);
-            const std::vector<float> whole = run_linear(k, w, in, count, count);
-            const std::vector<float> single = run_linear(k, w, in, count, 1);
-            require(std::memcmp(whole.data(), single.data(), whole.size() * 4) == 0, "rows alone", k.name);
-            const std::vector<float> wanted = run_linear(scalar, w, in, count, count);
-            for (size_t i = 0; i < whole.size(); ++i) require(close(whole[i], wanted[i], std::fabs(wanted[i])), "linear", k.name);
+            const Rows in(k, floats(count * cols), count, cols, block > 1);
+            const std::vector<float> whole = run_linear(k, w, in, count);
+            const std::vector<float> tiles = run_linear(k, w, in, kTileTokens);
+            require(std::memcmp(whole.data(), tiles.data(), whole.size() * 4) == 0, "rows in tiles", k.name);
+            for (int64_t r = 0; r < count; ++r) {
+                const std::vector<float> x(&in.x[size_t(r * cols)], &in.x[size_t(r * cols)] + cols);
+                const std::vector<float> alone = run_linear(k, w, Rows(k, x, 1, cols, block > 1), 1);
+                require(std::memcmp(alone.data(), &whole[size_t(r * rows)], alone.size() * 4) == 0, "row alone", k.name);
+            }
+            const std::vector<float> wanted = run_linear(scalar, w, in, count);
+            for (size_t i = 0; i < whole.size(); ++i)
+                require(close(whole[i], wanted[i], std::fabs(wanted[i])), "linear", k.name);
         }
     }
 }

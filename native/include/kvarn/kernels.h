@@ -12,16 +12,33 @@
 
 namespace kvarn {
 
-// Rows of activations in int8: x[k] ~ scale[k / 32] * q[k]. Symmetric, scale = max|x| / 127 over each group of 32.
+constexpr int kTileTokens = 8;  // rows of activations that lie together
+
+// One group of 32 k of `tile` rows in int8: x[k] ~ scale * q[k]. Symmetric, scale = max|x| / 127.
+template <int tile>
+struct QuantGroup {
+    int8_t q[tile][kGroup];
+    float scale[tile];
+    float sum[tile];        // scale * sum of q
+    int32_t half[2][tile];  // sums of q over each 16
+};
+
+// Rows of int8 activations. A single row is QuantGroup<1>[groups]; more rows are QuantGroup<8>[rows / 8][groups], the
+// last tile filled up with anything.
 struct QuantRows {
-    int8_t *q;        // [rows][cols]
-    float *scale;     // [rows][groups]
-    float *sum;       // [rows][groups]: scale * sum of the group's q
-    int32_t *half;    // [rows][2 * groups]: sums of q over 16
-    int64_t cols;     // a multiple of 32
+    uint8_t *data;
+    int64_t cols;  // a multiple of 32
+    bool single;   // one row only
 
     KVARN_INLINE int64_t groups() const { return cols / kGroup; }
+    KVARN_INLINE const QuantGroup<1> *row() const { return reinterpret_cast<const QuantGroup<1> *>(data); }
+    KVARN_INLINE const QuantGroup<kTileTokens> *tile(int64_t first_row) const {
+        return reinterpret_cast<const QuantGroup<kTileTokens> *>(data) + first_row / kTileTokens * groups();
+    }
 };
+KVARN_INLINE constexpr size_t quant_bytes(int64_t rows, int64_t cols) {
+    return round_up(size_t(rows), kTileTokens) * size_t(cols / kGroup) * sizeof(QuantGroup<1>);
+}
 
 struct LinearArgs {
     const PackedMatrix *w;
@@ -29,13 +46,18 @@ struct LinearArgs {
     const QuantRows *xq;   // for quantized weights
     const float *xf;       // for float weights, [rows][x_stride]
     int64_t x_stride;
-    int64_t row_begin, row_end;  // rows of x and out
+    int64_t row_begin, row_end;  // rows of x and out; row_begin is a multiple of kTileTokens
     float *out;            // out[(row - out_row) * out_stride + feature - out_feature]
     int64_t out_stride, out_row, out_feature;
-    int32_t *scratch;      // linear_scratch_elements(cols) elements
+    uint8_t *scratch;      // kLinearScratch bytes, 64-byte aligned
 };
-constexpr int kTileTokens = 8;  // tokens that share one pass over a panel
-KVARN_INLINE constexpr int64_t linear_scratch_elements(int64_t cols) { return kTileTokens * (cols / 16 + 2); }
+constexpr size_t kLinearScratch = size_t(48) << 10;
+
+// Rows that should pass over the same weights together: their activations stay in L2.
+KVARN_INLINE constexpr int64_t linear_row_span(int64_t cols) {
+    const int64_t rows = (int64_t(512) << 10) / (cols * 3 / 2) / kTileTokens * kTileTokens;
+    return rows < 32 ? 32 : rows > 256 ? 256 : rows;
+}
 
 enum class Function : uint8_t { kSilu, kGelu, kGeluTanh, kRelu };
 
@@ -106,7 +128,6 @@ KVARN_INLINE constexpr int64_t attention_partial_elements(int64_t value_dim) { r
 struct Kernels {
     const char *name;
     void (*linear)(const LinearArgs &);
-    void (*quantize)(const float *x, int64_t x_stride, int64_t rows, int64_t row_begin, const QuantRows &out);
     void (*quantize_groups)(const float *x, int64_t row, int64_t group_begin, int64_t group_end, const QuantRows &out);
     void (*norm)(const NormArgs &);
     void (*rope)(const RopeArgs &);

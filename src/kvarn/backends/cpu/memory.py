@@ -147,9 +147,7 @@ def _thread_bytes(stages: StageList, program: Program) -> int:
 def _scratch_bytes(stage: Stage, program: Program) -> int:
     match stage:
         case LinearStage():
-            source = stage.quants or stage.input
-            assert source is not None
-            return int(_native.linear_scratch_bytes(source.width))
+            return int(_native.linear_scratch_bytes())
         case AttentionStage():
             layer = program.kv_layers[stage.layer]
             return int(_native.attention_scratch_bytes(stage.heads // layer.heads, layer.key_dim, layer.value_dim))

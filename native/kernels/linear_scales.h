@@ -1,0 +1,121 @@
+// Scales of one group of a panel as floats, and how they turn integer sums into additions to the result.
+//
+// Every path that multiplies quantized weights ends in `apply` with the same numbers, so results do not depend on the
+// path. A group has one integer sum, or two (of 16 k each) where the format scales 16 k.
+#pragma once
+#include "kvarn/kernels.h"
+#include "vec.h"
+
+KVARN_KERNELS_BEGIN
+
+template <Scales kind>
+constexpr bool kAffine = kind == Scales::kAffine32 || kind == Scales::kSuper32 || kind == Scales::kSuper16;
+template <Scales kind>
+constexpr bool kPlain = kind == Scales::kSym32 || kind == Scales::kAffine32;  // a scale unit is one group
+template <Scales kind>
+constexpr int kParts = kind == Scales::kSuperSym16 || kind == Scales::kSuper16 ? 2 : 1;
+
+// One group of some rows of a QuantGroup, from `lane` on.
+template <int tile>
+struct Activations {
+    const int8_t *q;  // row r: q + 32 * r
+    const float *scale, *sum;
+    const int32_t *half[2];
+
+    KVARN_INLINE explicit Activations(const QuantGroup<tile> &g, int lane = 0)
+        : q(g.q[lane]), scale(g.scale + lane), sum(g.sum + lane), half{g.half[0] + lane, g.half[1] + lane} {}
+    KVARN_INLINE const int8_t *quad(int row, int j) const { return q + kGroup * row + 4 * j; }
+};
+
+// d for all; m (what the sum of activations is multiplied with) for affine formats; for two parts also the sub-scales
+// sc of both and, for kSuper16, the sub-minimums mn.
+template <Scales kind>
+struct GroupScales {
+    static constexpr int kVectors = (kAffine<kind> ? 2 : 1) + (kParts<kind> == 2 ? (kAffine<kind> ? 4 : 2) : 0);
+    F d, m, sc[2], mn[2];
+
+    // unit: the scales of this group (plain formats) or of its super-block, where it is group i.
+    KVARN_INLINE static GroupScales of(const uint8_t *unit, int i) {
+        const auto halves = [&](int at) { return load_f16(reinterpret_cast<const uint16_t *>(unit + at)); };
+        GroupScales s;
+        s.d = halves(0);
+        if constexpr (kind == Scales::kAffine32) s.m = halves(32);
+        if constexpr (kind == Scales::kSuper32) {
+            s.d = mul(s.d, load_u8(unit + 64 + 16 * i));
+            s.m = mul(sub(zero(), halves(32)), load_u8(unit + 64 + 128 + 16 * i));
+        }
+        if constexpr (kind == Scales::kSuperSym16)
+            for (int h = 0; h < 2; ++h) s.sc[h] = load_i8(unit + 32 + 32 * i + 16 * h);
+        if constexpr (kind == Scales::kSuper16) {
+            s.m = sub(zero(), halves(32));
+            for (int h = 0; h < 2; ++h) {
+                s.sc[h] = load_u8(unit + 64 + 32 * i + 16 * h);
+                s.mn[h] = load_u8(unit + 64 + 256 + 32 * i + 16 * h);
+            }
+        }
+        return s;
+    }
+
+    KVARN_INLINE void store_to(float *p) const {
+        store(p, d);
+        if constexpr (kAffine<kind>) store(p + 16, m);
+        if constexpr (kParts<kind> == 2)
+            for (int h = 0; h < 2; ++h) {
+                store(p + (kAffine<kind> ? 32 : 16) + 16 * h, sc[h]);
+                if constexpr (kAffine<kind>) store(p + 64 + 16 * h, mn[h]);
+            }
+    }
+    KVARN_INLINE static GroupScales load_from(const float *p) {
+        GroupScales s;
+        s.d = load(p);
+        if constexpr (kAffine<kind>) s.m = load(p + 16);
+        if constexpr (kParts<kind> == 2)
+            for (int h = 0; h < 2; ++h) {
+                s.sc[h] = load(p + (kAffine<kind> ? 32 : 16) + 16 * h);
+                if constexpr (kAffine<kind>) s.mn[h] = load(p + 64 + 16 * h);
+            }
+        return s;
+    }
+
+    // acc + d * scale * sums + m * sum of activations. Products of sums and sub-scales are integers below 2^24: exact.
+    template <int tile>
+    KVARN_INLINE F apply(const I (&sums)[kParts<kind>], const Activations<tile> &x, int row, F acc) const {
+        const F scale = set(x.scale[row]);
+        if constexpr (kParts<kind> == 1) {
+            acc = fma(mul(to_float(sums[0]), scale), d, acc);
+            if constexpr (kAffine<kind>) acc = fma(set(x.sum[row]), m, acc);
+            return acc;
+        } else {
+            const F scaled = fma(to_float(sums[0]), sc[0], mul(to_float(sums[1]), sc[1]));
+            acc = fma(mul(scaled, scale), d, acc);
+            if constexpr (kAffine<kind>) {
+                const F half0 = set(float(x.half[0][row])), half1 = set(float(x.half[1][row]));
+                acc = fma(mul(fma(half0, mn[0], mul(half1, mn[1])), scale), m, acc);
+            }
+            return acc;
+        }
+    }
+};
+
+// What integer sums of `rows` rows start from: -zero * sum of activations where the format subtracts a zero.
+template <Scales kind, int rows>
+struct Starts {
+    int32_t value[kParts<kind>][kAffine<kind> ? 1 : rows];
+
+    template <int tile>
+    KVARN_INLINE Starts(int zero_point, const Activations<tile> &x) {
+        if constexpr (!kAffine<kind>)
+            for (int r = 0; r < rows; ++r) {
+                if constexpr (kParts<kind> == 1)
+                    value[0][r] = -zero_point * (x.half[0][r] + x.half[1][r]);
+                else
+                    for (int h = 0; h < 2; ++h) value[h][r] = -zero_point * x.half[h][r];
+            }
+    }
+    KVARN_INLINE int32_t at(int part, int row) const {
+        if constexpr (kAffine<kind>) return 0;
+        return value[part][row];
+    }
+};
+
+KVARN_KERNELS_END
