@@ -21,10 +21,10 @@ $(VENV)/.kvarn: $(VENV)/bin/python pyproject.toml constraints.txt $(NATIVE)
 	$(PIP_INSTALL) -e .
 	@touch $@
 
-$(VENV)/.kvarn-dev: $(VENV)/.kvarn
-	@echo "installing what the tests need (PyTorch for the oracle among it)"
+$(VENV)/.kvarn-dev: $(VENV)/bin/python pyproject.toml constraints.txt $(NATIVE)
+	@echo "installing kvarn and what the tests need (PyTorch for the oracle among it)"
 	$(PIP_INSTALL) -e '.[dev]'
-	@touch $@
+	@touch $(VENV)/.kvarn $@
 
 serve: $(VENV)/.kvarn  ## Install, pull a small model, serve it on http://127.0.0.1:8000 (MODEL=…, PORT=…)
 	$(VENV)/bin/kvarn pull $(MODEL)
