@@ -45,6 +45,16 @@ def test_joins_as_defined(scores, text):
     assert texts(subject, subject.encode(text)) == expected
 
 
+@pytest.mark.parametrize("joined", ["▁▁", "a▁", "▁▁▁a", "a▁a▁a"])
+def test_tokens_with_spaces_inside(joined):
+    """Where some token has a space inside, words are not encoded apart."""
+    scores = {joined[:size]: -float(size) for size in range(1, len(joined) + 1)} | {"a": -9.0, "▁": -9.0}
+    subject = tokenizer(sentencepiece(scores, add_space_prefix=False))
+    for text in (joined, f"x{joined}", f"a{joined}{joined}", joined * 9):
+        expected = [part if part in scores else "<0x78>" for part in by_definition(text, scores)]
+        assert texts(subject, subject.encode(text.replace("▁", " "))) == expected
+
+
 @given(vocabularies(), st.text(max_size=30))
 def test_decoding_gives_any_text_back(scores, text):
     for space_prefix in (False, True):

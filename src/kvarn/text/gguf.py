@@ -112,8 +112,9 @@ def vocabulary_from_gguf(metadata: Mapping[str, Any], path: str) -> Vocabulary:
     Raises ModelFileError where the metadata are inconsistent, UnsupportedModelError for another kind of tokenizer.
     """
     model = metadata.get(PREFIX + "model")
-    if model is None:
-        raise ModelFileError("is missing: the file has no tokenizer", path=path, field=f"{PREFIX}model")
+    if not isinstance(model, str):
+        what = "is missing: the file has no tokenizer" if model is None else f"must be text, not {model!r}"
+        raise ModelFileError(what, path=path, field=f"{PREFIX}model")
     if model not in ("gpt2", "llama"):
         what = f"{PREFIX}model {model!r}" + (f" ({OTHER_MODELS[model]})" if model in OTHER_MODELS else "")
         raise UnsupportedModelError(

@@ -66,7 +66,7 @@ class SentencePieceBPE:
 
         No join can cross such a place, so that words can be encoded, and remembered, one by one.
         """
-        before = set(re.findall(f"(.){SPACE}", "\0".join(self._ids), re.DOTALL)) | {"\0"}
+        before = set(re.findall(f"(.)(?={SPACE})", "\0".join(self._ids), re.DOTALL)) | {"\0"}
         return re.compile(f"(?<=[^{re.escape(''.join(sorted(before)))}])(?={SPACE})")
 
     def _encode_word(self, word: str) -> list[int]:
