@@ -1,10 +1,12 @@
 """Whatever a file's metadata hold, loading and using a tokenizer works or ends in one of kvarn's errors."""
 
+from contextlib import suppress
+
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from vocabularies import byte_level, sentencepiece, tokenizer
 
-from kvarn.errors import KvarnError
+from kvarn.errors import KvarnError, ModelFileError
 
 VALUES = st.one_of(
     st.none(),
@@ -29,13 +31,11 @@ KEYS = sorted({key for base in BASES.values() for key in base} | {"tokenizer.ggm
 )
 @settings(max_examples=300, suppress_health_check=[HealthCheck.too_slow])
 def test_odd_metadata(base, changes, text, template):
-    try:
+    with suppress(KvarnError):
         subject = tokenizer(BASES[base] | changes, default=template)
         ids = subject.encode(text, add_special_tokens=True, parse_special=True)
         subject.decode([*ids, 0, subject.vocab_size - 1])
         subject.encode_chat([{"role": "user", "content": text}])
-    except KvarnError as error:
-        assert str(error)
 
 
 @given(st.lists(st.text("abĠ <|>", max_size=3), max_size=12), st.lists(st.text("abĠ", max_size=4), max_size=8))
@@ -43,8 +43,6 @@ def test_odd_metadata(base, changes, text, template):
 def test_odd_vocabularies(tokens, merges):
     changes = {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.merges": merges}
     metadata = {key: value for key, value in byte_level().items() if not key.endswith(("_type", "_id"))}
-    try:
+    with suppress(ModelFileError):
         subject = tokenizer(metadata | changes)
         subject.decode(subject.encode("ab a<|>b"))
-    except KvarnError as error:
-        assert "tokenizer.ggml" in str(error)
