@@ -3,13 +3,14 @@
 import math
 import re
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvarn.errors import ModelFileError, UnsupportedModelError
 from kvarn.models import program_from_config
-from kvarn.program import Attention, Embed, Logits, Norm, Program, Rope
+from kvarn.program import Activation, Attention, Embed, Logits, Norm, Program, Rope
 from kvarn.testing import tiny_gguf
 from kvarn.testing.models import SETTINGS
 
@@ -37,6 +38,14 @@ def test_llama_3_8b_has_its_published_size():
     assert 2 * program.kv_elements_per_token == 131_072
     assert (config.head_dim, config.num_kv_heads, config.max_positions) == (128, 8, 8192)
     assert (config.bos_token_id, config.eos_token_ids) == (128000, (128001,))
+
+
+def test_an_empty_gpt2_config_is_the_published_small_model():
+    config, program = program_from_config({"model_type": "gpt2"}, "hf")
+    assert program.num_parameters == 124_439_808
+    assert (config.num_layers, config.num_heads, config.head_dim, config.max_positions) == (12, 12, 64, 1024)
+    assert {op.function for op in ops_of(program, Activation)} == {"gelu_tanh"}
+    assert {op.scale for op in ops_of(program, Attention)} == {64**-0.5}
 
 
 def test_a_layer_is_the_ops_that_papers_draw():
@@ -77,7 +86,7 @@ def windows(program):
         (config_of("mistral", sliding_window=None), [None, None]),
         (config_of("mistral"), [24, 24]),
         ({k: v for k, v in config_of("mistral").items() if k != "sliding_window"}, [4096, 4096]),
-        (config_of("qwen2", sliding_window=8), [None, None]),
+        (config_of("qwen2", sliding_window=8, max_window_layers=0), [None, None]),
         (config_of("qwen2", sliding_window=8, use_sliding_window=True), [None, None]),
         (config_of("qwen2", sliding_window=8, use_sliding_window=True, max_window_layers=1), [None, 8]),
         (config_of("gemma3_text", num_hidden_layers=7, sliding_window_pattern=6), [24] * 5 + [None] + [24]),
@@ -111,6 +120,34 @@ def test_yarn_stretches_the_longest_sequence():
     assert program_from_config(stretched, "hf")[0].max_positions == 131072
     names = {"rope__scaling__type": "yarn", "rope__scaling__factor": 4.0, "rope__scaling__original_context_length": 512}
     assert program_from_config(tiny_gguf("qwen2", **names).metadata, "gguf")[1].max_positions == 2048
+
+
+def frequencies(config, **options):
+    """All rotary tables' frequencies, layer by layer (queries only)."""
+    ropes = ops_of(program_from_config(config, "hf", **options)[1], Rope)
+    return [np.array(op.table.inv_freq) for op in ropes[::2]]
+
+
+def test_the_original_length_beside_the_rope_section_wins():
+    """As Phi-3's configs have it: longrope's long factors are for more than that many tokens."""
+    factors = {"type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+    config = config_of("llama", rope_scaling={**factors, "original_max_position_embeddings": 512})
+    plain = frequencies(config)[0]
+    np.testing.assert_allclose(frequencies({**config, "original_max_position_embeddings": 128})[0], plain / 2)
+    below = frequencies({**config, "original_max_position_embeddings": 128}, max_model_len=128)[0]
+    np.testing.assert_array_equal(below, plain)
+
+
+def test_gemma3s_old_rope_scaling_is_of_global_layers_and_adds_to_the_new():
+    config = config_of("gemma3_text", rope_parameters={
+        "full_attention": {"rope_type": "default", "rope_theta": 100.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+    })  # fmt: skip
+    local, everywhere = frequencies(config)
+    scaled_local, scaled = frequencies({**config, "rope_scaling": {"rope_type": "linear", "factor": 8.0}})
+    np.testing.assert_array_equal(scaled_local, local)
+    np.testing.assert_allclose(scaled, everywhere / 8)
+    assert local[1] == pytest.approx(50.0 ** (-2 / 32)) and everywhere[1] == pytest.approx(100.0 ** (-2 / 32))
 
 
 def test_rotation_styles_of_the_formats():
