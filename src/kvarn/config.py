@@ -39,7 +39,7 @@ class SchedulerConfig:
 
     max_num_seqs: int = 64
     """Sequences in one step at most."""
-    max_num_batched_tokens: int = 256
+    max_num_batched_tokens: int = 512
     """Tokens in one step at most (the budget that prefill chunks and decodes share)."""
     max_num_queued_requests: int = 1024
     """Requests waiting at most; one more is refused."""

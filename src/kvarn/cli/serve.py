@@ -39,7 +39,7 @@ def command(
     max_num_seqs: Annotated[int, typer.Option(help="Sequences computed at the same time.")] = 64,
     max_num_batched_tokens: Annotated[
         int, typer.Option(help="Tokens computed in one step: the budget that prompts and running answers share.")
-    ] = 256,
+    ] = 512,
     max_num_queued_requests: Annotated[int, typer.Option(help="Requests waiting; one more gets 429.")] = 1024,
     kv_cache_bytes: Annotated[
         int | None,
