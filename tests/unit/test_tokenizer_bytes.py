@@ -18,15 +18,19 @@ MIXED = st.text(
 )
 
 
+DISTINCT = sorted({kind.patterns: name for name, kind in PRE_TOKENIZERS.items()}.values())
+"""One name of each kind."""
+
+
 def words(kind, text):
     """The words that a kind cuts text into, as text."""
     pieces = PRE_TOKENIZERS[kind].build().pre_tokenize_str(text)
     return [text[start:end] for _, (start, end) in pieces]
 
 
-@pytest.mark.parametrize("kind", sorted(PRE_TOKENIZERS))
+@pytest.mark.parametrize("kind", DISTINCT)
 @given(text=MIXED)
-@settings(max_examples=20)
+@settings(max_examples=30)
 def test_no_kind_loses_text(kind, text):
     assert "".join(words(kind, text)) == text
 
@@ -42,8 +46,8 @@ def test_no_kind_loses_text(kind, text):
         ("deepseek-v3", "x 12345", ["x", " ", "123", "45"]),
         ("falcon", "x 12345", ["x", " ", "123", "45"]),
         ("default", "x 12345", ["x", " ", "123", "45"]),
-        ("superbpe", "12345", ["12", "345"]),
-        ("afmoe", "12345", ["12", "345"]),
+        ("afmoe", "12345 1234567x", ["12", "345", " ", "1", "234", "567", "x"]),
+        ("tiny_aya", "12345 1234567x", ["12", "345", " ", "123", "456", "7", "x"]),
         # Contractions: lower case only, or any case; part of the word before in later kinds.
         ("gpt-2", "We've HE'S", ["We", "'ve", " HE", "'", "S"]),
         ("llama-bpe", "We've HE'S", ["We", "'ve", " HE", "'S"]),
@@ -94,6 +98,29 @@ def test_falcon_agrees_with_the_librarys_own_parts(text):
     ])  # fmt: skip
     expected = [piece for piece, _ in library.pre_tokenize_str(text)]
     assert [piece for piece, _ in PRE_TOKENIZERS["falcon"].build().pre_tokenize_str(text)] == expected
+
+
+@pytest.mark.parametrize(
+    ("kind", "literal"),
+    [
+        ("tiny_aya", r"\d{1,3}(?=(?:\d{3})*\b)"),
+        ("afmoe", r"\p{N}{1,3}(?=(?:\p{N}{3})*(?!\p{N}))"),
+        ("deepseek-llm", r"\s+$"),
+    ],
+)
+@given(text=st.text("12٣½a \t中_-", max_size=30))
+def test_linear_patterns_find_what_the_files_own_do(kind, literal, text):
+    patterns = PRE_TOKENIZERS[kind].patterns
+    (ours,) = (pattern for pattern in patterns if "(?<!" in pattern)
+    split = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in (ours, literal)]
+    assert split[0].pre_tokenize_str(text) == split[1].pre_tokenize_str(text)
+
+
+@pytest.mark.parametrize("kind", DISTINCT)
+def test_long_runs_take_no_quadratic_time(kind):
+    """A pattern that looks at all of a run from each of its places would take minutes here."""
+    for text in (" " * 100_000 + "中", "1" * 100_000 + "a", "A" * 100_000, "½1" * 50_000, "'" * 100_000):
+        assert "".join(words(kind, text)) == text
 
 
 def test_merges_in_order_of_rank():

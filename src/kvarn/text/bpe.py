@@ -44,7 +44,9 @@ class ByteLevelBPE:
 
     def encode(self, text: str, *, after_text: bool) -> list[int]:  # noqa: ARG002 (no prefix depends on it)
         """Token ids of a fragment."""
-        ids: list[int] = self._core.encode(text, add_special_tokens=False).ids
+        # Unlike encode, the batch call lets other threads run: a long text takes seconds.
+        (encoded,) = self._core.encode_batch_fast([text], add_special_tokens=False)
+        ids: list[int] = encoded.ids
         return ids
 
 

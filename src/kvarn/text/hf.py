@@ -52,7 +52,9 @@ class LibraryEncoder:
             if prefixed and not first:
                 words.prepend_scheme = "never"
             try:
-                ids: list[int] = self._core.encode(text, add_special_tokens=False).ids
+                # Unlike encode, the batch call lets other threads run: a long text takes seconds.
+                (encoded,) = self._core.encode_batch_fast([text], add_special_tokens=False)
+                ids: list[int] = encoded.ids
             finally:
                 if prefixed:
                     words.prepend_scheme = "first"

@@ -12,6 +12,7 @@ import heapq
 import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from operator import add
 
 from kvarn.text.vocabulary import SPACE
 
@@ -39,7 +40,7 @@ class SentencePieceBPE:
         space_prefix: bool,
     ) -> None:
         self._ids = ids
-        self._scores = scores
+        self._ranks = {token: -score for token, score in scores.items()}
         self._byte_ids = byte_ids
         self._unknown = unknown
         self._space_prefix = space_prefix
@@ -87,32 +88,34 @@ class SentencePieceBPE:
         return known
 
     def _join(self, word: str) -> list[str]:
-        """The symbols of a word after all joins. O(n log n)."""
-        symbols = list(word)
-        last = len(symbols) - 1
+        """The symbols of a word after all joins. O(n log n).
+
+        The queue holds (rank, left symbol, right symbol, length of both); an entry is stale where one of the two has
+        been joined with another since.
+        """
+        ranks, symbols, last = self._ranks, list(word), len(word) - 1
         before = list(range(-1, last))
         after = list(range(1, last + 2))
-        scores = self._scores
-        queue: list[tuple[float, int, int, int]] = []
-
-        def consider(left: int, right: int) -> None:
-            text = symbols[left] + symbols[right]
-            score = scores.get(text)
-            if score is not None:
-                heapq.heappush(queue, (-score, left, right, len(text)))
-
-        for left in range(last):
-            consider(left, left + 1)
+        queue = [
+            (ranks[pair], left, left + 1, 2) for left, pair in enumerate(map(add, word, word[1:])) if pair in ranks
+        ]
+        heapq.heapify(queue)
         while queue:
             _, left, right, length = heapq.heappop(queue)
-            if not symbols[left] or not symbols[right] or len(symbols[left]) + len(symbols[right]) != length:
-                continue  # one of the two has been joined with another since
-            symbols[left] += symbols[right]
+            first, second = symbols[left], symbols[right]
+            if not first or not second or len(first) + len(second) != length:
+                continue
+            joint = symbols[left] = first + second
             symbols[right] = ""
             following = after[left] = after[right]
             if following <= last:
                 before[following] = left
-                consider(left, following)
-            if before[left] >= 0:
-                consider(before[left], left)
+                rank = ranks.get(text := joint + symbols[following])
+                if rank is not None:
+                    heapq.heappush(queue, (rank, left, following, len(text)))
+            preceding = before[left]
+            if preceding >= 0:
+                rank = ranks.get(text := symbols[preceding] + joint)
+                if rank is not None:
+                    heapq.heappush(queue, (rank, preceding, left, len(text)))
         return [symbol for symbol in symbols if symbol]
