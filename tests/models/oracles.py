@@ -37,7 +37,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "Llama", {"rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 1.4, "beta_fast": 16, "beta_slow": 2}}
     ),
     "llama-yarn-betas": (
-        "Llama", {"rope_parameters": {**YARN, "original_max_position_embeddings": 10000, "beta_fast": 16.0}}
+        "Llama", {"rope_parameters": {**YARN, "original_max_position_embeddings": 10000, "beta_fast": 4.0}}
     ),
     "mistral": ("Mistral", {"sliding_window": None}),
     "mistral-window": ("Mistral", {"sliding_window": 7, "head_dim": 10}),
