@@ -1,4 +1,4 @@
-"""Reading a request's body: bounded while it arrives, JSON, and validated with errors that name the field."""
+"""A request's body: bounded while it arrives, JSON, and validated with errors that name the field."""
 
 from __future__ import annotations
 
@@ -7,71 +7,113 @@ from typing import Any, TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
+from starlette.requests import ClientDisconnect
 
 from kvarn.server.errors import ApiError
+from kvarn.server.protocol import screen
 
 Model = TypeVar("Model", bound=BaseModel)
-MAX_NESTING = 64
+
+KINDS = {
+    "string_type": "a string",
+    "bool_type": "true or false",
+    "int_type": "an integer",
+    "float_type": "a number",
+    "list_type": "a list",
+    "dict_type": "an object",
+    "model_type": "an object",
+}
+"""What pydantic's error types say was wanted."""
+SHOWN = 40
+"""Characters of a wrong value that a message repeats."""
 
 
-async def read_json(request: Request, limit: int) -> dict[str, Any]:
-    """The body as a JSON object of at most `limit` bytes. Raises ApiError 400, 413 or 415."""
-    kind = request.headers.get("content-type", "application/json").split(";")[0].strip().lower()
+async def read_body(request: Request, limit: int) -> bytes:
+    """The body, of at most `limit` bytes. Raises ApiError 413, 415, and 499 where the client leaves."""
+    _check_headers(request, limit)
+    body = bytearray()
+    try:
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > limit:
+                raise _too_large(limit)
+    except ClientDisconnect:
+        raise ApiError(499, "the client closed the connection") from None
+    return bytes(body)
+
+
+def _check_headers(request: Request, limit: int) -> None:
+    # A browser sends other types across origins without asking first, so no page can make it post here.
+    kind = request.headers.get("content-type", "nothing").split(";")[0].strip().lower()
     if kind != "application/json":
-        raise ApiError(415, f"the body must be application/json, not {kind[:100]}", code="unsupported_media_type")
+        message = f"the Content-Type must be application/json, not {kind[:SHOWN]}"
+        raise ApiError(415, message, code="unsupported_media_type")
+    coding = request.headers.get("content-encoding", "identity").strip().lower()
+    if coding != "identity":
+        message = f"the body must come without a Content-Encoding, not as {coding[:SHOWN]}"
+        raise ApiError(415, message, code="unsupported_media_type")
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > limit:
         raise _too_large(limit)
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > limit:
-            raise _too_large(limit)
-    try:
-        value = json.loads(body, parse_constant=_no_constant)
-    except RecursionError:
-        raise ApiError(400, "the body is nested too deep", code="invalid_json") from None
-    except ValueError as error:
-        raise ApiError(400, f"the body is not JSON: {error}", code="invalid_json") from None
-    if not isinstance(value, dict):
-        raise ApiError(400, "the body must be a JSON object", code="invalid_json")
-    return value
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON number")
 
 
 def _too_large(limit: int) -> ApiError:
     return ApiError(413, f"the body is larger than {limit} bytes (--max-body-bytes)", code="body_too_large")
 
 
-def parse(model: type[Model], values: dict[str, Any]) -> Model:
-    """The values as a request model. Raises ApiError 400 naming the first field at fault."""
+def parse(model: type[Model], body: bytes) -> Model:
+    """The body as a request model. Takes long for a long body. Raises ApiError 400 naming the first field at fault."""
+    values = screen(_json_object(body), model.model_fields)
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False)[0]
-        path = _path(first["loc"])
-        if first["type"] == "extra_forbidden":
-            raise ApiError(400, f"unknown parameter {path}", param=path, code="unknown_parameter") from None
-        given = first.get("input")
-        shown = "" if first["type"] == "missing" else f", not {json.dumps(given, default=str)[:80]}"
-        raise ApiError(400, f"{path}: {_plain(first['msg'])}{shown}", param=path, code="invalid_type") from None
+        raise _refusal(error) from None
+
+
+def _json_object(body: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(body, parse_constant=_no_constant)
+    except RecursionError:
+        raise _not_json("it is nested too deep") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise _not_json(str(error)) from None
+    except ValueError:  # Python's limit; its own message is for programmers
+        raise _not_json("a number has too many digits") from None
+    if not isinstance(value, dict):
+        raise ApiError(400, "the body must be a JSON object", code="invalid_json")
+    return value
+
+
+def _no_constant(name: str) -> None:
+    raise _not_json(f"{name} is no number")
+
+
+def _not_json(reason: str) -> ApiError:
+    return ApiError(400, f"the body is not JSON: {reason}", code="invalid_json")
+
+
+def _refusal(error: ValidationError) -> ApiError:
+    first = error.errors(include_url=False, include_context=False)[0]
+    kind, path = first["type"], _path(first["loc"])
+    if kind == "extra_forbidden":
+        return ApiError(400, f"unknown parameter {path}", param=path, code="unknown_parameter")
+    if kind == "missing":
+        return ApiError(400, f"{path} is missing", param=path, code="missing_parameter")
+    wanted = f"must be {KINDS[kind]}" if kind in KINDS else first["msg"].removeprefix("Value error, ")
+    return ApiError(400, f"{path} {wanted}, not {_shown(first['input'])}", param=path, code="invalid_type")
 
 
 def _path(location: tuple[int | str, ...]) -> str:
-    """`messages[0].content` from pydantic's location; names of union members are left out."""
+    """`messages[0].content` from pydantic's location."""
     path = ""
     for part in location:
-        if isinstance(part, int):
-            path += f"[{part}]"
-        elif part.isidentifier() and part not in ("str", "int", "float", "bool", "list", "dict"):
-            path += f".{part}" if path else part
-    return path or "body"
+        path += f"[{part}]" if isinstance(part, int) else f".{part[:64]}" if path else part[:64]
+    return path
 
 
-def _plain(message: str) -> str:
-    return (
-        message.removeprefix("Value error, ").replace("Input should be", "must be").replace("Field required", "missing")
-    )
+def _shown(value: Any) -> str:
+    """A wrong value, short enough for a message."""
+    if isinstance(value, list | dict):
+        return "a list" if isinstance(value, list) else "an object"
+    text = json.dumps(value[:SHOWN] if isinstance(value, str) else value)
+    return text if len(text) <= 2 * SHOWN else f"{text[:SHOWN]}…"

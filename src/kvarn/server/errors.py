@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import secrets
 from collections.abc import Mapping
-from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse
+from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
 from kvarn.errors import EngineError, KvarnError, QueueFullError, RequestError, TemplateError
 
 logger = logging.getLogger("kvarn.server")
 RETRY_SECONDS = "1"
+MAX_MESSAGE, MAX_PARAM = 1000, 200
+"""Characters of a message and of a field's path."""
 
 
 class ApiError(Exception):
@@ -36,12 +38,21 @@ class ApiError(Exception):
         self.code = code
         self.headers = dict(headers or {})
 
-    def body(self) -> dict[str, Any]:
-        """The JSON body."""
+    def body(self) -> bytes:
+        """The JSON body. ASCII: what clients sent may be repeated in it, lone surrogates among it."""
         kinds = {429: "rate_limit_error", 503: "service_unavailable_error"}
         kind = "server_error" if self.status >= 500 else "invalid_request_error"
-        error = {"message": self.message, "type": kinds.get(self.status, kind), "param": self.param, "code": self.code}
-        return {"error": error}
+        error = {
+            "message": self.message if len(self.message) <= MAX_MESSAGE else f"{self.message[:MAX_MESSAGE]}…",
+            "type": kinds.get(self.status, kind),
+            "param": None if self.param is None else self.param[:MAX_PARAM],
+            "code": self.code,
+        }
+        return json.dumps({"error": error}).encode()
+
+    def response(self) -> Response:
+        """The HTTP response."""
+        return Response(self.body(), self.status, self.headers, media_type="application/json")
 
 
 def to_api_error(error: Exception) -> ApiError:
@@ -69,11 +80,11 @@ def to_api_error(error: Exception) -> ApiError:
 def install(app: FastAPI) -> None:
     """Makes every error of the app, routing errors among them, answer in this shape."""
 
-    def answer(request: Request, error: Exception) -> JSONResponse:
+    async def answer(request: Request, error: Exception) -> Response:
         found = to_api_error(error)
         if isinstance(error, HTTPException):
-            found.message = f"{found.message}: {request.method} {request.url.path}"
-        return JSONResponse(found.body(), status_code=found.status, headers=found.headers)
+            found.message = f"{found.message}: {request.method} {request.url.path[:200]}"
+        return found.response()
 
     for kind in (ApiError, KvarnError, HTTPException, Exception):
         app.add_exception_handler(kind, answer)

@@ -4,18 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncGenerator, Awaitable, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, field
-from typing import TypeVar
-
-from fastapi import Request as HttpRequest
 
 from kvarn.engine import AsyncLLM
 from kvarn.request import FinishReason, Request, RequestOutput, SamplingParams, SequenceOutput, TokenLogprob
-from kvarn.server.errors import ApiError
-
-T = TypeVar("T")
 
 
 def new_id(prefix: str) -> str:
@@ -61,24 +55,29 @@ class Answer:
 class Generation:
     """The engine requests of one HTTP request. Choice index = prompt index * n + sequence index."""
 
-    def __init__(self, llm: AsyncLLM, prompts: Sequence[Sequence[int]], sampling: SamplingParams, name: str) -> None:
-        """Checks all prompts before any is queued. Raises RequestError."""
+    def __init__(
+        self, llm: AsyncLLM, prompts: Iterable[Sequence[int]], sampling: SamplingParams, answer_id: str
+    ) -> None:
+        """Checks each prompt as it comes, and all before any is queued. Any thread may call. Raises RequestError."""
         self._llm = llm
-        self._n = sampling.n
-        self.usage = Usage(prompt=sum(map(len, prompts)))
-        self._requests = [Request(f"{name}-{i}", tuple(ids), sampling) for i, ids in enumerate(prompts)]
-        for request in self._requests:
+        self.n = sampling.n
+        self.answer_id = answer_id
+        self.requests: list[Request] = []
+        for index, ids in enumerate(prompts):
+            request = Request(f"{answer_id}-{index}", tuple(ids), sampling)
             llm.check(request)
+            self.requests.append(request)
+        self.usage = Usage(prompt=sum(len(request.prompt_token_ids) for request in self.requests))
 
     @property
     def num_choices(self) -> int:
         """Number of answers."""
-        return len(self._requests) * self._n
+        return len(self.requests) * self.n
 
     async def stream(self) -> AsyncGenerator[list[tuple[int, SequenceOutput]], None]:
         """(choice index, delta) pairs as they come. Closing it aborts what still runs."""
         async with AsyncExitStack() as stack:
-            streams = [await stack.enter_async_context(aclosing(self._llm.generate(r))) for r in self._requests]
+            streams = [await stack.enter_async_context(aclosing(self._llm.generate(r))) for r in self.requests]
             if len(streams) == 1:
                 async for output in streams[0]:
                     yield self._deltas(0, output)
@@ -113,7 +112,7 @@ class Generation:
         self.usage.completion += sum(len(delta.token_ids) for delta in output.outputs)
         if output.finished:
             self.usage.cached += output.num_cached_tokens
-        return [(prompt * self._n + delta.index, delta) for delta in output.outputs]
+        return [(prompt * self.n + delta.index, delta) for delta in output.outputs]
 
     async def whole(self) -> list[Answer]:
         """All answers, complete."""
@@ -123,23 +122,3 @@ class Generation:
                 for index, delta in deltas:
                     answers[index].take(delta)
         return answers
-
-
-async def unless_disconnected(request: HttpRequest, work: Awaitable[T]) -> T:
-    """Awaits `work`, but cancels it when the client goes away. Raises ApiError 499 then (nobody reads it)."""
-    task = asyncio.ensure_future(work)
-    gone = asyncio.create_task(_disconnected(request))
-    try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ApiError(499, "the client closed the connection")
-        return task.result()
-    finally:
-        for pending in (task, gone):
-            pending.cancel()
-        await asyncio.gather(task, gone, return_exceptions=True)
-
-
-async def _disconnected(request: HttpRequest) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass

@@ -39,20 +39,24 @@ def chat_logprobs(tokenizer: Tokenizer, logprobs: Sequence[TokenLogprob]) -> dic
     return {"content": content, "refusal": None}
 
 
-def completion_logprobs(tokenizer: Tokenizer, logprobs: Sequence[TokenLogprob], offset: int) -> dict[str, Any]:
-    """`choices[].logprobs` of a completion. offset: characters of the answer before these tokens."""
-    tokens, offsets, tops = [], [], []
+def completion_logprobs(
+    tokenizer: Tokenizer, logprobs: Sequence[TokenLogprob], offset: int, *, skip_special_tokens: bool
+) -> tuple[dict[str, Any], int]:
+    """`choices[].logprobs` of a completion, and the offset after these tokens.
+
+    offset: characters of the text before these tokens. A token that ends inside a code point counts those it begins.
+    """
+    tokens: list[str] = []
+    offsets: list[int] = []
+    tops: list[dict[str, float]] = []
     for item in logprobs:
         text = _text(tokenizer, item.token_id)
         tokens.append(text)
         offsets.append(offset)
-        offset += len(text)
+        shown = tokenizer.text_bytes(item.token_id, skip_special_tokens)
+        offset += sum(byte & 0xC0 != 0x80 for byte in shown)
         top = {_text(tokenizer, token): _finite(value) for token, value in item.top}
         top.setdefault(text, _finite(item.logprob))
         tops.append(top)
-    return {
-        "tokens": tokens,
-        "token_logprobs": [_finite(item.logprob) for item in logprobs],
-        "top_logprobs": tops,
-        "text_offset": offsets,
-    }
+    values = [_finite(item.logprob) for item in logprobs]
+    return {"tokens": tokens, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets}, offset

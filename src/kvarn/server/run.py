@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import signal
 import socket
@@ -16,12 +17,15 @@ import uvicorn
 from kvarn.config import EngineConfig
 from kvarn.engine import AsyncLLM
 from kvarn.errors import ConfigError, KvarnError
-from kvarn.server.app import DEFAULT_MAX_BODY_BYTES, ServerState, create_app
+from kvarn.server.app import DEFAULT_MAX_BODY_BYTES, create_app
+from kvarn.server.state import ServerState
 
 GRACE_SECONDS = 5
 """How long answers in flight may go on after SIGINT or SIGTERM; then they end with an error event."""
 CLOSING_SECONDS = 5
 """How long the connections may take after that."""
+BACKLOG = 2048
+"""Connections that the system keeps until the event loop takes them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,17 +79,15 @@ OnReady = Callable[[AsyncLLM, float], None]
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """A bound socket. Raises ConfigError where the address cannot be had."""
+    """A listening socket. Raises ConfigError where the address cannot be had."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        listener.bind((host, port))
+        return socket.create_server((host, port), family=family, backlog=BACKLOG)
     except OSError as error:
-        listener.close()
-        reason = "is in use: stop what listens there or choose another --port" if error.errno == 98 else error.strerror
-        raise ConfigError(f"cannot listen on {host} port {port}: it {reason}") from error
-    return listener
+        reason = error.strerror or str(error)
+        if error.errno == errno.EADDRINUSE:
+            reason = "it is in use: stop what listens there or choose another --port"
+        raise ConfigError(f"cannot listen on {host} port {port}: {reason}") from error
 
 
 def serve(options: ServeOptions, *, on_listening: OnListening | None = None, on_ready: OnReady | None = None) -> None:
@@ -96,7 +98,7 @@ def serve(options: ServeOptions, *, on_listening: OnListening | None = None, on_
     what loading raises (KvarnError), after the server has stopped.
     """
     listener = _listen(options.host, options.port)
-    app = create_app(None, served_model_name=options.served_model_name, max_body_bytes=options.max_body_bytes)
+    app = create_app(None, max_body_bytes=options.max_body_bytes)
     config = uvicorn.Config(
         app,
         log_level="warning",
@@ -135,9 +137,8 @@ async def _run(
 
     async def load() -> None:
         llm = await asyncio.to_thread(AsyncLLM.from_model, options.model, options.engine)
-        state.names = tuple(dict.fromkeys(n for n in (options.served_model_name, llm.model_name) if n))
-        state.llm = llm
-        if on_ready is not None:
+        state.open(llm, options.served_model_name)
+        if on_ready is not None and not server.should_exit:
             on_ready(llm, time.perf_counter() - started)
 
     loading = asyncio.create_task(load())

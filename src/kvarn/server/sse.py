@@ -1,24 +1,34 @@
-"""Server-sent events: one write for each step's news, an error event on failure midway, an abort on leaving."""
+"""Answers that end with their client: server-sent events, one write for each step's news, and whole ones."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable
 from contextlib import aclosing
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from kvarn.server.errors import to_api_error
+from kvarn.server.errors import ApiError, to_api_error
 
 DONE = b"data: [DONE]\n\n"
+HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),  # nginx would hold the events back
+]
+T = TypeVar("T")
 
 
 def event(value: Any) -> bytes:
     """One event with a JSON value."""
-    return b"data: " + json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    return _framed(json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode())
+
+
+def _framed(data: bytes) -> bytes:
+    return b"data: " + data + b"\n\n"
 
 
 class EventStream(Response):
@@ -44,34 +54,45 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Sends until the end or until the client is gone."""
         del scope
-        sender = asyncio.create_task(self._send(send))
-        listener = asyncio.create_task(_disconnect(receive))
-        try:
-            await asyncio.wait({sender, listener}, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for task in (sender, listener):
-                task.cancel()
-            await asyncio.gather(sender, listener, return_exceptions=True)
+        async with aclosing(self._chunks):
+            sender = asyncio.create_task(self._send(send))
+            listener = asyncio.create_task(disconnected(receive))
+            try:
+                await asyncio.wait({sender, listener}, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                for task in (sender, listener):
+                    task.cancel()
+                await asyncio.gather(sender, listener, return_exceptions=True)
 
     async def _send(self, send: Send) -> None:
-        headers = [
-            (b"content-type", b"text/event-stream; charset=utf-8"),
-            (b"cache-control", b"no-cache"),
-            (b"x-accel-buffering", b"no"),
-        ]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-        async with aclosing(self._chunks):
-            if self._first is not None:
-                await send({"type": "http.response.body", "body": self._first, "more_body": True})
-            try:
-                async for chunk in self._chunks:
-                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
-            except Exception as error:  # the status is out already: tell it in the stream
-                body = event(to_api_error(error).body())
-                await send({"type": "http.response.body", "body": body, "more_body": True})
-        await send({"type": "http.response.body", "body": DONE, "more_body": False})
+        await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
+        if self._first is not None:
+            await send({"type": "http.response.body", "body": self._first, "more_body": True})
+        end = DONE
+        try:
+            async for chunk in self._chunks:
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        except Exception as error:  # the status is out already: tell it in the stream
+            end = _framed(to_api_error(error).body()) + DONE
+        await send({"type": "http.response.body", "body": end, "more_body": False})
 
 
-async def _disconnect(receive: Receive) -> None:
+async def disconnected(receive: Receive) -> None:
+    """Returns when the client is gone. The request's body must have been read."""
     while (await receive())["type"] != "http.disconnect":
         pass
+
+
+async def unless_disconnected(receive: Receive, work: Awaitable[T]) -> T:
+    """Awaits `work`, but cancels it when the client goes away. Raises ApiError 499 then (nobody reads it)."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.create_task(disconnected(receive))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ApiError(499, "the client closed the connection")
+        return task.result()
+    finally:
+        for pending in (task, gone):
+            pending.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)

@@ -1,0 +1,49 @@
+"""The engine's statistics in Prometheus' text format, under vLLM's names with `kvarn:` before them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from kvarn.engine import EngineStats
+
+
+class EngineCollector(Collector):
+    """One snapshot of an engine as metrics."""
+
+    def __init__(self, stats: EngineStats, model: str) -> None:
+        self._stats = stats
+        self._model = model
+
+    def collect(self) -> Iterator[Metric]:
+        """The metrics, each with the model's name as a label."""
+        stats = self._stats
+        used = 1 - stats.free_blocks / stats.num_blocks if stats.num_blocks else 0.0
+        gauges = (
+            ("num_requests_running", "Sequences that take part in the steps.", stats.running),
+            ("num_requests_waiting", "Sequences that wait: new or preempted.", stats.waiting),
+            ("kv_cache_usage_perc", "Share of the KV cache's blocks in use, 0 to 1.", used),
+        )
+        counters = (
+            ("prompt_tokens", "Prompt tokens computed.", stats.prompt_tokens),
+            ("generation_tokens", "Tokens generated.", stats.generated_tokens),
+            ("num_preemptions", "Preemptions.", stats.preemptions),
+            ("engine_steps", "Steps of the engine.", stats.steps),
+            ("engine_failed_steps", "Steps that failed.", stats.failed_steps),
+        )
+        kinds = ((GaugeMetricFamily, gauges), (CounterMetricFamily, counters))
+        for kind, metrics in kinds:
+            for name, text, value in metrics:
+                family = kind(f"kvarn:{name}", text, labels=["model_name"])
+                family.add_metric([self._model], value)
+                yield family
+
+
+def exposition(stats: EngineStats, model: str) -> bytes:
+    """The body of an answer to a scrape."""
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(EngineCollector(stats, model))
+    return generate_latest(registry)

@@ -1,0 +1,67 @@
+"""Prompts as token ids. What cannot fit is refused before the time is spent to tokenize it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from kvarn.engine import AsyncLLM
+from kvarn.errors import RequestError
+from kvarn.server.errors import ApiError
+from kvarn.server.protocol import ChatCompletionRequest, CompletionRequest
+
+MAX_PROMPTS = 64
+
+
+class PromptEncoder:
+    """Turns texts and conversations into token ids. Any thread may call; takes long for long texts."""
+
+    def __init__(self, llm: AsyncLLM) -> None:
+        self._tokenizer = llm.tokenizer
+        self._max_tokens = llm.max_model_len
+        self._longest_token = max(map(len, llm.tokenizer.vocabulary.tokens), default=1)
+
+    def completion(self, request: CompletionRequest) -> Iterator[Sequence[int]]:
+        """Token ids of each prompt, one after the other. Raises ApiError, RequestError naming `prompt`."""
+        given = request.prompt
+        single = isinstance(given, str) or (given and isinstance(given[0], int))
+        prompts: list[Any] = [given] if single else list(given)
+        if not 1 <= len(prompts) <= MAX_PROMPTS:
+            message = f"prompt must hold 1 to {MAX_PROMPTS} prompts, not {len(prompts)}"
+            raise ApiError(400, message, param="prompt", code="invalid_value")
+        special = True if request.add_special_tokens is None else request.add_special_tokens
+        for prompt in prompts:
+            if isinstance(prompt, str):
+                self._check_length(len(prompt))
+                yield self._tokenizer.encode(prompt, add_special_tokens=special)
+            else:
+                yield prompt
+
+    def chat(self, request: ChatCompletionRequest) -> Iterator[Sequence[int]]:
+        """Token ids of the conversation. Raises TemplateError, RequestError naming the part at fault."""
+        self._check_length(sum(map(_characters, request.messages)))
+        yield self._tokenizer.encode_chat(
+            request.messages,
+            add_generation_prompt=request.add_generation_prompt is not False,
+            continue_final_message=bool(request.continue_final_message),
+            template_kwargs=request.chat_template_kwargs or {},
+        )
+
+    def _check_length(self, characters: int) -> None:
+        most = self._max_tokens * self._longest_token
+        if characters > most:
+            raise RequestError(
+                f"the prompt has {characters} characters, but the model's limit is {self._max_tokens} tokens "
+                f"(max_model_len), and those hold at most {most} characters",
+                field="prompt",
+            )
+
+
+def _characters(message: Mapping[str, Any]) -> int:
+    """Characters of a message's text. The message is not checked yet and may be anything."""
+    content = message.get("content")
+    if isinstance(content, str):
+        return len(content)
+    parts = content if isinstance(content, list) else []
+    texts = [part.get("text") for part in parts if isinstance(part, dict)]
+    return sum(len(text) for text in texts if isinstance(text, str))

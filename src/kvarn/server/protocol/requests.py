@@ -1,0 +1,202 @@
+"""The requests that the server honours, as pydantic models, and how they become `SamplingParams`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    Strict,
+    StrictBool,
+    StrictInt,
+    StrictStr,
+    WithJsonSchema,
+)  # fmt: skip
+
+from kvarn.errors import RequestError
+from kvarn.request import MAX_LOGPROBS, SamplingParams
+from kvarn.server.errors import ApiError
+
+DEFAULT_COMPLETION_TOKENS = 16
+"""`max_tokens` of a completion that does not say, as OpenAI has it."""
+SAMPLING_FIELDS = (
+    "n", "seed", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
+    "repetition_penalty", "min_tokens", "ignore_eos", "skip_special_tokens", "include_stop_str_in_output",
+)  # fmt: skip
+"""Fields that `SamplingParams` has under the same name; its defaults hold where they are absent or null."""
+
+
+def _stop(value: Any) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    if isinstance(value, str):
+        return (value,)
+    if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        return tuple(value)
+    raise ValueError("must be a string or a list of strings")
+
+
+def _prompt(value: Any) -> Any:
+    """As it is. The kinds of all items are looked at in one pass: a prompt may have millions."""
+    if isinstance(value, str):
+        return value
+    kinds = set(map(type, value)) if isinstance(value, list) else {None}
+    if kinds <= {str} or kinds == {int} or (kinds == {list} and all(set(map(type, ids)) <= {int} for ids in value)):
+        return value
+    raise ValueError("must be a string, a list of strings, a list of token ids, or a list of lists of token ids")
+
+
+def _schema(*kinds: dict[str, Any]) -> WithJsonSchema:
+    return WithJsonSchema({"anyOf": list(kinds)})
+
+
+_TEXT, _IDS = {"type": "string"}, {"type": "array", "items": {"type": "integer"}}
+_TEXTS = {"type": "array", "items": _TEXT}
+Number = Annotated[float, Strict()]
+Stop = Annotated[tuple[str, ...], PlainValidator(_stop), _schema(_TEXT, _TEXTS, {"type": "null"})]
+Prompt = Annotated[
+    str | list[str] | list[int] | list[list[int]],
+    PlainValidator(_prompt),
+    _schema(_TEXT, _TEXTS, _IDS, {"type": "array", "items": _IDS}),
+]
+
+
+class StreamOptions(BaseModel):
+    """`stream_options`."""
+
+    model_config = ConfigDict(extra="forbid")
+    include_usage: StrictBool | None = None
+    include_obfuscation: StrictBool | None = None
+
+
+class SamplingRequest(BaseModel):
+    """Parameters that completions and chat completions share. null means absent, as OpenAI has it.
+
+    Lists are validated up to the first item that is wrong, so that a hostile body costs no more than reading it.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+    model: StrictStr | None = None
+    stream: StrictBool | None = None
+    stream_options: StreamOptions | None = None
+    n: StrictInt | None = None
+    seed: StrictInt | None = None
+    stop: Stop = ()
+    temperature: Number | None = None
+    top_p: Number | None = None
+    top_k: StrictInt | None = None
+    min_p: Number | None = None
+    presence_penalty: Number | None = None
+    frequency_penalty: Number | None = None
+    repetition_penalty: Number | None = None
+    logit_bias: dict[str, Number] | None = None
+    max_tokens: StrictInt | None = None
+    min_tokens: StrictInt | None = None
+    ignore_eos: StrictBool | None = None
+    stop_token_ids: list[StrictInt] | None = Field(None, fail_fast=True)
+    skip_special_tokens: StrictBool | None = None
+    include_stop_str_in_output: StrictBool | None = None
+
+    def _sampling(self, *, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
+        self._check_stream_options()
+        given = {name: getattr(self, name) for name in SAMPLING_FIELDS if getattr(self, name) is not None}
+        return SamplingParams(
+            **given,
+            max_tokens=max_tokens,
+            logprobs=logprobs,
+            stop=self.stop,
+            stop_token_ids=tuple(self.stop_token_ids or ()),
+            logit_bias=self._bias(),
+        )
+
+    def _check_stream_options(self) -> None:
+        if self.stream_options is None:
+            return
+        if not self.stream:
+            raise ApiError(400, "stream_options is for stream: true only", param="stream_options", code="invalid_value")
+        if self.stream_options.include_obfuscation:
+            name = "stream_options.include_obfuscation"
+            raise ApiError(400, f"{name} is not supported yet", param=name, code="unsupported_parameter")
+
+    def _bias(self) -> dict[int, float]:
+        bias: dict[int, float] = {}
+        for token, value in (self.logit_bias or {}).items():
+            if not token.isascii() or not token.isdigit() or len(token) > 10:
+                message = f"logit_bias must be keyed by token ids, not {token[:40]!r}"
+                raise ApiError(400, message, param="logit_bias", code="invalid_value")
+            bias[int(token)] = value
+        return bias
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether the stream ends with a chunk of usage."""
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    def refusal(self, error: RequestError) -> ApiError:
+        """The error with the parameter named as the client spelt it."""
+        return ApiError(400, str(error), param=error.field, code="invalid_value")
+
+
+class CompletionRequest(SamplingRequest):
+    """POST /v1/completions."""
+
+    prompt: Prompt
+    logprobs: StrictInt | None = None
+    echo: StrictBool | None = None
+    best_of: StrictInt | None = None
+    add_special_tokens: StrictBool | None = None
+
+    def to_sampling(self) -> SamplingParams:
+        """As the engine takes it. Raises RequestError, ApiError naming the parameter."""
+        if self.echo and self.logprobs is not None:
+            message = "echo is not supported together with logprobs yet"
+            raise ApiError(400, message, param="echo", code="unsupported_parameter")
+        if self.best_of is not None and self.best_of != (1 if self.n is None else self.n):
+            message = "best_of must be n: choosing among more answers is not supported yet"
+            raise ApiError(400, message, param="best_of", code="unsupported_parameter")
+        limit = DEFAULT_COMPLETION_TOKENS if self.max_tokens is None else self.max_tokens
+        return self._sampling(max_tokens=limit, logprobs=self.logprobs)
+
+
+class ChatCompletionRequest(SamplingRequest):
+    """POST /v1/chat/completions."""
+
+    messages: list[dict[str, Any]] = Field(fail_fast=True)
+    logprobs: StrictBool | None = None
+    top_logprobs: StrictInt | None = None
+    max_completion_tokens: StrictInt | None = None
+    add_generation_prompt: StrictBool | None = None
+    continue_final_message: StrictBool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    def to_sampling(self) -> SamplingParams:
+        """As the engine takes it; without max_tokens the model's length is the limit.
+
+        Raises RequestError, ApiError naming the parameter.
+        """
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ApiError(400, "top_logprobs needs logprobs: true", param="top_logprobs", code="invalid_value")
+        if self.top_logprobs is not None and not 0 <= self.top_logprobs <= MAX_LOGPROBS:
+            message = f"top_logprobs must be between 0 and {MAX_LOGPROBS}, not {self.top_logprobs}"
+            raise ApiError(400, message, param="top_logprobs", code="invalid_value")
+        if self.continue_final_message and self.add_generation_prompt:
+            message = "add_generation_prompt and continue_final_message exclude one another"
+            raise ApiError(400, message, param="add_generation_prompt", code="invalid_value")
+        limit, other = self.max_completion_tokens, self.max_tokens
+        if limit is not None and other is not None and limit != other:
+            message = f"max_tokens ({other}) and max_completion_tokens ({limit}) are one limit: give one of them"
+            raise ApiError(400, message, param="max_tokens", code="invalid_value")
+        return self._sampling(
+            max_tokens=other if limit is None else limit,
+            logprobs=(self.top_logprobs or 0) if self.logprobs else None,
+        )
+
+    def refusal(self, error: RequestError) -> ApiError:
+        """The error with the parameter named as the client spelt it."""
+        message, field = str(error), error.field
+        if field == "max_tokens" and self.max_completion_tokens is not None:
+            message, field = message.replace("max_tokens", "max_completion_tokens"), "max_completion_tokens"
+        return ApiError(400, message, param="messages" if field == "prompt" else field, code="invalid_value")
