@@ -4,6 +4,9 @@
 // positions; a tile has its own maximum, its exponentials are summed by lanes and then by a fixed tree, and values are
 // added in token order. Tiles merge in order into spans of 256 keys, spans merge in order into the result. So prefill
 // in any chunking, decode, and decode with spans on several threads give the same bits.
+//
+// Many queries convert a tile to float32 once, in scratch; few read the cache as it is. A "query" below is one head of
+// one row: query i is row i / group, head i % group.
 #include "kernels_internal.h"
 #include "vec.h"
 
@@ -11,57 +14,63 @@ KVARN_KERNELS_BEGIN
 namespace {
 
 constexpr float kNoScore = -INFINITY;
-constexpr int kSub = 16;                        // keys of a sub-block
-constexpr int kSubs = int(kKeyTile) / kSub;     // sub-blocks of a tile
-constexpr int kScoreQueries = 6, kValueQueries = 6;  // register tiles: 4 vectors × 6 queries
+constexpr int kSub = 16;                     // keys of a sub-block
+constexpr int kSubs = int(kKeyTile) / kSub;  // sub-blocks of a tile
+constexpr int kBlockQueries = 6;             // register tiles: 4 vectors × 6 queries
+constexpr int64_t kFewQueries = 2 * kBlockQueries;
 
-inline F load_elements(const uint8_t *p, int64_t index, bool half) {
-    return half ? load_f16(reinterpret_cast<const uint16_t *>(p) + index)
-                : load(reinterpret_cast<const float *>(p) + index);
+enum class Elements { kFloat, kHalf };
+template <Elements elements>
+KVARN_INLINE F load_elements(const uint8_t *p, int64_t index) {
+    if constexpr (elements == Elements::kHalf) return load_f16(reinterpret_cast<const uint16_t *>(p) + index);
+    return load(reinterpret_cast<const float *>(p) + index);
 }
 
-// What one query row of one head has gathered: sum of weights l under maximum m, and dim weighted values.
+// Sums of weights l under maximum m, and weighted values o, of all queries. Factors of the last merge: old, now.
 struct State {
     float *m, *l, *o;  // [queries], [queries], [queries][dim]
     int64_t dim;
 
-    void reset(int64_t query) const {
-        m[query] = kNoScore;
-        l[query] = 0.0f;
-        std::memset(o + query * dim, 0, size_t(dim) * sizeof(float));
+    void reset(int64_t queries) const {
+        for (int64_t i = 0; i < queries; ++i) m[i] = kNoScore;
+        std::memset(l, 0, size_t(queries) * sizeof(float));
+        std::memset(o, 0, size_t(queries * dim) * sizeof(float));
     }
 };
 
-// Merges (m, l, values) into a state, which must come before it in position. Adding +0 turns -0 into +0, so a zero does
-// not tell how many masked keys were multiplied with it.
-inline void merge(const State &to, int64_t query, float m, float l, const float *values) {
-    if (m == kNoScore) return;
-    const float largest = to.m[query] > m ? to.m[query] : m;
-    const float factors[16] = {to.m[query] - largest, m - largest};
-    float scaled[16];
-    store(scaled, exp(load(factors)));
-    to.l[query] = to.l[query] * scaled[0] + l * scaled[1];
-    const F old = set(scaled[0]), now = set(scaled[1]);
-    float *o = to.o + query * to.dim;
-    for (int64_t i = 0; i < to.dim; i += kLanes)
-        store(o + i, add(fma(load(values + i), now, mul(load(o + i), old)), zero()));
-    to.m[query] = largest;
+// Merges maxima and sums (m, l), which come after `to` in position, 16 queries at a time; leaves the factors that the
+// values of both are to be multiplied with. A query without keys on either side gives factors 1 and 0: nothing changes.
+void merge_sums(const State &to, const float *m, const float *l, int64_t queries, float *old_factor, float *now_factor) {
+    for (int64_t i = 0; i < queries; i += kLanes) {
+        const F before = load(to.m + i), after = load(m + i), largest = max(before, after);
+        const F base = select(less(set(kNoScore), largest), largest, zero());
+        const F old = exp(sub(before, base)), now = exp(sub(after, base));
+        store(to.l + i, fma(load(l + i), now, mul(load(to.l + i), old)));
+        store(to.m + i, largest);
+        store(old_factor + i, old);
+        store(now_factor + i, now);
+    }
 }
+
+// Values of one query: o = o * old + values * now. Adding +0 turns -0 into +0, so that a zero does not tell how many
+// masked keys were multiplied with it.
+KVARN_INLINE F merged(F o, F old, F values, F now) { return add(fma(values, now, mul(o, old)), zero()); }
 
 // The views of one call: scratch cut into its parts.
 struct Work {
     const AttentionArgs &a;
-    int64_t queries;      // rows * group; query i is row i / group, head i % group
+    int64_t queries;
     int64_t dim;          // value_dim rounded up to 16
     float *keys;          // [kSubs][key_dim][16]
     float *values;        // [kKeyTile][dim]
     float *weights;       // [queries][kKeyTile]: scores, then exponentials
-    float *tile_m, *tile_l, *tile_o;
+    float *tile_m, *tile_l, *old_factor, *now_factor;
     State span, total;
 
     explicit Work(const AttentionArgs &args) : a(args) {
         queries = a.rows * a.group;
         dim = (a.kv->value_dim + 15) / 16 * 16;
+        const int64_t padded = (queries + 15) / 16 * 16;
         float *next = a.scratch;
         const auto take = [&](int64_t n) {
             float *p = next;
@@ -70,18 +79,17 @@ struct Work {
         };
         keys = take(kKeyTile * a.kv->key_dim);
         values = take(kKeyTile * dim);
-        weights = take(queries * kKeyTile);
-        tile_o = take(queries * dim);
-        span = {nullptr, nullptr, take(queries * dim), dim};
-        total = {nullptr, nullptr, take(queries * dim), dim};
-        tile_m = take(queries);
-        tile_l = take(queries);
-        span.m = take(queries);
-        span.l = take(queries);
-        total.m = take(queries);
-        total.l = take(queries);
+        weights = take(padded * kKeyTile);
+        tile_m = take(padded);
+        tile_l = take(padded);
+        old_factor = take(padded);
+        now_factor = take(padded);
+        span = {take(padded), take(padded), take(padded * dim), dim};
+        total = {take(padded), take(padded), take(padded * dim), dim};
+        for (int64_t i = queries; i < padded; ++i) tile_m[i] = kNoScore, tile_l[i] = 0.0f;
     }
 
+    int64_t padded() const { return (queries + 15) / 16 * 16; }
     int64_t position(int64_t query) const { return a.position + query / a.group; }
     int64_t first_key(int64_t position) const {
         return a.window > 0 && position >= a.window ? position - a.window + 1 : 0;
@@ -91,35 +99,56 @@ struct Work {
     }
 };
 
-// Keys and values of `count` tokens from `start` (a multiple of kKeyTile) as float32. Slots past count are not read
-// for values; their keys share vectors with keys that are, and lanes do not meet.
-void load_tile(const Work &w, int64_t start, int64_t count) {
+// A tile's sub-blocks: keys [key_dim][16], values [16][value_stride]. Those beyond the sequence repeat the first one:
+// their scores are masked, their values not read.
+struct Tile {
+    const uint8_t *keys[kSubs], *values[kSubs];
+    int64_t value_stride;
+    int64_t count;  // tokens that the sequence has
+};
+
+Tile cached_tile(const Work &w, int64_t start, int64_t count) {
     const KvLayerView &kv = *w.a.kv;
-    const int64_t kd = kv.key_dim, vd = kv.value_dim, bytes = kv.element_bytes();
+    const int64_t bytes = kv.element_bytes();
+    Tile tile;
+    tile.value_stride = kv.value_dim;
+    tile.count = count;
     for (int64_t s = 0; s < kSubs; ++s) {
-        float *keys = w.keys + s * kd * kSub;
-        if (s * kSub >= count) {
-            std::memset(keys, 0, size_t(kd * kSub) * sizeof(float));
-            continue;
-        }
-        const int64_t position = start + s * kSub, offset = position % kv.block_size;
+        const int64_t position = s * kSub < count ? start + s * kSub : start, offset = position % kv.block_size;
         const uint8_t *head = kv.head(w.a.block_table[position / kv.block_size], w.a.kv_head);
-        const uint8_t *k = head + offset * kd * bytes;
-        for (int64_t i = 0; i < kd; ++i) store(keys + i * kSub, load_elements(k, i * kSub, kv.half));
-        const uint8_t *v = head + (kv.block_size * kd + offset * vd) * bytes;
-        const int64_t tokens = count - s * kSub < kSub ? count - s * kSub : kSub;
-        float *values = w.values + s * kSub * w.dim;
+        tile.keys[s] = head + offset * kv.key_dim * bytes;
+        tile.values[s] = head + (kv.block_size * kv.key_dim + offset * kv.value_dim) * bytes;
+    }
+    return tile;
+}
+
+// The same in float32, converted into scratch.
+template <Elements elements>
+Tile converted_tile(const Work &w, const Tile &from) {
+    const int64_t kd = w.a.kv->key_dim, vd = w.a.kv->value_dim;
+    Tile tile;
+    tile.value_stride = w.dim;
+    tile.count = from.count;
+    for (int64_t s = 0; s < kSubs; ++s) {
+        float *keys = w.keys + s * kd * kSub, *values = w.values + s * kSub * w.dim;
+        tile.keys[s] = reinterpret_cast<const uint8_t *>(s * kSub < from.count ? keys : w.keys);
+        tile.values[s] = reinterpret_cast<const uint8_t *>(values);
+        if (s * kSub >= from.count) continue;
+        for (int64_t i = 0; i < kd; ++i) store(keys + i * kSub, load_elements<elements>(from.keys[s], i * kSub));
+        const int64_t tokens = from.count - s * kSub < kSub ? from.count - s * kSub : kSub;
         for (int64_t t = 0; t < tokens; ++t)
             for (int64_t i = 0; i < w.dim; i += kLanes) {
                 // The last vector of a row may run into the next one, or past the cache's end, which is padded.
-                const F x = load_elements(v, t * vd + i, kv.half);
+                const F x = load_elements<elements>(from.values[s], t * vd + i);
                 store(values + t * w.dim + i, vd - i >= kLanes ? x : select(first(vd - i), x, zero()));
             }
     }
+    return tile;
 }
 
-template <int queries>
-void score_block(const Work &w, int64_t query) {
+// Scores of `queries` queries and all 64 keys: a chain over dimensions for each.
+template <Elements elements, int queries>
+void score_block(const Work &w, const Tile &tile, int64_t query) {
     const int64_t kd = w.a.kv->key_dim;
     const float *q[queries];
     F acc[kSubs][queries];
@@ -131,7 +160,7 @@ void score_block(const Work &w, int64_t query) {
     for (int64_t d = 0; d < kd; ++d) {
         F k[kSubs];
 #pragma GCC unroll 4
-        for (int s = 0; s < kSubs; ++s) k[s] = load(w.keys + (s * kd + d) * kSub);
+        for (int s = 0; s < kSubs; ++s) k[s] = load_elements<elements>(tile.keys[s], d * kSub);
 #pragma GCC unroll 6
         for (int i = 0; i < queries; ++i) {
             const F x = set(q[i][d]);
@@ -170,44 +199,52 @@ void softmax_tile(const Work &w, int64_t query, int64_t from, int64_t to) {
     w.tile_l[query] = reduce_add(add(add(p[0], p[1]), add(p[2], p[3])));
 }
 
-// tile_o[query][i…] = sum over tokens, in order, of weight * value.
-template <int queries, int vectors>
-void value_block(const Work &w, int64_t query, int64_t column, int64_t from, int64_t to) {
+// Merges into the span, for some columns: sums over tokens, in order, of weight * value.
+template <Elements elements, int queries, int vectors>
+void value_block(const Work &w, const Tile &tile, int64_t query, int64_t column, int64_t from) {
     F acc[vectors][queries];
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; ++v)
 #pragma GCC unroll 6
         for (int i = 0; i < queries; ++i) acc[v][i] = zero();
-    for (int64_t t = from; t < to; ++t) {
-        F x[vectors];
+    const float *weights = w.weights + query * kKeyTile;
+    for (int64_t t = from; t < tile.count;) {
+        const uint8_t *values = tile.values[t / kSub];
+        const int64_t end = tile.count < (t / kSub + 1) * kSub ? tile.count : (t / kSub + 1) * kSub;
+        for (; t < end; ++t) {
+            F x[vectors];
 #pragma GCC unroll 4
-        for (int v = 0; v < vectors; ++v) x[v] = load(w.values + t * w.dim + column + v * kLanes);
+            for (int v = 0; v < vectors; ++v)
+                x[v] = load_elements<elements>(values, t % kSub * tile.value_stride + column + v * kLanes);
 #pragma GCC unroll 6
-        for (int i = 0; i < queries; ++i) {
-            const F p = set(w.weights[(query + i) * kKeyTile + t]);
+            for (int i = 0; i < queries; ++i) {
+                const F p = set(weights[i * kKeyTile + t]);
 #pragma GCC unroll 4
-            for (int v = 0; v < vectors; ++v) acc[v][i] = fma(p, x[v], acc[v][i]);
+                for (int v = 0; v < vectors; ++v) acc[v][i] = fma(p, x[v], acc[v][i]);
+            }
         }
     }
 #pragma GCC unroll 6
-    for (int i = 0; i < queries; ++i)
+    for (int i = 0; i < queries; ++i) {
+        const F old = set(w.old_factor[query + i]), now = set(w.now_factor[query + i]);
+        float *o = w.span.o + (query + i) * w.dim + column;
 #pragma GCC unroll 4
-        for (int v = 0; v < vectors; ++v)
-            store(w.tile_o + (query + i) * w.dim + column + v * kLanes, add(acc[v][i], zero()));
+        for (int v = 0; v < vectors; ++v) store(o + v * kLanes, merged(load(o + v * kLanes), old, acc[v][i], now));
+    }
 }
 
-template <int queries>
-void value_rows(const Work &w, int64_t query, int64_t from, int64_t to) {
+template <Elements elements, int queries>
+void value_rows(const Work &w, const Tile &tile, int64_t query, int64_t from) {
     int64_t column = 0;
-    for (; column + 64 <= w.dim; column += 64) value_block<queries, 4>(w, query, column, from, to);
-    for (; column < w.dim; column += 16) value_block<queries, 1>(w, query, column, from, to);
+    for (; column + 64 <= w.dim; column += 64) value_block<elements, queries, 4>(w, tile, query, column, from);
+    for (; column < w.dim; column += 16) value_block<elements, queries, 1>(w, tile, query, column, from);
 }
 
-// Runs body.operator()<n>(query) over all queries in blocks of `most` and one rest.
-template <int most, class Body>
-inline void in_blocks(int64_t queries, Body body) {
+// Calls body.operator()<n>(query) over all queries in blocks of n = 6 and one rest.
+template <class Body>
+KVARN_INLINE void in_blocks(int64_t queries, Body body) {
     int64_t query = 0;
-    for (; query + most <= queries; query += most) body.template operator()<most>(query);
+    for (; query + kBlockQueries <= queries; query += kBlockQueries) body.template operator()<kBlockQueries>(query);
     switch (queries - query) {
         case 5: return body.template operator()<5>(query);
         case 4: return body.template operator()<4>(query);
@@ -218,26 +255,46 @@ inline void in_blocks(int64_t queries, Body body) {
     }
 }
 
-void visit_tile(const Work &w, int64_t start) {
-    const int64_t last = w.a.position + w.a.rows - 1;
-    const int64_t count = last + 1 - start < kKeyTile ? last + 1 - start : kKeyTile;
-    load_tile(w, start, count);
-    in_blocks<kScoreQueries>(w.queries, [&]<int n>(int64_t query) { score_block<n>(w, query); });
+template <Elements elements>
+void visit(const Work &w, const Tile &tile, int64_t start) {
+    in_blocks(w.queries, [&]<int n>(int64_t query) { score_block<elements, n>(w, tile, query); });
     int64_t lowest = kKeyTile;
     for (int64_t i = 0; i < w.queries; ++i) {
         const int64_t position = w.position(i);
-        const int64_t from = w.first_key(position) - start;
-        const int64_t to = position + 1 - start < kKeyTile ? position + 1 - start : kKeyTile;
-        if (from >= kKeyTile || to <= 0) {
+        const int64_t from = w.first_key(position) - start, seen = position + 1 - start;
+        if (from >= kKeyTile || seen <= 0) {
             w.tile_m[i] = kNoScore;
+            w.tile_l[i] = 0.0f;
             std::memset(w.weights + i * kKeyTile, 0, kKeyTile * sizeof(float));
             continue;
         }
-        softmax_tile(w, i, from > 0 ? from : 0, to);
+        softmax_tile(w, i, from > 0 ? from : 0, seen < kKeyTile ? seen : kKeyTile);
         lowest = from < lowest ? (from > 0 ? from : 0) : lowest;
     }
-    in_blocks<kValueQueries>(w.queries, [&]<int n>(int64_t query) { value_rows<n>(w, query, lowest, count); });
-    for (int64_t i = 0; i < w.queries; ++i) merge(w.span, i, w.tile_m[i], w.tile_l[i], w.tile_o + i * w.dim);
+    merge_sums(w.span, w.tile_m, w.tile_l, w.queries, w.old_factor, w.now_factor);
+    in_blocks(w.queries, [&]<int n>(int64_t query) { value_rows<elements, n>(w, tile, query, lowest); });
+}
+
+void visit_tile(const Work &w, int64_t start) {
+    const int64_t last = w.a.position + w.a.rows - 1;
+    const Tile cached = cached_tile(w, start, last + 1 - start < kKeyTile ? last + 1 - start : kKeyTile);
+    const bool direct = w.dim == w.a.kv->value_dim;
+    if (!w.a.kv->half)
+        visit<Elements::kFloat>(w, direct ? cached : converted_tile<Elements::kFloat>(w, cached), start);
+    else if (direct && w.queries <= kFewQueries)
+        visit<Elements::kHalf>(w, cached, start);
+    else
+        visit<Elements::kFloat>(w, converted_tile<Elements::kHalf>(w, cached), start);
+}
+
+// Merges a finished span, which comes after `total` in position, into it.
+void merge_span(const State &total, const State &span, int64_t queries, float *old_factor, float *now_factor) {
+    merge_sums(total, span.m, span.l, queries, old_factor, now_factor);
+    for (int64_t i = 0; i < queries; ++i) {
+        const F old = set(old_factor[i]), now = set(now_factor[i]);
+        for (int64_t at = i * total.dim; at < (i + 1) * total.dim; at += kLanes)
+            store(total.o + at, merged(load(total.o + at), old, load(span.o + at), now));
+    }
 }
 
 void write_result(const State &state, int64_t query, int64_t value_dim, float *out) {
@@ -250,27 +307,23 @@ void write_result(const State &state, int64_t query, int64_t value_dim, float *o
 
 void attention(const AttentionArgs &a) {
     const Work w(a);
-    const int64_t last = a.position + a.rows - 1;
-    const int64_t first_span = w.first_key(a.position) / kKeySpan;
-    const int64_t begin = a.span_begin > first_span ? a.span_begin : first_span;
+    const int64_t last = a.position + a.rows - 1, first_key = w.first_key(a.position);
+    const int64_t begin = a.span_begin > first_key / kKeySpan ? a.span_begin : first_key / kKeySpan;
     const int64_t end = a.span_end < last / kKeySpan + 1 ? a.span_end : last / kKeySpan + 1;
-    for (int64_t i = 0; i < w.queries; ++i) w.total.reset(i);
-    const int64_t stride = w.dim + 2;
+    w.total.reset(w.padded());
     for (int64_t span = begin; span < end; ++span) {
-        for (int64_t i = 0; i < w.queries; ++i) w.span.reset(i);
+        w.span.reset(w.padded());
         for (int64_t tile = span * kSpanTiles; tile < (span + 1) * kSpanTiles; ++tile) {
             const int64_t start = tile * kKeyTile;
-            if (start > last || start + kKeyTile <= w.first_key(a.position)) continue;
-            visit_tile(w, start);
+            if (start <= last && start + kKeyTile > first_key) visit_tile(w, start);
+        }
+        if (!a.partial) {
+            merge_span(w.total, w.span, w.queries, w.old_factor, w.now_factor);
+            continue;
         }
         for (int64_t i = 0; i < w.queries; ++i) {
-            const float *o = w.span.o + i * w.dim;
-            if (!a.partial) {
-                merge(w.total, i, w.span.m[i], w.span.l[i], o);
-                continue;
-            }
-            float *to = a.partial + ((span - begin) * w.queries + i) * stride;
-            std::memcpy(to, o, size_t(w.dim) * sizeof(float));
+            float *to = a.partial + ((span - begin) * w.queries + i) * (w.dim + 2);
+            std::memcpy(to, w.span.o + i * w.dim, size_t(w.dim) * sizeof(float));
             to[w.dim] = w.span.m[i];
             to[w.dim + 1] = w.span.l[i];
         }
@@ -283,10 +336,18 @@ void attention(const AttentionArgs &a) {
 void attention_merge(const float *partial, int64_t spans, int64_t span_stride, int64_t value_dim, float *scratch,
                      float *out) {
     const int64_t dim = (value_dim + 15) / 16 * 16;
-    float m, l;
-    const State total{&m, &l, scratch, dim};
-    total.reset(0);
-    for (int64_t s = 0; s < spans; ++s, partial += span_stride) merge(total, 0, partial[dim], partial[dim + 1], partial);
+    float *next = scratch;
+    const auto take = [&](int64_t n) { return (next += n) - n; };
+    const State total{take(16), take(16), take(dim), dim};
+    float *m = take(16), *l = take(16), *old_factor = take(16), *now_factor = take(16);
+    for (int64_t i = 0; i < 16; ++i) total.m[i] = m[i] = kNoScore, total.l[i] = l[i] = 0.0f;
+    std::memset(total.o, 0, size_t(dim) * sizeof(float));
+    for (int64_t s = 0; s < spans; ++s, partial += span_stride) {
+        m[0] = partial[dim];
+        l[0] = partial[dim + 1];
+        const State span{m, l, const_cast<float *>(partial), dim};
+        merge_span(total, span, 1, old_factor, now_factor);
+    }
     write_result(total, 0, value_dim, out);
 }
 

@@ -119,9 +119,9 @@ struct AttentionArgs {
 };
 constexpr int64_t kQueryTile = 16;  // query rows of one call at most
 KVARN_INLINE constexpr int64_t attention_scratch_elements(int64_t group, int64_t key_dim, int64_t value_dim) {
-    const int64_t queries = kQueryTile * group;
+    const int64_t queries = kQueryTile * group;  // a multiple of 16
     const int64_t dim = (value_dim + 15) / 16 * 16;
-    return kKeyTile * (key_dim + dim) + queries * (kKeyTile + 3 * dim + 8) + 64;
+    return kKeyTile * (key_dim + dim) + queries * (kKeyTile + 2 * dim + 8) + 128;
 }
 KVARN_INLINE constexpr int64_t attention_partial_elements(int64_t value_dim) { return (value_dim + 15) / 16 * 16 + 2; }
 
