@@ -1,9 +1,9 @@
 // Linear layers: out[row][feature] = sum over k of w[feature][k] * x[row][k].
 //
-// Up to 8 rows read packed weights directly, a panel of 16 features at a time. More rows first unpack a slice of one or
-// two panels into L1, as bytes with float scales, and pass all rows over it; K is cut into slices, and sums wait in the
-// result between them. For each (feature, row) the sequence is the same in both: over groups in order, an exact integer
-// dot product, then GroupScales::apply. The path only decides how often a group is unpacked.
+// One kernel for any number of rows: a panel of 16 features times a block of rows, weights unpacked in registers. Few rows
+// walk all panels; more rows pass over a panel block by block while it stays in the nearest cache. For each (feature,
+// row) the sequence is the same: over groups in order, an exact integer dot product, then GroupScales::apply. Unpacking a
+// panel into bytes first, for all rows, is no faster (docs/dev/perf-log.md).
 #include <utility>
 
 #include "kernels_internal.h"
@@ -49,7 +49,7 @@ struct Packed {
     }
 };
 
-// ---- up to 8 rows ----
+// ---- quantized weights ----
 
 // Integer sums of one group of one panel for all rows, quads in order.
 template <class P, int tile, int rows>
@@ -67,8 +67,8 @@ KVARN_INLINE void packed_dots(const uint8_t *w, const Activations<tile> &x, int 
             const B low = low_nibbles(both), high = high_nibbles(both);
 #pragma GCC unroll 8
             for (int r = 0; r < rows; ++r) {
-                dot[r][0].step_once(low, x.quad(r, j));
-                dot[r][0].step_once(high, x.quad(r, j + 4));
+                dot[r][0].step(low, x.quad(r, j));
+                dot[r][0].step(high, x.quad(r, j + 4));
             }
         }
     } else {
@@ -76,7 +76,7 @@ KVARN_INLINE void packed_dots(const uint8_t *w, const Activations<tile> &x, int 
         for (int j = 0; j < 8; ++j) {
             const B line = load_b(w + 64 * j);
 #pragma GCC unroll 8
-            for (int r = 0; r < rows; ++r) dot[r][j * P::parts / 8].step_once(line, x.quad(r, j));
+            for (int r = 0; r < rows; ++r) dot[r][j * P::parts / 8].step(line, x.quad(r, j));
         }
     }
 #pragma GCC unroll 8
@@ -85,10 +85,11 @@ KVARN_INLINE void packed_dots(const uint8_t *w, const Activations<tile> &x, int 
 }
 
 template <class P, int tile, int rows>
-void few_rows(const LinearArgs &a, const QuantGroup<tile> *x, int64_t row) {
+void block_of_rows(const LinearArgs &a, int64_t panel_begin, int64_t panel_end, int64_t row) {
+    const QuantGroup<tile> *x = reinterpret_cast<const QuantGroup<tile> *>(a.xq->data) + row / tile * a.w->groups();
     const int64_t groups = a.w->groups();
     const int zero_point = traits(a.w->format).zero;
-    for (int64_t p = a.panel_begin; p < a.panel_end; ++p) {
+    for (int64_t p = panel_begin; p < panel_end; ++p) {
         const uint8_t *panel = a.w->panel(p);
         const uint8_t *ahead = panel + kPrefetchAhead;
         F acc[rows];
@@ -108,147 +109,25 @@ void few_rows(const LinearArgs &a, const QuantGroup<tile> *x, int64_t row) {
     }
 }
 
-// ---- many rows ----
-
-constexpr int64_t kSliceGroups = 20;  // groups of a slice at most: two panels of bytes are 20 KiB
-constexpr int64_t kByteGroup = quant_group_bytes(8);
-
-// A slice of `panels` panels: where its bytes are, group after group, its scales as floats.
-template <class P, int panels>
-struct Slice {
-    const uint8_t *bytes[panels];
-    const float *scales[panels];
-    int64_t groups;
-    bool first;          // sums start from zero
-    int64_t features;    // of the last panel; the others are full
-    int64_t out_stride;
-    int zero_point;
-
-    static constexpr int64_t group_floats = P::Group::kVectors * 16;
-    static_assert(kGemmPanels * kSliceGroups * (kByteGroup + group_floats * 4) <= int64_t(kLinearScratch));
-};
-
-template <class P, int panels>
-Slice<P, panels> unpack_slice(const LinearArgs &a, int64_t panel, int64_t begin, int64_t end) {
-    Slice<P, panels> slice;
-    slice.groups = end - begin;
-    slice.first = begin == 0;
-    slice.features = features_from(a, panel + panels - 1);
-    slice.out_stride = a.out_stride;
-    slice.zero_point = traits(a.w->format).zero;
-    uint8_t *bytes = a.scratch;
-    float *scales = reinterpret_cast<float *>(a.scratch + panels * kSliceGroups * kByteGroup);
-    for (int p = 0; p < panels; ++p) {
-        const uint8_t *w = a.w->panel(panel + p);
-        slice.bytes[p] = P::pack_bits == 4 ? bytes : w + begin * P::group_bytes;
-        slice.scales[p] = scales;
-        for (int64_t g = begin; g < end; ++g) {
-            P::group_scales(w, a.w->groups(), g).store_to(scales);
-            scales += Slice<P, panels>::group_floats;
-            if constexpr (P::pack_bits == 4) {
-                for (int j = 0; j < 4; ++j) {
-                    const B both = load_b(w + g * P::group_bytes + 64 * j);
-                    store_b(bytes + 64 * j, low_nibbles(both));
-                    store_b(bytes + 64 * (j + 4), high_nibbles(both));
-                }
-                bytes += kByteGroup;
-            }
-        }
-    }
-    return slice;
-}
-
-// `rows` rows from `lane` of a tile times a slice, added to what `out` holds, or to zero for the first slice.
-template <class P, int panels, int rows>
-void slice_times_rows(const Slice<P, panels> &slice, const QuantGroup<kTileTokens> *x, int lane, float *out) {
-    F acc[panels][rows];
-    const auto valid = [&](int p) { return p + 1 < panels ? int64_t(kPanelRows) : slice.features; };
-#pragma GCC unroll 2
-    for (int p = 0; p < panels; ++p)
-#pragma GCC unroll 4
-        for (int r = 0; r < rows; ++r)
-            acc[p][r] = slice.first ? zero() : load_n(out + r * slice.out_stride + p * kPanelRows, valid(p));
-    for (int64_t g = 0; g < slice.groups; ++g) {
-        const Activations<kTileTokens> group(x[g], lane);
-        const Starts<P::kind, rows> start(slice.zero_point, group);
-        Dot<P::bits> dot[panels][rows][P::parts];
-#pragma GCC unroll 2
-        for (int p = 0; p < panels; ++p)
-#pragma GCC unroll 4
-            for (int r = 0; r < rows; ++r)
-                for (int part = 0; part < P::parts; ++part) dot[p][r][part].init(start.at(part, r));
-#pragma GCC unroll 8
-        for (int j = 0; j < 8; ++j)
-#pragma GCC unroll 4
-            for (int r = 0; r < rows; ++r)
-#pragma GCC unroll 2
-                for (int p = 0; p < panels; ++p)
-                    dot[p][r][j * P::parts / 8].step(load_b(slice.bytes[p] + g * kByteGroup + 64 * j), group.quad(r, j));
-#pragma GCC unroll 2
-        for (int p = 0; p < panels; ++p) {
-            const auto scales = P::Group::load_from(slice.scales[p] + g * Slice<P, panels>::group_floats);
-#pragma GCC unroll 4
-            for (int r = 0; r < rows; ++r) {
-                I sums[P::parts];
-                for (int part = 0; part < P::parts; ++part) sums[part] = dot[p][r][part].finish();
-                acc[p][r] = scales.apply(sums, group, r, acc[p][r]);
-            }
-        }
-    }
-#pragma GCC unroll 2
-    for (int p = 0; p < panels; ++p)
-#pragma GCC unroll 4
-        for (int r = 0; r < rows; ++r) store_n(out + r * slice.out_stride + p * kPanelRows, acc[p][r], valid(p));
-}
-
-// Passes rows over one slice; meanwhile asks for the weights that come next.
-template <class P, int panels>
-void pass_rows(const LinearArgs &a, int64_t panel, int64_t begin, int64_t end, int64_t row_begin, int64_t row_end) {
-    const Slice<P, panels> slice = unpack_slice<P, panels>(a, panel, begin, end);
-    const uint8_t *next = a.w->panel(panel) + (end < a.w->groups() ? end : panels * a.w->groups()) * P::group_bytes;
-    int64_t row = row_begin;
-    const auto activations = [&] { return a.xq->tile(row) + begin; };
-    for (; row + kGemmRows <= row_end; row += kGemmRows) {
-        prefetch_ahead<256>(next);
-        slice_times_rows<P, panels, kGemmRows>(slice, activations(), int(row % kTileTokens), result(a, panel, row));
-    }
-    for (; row < row_end; ++row)
-        slice_times_rows<P, panels, 1>(slice, activations(), int(row % kTileTokens), result(a, panel, row));
-}
-
-template <class P>
-void many_rows(const LinearArgs &a) {
-    const int64_t groups = a.w->groups(), span = linear_row_span(a.w->cols);
-    const int64_t slices = (groups + kSliceGroups - 1) / kSliceGroups;
-    for (int64_t row = a.row_begin; row < a.row_end; row += span) {
-        const int64_t row_end = smaller(a.row_end, row + span);
-        for (int64_t p = a.panel_begin; p < a.panel_end;) {
-            const int panels = p + kGemmPanels <= a.panel_end ? kGemmPanels : 1;
-            for (int64_t s = 0; s < slices; ++s) {
-                const int64_t begin = groups * s / slices, end = groups * (s + 1) / slices;
-                if (panels == kGemmPanels)
-                    pass_rows<P, kGemmPanels>(a, p, begin, end, row, row_end);
-                else
-                    pass_rows<P, 1>(a, p, begin, end, row, row_end);
-            }
-            p += panels;
-        }
-    }
-}
-
 template <class P, int... counts>
 void quantized_rows(const LinearArgs &a, std::integer_sequence<int, counts...>) {
-    const int64_t rows = a.row_end - a.row_begin;
-    if (a.xq->single) return few_rows<P, 1, 1>(a, a.xq->row(), 0);
-    if (rows > kTileTokens) return many_rows<P>(a);
-    using Function = void (*)(const LinearArgs &, const QuantGroup<kTileTokens> *, int64_t);
-    static constexpr Function functions[] = {few_rows<P, kTileTokens, counts + 1>...};
-    if (rows > 0) functions[rows - 1](a, a.xq->tile(a.row_begin), a.row_begin);
+    if (a.xq->single) return block_of_rows<P, 1, 1>(a, a.panel_begin, a.panel_end, 0);
+    using Function = void (*)(const LinearArgs &, int64_t, int64_t, int64_t);
+    static constexpr Function functions[] = {block_of_rows<P, kTileTokens, counts + 1>...};
+    if (a.row_end - a.row_begin <= kTileTokens)
+        return functions[a.row_end - a.row_begin - 1](a, a.panel_begin, a.panel_end, a.row_begin);
+    const int64_t span = linear_row_span(a.w->cols);
+    for (int64_t row = a.row_begin; row < a.row_end; row += span) {
+        const int64_t row_end = smaller(a.row_end, row + span);
+        for (int64_t p = a.panel_begin; p < a.panel_end; ++p)
+            for (int64_t r = row; r < row_end; r += kTileTokens) functions[smaller(row_end - r, kTileTokens) - 1](a, p, p + 1, r);
+    }
 }
 
 template <int pack_bits, int bits, Scales kind>
 void quantized(const LinearArgs &a) {
-    quantized_rows<Packed<pack_bits, bits, kind>>(a, std::make_integer_sequence<int, kTileTokens>());
+    if (a.row_begin < a.row_end)
+        quantized_rows<Packed<pack_bits, bits, kind>>(a, std::make_integer_sequence<int, kTileTokens>());
 }
 
 // ---- float weights ----

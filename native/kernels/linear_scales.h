@@ -15,15 +15,15 @@ constexpr bool kPlain = kind == Scales::kSym32 || kind == Scales::kAffine32;  //
 template <Scales kind>
 constexpr int kParts = kind == Scales::kSuperSym16 || kind == Scales::kSuper16 ? 2 : 1;
 
-// One group of some rows of a QuantGroup, from `lane` on.
+// One group of the rows of a QuantGroup.
 template <int tile>
 struct Activations {
     const int8_t *q;  // row r: q + 32 * r
     const float *scale, *sum;
     const int32_t *half[2];
 
-    KVARN_INLINE explicit Activations(const QuantGroup<tile> &g, int lane = 0)
-        : q(g.q[lane]), scale(g.scale + lane), sum(g.sum + lane), half{g.half[0] + lane, g.half[1] + lane} {}
+    KVARN_INLINE explicit Activations(const QuantGroup<tile> &g)
+        : q(g.q[0]), scale(g.scale), sum(g.sum), half{g.half[0], g.half[1]} {}
     KVARN_INLINE const int8_t *quad(int row, int j) const { return q + kGroup * row + 4 * j; }
 };
 
@@ -31,7 +31,6 @@ struct Activations {
 // sc of both and, for kSuper16, the sub-minimums mn.
 template <Scales kind>
 struct GroupScales {
-    static constexpr int kVectors = (kAffine<kind> ? 2 : 1) + (kParts<kind> == 2 ? (kAffine<kind> ? 4 : 2) : 0);
     F d, m, sc[2], mn[2];
 
     // unit: the scales of this group (plain formats) or of its super-block, where it is group i.
@@ -53,27 +52,6 @@ struct GroupScales {
                 s.mn[h] = load_u8(unit + 64 + 256 + 32 * i + 16 * h);
             }
         }
-        return s;
-    }
-
-    KVARN_INLINE void store_to(float *p) const {
-        store(p, d);
-        if constexpr (kAffine<kind>) store(p + 16, m);
-        if constexpr (kParts<kind> == 2)
-            for (int h = 0; h < 2; ++h) {
-                store(p + (kAffine<kind> ? 32 : 16) + 16 * h, sc[h]);
-                if constexpr (kAffine<kind>) store(p + 64 + 16 * h, mn[h]);
-            }
-    }
-    KVARN_INLINE static GroupScales load_from(const float *p) {
-        GroupScales s;
-        s.d = load(p);
-        if constexpr (kAffine<kind>) s.m = load(p + 16);
-        if constexpr (kParts<kind> == 2)
-            for (int h = 0; h < 2; ++h) {
-                s.sc[h] = load(p + (kAffine<kind> ? 32 : 16) + 16 * h);
-                if constexpr (kAffine<kind>) s.mn[h] = load(p + 64 + 16 * h);
-            }
         return s;
     }
 

@@ -142,10 +142,6 @@ inline B load_b(const uint8_t *p) {
     return {_mm256_loadu_si256(reinterpret_cast<const __m256i *>(p)),
             _mm256_loadu_si256(reinterpret_cast<const __m256i *>(p + 32))};
 }
-inline void store_b(uint8_t *p, B b) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i *>(p), b.lo);
-    _mm256_storeu_si256(reinterpret_cast<__m256i *>(p + 32), b.hi);
-}
 inline B low_nibbles(B b) {
     const __m256i mask = _mm256_set1_epi8(0x0f);
     return {_mm256_and_si256(b.lo, mask), _mm256_and_si256(b.hi, mask)};
@@ -184,7 +180,6 @@ struct Dot {
             hi = _mm256_add_epi32(hi, _mm256_add_epi32(h0, h1));
         }
     }
-    void step_once(B w, const int8_t *a) { step(w, a); }
     I finish() const { return {lo, hi}; }
 };
 
@@ -202,14 +197,10 @@ struct Dot<4> {
         lo = _mm256_add_epi16(lo, _mm256_maddubs_epi16(w.lo, x));
         hi = _mm256_add_epi16(hi, _mm256_maddubs_epi16(w.hi, x));
     }
-    void step_once(B w, const int8_t *a) { step(w, a); }
     I finish() const {
         const __m256i s = _mm256_set1_epi32(start);
         return {_mm256_add_epi32(pairs_to_int(lo), s), _mm256_add_epi32(pairs_to_int(hi), s)};
     }
 };
-
-// Register tile of the matrix-matrix kernel: panels × rows.
-constexpr int kGemmPanels = 1, kGemmRows = 2;
 
 KVARN_KERNELS_END

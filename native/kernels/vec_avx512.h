@@ -86,7 +86,6 @@ inline void interleave(F even, F odd, F &a, F &b) {
     b = {_mm512_permutex2var_ps(even.v, h, odd.v)};
 }
 
-inline void store_b(uint8_t *p, B b) { _mm512_storeu_si512(p, b.v); }
 inline B load_b(const uint8_t *p) { return {_mm512_loadu_si512(p)}; }
 inline B low_nibbles(B b) { return {_mm512_and_si512(b.v, _mm512_set1_epi8(0x0f))}; }
 inline B high_nibbles(B b) { return {_mm512_and_si512(_mm512_srli_epi16(b.v, 4), _mm512_set1_epi8(0x0f))}; }
@@ -97,21 +96,13 @@ template <int bits>
 struct Dot {
     __m512i acc;
     void init(int32_t start) { acc = _mm512_set1_epi32(start); }
+    // The broadcast is folded into the instruction; compilers make two of it.
     void step(B w, const int8_t *a) {
-        int32_t four;
-        std::memcpy(&four, a, 4);
-        acc = _mm512_dpbusd_epi32(acc, w.v, _mm512_set1_epi32(four));
-    }
-    // The same with the broadcast folded into the instruction: for activations that one panel alone reads.
-    void step_once(B w, const int8_t *a) {
         asm("vpdpbusd %2%{1to16%}, %1, %0"
             : "+v"(acc)
             : "v"(w.v), "m"(*reinterpret_cast<const int32_t *>(a)));
     }
     I finish() const { return {acc}; }
 };
-
-// Register tile of the matrix-matrix kernel: panels × rows.
-constexpr int kGemmPanels = 2, kGemmRows = 4;
 
 KVARN_KERNELS_END

@@ -107,7 +107,6 @@ inline B load_b(const uint8_t *p) {
     std::memcpy(b.v, p, 64);
     return b;
 }
-inline void store_b(uint8_t *p, const B &b) { std::memcpy(p, b.v, 64); }
 inline B low_nibbles(B b) {
     for (auto &x : b.v) x &= 0x0f;
     return b;
@@ -127,11 +126,7 @@ struct Dot {
         for (int i = 0; i < 16; ++i)
             for (int k = 0; k < 4; ++k) acc.v[i] += int32_t(w.v[4 * i + k]) * a[k];
     }
-    void step_once(const B &w, const int8_t *a) { step(w, a); }
     I finish() const { return acc; }
 };
-
-// Register tile of the matrix-matrix kernel: panels × rows.
-constexpr int kGemmPanels = 1, kGemmRows = 1;
 
 KVARN_KERNELS_END

@@ -65,7 +65,7 @@ uint32_t LinearStage::items(const Step &step) const {
     return uint32_t(blocks * s.row_spans);
 }
 
-size_t LinearStage::scratch_bytes_of_any() { return kLinearScratch + 2 * size_t(kTileElements) * sizeof(float); }
+size_t LinearStage::scratch_bytes_of_any() { return 2 * size_t(kTileElements) * sizeof(float); }
 
 size_t LinearStage::own_bytes(int64_t cols) {
     return round_up(quant_bytes(kOwnRows, cols), 64) + round_up(size_t(cols) * sizeof(float), 64);
@@ -103,9 +103,8 @@ void LinearStage::run(const Step &step, uint32_t item, Scratch &scratch) noexcep
         args.x_stride = input_.stride;
         args.row_begin = tiles * span / s.row_spans * kTileTokens;
         args.row_end = std::min(rows, tiles * (span + 1) / s.row_spans * kTileTokens);
-        args.scratch = scratch.data;
         if (needs_tile(job))
-            through_tiles(job, args, rows);
+            through_tiles(job, args, rows, scratch);
         else
             direct(job, args);
         return;
@@ -129,7 +128,7 @@ void LinearStage::direct(const LinearJob &job, LinearArgs args) const {
 }
 
 // The result waits in scratch, a tile at a time, while its gate, residual or quantization is done.
-void LinearStage::through_tiles(const LinearJob &job, LinearArgs args, int64_t rows) const {
+void LinearStage::through_tiles(const LinearJob &job, LinearArgs args, int64_t rows, Scratch &scratch) const {
     const bool few = args.row_end - args.row_begin <= kFewRows;
     const int64_t panels = few ? kFewRowsPanels : kManyRowsPanels, end = args.panel_end, last = args.row_end;
     const int64_t span = few ? kFewRows : linear_row_span(cols_);
@@ -140,12 +139,12 @@ void LinearStage::through_tiles(const LinearJob &job, LinearArgs args, int64_t r
             part.panel_end = std::min(end, p + panels);
             part.row_begin = r;
             part.row_end = std::min(last, r + span);
-            one_tile(job, part, rows);
+            one_tile(job, part, rows, scratch);
         }
 }
 
-void LinearStage::one_tile(const LinearJob &job, LinearArgs args, int64_t rows) const {
-    float *tile = reinterpret_cast<float *>(args.scratch + kLinearScratch), *up_tile = tile + kTileElements;
+void LinearStage::one_tile(const LinearJob &job, LinearArgs args, int64_t rows, Scratch &scratch) const {
+    float *tile = reinterpret_cast<float *>(scratch.data), *up_tile = tile + kTileElements;
     const int64_t begin = args.panel_begin * kPanelRows;
     const int64_t n = std::min(args.panel_end * kPanelRows, args.w->rows) - begin;
     const int64_t stride = (args.panel_end - args.panel_begin) * kPanelRows;

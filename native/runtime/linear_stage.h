@@ -64,8 +64,8 @@ private:
     Split split(int64_t rows) const;
     QuantRows own_rows(const Step &step, int64_t rows, Scratch &scratch) const;
     void direct(const LinearJob &job, LinearArgs args) const;
-    void through_tiles(const LinearJob &job, LinearArgs args, int64_t rows) const;
-    void one_tile(const LinearJob &job, LinearArgs args, int64_t rows) const;
+    void through_tiles(const LinearJob &job, LinearArgs args, int64_t rows, Scratch &scratch) const;
+    void one_tile(const LinearJob &job, LinearArgs args, int64_t rows, Scratch &scratch) const;
 
     FloatBuffer input_;
     QuantBuffer quants_;

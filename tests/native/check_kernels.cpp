@@ -64,12 +64,11 @@ struct Rows {
 // All panels in two calls, `step` rows at a time.
 std::vector<float> run_linear(const Kernels &k, const PackedMatrix &w, const Rows &rows, int64_t step) {
     std::vector<float> out(size_t(rows.count * w.rows), NAN);
-    check::Bytes scratch(kLinearScratch);
     for (int64_t r = 0; r < rows.count; r += step) {
         const int64_t middle = w.panels() / 2;
         for (int part = 0; part < 2; ++part)
             k.linear({&w, part ? middle : 0, part ? w.panels() : middle, &rows.quants, rows.x.data(), w.cols, r,
-                      std::min(rows.count, r + step), out.data(), w.rows, 0, 0, scratch.data()});
+                      std::min(rows.count, r + step), out.data(), w.rows, 0, 0});
     }
     return out;
 }

@@ -49,9 +49,7 @@ struct LinearArgs {
     int64_t row_begin, row_end;  // rows of x and out; row_begin is a multiple of kTileTokens
     float *out;            // out[(row - out_row) * out_stride + feature - out_feature]
     int64_t out_stride, out_row, out_feature;
-    uint8_t *scratch;      // kLinearScratch bytes, 64-byte aligned
 };
-constexpr size_t kLinearScratch = size_t(48) << 10;
 
 // Rows that should pass over the same weights together: their activations stay in L2.
 KVARN_INLINE constexpr int64_t linear_row_span(int64_t cols) {
