@@ -6,7 +6,6 @@ import json
 import httpx
 import openai
 import pytest
-from live_server import wait_until
 
 GREEDY = {"temperature": 0, "max_tokens": 12, "extra_body": {"ignore_eos": True}}
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello!"}]
@@ -130,25 +129,6 @@ def test_sixteen_streams_at_once_say_what_a_quiet_server_says(client):
 
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
         assert list(pool.map(streamed, prompts)) == quiet
-
-
-def test_a_client_that_leaves_frees_its_blocks(llm, url):
-    body = {"prompt": "x", "max_tokens": 480, "ignore_eos": True, "stream": True}
-    total = llm.stats().num_blocks
-    with httpx.stream("POST", f"{url}/v1/completions", json=body) as response:
-        next(response.iter_lines())
-        assert llm.stats().free_blocks < total
-    wait_until(lambda: llm.stats().free_blocks == total and llm.stats().running == 0)
-
-
-def test_a_client_that_leaves_a_whole_answer_frees_its_blocks(llm, url):
-    total, before = llm.stats().num_blocks, llm.stats().generated_tokens
-    body = {"prompt": "x", "n": 8, "max_tokens": 500, "ignore_eos": True}
-    impatient = httpx.Timeout(30, read=0.05)
-    with pytest.raises(httpx.ReadTimeout):
-        httpx.post(f"{url}/v1/completions", json=body, timeout=impatient)
-    wait_until(lambda: llm.stats().free_blocks == total and llm.stats().running == 0)
-    assert llm.stats().generated_tokens - before < 8 * 500
 
 
 def test_health_and_version(url):
