@@ -111,6 +111,30 @@ def test_prompts_in_every_form(client):
     assert streamed == [texts[0], texts[2]]
 
 
+def test_echo_puts_the_prompt_before_each_answer(client):
+    plain = [c.text for c in complete(client, ["one", "two"], n=2).choices]
+    prompts = ["one", "one", "two", "two"]
+    expected = [prompt + text for prompt, text in zip(prompts, plain, strict=True)]
+    whole = complete(client, ["one", "two"], n=2, echo=True)
+    assert [c.text for c in whole.choices] == expected
+    assert whole.usage.completion_tokens == 4 * 12
+    streamed = ["", "", "", ""]
+    for chunk in complete(client, ["one", "two"], n=2, echo=True, stream=True):
+        for choice in chunk.choices:
+            streamed[choice.index] += choice.text
+    assert streamed == expected
+
+
+def test_echo_of_token_ids_is_their_text(client):
+    assert complete(client, list("müde".encode()), echo=True).choices[0].text.startswith("müde")
+
+
+def test_a_stop_string_in_an_echoed_prompt_stops_nothing(client):
+    answer = complete(client, "one", echo=True, stop="one").choices[0]
+    assert answer.text.startswith("one")
+    assert answer.finish_reason == "length"
+
+
 def test_logit_bias_forces_a_token(client):
     answer = complete(client, logit_bias={"65": 100}, max_tokens=4)
     assert answer.choices[0].text == "AAAA"
