@@ -41,25 +41,31 @@ def test_every_metric_has_a_kind():
 
 
 def test_gauges_show_what_runs_and_what_waits():
-    with gated_llm(max_num_seqs=1) as (llm, gate), serving(llm, served_model_name="served") as url:
-        with posted(url, COMPLETIONS, LONG):
-            gate.stand_in_step(3)
-            values = scraped(url)[1]
-            assert values["kvarn:num_requests_running"] == 1
-            assert values["kvarn:num_requests_waiting"] == 1
-            assert 0 < values["kvarn:kv_cache_usage_perc"] < 1
+    with (
+        gated_llm(max_num_seqs=1) as (llm, gate),
+        serving(llm, served_model_name="served") as url,
+        posted(url, COMPLETIONS, LONG),
+    ):
+        gate.stand_in_step(3)
+        values = scraped(url)[1]
+        assert values["kvarn:num_requests_running"] == 1
+        assert values["kvarn:num_requests_waiting"] == 1
+        assert 0 < values["kvarn:kv_cache_usage_perc"] < 1
 
 
 def test_counters_go_up_with_each_step():
-    with gated_llm() as (llm, gate), serving(llm, served_model_name="served") as url:
-        with posted(url, COMPLETIONS, {**LONG, "n": 1}):
-            counts = []
-            for step in (2, 3, 4):
-                gate.stand_in_step(step)
-                values = scraped(url)[1]
-                counts.append([values[f"kvarn:{name}_total"] for name in ("engine_steps", "generation_tokens")])
-            assert counts == [[1, 1], [2, 2], [3, 3]]
-            assert values["kvarn:prompt_tokens_total"] == 4
+    with (
+        gated_llm() as (llm, gate),
+        serving(llm, served_model_name="served") as url,
+        posted(url, COMPLETIONS, {**LONG, "n": 1}),
+    ):
+        counts = []
+        for step in (2, 3, 4):
+            gate.stand_in_step(step)
+            values = scraped(url)[1]
+            counts.append([values[f"kvarn:{name}_total"] for name in ("engine_steps", "generation_tokens")])
+        assert counts == [[1, 1], [2, 2], [3, 3]]
+        assert values["kvarn:prompt_tokens_total"] == 4
 
 
 def test_counters_never_go_down_when_a_request_ends():
