@@ -25,7 +25,7 @@ def scraped(url):
 
 
 def test_every_metric_has_a_kind():
-    with gated_llm() as (llm, _), serving(llm, served_model_name="served") as url:
+    with gated_llm() as (llm, _), serving(llm, served_model_names=("served",)) as url:
         kinds, values = scraped(url)
     assert kinds == {
         "kvarn:num_requests_running": "gauge",
@@ -43,7 +43,7 @@ def test_every_metric_has_a_kind():
 def test_gauges_show_what_runs_and_what_waits():
     with (
         gated_llm(max_num_seqs=1) as (llm, gate),
-        serving(llm, served_model_name="served") as url,
+        serving(llm, served_model_names=("served",)) as url,
         posted(url, COMPLETIONS, LONG),
     ):
         gate.stand_in_step(3)
@@ -56,7 +56,7 @@ def test_gauges_show_what_runs_and_what_waits():
 def test_counters_go_up_with_each_step():
     with (
         gated_llm() as (llm, gate),
-        serving(llm, served_model_name="served") as url,
+        serving(llm, served_model_names=("served",)) as url,
         posted(url, COMPLETIONS, {**LONG, "n": 1}),
     ):
         counts = []
@@ -69,7 +69,7 @@ def test_counters_go_up_with_each_step():
 
 
 def test_counters_never_go_down_when_a_request_ends():
-    with gated_llm() as (llm, gate), serving(llm, served_model_name="served") as url:
+    with gated_llm() as (llm, gate), serving(llm, served_model_names=("served",)) as url:
         gate.open()
         for requests in (1, 2):
             assert httpx.post(url + COMPLETIONS, json={**LONG, "max_tokens": 7}).status_code == 200

@@ -12,7 +12,7 @@ MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "conten
 
 
 def chat(client, **options):
-    return client.chat.completions.create(model="served", messages=MESSAGES, **{**GREEDY, **options})
+    return client.chat.completions.create(**{"model": "served", "messages": MESSAGES, **GREEDY, **options})
 
 
 def complete(client, prompt="once upon", **options):
@@ -24,6 +24,12 @@ def test_models(client):
     assert client.models.retrieve("served").object == "model"
     with pytest.raises(openai.NotFoundError, match="not served here"):
         client.models.retrieve("other")
+
+
+def test_the_model_answers_by_each_of_its_names(client):
+    for name in ("served", "tiny"):
+        assert client.completions.create(model=name, prompt="x", max_tokens=1).model == name
+    assert chat(client, model="tiny").model == "tiny"
 
 
 def test_a_whole_chat_completion(client):
