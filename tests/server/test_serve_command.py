@@ -9,7 +9,6 @@ import kvarn.server
 from kvarn.cli import main
 from kvarn.engine import model_name
 
-
 PULLED = Path("models/file.Q4_0.gguf")
 
 
