@@ -1,6 +1,7 @@
 """A body that takes long to read holds up nobody else."""
 
 import asyncio
+import gc
 import json
 import threading
 
@@ -15,7 +16,8 @@ from kvarn.server import app as server_app
 from kvarn.server.body import parse
 
 LIMIT = 8 << 20
-CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+COMPLETIONS = "/v1/completions"
+JSON = {"content-type": "application/json"}
 BIG = 1 << 20
 """Bodies longer than this stand for those that take long."""
 
@@ -76,9 +78,21 @@ def test_the_server_is_healthy_while_as_many_are_read_as_can_be(url, held):
 def test_the_limit_is_the_last_length_that_is_read(url):
     assert httpx.post(url + COMPLETIONS, json=of_length(LIMIT - 100)).json()["error"]["param"] == "stop"
     exact = json.dumps(of_length(LIMIT)).encode()
-    headers = {"content-type": "application/json"}
     assert len(exact) == LIMIT
-    assert httpx.post(url + COMPLETIONS, content=exact, headers=headers).status_code == 400
-    larger = httpx.post(url + COMPLETIONS, content=exact + b" ", headers=headers)
+    assert httpx.post(url + COMPLETIONS, content=exact, headers=JSON).status_code == 400
+    larger = httpx.post(url + COMPLETIONS, content=exact + b" ", headers=JSON)
     assert larger.status_code == 413
     assert str(LIMIT) in larger.json()["error"]["message"]
+
+
+def test_reading_leaves_the_garbage_collector_as_it_was(url):
+    assert gc.isenabled()
+    for content in (b"{}", b"[" * 100_000, b"{"):
+        assert httpx.post(url + COMPLETIONS, content=content, headers=JSON).status_code == 400
+        assert gc.isenabled()
+    gc.disable()
+    try:
+        assert httpx.post(url + COMPLETIONS, content=b"{}", headers=JSON).status_code == 400
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
