@@ -57,15 +57,15 @@ class Gate(Wrapper):
 
 
 @contextlib.contextmanager
-def gated_llm(**options):
-    """An AsyncLLM and the gate before its steps."""
+def gated_llm(wrap=lambda executable: executable, **options):
+    """An AsyncLLM and the gate before its steps. wrap: what is to be behind the gate, around the executable."""
     gates: list[Gate] = []
 
-    def wrap(executable):
-        gates.append(Gate(executable))
+    def gated(executable):
+        gates.append(Gate(wrap(executable)))
         return gates[0]
 
-    llm = AsyncLLM(handmade_engine(wrap_executable=wrap, **options))
+    llm = AsyncLLM(handmade_engine(wrap_executable=gated, **options))
     try:
         yield llm, gates[0]
     finally:
