@@ -57,6 +57,13 @@ def test_a_chat_whole_and_streaming(client):
     assert streamed(client, "Name three rivers.") == whole.choices[0].message.content
 
 
+def test_the_models_own_name_stays_good_beside_the_served_one(client, smollm2_path):
+    names = [model.id for model in client.models.list()]
+    assert names == ["smol", smollm2_path.stem]
+    for name in names:
+        assert client.completions.create(model=name, prompt="One, two,", max_tokens=1).model == name
+
+
 def test_special_tokens_in_a_message_are_text(client):
     plain = client.chat.completions.create(
         model="smol", messages=[{"role": "user", "content": "x<|im_end|>y"}], max_tokens=1

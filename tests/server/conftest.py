@@ -21,7 +21,7 @@ def llm():
 @pytest.fixture(scope="session")
 def url(llm):
     """The server's base URL."""
-    with serving(llm, served_model_name="served") as base:
+    with serving(llm, served_model_names=("served",)) as base:
         yield base
 
 

@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import http.client
+import json
 import socket
 import threading
 import time
@@ -12,23 +14,41 @@ from kvarn.server import create_app
 
 
 @contextlib.contextmanager
-def serving(llm, **options):
-    """Serves `llm` (an AsyncLLM, or None for a model that never comes); yields the base URL."""
+def serving(llm, ended=None, **options):
+    """Serves `llm` (an AsyncLLM, or None for a model that never comes); yields the base URL.
+
+    ended: a semaphore, released whenever the application is done with a request, answered or left.
+    """
     app = create_app(llm, **options)
+
+    async def counted(scope, receive, send):
+        try:
+            await app(scope, receive, send)
+        finally:
+            if ended is not None:
+                ended.release()
+
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="off", timeout_graceful_shutdown=2))
+    server = uvicorn.Server(uvicorn.Config(counted, log_level="critical", lifespan="off", timeout_graceful_shutdown=2))
     thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])), daemon=True)
     thread.start()
-    deadline = time.monotonic() + 10
-    while not server.started and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_until(lambda: server.started)
     try:
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
     finally:
         server.should_exit = True
         thread.join(timeout=10)
         listener.close()
+
+
+@contextlib.contextmanager
+def posted(url, path, body):
+    """A POST whose answer nobody reads yet; yields the connection. Closing it is a client that leaves."""
+    connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=60)
+    with contextlib.closing(connection):
+        connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
+        yield connection
 
 
 def wait_until(condition, seconds=10.0):

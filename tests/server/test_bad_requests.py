@@ -2,10 +2,12 @@
 
 import asyncio
 import json
+import threading
 
 import httpx
 import pytest
-from live_server import serving, wait_until
+from gated_engine import PATIENCE, gated_llm
+from live_server import posted, serving, wait_until
 from tiny_engine import Wrapper, handmade_engine
 
 from kvarn.engine import AsyncLLM
@@ -31,6 +33,7 @@ BAD = [
     (CHAT, {}, 400, "messages"),
     (CHAT, {"messages": []}, 400, "messages"),
     (CHAT, {"messages": "hi"}, 400, "messages"),
+    (CHAT, {"messages": [{}] * 20_000}, 400, "messages"),
     (CHAT, {"messages": [1]}, 400, "messages[0]"),
     (CHAT, {"messages": [{}]}, 400, "messages[0].role"),
     (CHAT, message(role=3), 400, "messages[0].role"),
@@ -115,6 +118,7 @@ BAD = [
     (COMPLETIONS, {"prompt": []}, 400, "prompt"),
     (COMPLETIONS, {"prompt": [[]]}, 400, "prompt"),
     (COMPLETIONS, {"prompt": ["a"] * 100}, 400, "prompt"),
+    (COMPLETIONS, {"prompt": [[1]] * 100}, 400, "prompt"),
     (COMPLETIONS, {"prompt": [1, "a"]}, 400, "prompt"),
     (COMPLETIONS, {"prompt": [1, True]}, 400, "prompt"),
     (COMPLETIONS, {"prompt": [[1], ["a"]]}, 400, "prompt"),
@@ -238,35 +242,42 @@ def test_an_engine_that_cannot_go_on_is_a_503():
 
 
 def test_a_failure_in_the_middle_of_a_stream_is_told_in_the_stream():
-    broken = []
-
-    def wrap(executable):
-        broken.append(Broken(executable))
-        return broken[0]
-
-    llm = AsyncLLM(handmade_engine(wrap_executable=wrap))
-    try:
-        with serving(llm) as url:
-            body = {"prompt": "a", "max_tokens": 400, "ignore_eos": True, "stream": True}
-            with httpx.stream("POST", url + COMPLETIONS, json=body) as stream:
-                lines = stream.iter_lines()
-                next(lines)
-                broken[0].failures = 1
-                rest = [line for line in lines if line]
-            assert rest[-1] == "data: [DONE]"
-            assert json.loads(rest[-2][6:])["error"]["type"] == "server_error"
-    finally:
-        asyncio.run(llm.close())
+    body = {"prompt": "a", "max_tokens": 400, "ignore_eos": True, "stream": True}
+    with gated_llm(wrap=Broken) as (llm, gate), serving(llm) as url, posted(url, COMPLETIONS, body) as connection:
+        gate.stand_in_step(3)
+        gate.inner.failures = 1
+        gate.open()
+        response = connection.getresponse()
+        assert response.status == 200
+        lines = [line for line in response.read().decode().splitlines() if line]
+    assert json.loads(lines[0][6:])["choices"]
+    assert lines[-1] == "data: [DONE]"
+    assert json.loads(lines[-2][6:])["error"]["type"] == "server_error"
 
 
 def test_a_full_queue_is_429_with_retry_after():
-    llm = AsyncLLM(handmade_engine(max_num_seqs=1, max_num_queued_requests=1))
-    try:
-        with serving(llm) as url:
-            body = {"prompt": ["a"] * 30, "max_tokens": 50, "ignore_eos": True}
-            response = httpx.post(url + COMPLETIONS, json=body)
-            check_shape(response, 429)
-            assert response.headers["retry-after"] == "1"
-            assert llm.stats().running == 0 or httpx.post(url + COMPLETIONS, json={"prompt": "a"}).status_code == 200
-    finally:
-        asyncio.run(llm.close())
+    body = {"prompt": "a", "max_tokens": 5, "ignore_eos": True}
+    with gated_llm(max_num_seqs=1, max_num_queued_requests=1) as (llm, gate), serving(llm) as url:
+        with posted(url, COMPLETIONS, body) as running:
+            gate.stand_in_step(2)
+            with posted(url, COMPLETIONS, body) as queued:
+                wait_until(lambda: llm.stats().queued == 1)
+                for refused in (body, {**body, "stream": True}):
+                    response = httpx.post(url + COMPLETIONS, json=refused)
+                    check_shape(response, 429)
+                    assert response.headers["retry-after"] == "1"
+                gate.open()
+                assert queued.getresponse().status == 200
+            assert running.getresponse().status == 200
+        assert httpx.post(url + COMPLETIONS, json=body).status_code == 200
+
+
+def test_prompts_that_do_not_all_fit_the_queue_leave_nothing_behind():
+    body = {"prompt": ["a"] * 30, "max_tokens": 50, "ignore_eos": True}
+    ended = threading.Semaphore(0)
+    with gated_llm(max_num_seqs=1, max_num_queued_requests=1) as (llm, gate), serving(llm, ended) as url:
+        check_shape(httpx.post(url + COMPLETIONS, json=body), 429)
+        assert ended.acquire(timeout=PATIENCE)
+        gate.open()
+        wait_until(lambda: llm.stats().free_blocks == llm.stats().num_blocks and llm.stats().waiting == 0)
+        assert httpx.post(url + COMPLETIONS, json={**body, "prompt": "a"}).status_code == 200

@@ -6,14 +6,13 @@ import json
 import httpx
 import openai
 import pytest
-from live_server import wait_until
 
 GREEDY = {"temperature": 0, "max_tokens": 12, "extra_body": {"ignore_eos": True}}
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello!"}]
 
 
 def chat(client, **options):
-    return client.chat.completions.create(model="served", messages=MESSAGES, **{**GREEDY, **options})
+    return client.chat.completions.create(**{"model": "served", "messages": MESSAGES, **GREEDY, **options})
 
 
 def complete(client, prompt="once upon", **options):
@@ -25,6 +24,12 @@ def test_models(client):
     assert client.models.retrieve("served").object == "model"
     with pytest.raises(openai.NotFoundError, match="not served here"):
         client.models.retrieve("other")
+
+
+def test_the_model_answers_by_each_of_its_names(client):
+    for name in ("served", "tiny"):
+        assert client.completions.create(model=name, prompt="x", max_tokens=1).model == name
+    assert chat(client, model="tiny").model == "tiny"
 
 
 def test_a_whole_chat_completion(client):
@@ -112,6 +117,30 @@ def test_prompts_in_every_form(client):
     assert streamed == [texts[0], texts[2]]
 
 
+def test_echo_puts_the_prompt_before_each_answer(client):
+    plain = [c.text for c in complete(client, ["one", "two"], n=2).choices]
+    prompts = ["one", "one", "two", "two"]
+    expected = [prompt + text for prompt, text in zip(prompts, plain, strict=True)]
+    whole = complete(client, ["one", "two"], n=2, echo=True)
+    assert [c.text for c in whole.choices] == expected
+    assert whole.usage.completion_tokens == 4 * 12
+    streamed = ["", "", "", ""]
+    for chunk in complete(client, ["one", "two"], n=2, echo=True, stream=True):
+        for choice in chunk.choices:
+            streamed[choice.index] += choice.text
+    assert streamed == expected
+
+
+def test_echo_of_token_ids_is_their_text(client):
+    assert complete(client, list("müde".encode()), echo=True).choices[0].text.startswith("müde")
+
+
+def test_a_stop_string_in_an_echoed_prompt_stops_nothing(client):
+    answer = complete(client, "one", echo=True, stop="one").choices[0]
+    assert answer.text.startswith("one")
+    assert answer.finish_reason == "length"
+
+
 def test_logit_bias_forces_a_token(client):
     answer = complete(client, logit_bias={"65": 100}, max_tokens=4)
     assert answer.choices[0].text == "AAAA"
@@ -130,25 +159,6 @@ def test_sixteen_streams_at_once_say_what_a_quiet_server_says(client):
 
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
         assert list(pool.map(streamed, prompts)) == quiet
-
-
-def test_a_client_that_leaves_frees_its_blocks(llm, url):
-    body = {"prompt": "x", "max_tokens": 480, "ignore_eos": True, "stream": True}
-    total = llm.stats().num_blocks
-    with httpx.stream("POST", f"{url}/v1/completions", json=body) as response:
-        next(response.iter_lines())
-        assert llm.stats().free_blocks < total
-    wait_until(lambda: llm.stats().free_blocks == total and llm.stats().running == 0)
-
-
-def test_a_client_that_leaves_a_whole_answer_frees_its_blocks(llm, url):
-    total, before = llm.stats().num_blocks, llm.stats().generated_tokens
-    body = {"prompt": "x", "n": 8, "max_tokens": 500, "ignore_eos": True}
-    impatient = httpx.Timeout(30, read=0.05)
-    with pytest.raises(httpx.ReadTimeout):
-        httpx.post(f"{url}/v1/completions", json=body, timeout=impatient)
-    wait_until(lambda: llm.stats().free_blocks == total and llm.stats().running == 0)
-    assert llm.stats().generated_tokens - before < 8 * 500
 
 
 def test_health_and_version(url):

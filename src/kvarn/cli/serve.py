@@ -34,7 +34,9 @@ def command(
         str, typer.Option(help="Address to listen on; 0.0.0.0 opens it to the network, without any authentication.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0: a free one.")] = 8000,
-    served_model_name: Annotated[str | None, typer.Option(help="Name in the API; default: the model's own.")] = None,
+    served_model_name: Annotated[
+        str | None, typer.Option(help="Name in the API; requests may go on to use the model's own.")
+    ] = None,
     max_model_len: MaxModelLen = None,
     max_num_seqs: Annotated[int, typer.Option(help="Sequences computed at the same time.")] = 64,
     max_num_batched_tokens: Annotated[
@@ -52,6 +54,7 @@ def command(
     """Serve a model over an OpenAI-compatible HTTP API, with a chat page at /."""
     from kvarn.cli.progress import resolve_with_progress
     from kvarn.config import CacheConfig, EngineConfig, SchedulerConfig
+    from kvarn.engine import model_name
     from kvarn.server import ServeOptions, serve
 
     config = EngineConfig(
@@ -61,7 +64,8 @@ def command(
         scheduler=SchedulerConfig(max_num_seqs, max_num_batched_tokens, max_num_queued_requests),
     )
     path = resolve_with_progress(model, quiet=not sys.stderr.isatty())
-    options = ServeOptions(str(path), host, port, served_model_name or _name(model), max_body_bytes, config)
+    names = (served_model_name, model_name(model)) if served_model_name else (model_name(model),)
+    options = ServeOptions(str(path), host, port, names, max_body_bytes, config)
     addresses: list[str] = []
 
     def listening(url: str) -> None:
@@ -69,13 +73,6 @@ def command(
         typer.echo(f"loading {model} …")
 
     serve(options, on_listening=listening, on_ready=lambda llm, seconds: _tell(llm, seconds, addresses[0]))
-
-
-def _name(model: str) -> str:
-    """A known name as it is; of a path only its last part."""
-    from pathlib import Path
-
-    return Path(model).stem if Path(model).suffix == ".gguf" else Path(model).name
 
 
 def _tell(llm: AsyncLLM, seconds: float, url: str) -> None:

@@ -8,9 +8,9 @@ from kvarn.engine.async_llm import AsyncLLM, RequestStream
 from kvarn.engine.core import EngineCore
 from kvarn.engine.events import EngineStats
 from kvarn.engine.llm import LLM, Choice, Completion
-from kvarn.engine.load import LoadedEngine, build_engine, load_engine, make_backend
+from kvarn.engine.load import LoadedEngine, build_engine, load_engine, make_backend, model_name
 
 __all__ = [
     "LLM", "AsyncLLM", "Choice", "Completion", "EngineCore", "EngineStats", "LoadedEngine", "RequestStream",
-    "build_engine", "load_engine", "make_backend",
+    "build_engine", "load_engine", "make_backend", "model_name",
 ]  # fmt: skip

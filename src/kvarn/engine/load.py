@@ -79,15 +79,15 @@ def load_engine(name_or_path: str, config: EngineConfig) -> LoadedEngine:
     try:
         model = load_model(files, config.max_model_len)
         tokenizer = load_tokenizer(files)
-        return build_engine(model, tokenizer, config, name=_name(name_or_path), on_close=files.close)
+        return build_engine(model, tokenizer, config, name=model_name(name_or_path), on_close=files.close)
     except BaseException:
         files.close()
         raise
 
 
-def _name(name_or_path: str) -> str:
-    """A catalogued name as it is; a path without its folders, a file's without its suffix."""
-    path = Path(name_or_path)
+def model_name(name_or_path: str) -> str:
+    """What a model goes by: a known name as it is; a path without its folders, a file's without its suffix."""
+    path = Path(name_or_path).expanduser()
     if not path.exists():
         return name_or_path
     return path.resolve().name if path.is_dir() else path.stem

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from importlib.resources import files
 from typing import Any
 
@@ -41,14 +41,14 @@ DEFAULT_MAX_BODY_BYTES = 8 << 20
 
 
 def create_app(
-    llm: AsyncLLM | None, *, served_model_name: str | None = None, max_body_bytes: int = DEFAULT_MAX_BODY_BYTES
+    llm: AsyncLLM | None, *, served_model_names: Sequence[str] = (), max_body_bytes: int = DEFAULT_MAX_BODY_BYTES
 ) -> FastAPI:
-    """The application, which does not own the engine. Where it is None, `app.state.server.open(llm, name)` follows."""
+    """The application, which does not own the engine. Where it is None, `app.state.server.open(llm, names)` follows."""
     # No /docs: that page loads its scripts from elsewhere.
     app = FastAPI(title="kvarn", version=__version__, docs_url=None, redoc_url=None)
     state = app.state.server = ServerState(max_body_bytes)
     if llm is not None:
-        state.open(llm, served_model_name)
+        state.open(llm, served_model_names)
     errors.install(app)
     _add_service_routes(app, state)
     _add_generation_routes(app, state)

@@ -8,9 +8,7 @@ from typing import Any
 from kvarn.engine import AsyncLLM
 from kvarn.errors import RequestError
 from kvarn.server.errors import ApiError
-from kvarn.server.protocol import ChatCompletionRequest, CompletionRequest
-
-MAX_PROMPTS = 64
+from kvarn.server.protocol import MAX_PROMPTS, ChatCompletionRequest, CompletionRequest
 
 
 class PromptEncoder:

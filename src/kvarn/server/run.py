@@ -30,12 +30,12 @@ BACKLOG = 2048
 
 @dataclass(frozen=True, slots=True)
 class ServeOptions:
-    """What to serve and where. port 0: a free one."""
+    """What to serve and where. port 0: a free one. served_model_names: the first is told, all are understood."""
 
     model: str
     host: str = "127.0.0.1"
     port: int = 8000
-    served_model_name: str | None = None
+    served_model_names: tuple[str, ...] = ()
     max_body_bytes: int = DEFAULT_MAX_BODY_BYTES
     engine: EngineConfig = field(default_factory=EngineConfig)
 
@@ -137,7 +137,7 @@ async def _run(
 
     async def load() -> None:
         llm = await asyncio.to_thread(AsyncLLM.from_model, options.model, options.engine)
-        state.open(llm, options.served_model_name)
+        state.open(llm, options.served_model_names)
         if on_ready is not None and not server.should_exit:
             on_ready(llm, time.perf_counter() - started)
 

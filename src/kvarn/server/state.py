@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -28,9 +28,9 @@ class ServerState:
         self._prompts: PromptEncoder | None = None
         self._workers = ThreadPoolExecutor(WORKERS, thread_name_prefix="kvarn-server")
 
-    def open(self, llm: AsyncLLM, served_model_name: str | None) -> None:
-        """From now on requests are answered by `llm`, under this name and its own."""
-        self.names = tuple(dict.fromkeys(name for name in (served_model_name, llm.model_name) if name))
+    def open(self, llm: AsyncLLM, served_model_names: Sequence[str]) -> None:
+        """From now on requests are answered by `llm`, under these names and its own."""
+        self.names = tuple(dict.fromkeys((*served_model_names, llm.model_name)))
         self._prompts = PromptEncoder(llm)
         self.llm = llm
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from kvarn.request import MAX_LOGIT_BIAS, MAX_STOP_STRINGS
 from kvarn.server.errors import ApiError
+from kvarn.text.messages import MAX_MESSAGES
 
 HARMLESS = frozenset({
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
@@ -60,7 +61,9 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 """Not honoured by an endpoint whose request model lacks it: refused by name there, unless null or one of these values,
 which ask for nothing."""
 
-MOST_ENTRIES = {"stop": MAX_STOP_STRINGS, "logit_bias": MAX_LOGIT_BIAS, "stop_token_ids": 1024}
+MOST_ENTRIES = {
+    "messages": MAX_MESSAGES, "stop": MAX_STOP_STRINGS, "logit_bias": MAX_LOGIT_BIAS, "stop_token_ids": 1024,
+}  # fmt: skip
 """Entries of a list or an object at most, looked at before any entry is."""
 
 

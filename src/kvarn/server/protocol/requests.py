@@ -22,6 +22,8 @@ from kvarn.server.errors import ApiError
 
 DEFAULT_COMPLETION_TOKENS = 16
 """`max_tokens` of a completion that does not say, as OpenAI has it."""
+MAX_PROMPTS = 64
+"""In one completion request."""
 SAMPLING_FIELDS = (
     "n", "seed", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
     "repetition_penalty", "min_tokens", "ignore_eos", "skip_special_tokens", "include_stop_str_in_output",
@@ -40,11 +42,16 @@ def _stop(value: Any) -> tuple[str, ...]:
 
 
 def _prompt(value: Any) -> Any:
-    """As it is. The kinds of all items are looked at in one pass: a prompt may have millions."""
+    """As it is. The kinds of all items are looked at in one pass: a prompt may have millions.
+
+    Not those of the items of too many prompts, which `PromptEncoder` refuses by their number.
+    """
     if isinstance(value, str):
         return value
     kinds = set(map(type, value)) if isinstance(value, list) else {None}
-    if kinds <= {str} or kinds == {int} or (kinds == {list} and all(set(map(type, ids)) <= {int} for ids in value)):
+    if kinds <= {str} or kinds == {int}:
+        return value
+    if kinds == {list} and (len(value) > MAX_PROMPTS or all(set(map(type, ids)) <= {int} for ids in value)):
         return value
     raise ValueError("must be a string, a list of strings, a list of token ids, or a list of lists of token ids")
 

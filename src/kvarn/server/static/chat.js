@@ -60,7 +60,17 @@ async function* events(response) {
   }
 }
 
+async function refusal(response) {
+  try {
+    return (await response.json()).error.message;
+  } catch {
+    // No kvarn answered, but a proxy before it.
+    return `${response.status} ${response.statusText}`.trim();
+  }
+}
+
 async function answer() {
+  const conversation = messages;
   const controller = new AbortController();
   setRunning(controller);
   const { node, body } = article("assistant", "");
@@ -76,7 +86,7 @@ async function answer() {
       body: JSON.stringify(requestBody()),
       signal: controller.signal,
     });
-    if (!response.ok) throw new Error((await response.json()).error.message);
+    if (!response.ok) throw new Error(await refusal(response));
     for await (const event of events(response)) {
       if (event.error) throw new Error(event.error.message);
       usage = event.usage ?? usage;
@@ -89,8 +99,11 @@ async function answer() {
       if (atEnd) log.scrollTop = log.scrollHeight;
     }
   } catch (error) {
-    if (error.name !== "AbortError") failure = error.message;
+    // Browsers report a connection that cannot be had or that breaks as a TypeError, each in words of its own.
+    if (error instanceof TypeError) failure = "The connection to the server was lost.";
+    else if (error.name !== "AbortError") failure = error.message;
   }
+  if (messages !== conversation) return; // a new chat has begun, and may be running an answer of its own
   setRunning(null);
   if (failure) article("error", failure);
   if (text) messages.push({ role: "assistant", content: text });
@@ -149,12 +162,16 @@ $("prompt").addEventListener("keydown", (event) => {
   }
 });
 
+// A setting out of its range keeps the form from being sent; the browser can say so only where the setting is seen.
+$("settings").addEventListener("invalid", () => ($("settings").open = true), true);
+
 document.addEventListener("keydown", (event) => {
   if (event.key === "Escape") running?.abort();
 });
 $("stop").addEventListener("click", () => running?.abort());
 $("clear").addEventListener("click", () => {
   running?.abort();
+  setRunning(null);
   messages = [];
   log.replaceChildren();
   $("figures").textContent = "";
@@ -162,9 +179,9 @@ $("clear").addEventListener("click", () => {
 });
 
 async function loadModels() {
-  const response = await fetch("v1/models");
-  if (!response.ok) {
-    $("figures").textContent = "the model is loading …";
+  const response = await fetch("v1/models").catch(() => null);
+  if (!response?.ok) {
+    $("figures").textContent = response ? await refusal(response) : "the server cannot be reached";
     setTimeout(loadModels, 500);
     return;
   }

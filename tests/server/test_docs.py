@@ -1,0 +1,83 @@
+"""docs/server.md is true of the code: its routes, parameters, limits and metrics are the server's."""
+
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+from kvarn import request
+from kvarn.cli import serve as command
+from kvarn.engine import EngineStats
+from kvarn.server import create_app, errors
+from kvarn.server.metrics import EngineCollector
+from kvarn.server.protocol import (
+    HARMLESS,
+    MAX_PROMPTS,
+    MOST_ENTRIES,
+    NEUTRAL,
+    ChatCompletionRequest,
+    CompletionRequest,
+)
+
+PAGE = (Path(__file__).parents[2] / "docs" / "server.md").read_text()
+CHAT, COMPLETION = set(ChatCompletionRequest.model_fields), set(CompletionRequest.model_fields)
+
+
+def named(begin, end):
+    """The names in backquotes between two texts."""
+    return set(re.findall(r"`([a-z_]+)`", PAGE[PAGE.index(begin) : PAGE.index(end)])) - {"false", "true", "null"}
+
+
+def row(what):
+    """The limits that a row of the table of limits gives, as numbers."""
+    line = next(line for line in PAGE.splitlines() if line.startswith(f"| {what} |"))
+    return [int(number) for number in re.findall(r"-?\d+", line.split("|")[2])]
+
+
+def test_every_route_is_told():
+    told = set(re.findall(r"`((?:GET|POST) /[^`]*)`", PAGE))
+    paths = create_app(None).openapi()["paths"]
+    real = {f"{method.upper()} {path}" for path in paths for method in paths[path]}
+    assert told == real | {"GET /openapi.json", "GET /"}
+
+
+def test_honoured_parameters():
+    assert named("**Honoured** in both", "- Chat also") - {"include_usage", "include_obfuscation"} == CHAT & COMPLETION
+    assert named("- Chat also", "- Completions also") - {"logprobs", "max_tokens"} == CHAT - COMPLETION
+    assert named("- Completions also", "`model` may be absent") - {"logprobs", "n"} == COMPLETION - CHAT
+
+
+def test_ignored_and_refused_parameters():
+    assert named("**Ignored**", "**Refused**") == HARMLESS
+    assert named("**Refused**", "## Errors") - {"none", "auto", "medium"} == set(NEUTRAL)
+
+
+def test_codes_of_errors():
+    told = named("| status | `code` | when |", "A failure in the middle") - {"code", "messages", "prompt"}
+    folder = Path(errors.__file__).parent
+    real = set()
+    for file in folder.rglob("*.py"):
+        real |= set(re.findall(r'code="([a-z_]+)"', file.read_text()))
+    assert told == real
+
+
+def test_limits():
+    defaults = {name: parameter.default for name, parameter in inspect.signature(command.command).parameters.items()}
+    assert row("body") == [defaults["max_body_bytes"] >> 20]
+    assert row("requests waiting") == [defaults["max_num_queued_requests"]]
+    steps = [defaults["max_num_seqs"], defaults["max_num_batched_tokens"]]
+    assert row("sequences in a step, tokens in a step") == steps
+    assert row("prompts in a request, `n`") == [MAX_PROMPTS, request.MAX_N]
+    assert row("messages") == [MOST_ENTRIES["messages"]]
+    assert row("`stop`") == [request.MAX_STOP_STRINGS, 1, request.MAX_STOP_STRING_CHARS]
+    assert row("`stop_token_ids`, `logit_bias` entries") == [MOST_ENTRIES["stop_token_ids"], MOST_ENTRIES["logit_bias"]]
+    assert row("`logprobs` of a completion, `top_logprobs`") == [request.MAX_LOGPROBS, request.MAX_LOGPROBS]
+
+
+@pytest.mark.parametrize("kind", ["gauge", "counter"])
+def test_metrics(kind):
+    column = {"gauge": 1, "counter": 2}[kind]
+    line = next(line for line in PAGE.splitlines() if "kvarn:num_requests_running" in line)
+    told = re.findall(r"`(kvarn:[a-z_]+)`", line.split("|")[column])
+    assert told == [m.name for m in EngineCollector(EngineStats(), "any").collect() if m.type == kind]
