@@ -21,6 +21,8 @@ constexpr int64_t kFewQueries = 2 * kBlockQueries;
 
 enum class Elements { kFloat, kHalf };
 template <Elements elements>
+constexpr int64_t kElementBytes = elements == Elements::kHalf ? 2 : 4;
+template <Elements elements>
 KVARN_INLINE F load_elements(const uint8_t *p, int64_t index) {
     if constexpr (elements == Elements::kHalf) return load_f16(reinterpret_cast<const uint16_t *>(p) + index);
     return load(reinterpret_cast<const float *>(p) + index);
@@ -105,19 +107,26 @@ struct Tile {
     const uint8_t *keys[kSubs], *values[kSubs];
     int64_t value_stride;
     int64_t count;  // tokens that the sequence has
+    // Where the tile after this one is, to ask for it in time: its blocks lie anywhere. The tile itself at the end.
+    const uint8_t *next_keys[kSubs], *next_values[kSubs];
 };
 
-Tile cached_tile(const Work &w, int64_t start, int64_t count) {
+Tile cached_tile(const Work &w, int64_t start, int64_t last) {
     const KvLayerView &kv = *w.a.kv;
     const int64_t bytes = kv.element_bytes();
+    const auto locate = [&](int64_t position, const uint8_t *&keys, const uint8_t *&values) {
+        const int64_t offset = position % kv.block_size;
+        const uint8_t *head = kv.head(w.a.block_table[position / kv.block_size], w.a.kv_head);
+        keys = head + offset * kv.key_dim * bytes;
+        values = head + (kv.block_size * kv.key_dim + offset * kv.value_dim) * bytes;
+    };
     Tile tile;
     tile.value_stride = kv.value_dim;
-    tile.count = count;
+    tile.count = last + 1 - start < kKeyTile ? last + 1 - start : kKeyTile;
     for (int64_t s = 0; s < kSubs; ++s) {
-        const int64_t position = s * kSub < count ? start + s * kSub : start, offset = position % kv.block_size;
-        const uint8_t *head = kv.head(w.a.block_table[position / kv.block_size], w.a.kv_head);
-        tile.keys[s] = head + offset * kv.key_dim * bytes;
-        tile.values[s] = head + (kv.block_size * kv.key_dim + offset * kv.value_dim) * bytes;
+        const int64_t position = start + s * kSub, next = position + kKeyTile;
+        locate(position <= last ? position : start, tile.keys[s], tile.values[s]);
+        locate(next <= last ? next : start, tile.next_keys[s], tile.next_values[s]);
     }
     return tile;
 }
@@ -134,11 +143,15 @@ Tile converted_tile(const Work &w, const Tile &from) {
         tile.keys[s] = reinterpret_cast<const uint8_t *>(s * kSub < from.count ? keys : w.keys);
         tile.values[s] = reinterpret_cast<const uint8_t *>(values);
         if (s * kSub >= from.count) continue;
-        for (int64_t i = 0; i < kd; ++i) store(keys + i * kSub, load_elements<elements>(from.keys[s], i * kSub));
+        for (int64_t i = 0; i < kd; ++i) {
+            prefetch(from.next_keys[s] + i * kSub * kElementBytes<elements>);
+            store(keys + i * kSub, load_elements<elements>(from.keys[s], i * kSub));
+        }
         const int64_t tokens = from.count - s * kSub < kSub ? from.count - s * kSub : kSub;
         for (int64_t t = 0; t < tokens; ++t)
             for (int64_t i = 0; i < w.dim; i += kLanes) {
                 // The last vector of a row may run into the next one, or past the cache's end, which is padded.
+                prefetch(from.next_values[s] + (t * vd + i) * kElementBytes<elements>);
                 const F x = load_elements<elements>(from.values[s], t * vd + i);
                 store(values + t * w.dim + i, vd - i >= kLanes ? x : select(first(vd - i), x, zero()));
             }
@@ -147,7 +160,7 @@ Tile converted_tile(const Work &w, const Tile &from) {
 }
 
 // Scores of `queries` queries and all 64 keys: a chain over dimensions for each.
-template <Elements elements, int queries>
+template <Elements elements, bool ahead, int queries>
 void score_block(const Work &w, const Tile &tile, int64_t query) {
     const int64_t kd = w.a.kv->key_dim;
     const float *q[queries];
@@ -160,7 +173,10 @@ void score_block(const Work &w, const Tile &tile, int64_t query) {
     for (int64_t d = 0; d < kd; ++d) {
         F k[kSubs];
 #pragma GCC unroll 4
-        for (int s = 0; s < kSubs; ++s) k[s] = load_elements<elements>(tile.keys[s], d * kSub);
+        for (int s = 0; s < kSubs; ++s) {
+            if constexpr (ahead) prefetch(tile.next_keys[s] + d * kSub * kElementBytes<elements>);
+            k[s] = load_elements<elements>(tile.keys[s], d * kSub);
+        }
 #pragma GCC unroll 6
         for (int i = 0; i < queries; ++i) {
             const F x = set(q[i][d]);
@@ -200,7 +216,7 @@ void softmax_tile(const Work &w, int64_t query, int64_t from, int64_t to) {
 }
 
 // Merges into the span, for some columns: sums over tokens, in order, of weight * value.
-template <Elements elements, int queries, int vectors>
+template <Elements elements, bool ahead, int queries, int vectors>
 void value_block(const Work &w, const Tile &tile, int64_t query, int64_t column, int64_t from) {
     F acc[vectors][queries];
 #pragma GCC unroll 4
@@ -209,13 +225,16 @@ void value_block(const Work &w, const Tile &tile, int64_t query, int64_t column,
         for (int i = 0; i < queries; ++i) acc[v][i] = zero();
     const float *weights = w.weights + query * kKeyTile;
     for (int64_t t = from; t < tile.count;) {
-        const uint8_t *values = tile.values[t / kSub];
+        const uint8_t *values = tile.values[t / kSub], *next = tile.next_values[t / kSub];
         const int64_t end = tile.count < (t / kSub + 1) * kSub ? tile.count : (t / kSub + 1) * kSub;
         for (; t < end; ++t) {
             F x[vectors];
 #pragma GCC unroll 4
-            for (int v = 0; v < vectors; ++v)
-                x[v] = load_elements<elements>(values, t % kSub * tile.value_stride + column + v * kLanes);
+            for (int v = 0; v < vectors; ++v) {
+                const int64_t at = t % kSub * tile.value_stride + column + v * kLanes;
+                if constexpr (ahead) prefetch(next + at * kElementBytes<elements>);
+                x[v] = load_elements<elements>(values, at);
+            }
 #pragma GCC unroll 6
             for (int i = 0; i < queries; ++i) {
                 const F p = set(weights[i * kKeyTile + t]);
@@ -233,11 +252,11 @@ void value_block(const Work &w, const Tile &tile, int64_t query, int64_t column,
     }
 }
 
-template <Elements elements, int queries>
+template <Elements elements, bool ahead, int queries>
 void value_rows(const Work &w, const Tile &tile, int64_t query, int64_t from) {
     int64_t column = 0;
-    for (; column + 64 <= w.dim; column += 64) value_block<elements, queries, 4>(w, tile, query, column, from);
-    for (; column < w.dim; column += 16) value_block<elements, queries, 1>(w, tile, query, column, from);
+    for (; column + 64 <= w.dim; column += 64) value_block<elements, ahead, queries, 4>(w, tile, query, column, from);
+    for (; column < w.dim; column += 16) value_block<elements, ahead, queries, 1>(w, tile, query, column, from);
 }
 
 // Calls body.operator()<n>(query) over all queries in blocks of n = 6 and one rest.
@@ -255,9 +274,9 @@ KVARN_INLINE void in_blocks(int64_t queries, Body body) {
     }
 }
 
-template <Elements elements>
+template <Elements elements, bool ahead>
 void visit(const Work &w, const Tile &tile, int64_t start) {
-    in_blocks(w.queries, [&]<int n>(int64_t query) { score_block<elements, n>(w, tile, query); });
+    in_blocks(w.queries, [&]<int n>(int64_t query) { score_block<elements, ahead, n>(w, tile, query); });
     int64_t lowest = kKeyTile;
     for (int64_t i = 0; i < w.queries; ++i) {
         const int64_t position = w.position(i);
@@ -272,19 +291,21 @@ void visit(const Work &w, const Tile &tile, int64_t start) {
         lowest = from < lowest ? (from > 0 ? from : 0) : lowest;
     }
     merge_sums(w.span, w.tile_m, w.tile_l, w.queries, w.old_factor, w.now_factor);
-    in_blocks(w.queries, [&]<int n>(int64_t query) { value_rows<elements, n>(w, tile, query, lowest); });
+    in_blocks(w.queries, [&]<int n>(int64_t query) { value_rows<elements, ahead, n>(w, tile, query, lowest); });
 }
 
 void visit_tile(const Work &w, int64_t start) {
     const int64_t last = w.a.position + w.a.rows - 1;
-    const Tile cached = cached_tile(w, start, last + 1 - start < kKeyTile ? last + 1 - start : kKeyTile);
-    const bool direct = w.dim == w.a.kv->value_dim;
-    if (!w.a.kv->half)
-        visit<Elements::kFloat>(w, direct ? cached : converted_tile<Elements::kFloat>(w, cached), start);
-    else if (direct && w.queries <= kFewQueries)
-        visit<Elements::kHalf>(w, cached, start);
+    const Tile cached = cached_tile(w, start, last);
+    const bool direct = w.dim == w.a.kv->value_dim && w.queries <= kFewQueries;
+    if (direct && w.a.kv->half)
+        visit<Elements::kHalf, true>(w, cached, start);
+    else if (direct)
+        visit<Elements::kFloat, true>(w, cached, start);
+    else if (w.a.kv->half)
+        visit<Elements::kFloat, false>(w, converted_tile<Elements::kHalf>(w, cached), start);
     else
-        visit<Elements::kFloat>(w, converted_tile<Elements::kHalf>(w, cached), start);
+        visit<Elements::kFloat, false>(w, converted_tile<Elements::kFloat>(w, cached), start);
 }
 
 // Merges a finished span, which comes after `total` in position, into it.

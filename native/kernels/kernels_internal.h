@@ -6,7 +6,7 @@
 KVARN_KERNELS_BEGIN
 
 void linear(const LinearArgs &a);
-void quantize_groups(const float *x, int64_t row, int64_t group_begin, int64_t group_end, const QuantRows &out);
+void quantize(const QuantizeArgs &a);
 void norm(const NormArgs &a);
 void rope(const RopeArgs &a);
 void kv_write(const KvLayerView &kv, int64_t slot, int64_t head, const float *k, const float *v);

@@ -6,37 +6,66 @@ KVARN_KERNELS_BEGIN
 
 namespace {
 
-// The largest magnitude is compared as bits, so that a NaN or an infinity wins and makes the group's scale NaN or
-// infinite: a broken activation shows in the result instead of turning into a number.
+// A group that waits for others, so that divisions and conversions serve 16 at once.
 template <int tile>
-inline void quantize_group(const float *x, int lane, QuantGroup<tile> &out) {
-    const F a = load(x), b = load(x + 16);
-    const int32_t bits = reduce_max_i(max_i(abs_bits(a), abs_bits(b)));
-    float largest;
-    std::memcpy(&largest, &bits, 4);
-    const float scale = largest / 127.0f;
-    const F inverse = set(scale >= 1e-38f ? 127.0f / largest : 0.0f);
-    const I low = to_int(mul(a, inverse)), high = to_int(mul(b, inverse));
-    store_i8(out.q[lane], low);
-    store_i8(out.q[lane] + 16, high);
-    const int32_t sum0 = reduce_add_i(low), sum1 = reduce_add_i(high);
-    out.scale[lane] = scale;
-    out.sum[lane] = scale * float(sum0 + sum1);
-    out.half[0][lane] = sum0;
-    out.half[1][lane] = sum1;
+struct Place {
+    const float *x;
+    QuantGroup<tile> *group;
+    int lane;
+};
+
+// Quantizes up to 16 groups, whose largest magnitudes are given as bits. They are compared as bits, so that a NaN or an
+// infinity wins and makes the group's scale NaN or infinite: a broken activation shows in the result instead of turning
+// into a number.
+template <int tile>
+void quantize_places(const Place<tile> *places, const float *largest, int count) {
+    alignas(64) float scales[16], inverses[16], sums[16];
+    const F most = load(largest), scale = div(most, set(127.0f));
+    store(scales, scale);
+    store(inverses, select(less(set(1e-38f), scale), div(set(127.0f), most), zero()));
+    for (int i = 0; i < count; ++i) {
+        const Place<tile> &p = places[i];
+        QuantGroup<tile> &to = *p.group;
+        const F inverse = set(inverses[i]);
+        to.half[0][p.lane] = store_i8(to.q[p.lane], to_int(mul(load(p.x), inverse)));
+        to.half[1][p.lane] = store_i8(to.q[p.lane] + 16, to_int(mul(load(p.x + 16), inverse)));
+        sums[i] = float(to.half[0][p.lane] + to.half[1][p.lane]);
+    }
+    store(sums, mul(scale, load(sums)));
+    for (int i = 0; i < count; ++i) {
+        places[i].group->scale[places[i].lane] = scales[i];
+        places[i].group->sum[places[i].lane] = sums[i];
+    }
+}
+
+template <int tile>
+void quantize_rows(const QuantizeArgs &a) {
+    Place<tile> places[16];
+    alignas(64) float largest[16] = {};
+    int count = 0;
+    for (int64_t r = a.row_begin; r < a.row_end; ++r) {
+        auto *groups = reinterpret_cast<QuantGroup<tile> *>(a.out.data) + r / tile * a.out.groups();
+        const float *x = a.x + (r - a.row_begin) * a.x_stride;
+        for (int64_t g = a.group_begin; g < a.group_end; ++g, x += kGroup) {
+            const int32_t bits = reduce_max_i(max_i(abs_bits(load(x)), abs_bits(load(x + 16))));
+            std::memcpy(largest + count, &bits, 4);
+            places[count] = {x, groups + g, int(r % tile)};
+            if (++count == 16) {
+                quantize_places(places, largest, count);
+                count = 0;
+            }
+        }
+    }
+    if (count > 0) quantize_places(places, largest, count);
 }
 
 }  // namespace
 
-void quantize_groups(const float *x, int64_t row, int64_t group_begin, int64_t group_end, const QuantRows &out) {
-    for (int64_t g = group_begin; g < group_end; ++g, x += kGroup) {
-        if (out.single)
-            quantize_group<1>(x, 0, reinterpret_cast<QuantGroup<1> *>(out.data)[g]);
-        else
-            quantize_group<kTileTokens>(
-                x, int(row % kTileTokens),
-                reinterpret_cast<QuantGroup<kTileTokens> *>(out.data)[row / kTileTokens * out.groups() + g]);
-    }
+void quantize(const QuantizeArgs &a) {
+    if (a.out.single)
+        quantize_rows<1>(a);
+    else
+        quantize_rows<kTileTokens>(a);
 }
 
 KVARN_KERNELS_END

@@ -7,7 +7,7 @@ KVARN_KERNELS_BEGIN
 
 const Kernels &kernels() {
     static constexpr Kernels table = {
-        KVARN_TEXT(KVARN_ISA), linear,     quantize_groups, norm,     rope,      kv_write, attention,
+        KVARN_TEXT(KVARN_ISA), linear,     quantize, norm,     rope,      kv_write, attention,
         attention_merge,       activation, gated,           add_rows, scale_cap,
     };
     return table;

@@ -100,22 +100,22 @@ inline float reduce_max(F a) {
     c = _mm_max_ps(c, _mm_movehl_ps(c, c));
     return _mm_cvtss_f32(_mm_max_ss(c, _mm_shuffle_ps(c, c, 1)));
 }
-inline int32_t reduce_add_i(I a) {
-    const __m256i b = _mm256_add_epi32(a.lo, a.hi);
-    __m128i c = _mm_add_epi32(_mm256_castsi256_si128(b), _mm256_extracti128_si256(b, 1));
-    c = _mm_add_epi32(c, _mm_shuffle_epi32(c, 0x4e));
-    return _mm_cvtsi128_si32(_mm_add_epi32(c, _mm_shuffle_epi32(c, 0xb1)));
-}
 inline int32_t reduce_max_i(I a) {
     const __m256i b = _mm256_max_epi32(a.lo, a.hi);
     __m128i c = _mm_max_epi32(_mm256_castsi256_si128(b), _mm256_extracti128_si256(b, 1));
     c = _mm_max_epi32(c, _mm_shuffle_epi32(c, 0x4e));
     return _mm_cvtsi128_si32(_mm_max_epi32(c, _mm_shuffle_epi32(c, 0xb1)));
 }
-inline void store_i8(int8_t *p, I a) {
+inline int32_t sum_i8(__m128i bytes) {  // vpsadbw adds unsigned bytes: 128 more each
+    const __m128i sums = _mm_sad_epu8(_mm_xor_si128(bytes, _mm_set1_epi8(int8_t(0x80))), _mm_setzero_si128());
+    return _mm_cvtsi128_si32(sums) + _mm_extract_epi16(sums, 4) - 16 * 128;
+}
+// Returns the sum of what it stored.
+inline int32_t store_i8(int8_t *p, I a) {
     const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(a.lo, a.hi), 0xd8);
     const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
     _mm_storeu_si128(reinterpret_cast<__m128i *>(p), bytes);
+    return sum_i8(bytes);
 }
 
 inline void deinterleave_8(__m256 a, __m256 b, __m256 &even, __m256 &odd) {

@@ -66,10 +66,16 @@ inline float reduce_add(F a) {
     return _mm_cvtss_f32(_mm_add_ss(c, _mm_shuffle_ps(c, c, 1)));
 }
 inline float reduce_max(F a) { return _mm512_reduce_max_ps(a.v); }
-inline int32_t reduce_add_i(I a) { return _mm512_reduce_add_epi32(a.v); }
 inline int32_t reduce_max_i(I a) { return _mm512_reduce_max_epi32(a.v); }
-inline void store_i8(int8_t *p, I a) {
-    _mm_storeu_si128(reinterpret_cast<__m128i *>(p), _mm512_cvtsepi32_epi8(a.v));
+inline int32_t sum_i8(__m128i bytes) {  // vpsadbw adds unsigned bytes: 128 more each
+    const __m128i sums = _mm_sad_epu8(_mm_xor_si128(bytes, _mm_set1_epi8(int8_t(0x80))), _mm_setzero_si128());
+    return _mm_cvtsi128_si32(sums) + _mm_extract_epi16(sums, 4) - 16 * 128;
+}
+// Returns the sum of what it stored.
+inline int32_t store_i8(int8_t *p, I a) {
+    const __m128i bytes = _mm512_cvtsepi32_epi8(a.v);
+    _mm_storeu_si128(reinterpret_cast<__m128i *>(p), bytes);
+    return sum_i8(bytes);
 }
 
 // Pairs (x0, x1), (x2, x3)… of 32 floats into their first and second elements, and back.

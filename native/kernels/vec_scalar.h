@@ -82,10 +82,12 @@ inline T tree(const V &a, Op op) {
 }
 inline float reduce_add(F a) { return tree<float>(a, [](float x, float y) { return x + y; }); }
 inline float reduce_max(F a) { return tree<float>(a, [](float x, float y) { return x > y ? x : y; }); }
-inline int32_t reduce_add_i(I a) { return tree<int32_t>(a, [](int32_t x, int32_t y) { return x + y; }); }
 inline int32_t reduce_max_i(I a) { return tree<int32_t>(a, [](int32_t x, int32_t y) { return x > y ? x : y; }); }
-inline void store_i8(int8_t *p, I a) {
-    for (int i = 0; i < 16; ++i) p[i] = int8_t(a.v[i] < -128 ? -128 : a.v[i] > 127 ? 127 : a.v[i]);
+// Returns the sum of what it stored.
+inline int32_t store_i8(int8_t *p, I a) {
+    int32_t sum = 0;
+    for (int i = 0; i < 16; ++i) sum += p[i] = int8_t(a.v[i] < -128 ? -128 : a.v[i] > 127 ? 127 : a.v[i]);
+    return sum;
 }
 
 // Pairs (x0, x1), (x2, x3)… of 32 floats into their first and second elements, and back.

@@ -83,8 +83,8 @@ void AttentionStage::finish(const Step &step, int64_t row, int64_t rows, int64_t
     if (!quants_.used()) return;
     const QuantRows quants = quants_.rows(step.batch.tokens);
     const int64_t columns = shape_.group() * shape_.kv.value_dim, begin = kv_head * columns;
-    for (int64_t r = row; r < row + rows; ++r)
-        kernels().quantize_groups(out_.row(r) + begin, r, begin / kGroup, (begin + columns) / kGroup, quants);
+    kernels().quantize({out_.row(row) + begin, out_.stride, row, row + rows, begin / kGroup,
+                        (begin + columns) / kGroup, quants});
 }
 
 void AttentionStage::prefill_item(const Step &step, uint32_t item, Scratch &scratch) const {

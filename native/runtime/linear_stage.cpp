@@ -25,7 +25,7 @@ void InputRecipe::make_row(const Kernels &kernels, int64_t r, const QuantRows &t
         norm.apply(kernels, from, normed, x.width);
         from = normed;
     }
-    kernels.quantize_groups(from, r, 0, to.groups(), to);
+    kernels.quantize({from, x.width, r, r + 1, 0, to.groups(), to});
 }
 
 void PrepareStage::run(const Step &step, uint32_t item, Scratch &scratch) noexcept {
@@ -169,8 +169,9 @@ void LinearStage::one_tile(const LinearJob &job, LinearArgs args, int64_t rows, 
             kernels().activation(*job.function, row, row, n);
         if (job.residual.data) kernels().add(job.residual.row(r) + begin, row, row, n);
         if (job.out.data) std::copy(row, row + n, job.out.row(r) + begin);
-        if (job.quants.used()) kernels().quantize_groups(row, r, begin / kGroup, (begin + n) / kGroup, quants);
     }
+    if (job.quants.used())
+        kernels().quantize({tile, stride, args.row_begin, args.row_end, begin / kGroup, (begin + n) / kGroup, quants});
 }
 
 }  // namespace kvarn

@@ -56,8 +56,7 @@ struct Rows {
     Rows(const Kernels &k, std::vector<float> values, int64_t rows, int64_t columns, bool quantize)
         : x(std::move(values)), count(rows), cols(columns), place(quant_bytes(rows, columns)),
           quants{place.data(), columns, rows == 1} {
-        for (int64_t r = 0; quantize && r < rows; ++r)
-            k.quantize_groups(&x[size_t(r * columns)], r, 0, quants.groups(), quants);
+        if (quantize) k.quantize({x.data(), columns, 0, rows, 0, quants.groups(), quants});
     }
 };
 

@@ -40,6 +40,14 @@ KVARN_INLINE constexpr size_t quant_bytes(int64_t rows, int64_t cols) {
     return round_up(size_t(rows), kTileTokens) * size_t(cols / kGroup) * sizeof(QuantGroup<1>);
 }
 
+struct QuantizeArgs {
+    const float *x;                   // of row_begin and group_begin
+    int64_t x_stride;
+    int64_t row_begin, row_end;       // rows of out
+    int64_t group_begin, group_end;
+    QuantRows out;
+};
+
 struct LinearArgs {
     const PackedMatrix *w;
     int64_t panel_begin, panel_end;
@@ -126,7 +134,7 @@ KVARN_INLINE constexpr int64_t attention_partial_elements(int64_t value_dim) { r
 struct Kernels {
     const char *name;
     void (*linear)(const LinearArgs &);
-    void (*quantize_groups)(const float *x, int64_t row, int64_t group_begin, int64_t group_end, const QuantRows &out);
+    void (*quantize)(const QuantizeArgs &);
     void (*norm)(const NormArgs &);
     void (*rope)(const RopeArgs &);
     void (*kv_write)(const KvLayerView &kv, int64_t slot, int64_t head, const float *k, const float *v);
