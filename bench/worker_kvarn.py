@@ -30,7 +30,7 @@ def main() -> None:
             model.program,
             model.weights,
             KvCacheSpec(CONTEXT // BLOCK, BLOCK, "float16"),
-            StepLimits(512, SEQUENCES, CONTEXT),
+            StepLimits(512, 64, CONTEXT),
         )
     vocab = model.config.vocab_size
     print(json.dumps({"ready": time.perf_counter() - started}), flush=True)

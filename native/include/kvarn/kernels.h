@@ -123,7 +123,7 @@ struct AttentionArgs {
     int64_t out_stride;
     float *scratch;              // attention_scratch_elements floats, 64-byte aligned
 };
-constexpr int64_t kQueryTile = 16;  // query rows of one call at most
+constexpr int64_t kQueryTile = 32;  // query rows of one call at most
 KVARN_INLINE constexpr int64_t attention_scratch_elements(int64_t group, int64_t key_dim, int64_t value_dim) {
     const int64_t queries = kQueryTile * group;  // a multiple of 16
     const int64_t dim = (value_dim + 15) / 16 * 16;
