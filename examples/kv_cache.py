@@ -21,6 +21,7 @@ import numpy as np
 
 from kvarn.backends import Executable, InputBatch, KvCacheSpec, StepLimits
 from kvarn.engine import make_backend
+from kvarn.kv_types import KV_TYPES
 from kvarn.models import load_model
 from kvarn.text import load_tokenizer
 from kvarn.weights import catalog, open_model
@@ -94,7 +95,7 @@ def main() -> None:
         limits = StepLimits(max_num_tokens=longest, max_num_sequences=1, max_model_len=longest)
         executable = make_backend("cpu", options.threads).load(model.program, model.weights, cache, limits)
 
-    kept = model.program.kv_elements_per_token * 2
+    kept = model.program.kv_bytes_per_token(KV_TYPES[cache.dtype])
     print(f"{options.model}: the cache keeps {kept:,} bytes a token, {kept * longest / 2**20:.1f} MiB for {longest}.\n")
     print("  context   without cache      with cache     faster   same bits")
     story = tokenizer.encode(STORY)

@@ -52,6 +52,13 @@ std::vector<KvCache::Layer> layers_of(const std::vector<LayerShape> &shapes) {
     return layers;
 }
 
+KvType kv_type_of(const std::string &name) {
+    if (name == "float32") return KvType::kFloat32;
+    if (name == "float16") return KvType::kFloat16;
+    if (name == "int8") return KvType::kInt8;
+    throw std::invalid_argument("a KV cache cannot be of type " + name);
+}
+
 }  // namespace
 
 void bind_storage(nb::module_ &m) {
@@ -60,9 +67,10 @@ void bind_storage(nb::module_ &m) {
         return size_t(num_panels(rows)) * panel_bytes(format_of(format), cols);
     }, "format"_a, "rows"_a, "cols"_a, "Bytes of a packed matrix.");
     m.def("quant_bytes", &quant_bytes, "rows"_a, "cols"_a, "Bytes of int8 activations with their scales and sums.");
-    m.def("kv_bytes", [](const std::vector<LayerShape> &layers, int64_t num_blocks, int64_t block_size, bool half) {
-        return KvCache::bytes(layers_of(layers), num_blocks, block_size, half);
-    }, "layers"_a, "num_blocks"_a, "block_size"_a, "half"_a, "Bytes of a KV cache.");
+    m.def("kv_bytes", [](const std::vector<LayerShape> &layers, int64_t num_blocks, int64_t block_size,
+                         const std::string &type) {
+        return KvCache::bytes(layers_of(layers), num_blocks, block_size, kv_type_of(type));
+    }, "layers"_a, "num_blocks"_a, "block_size"_a, "type"_a, "Bytes of a KV cache.");
     m.attr("KEY_SPAN") = kKeySpan;
 
     nb::class_<Pool>(m, "Pool", "Threads that run step plans; the caller of a run is one of them.")
@@ -86,9 +94,9 @@ void bind_storage(nb::module_ &m) {
         }, "values"_a, "interleaved"_a);
     nb::class_<KvCache>(m, "KvCache", "Keys and values of all layers, by blocks.")
         .def("__init__", [](KvCache *self, const std::vector<LayerShape> &layers, int64_t num_blocks,
-                            int64_t block_size, bool half) {
-            new (self) KvCache(layers_of(layers), num_blocks, block_size, half);
-        }, "layers"_a, "num_blocks"_a, "block_size"_a, "half"_a)
+                            int64_t block_size, const std::string &type) {
+            new (self) KvCache(layers_of(layers), num_blocks, block_size, kv_type_of(type));
+        }, "layers"_a, "num_blocks"_a, "block_size"_a, "type"_a)
         .def_prop_ro("nbytes", [](const KvCache &kv) { return kv.bytes(); })
         .def("copy", &KvCache::copy, "pairs"_a, nb::call_guard<nb::gil_scoped_release>());
 }

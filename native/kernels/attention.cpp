@@ -19,12 +19,12 @@ constexpr int kSubs = int(kKeyTile) / kSub;  // sub-blocks of a tile
 constexpr int kBlockQueries = 6;             // register tiles: 4 vectors × 6 queries
 constexpr int64_t kFewQueries = 2 * kBlockQueries;
 
-enum class Elements { kFloat, kHalf };
-template <Elements elements>
-constexpr int64_t kElementBytes = elements == Elements::kHalf ? 2 : 4;
-template <Elements elements>
+template <KvType type>
+constexpr int64_t kElementBytes = type == KvType::kFloat32 ? 4 : type == KvType::kFloat16 ? 2 : 1;
+template <KvType type>
 KVARN_INLINE F load_elements(const uint8_t *p, int64_t index) {
-    if constexpr (elements == Elements::kHalf) return load_f16(reinterpret_cast<const uint16_t *>(p) + index);
+    if constexpr (type == KvType::kFloat16) return load_f16(reinterpret_cast<const uint16_t *>(p) + index);
+    if constexpr (type == KvType::kInt8) return load_i8(p + index);
     return load(reinterpret_cast<const float *>(p) + index);
 }
 
@@ -109,6 +109,7 @@ struct Tile {
     int64_t count;  // tokens that the sequence has
     // Where the tile after this one is, to ask for it in time: its blocks lie anywhere. The tile itself at the end.
     const uint8_t *next_keys[kSubs], *next_values[kSubs];
+    const float *key_scales[kSubs], *value_scales[kSubs];  // of int8 elements; else null
 };
 
 Tile cached_tile(const Work &w, int64_t start, int64_t last) {
@@ -119,40 +120,42 @@ Tile cached_tile(const Work &w, int64_t start, int64_t last) {
         const uint8_t *head = kv.head(w.a.block_table[position / kv.block_size], w.a.kv_head);
         keys = head + offset * kv.key_dim * bytes;
         values = head + (kv.block_size * kv.key_dim + offset * kv.value_dim) * bytes;
+        return reinterpret_cast<const float *>(head + kv.vectors_bytes()) + offset;
     };
     Tile tile;
     tile.value_stride = kv.value_dim;
     tile.count = last + 1 - start < kKeyTile ? last + 1 - start : kKeyTile;
     for (int64_t s = 0; s < kSubs; ++s) {
         const int64_t position = start + s * kSub, next = position + kKeyTile;
-        locate(position <= last ? position : start, tile.keys[s], tile.values[s]);
+        const float *scales = locate(position <= last ? position : start, tile.keys[s], tile.values[s]);
+        tile.key_scales[s] = kv.type == KvType::kInt8 ? scales : nullptr;
+        tile.value_scales[s] = kv.type == KvType::kInt8 ? scales + kv.block_size : nullptr;
         locate(next <= last ? next : start, tile.next_keys[s], tile.next_values[s]);
     }
     return tile;
 }
 
-// The same in float32, converted into scratch.
-template <Elements elements>
+// The same in float32, converted into scratch; int8 elements still without their scales.
+template <KvType type>
 Tile converted_tile(const Work &w, const Tile &from) {
     const int64_t kd = w.a.kv->key_dim, vd = w.a.kv->value_dim;
-    Tile tile;
+    Tile tile = from;
     tile.value_stride = w.dim;
-    tile.count = from.count;
     for (int64_t s = 0; s < kSubs; ++s) {
         float *keys = w.keys + s * kd * kSub, *values = w.values + s * kSub * w.dim;
         tile.keys[s] = reinterpret_cast<const uint8_t *>(s * kSub < from.count ? keys : w.keys);
         tile.values[s] = reinterpret_cast<const uint8_t *>(values);
         if (s * kSub >= from.count) continue;
         for (int64_t i = 0; i < kd; ++i) {
-            prefetch(from.next_keys[s] + i * kSub * kElementBytes<elements>);
-            store(keys + i * kSub, load_elements<elements>(from.keys[s], i * kSub));
+            prefetch(from.next_keys[s] + i * kSub * kElementBytes<type>);
+            store(keys + i * kSub, load_elements<type>(from.keys[s], i * kSub));
         }
         const int64_t tokens = from.count - s * kSub < kSub ? from.count - s * kSub : kSub;
         for (int64_t t = 0; t < tokens; ++t)
             for (int64_t i = 0; i < w.dim; i += kLanes) {
                 // The last vector of a row may run into the next one, or past the cache's end, which is padded.
-                prefetch(from.next_values[s] + (t * vd + i) * kElementBytes<elements>);
-                const F x = load_elements<elements>(from.values[s], t * vd + i);
+                prefetch(from.next_values[s] + (t * vd + i) * kElementBytes<type>);
+                const F x = load_elements<type>(from.values[s], t * vd + i);
                 store(values + t * w.dim + i, vd - i >= kLanes ? x : select(first(vd - i), x, zero()));
             }
     }
@@ -160,7 +163,7 @@ Tile converted_tile(const Work &w, const Tile &from) {
 }
 
 // Scores of `queries` queries and all 64 keys: a chain over dimensions for each.
-template <Elements elements, bool ahead, int queries>
+template <KvType type, bool ahead, int queries>
 void score_block(const Work &w, const Tile &tile, int64_t query) {
     const int64_t kd = w.a.kv->key_dim;
     const float *q[queries];
@@ -174,8 +177,8 @@ void score_block(const Work &w, const Tile &tile, int64_t query) {
         F k[kSubs];
 #pragma GCC unroll 4
         for (int s = 0; s < kSubs; ++s) {
-            if constexpr (ahead) prefetch(tile.next_keys[s] + d * kSub * kElementBytes<elements>);
-            k[s] = load_elements<elements>(tile.keys[s], d * kSub);
+            if constexpr (ahead) prefetch(tile.next_keys[s] + d * kSub * kElementBytes<type>);
+            k[s] = load_elements<type>(tile.keys[s], d * kSub);
         }
 #pragma GCC unroll 6
         for (int i = 0; i < queries; ++i) {
@@ -190,14 +193,18 @@ void score_block(const Work &w, const Tile &tile, int64_t query) {
         for (int s = 0; s < kSubs; ++s) store(w.weights + (query + i) * kKeyTile + s * kSub, acc[s][i]);
 }
 
-// Scores of one query become exp(score - max); keys outside [from, to) of the tile get weight 0.
-void softmax_tile(const Work &w, int64_t query, int64_t from, int64_t to) {
+// Scores of one query become exp(score - max), times the scale of the value where there is one; keys outside [from, to)
+// of the tile get weight 0.
+void softmax_tile(const Work &w, const Tile &tile, int64_t query, int64_t from, int64_t to) {
+    const bool scaled = tile.key_scales[0] != nullptr;
     float *row = w.weights + query * kKeyTile;
     F s[kSubs];
     F largest = set(kNoScore);
 #pragma GCC unroll 4
     for (int i = 0; i < kSubs; ++i) {
-        s[i] = mul(load(row + i * kSub), set(w.a.scale));
+        s[i] = load(row + i * kSub);
+        if (scaled) s[i] = mul(s[i], load(tile.key_scales[i]));
+        s[i] = mul(s[i], set(w.a.scale));
         if (w.a.softcap > 0) s[i] = mul(tanh(div(s[i], set(w.a.softcap))), set(w.a.softcap));
         const int64_t begin = from - i * kSub, end = to - i * kSub;
         if (end < kSub) s[i] = end <= 0 ? set(kNoScore) : select(first(end), s[i], set(kNoScore));
@@ -209,14 +216,14 @@ void softmax_tile(const Work &w, int64_t query, int64_t from, int64_t to) {
 #pragma GCC unroll 4
     for (int i = 0; i < kSubs; ++i) {
         p[i] = exp(sub(s[i], set(m)));
-        store(row + i * kSub, p[i]);
+        store(row + i * kSub, scaled ? mul(p[i], load(tile.value_scales[i])) : p[i]);
     }
     w.tile_m[query] = m;
     w.tile_l[query] = reduce_add(add(add(p[0], p[1]), add(p[2], p[3])));
 }
 
 // Merges into the span, for some columns: sums over tokens, in order, of weight * value.
-template <Elements elements, bool ahead, int queries, int vectors>
+template <KvType type, bool ahead, int queries, int vectors>
 void value_block(const Work &w, const Tile &tile, int64_t query, int64_t column, int64_t from) {
     F acc[vectors][queries];
 #pragma GCC unroll 4
@@ -232,8 +239,8 @@ void value_block(const Work &w, const Tile &tile, int64_t query, int64_t column,
 #pragma GCC unroll 4
             for (int v = 0; v < vectors; ++v) {
                 const int64_t at = t % kSub * tile.value_stride + column + v * kLanes;
-                if constexpr (ahead) prefetch(next + at * kElementBytes<elements>);
-                x[v] = load_elements<elements>(values, at);
+                if constexpr (ahead) prefetch(next + at * kElementBytes<type>);
+                x[v] = load_elements<type>(values, at);
             }
 #pragma GCC unroll 6
             for (int i = 0; i < queries; ++i) {
@@ -252,11 +259,11 @@ void value_block(const Work &w, const Tile &tile, int64_t query, int64_t column,
     }
 }
 
-template <Elements elements, bool ahead, int queries>
+template <KvType type, bool ahead, int queries>
 void value_rows(const Work &w, const Tile &tile, int64_t query, int64_t from) {
     int64_t column = 0;
-    for (; column + 64 <= w.dim; column += 64) value_block<elements, ahead, queries, 4>(w, tile, query, column, from);
-    for (; column < w.dim; column += 16) value_block<elements, ahead, queries, 1>(w, tile, query, column, from);
+    for (; column + 64 <= w.dim; column += 64) value_block<type, ahead, queries, 4>(w, tile, query, column, from);
+    for (; column < w.dim; column += 16) value_block<type, ahead, queries, 1>(w, tile, query, column, from);
 }
 
 // Calls body.operator()<n>(query) over all queries in blocks of n = 6 and one rest.
@@ -274,9 +281,9 @@ KVARN_INLINE void in_blocks(int64_t queries, Body body) {
     }
 }
 
-template <Elements elements, bool ahead>
+template <KvType type, bool ahead>
 void visit(const Work &w, const Tile &tile, int64_t start) {
-    in_blocks(w.queries, [&]<int n>(int64_t query) { score_block<elements, ahead, n>(w, tile, query); });
+    in_blocks(w.queries, [&]<int n>(int64_t query) { score_block<type, ahead, n>(w, tile, query); });
     int64_t lowest = kKeyTile;
     for (int64_t i = 0; i < w.queries; ++i) {
         const int64_t position = w.position(i);
@@ -287,25 +294,30 @@ void visit(const Work &w, const Tile &tile, int64_t start) {
             std::memset(w.weights + i * kKeyTile, 0, kKeyTile * sizeof(float));
             continue;
         }
-        softmax_tile(w, i, from > 0 ? from : 0, seen < kKeyTile ? seen : kKeyTile);
+        softmax_tile(w, tile, i, from > 0 ? from : 0, seen < kKeyTile ? seen : kKeyTile);
         lowest = from < lowest ? (from > 0 ? from : 0) : lowest;
     }
     merge_sums(w.span, w.tile_m, w.tile_l, w.queries, w.old_factor, w.now_factor);
-    in_blocks(w.queries, [&]<int n>(int64_t query) { value_rows<elements, ahead, n>(w, tile, query, lowest); });
+    in_blocks(w.queries, [&]<int n>(int64_t query) { value_rows<type, ahead, n>(w, tile, query, lowest); });
+}
+
+template <KvType type>
+void visit_as(const Work &w, const Tile &cached, int64_t start, bool direct) {
+    if (direct)
+        visit<type, true>(w, cached, start);
+    else
+        visit<KvType::kFloat32, false>(w, converted_tile<type>(w, cached), start);
 }
 
 void visit_tile(const Work &w, int64_t start) {
     const int64_t last = w.a.position + w.a.rows - 1;
     const Tile cached = cached_tile(w, start, last);
     const bool direct = w.dim == w.a.kv->value_dim && w.queries <= kFewQueries;
-    if (direct && w.a.kv->half)
-        visit<Elements::kHalf, true>(w, cached, start);
-    else if (direct)
-        visit<Elements::kFloat, true>(w, cached, start);
-    else if (w.a.kv->half)
-        visit<Elements::kFloat, false>(w, converted_tile<Elements::kHalf>(w, cached), start);
-    else
-        visit<Elements::kFloat, false>(w, converted_tile<Elements::kFloat>(w, cached), start);
+    switch (w.a.kv->type) {
+        case KvType::kFloat32: return visit_as<KvType::kFloat32>(w, cached, start, direct);
+        case KvType::kFloat16: return visit_as<KvType::kFloat16>(w, cached, start, direct);
+        case KvType::kInt8: return visit_as<KvType::kInt8>(w, cached, start, direct);
+    }
 }
 
 // Merges a finished span, which comes after `total` in position, into it.

@@ -1,5 +1,7 @@
 // The kernels of one ISA, as table.cpp lists them; what each does is said in kvarn/kernels.h.
 #pragma once
+#include <type_traits>
+
 #include "isa.h"
 #include "kvarn/kernels.h"
 

@@ -13,8 +13,8 @@ namespace {
 
 constexpr int64_t kPanelsPerItem = 4;
 
-KvLayerView view(const KvCache::Layer &layer, int64_t block_size, bool half) {
-    return {nullptr, block_size, layer.heads, layer.key_dim, layer.value_dim, half};
+KvLayerView view(const KvCache::Layer &layer, int64_t block_size, KvType type) {
+    return {nullptr, block_size, layer.heads, layer.key_dim, layer.value_dim, type};
 }
 
 size_t layer_bytes(const KvLayerView &layer, int64_t num_blocks) {
@@ -36,21 +36,21 @@ PackedWeight::PackedWeight(Format format, int64_t rows, int64_t cols, const uint
     });
 }
 
-KvCache::KvCache(const std::vector<Layer> &layers, int64_t num_blocks, int64_t block_size, bool half)
-    : num_blocks_(num_blocks), block_size_(block_size), pages_(bytes(layers, num_blocks, block_size, half)) {
+KvCache::KvCache(const std::vector<Layer> &layers, int64_t num_blocks, int64_t block_size, KvType type)
+    : num_blocks_(num_blocks), block_size_(block_size), pages_(bytes(layers, num_blocks, block_size, type)) {
     uint8_t *next = pages_.data();
     for (const Layer &layer : layers) {
-        views_.push_back(view(layer, block_size, half));
+        views_.push_back(view(layer, block_size, type));
         views_.back().data = next;
         next += layer_bytes(views_.back(), num_blocks);
     }
 }
 
-size_t KvCache::bytes(const std::vector<Layer> &layers, int64_t num_blocks, int64_t block_size, bool half) {
+size_t KvCache::bytes(const std::vector<Layer> &layers, int64_t num_blocks, int64_t block_size, KvType type) {
     if (num_blocks < 1 || block_size < 16 || block_size % 16 != 0)
         throw std::invalid_argument("a KV cache has at least one block, of a multiple of 16 tokens");
     size_t total = 0;
-    for (const Layer &layer : layers) total += layer_bytes(view(layer, block_size, half), num_blocks);
+    for (const Layer &layer : layers) total += layer_bytes(view(layer, block_size, type), num_blocks);
     return total;
 }
 

@@ -48,9 +48,9 @@ public:
     struct Layer {
         int64_t heads, key_dim, value_dim;
     };
-    KvCache(const std::vector<Layer> &layers, int64_t num_blocks, int64_t block_size, bool half);
+    KvCache(const std::vector<Layer> &layers, int64_t num_blocks, int64_t block_size, KvType type);
 
-    static size_t bytes(const std::vector<Layer> &layers, int64_t num_blocks, int64_t block_size, bool half);
+    static size_t bytes(const std::vector<Layer> &layers, int64_t num_blocks, int64_t block_size, KvType type);
 
     const KvLayerView &layer(size_t i) const { return views_.at(i); }
     size_t num_layers() const { return views_.size(); }

@@ -16,7 +16,7 @@ def packed_bytes(format: str, rows: int, cols: int) -> int:
 def quant_bytes(rows: int, cols: int) -> int:
     """Bytes of int8 activations with their scales and sums."""
 
-def kv_bytes(layers: Sequence[tuple[int, int, int]], num_blocks: int, block_size: int, half: bool) -> int:
+def kv_bytes(layers: Sequence[tuple[int, int, int]], num_blocks: int, block_size: int, type: str) -> int:
     """Bytes of a KV cache."""
 
 KEY_SPAN: int = 256
@@ -58,7 +58,7 @@ class RotaryTable:
 class KvCache:
     """Keys and values of all layers, by blocks."""
 
-    def __init__(self, layers: Sequence[tuple[int, int, int]], num_blocks: int, block_size: int, half: bool) -> None: ...
+    def __init__(self, layers: Sequence[tuple[int, int, int]], num_blocks: int, block_size: int, type: str) -> None: ...
 
     @property
     def nbytes(self) -> int: ...

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from kvarn.errors import ConfigError
+from kvarn.kv_types import CACHE_TYPES
 
 
 def _check(ok: bool, name: str, value: object, must: str) -> None:
@@ -19,6 +20,7 @@ class CacheConfig:
     block_size: int = 16
     """Tokens in a block; a multiple of 16."""
     dtype: str = "float16"
+    """Stored type of keys and values: one of `CACHE_TYPES`. int8 halves the cache and loses a little."""
     kv_cache_bytes: int | None = None
     num_blocks: int | None = None
     """Exact number of blocks; overrides kv_cache_bytes (tests, benchmarks)."""
@@ -27,7 +29,7 @@ class CacheConfig:
 
     def __post_init__(self) -> None:
         _check(self.block_size >= 16 and self.block_size % 16 == 0, "block_size", self.block_size, "a multiple of 16")
-        _check(self.dtype in ("float16", "float32"), "kv_cache_dtype", self.dtype, "float16 or float32")
+        _check(self.dtype in CACHE_TYPES, "kv_cache_dtype", self.dtype, f"one of {', '.join(CACHE_TYPES)}")
         _check(self.kv_cache_bytes is None or self.kv_cache_bytes > 0, "kv_cache_bytes", self.kv_cache_bytes, "above 0")
         _check(self.num_blocks is None or self.num_blocks > 0, "num_blocks", self.num_blocks, "above 0")
         _check(0 < self.memory_utilization <= 1, "memory_utilization", self.memory_utilization, "above 0 and at most 1")

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvarn.errors import ModelFileError, UnsupportedModelError
+from kvarn.kv_types import KV_TYPES
 from kvarn.models import program_from_config
 from kvarn.program import Activation, Attention, Embed, Logits, Norm, Program, Rope
 from kvarn.testing import tiny_gguf
@@ -35,7 +36,7 @@ def ops_of(program: Program, kind):
 def test_llama_3_8b_has_its_published_size():
     config, program = program_from_config(LLAMA_3_8B, "hf")
     assert 2 * program.num_parameters == 16_060_522_496
-    assert 2 * program.kv_elements_per_token == 131_072
+    assert program.kv_bytes_per_token(KV_TYPES["float16"]) == 131_072
     assert (config.head_dim, config.num_kv_heads, config.max_positions) == (128, 8, 8192)
     assert (config.bos_token_id, config.eos_token_ids) == (128000, (128001,))
 

@@ -143,8 +143,8 @@ struct Cache {
     check::Bytes memory;
     std::vector<int32_t> table;
 
-    Cache(int64_t blocks, int64_t block_size, int64_t heads, int64_t dim, bool half)
-        : view{nullptr, block_size, heads, dim, dim, half}, memory(size_t(view.block_bytes() * blocks) + 64),
+    Cache(int64_t blocks, int64_t block_size, int64_t heads, int64_t dim, KvType type)
+        : view{nullptr, block_size, heads, dim, dim, type}, memory(size_t(view.block_bytes() * blocks) + 64),
           table(size_t(blocks)) {
         std::memset(memory.data(), 0xff, memory.size());
         view.data = memory.data();
@@ -158,7 +158,7 @@ void check_attention(const Kernels &k, const Kernels &scalar) {
         const int64_t block_size = 16 * between(1, 3), heads = between(1, 2), group = between(1, 5);
         const int64_t dim = round % 2 ? 16 * between(1, 6) : between(1, 70), length = between(1, 700);
         const int64_t rows = std::min(length, between(1, kQueryTile)), window = round % 3 ? 0 : between(1, 300);
-        Cache cache((length + block_size - 1) / block_size, block_size, heads, dim, round % 4 < 2);
+        Cache cache((length + block_size - 1) / block_size, block_size, heads, dim, KvType(round / 2 % 3));
         const std::vector<float> keys = floats(length * dim), values = floats(length * dim);
         for (int64_t h = 0; h < heads; ++h)
             for (int64_t t = 0; t < length; ++t)

@@ -9,6 +9,7 @@ from op_programs import OpProgram, ragged
 from kvarn.backends import KvCacheSpec, StepLimits
 from kvarn.backends.cpu import CpuBackend, available_isas
 from kvarn.backends.reference import ReferenceBackend
+from kvarn.kv_types import CACHE_TYPES
 from kvarn.program import Attention, KvLayer, KvWrite
 
 ISAS = available_isas()
@@ -41,7 +42,7 @@ def attention_program(rng, tokens, *, heads, kv_heads, dim, window=None, softcap
         (8, 1, 128, None, None),
     ],
 )
-@pytest.mark.parametrize("kv", ["float16", "float32"])
+@pytest.mark.parametrize("kv", CACHE_TYPES)
 def test_one_sequence_of_many_tiles(isa, heads, kv_heads, dim, window, softcap, kv):
     rng = np.random.default_rng(heads * dim)
     tokens = 150 if isa == "scalar" else 600
@@ -100,7 +101,7 @@ def test_stale_slots_never_leak(isa):
         table[40:] = np.nan
         table[50:] = np.inf
     backend = CpuBackend(threads=1, isa=isa)
-    for kv in ("float16", "float32"):
+    for kv in CACHE_TYPES:
         executable = backend.load(p.program("o"), p, KvCacheSpec(4, 16, kv), StepLimits(64, 2, 64))
         fresh = executable.execute(ragged([(range(20), 0)], outputs=[]))["o"].copy()
         executable.execute(ragged([(range(64), 0)], outputs=[]))

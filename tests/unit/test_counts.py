@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from kvarn.backends import InputBatch, KvCacheSpec, StepLimits
 from kvarn.backends.null import NullBackend
+from kvarn.kv_types import KV_TYPES
 from kvarn.program.counts import StepShape, count_step, total
 from kvarn.testing import tiny_model
 
@@ -38,6 +39,7 @@ def test_the_null_back_end_counts_what_a_step_costs():
     assert logits.argmax() == 20
     executable.execute(batch)
     sizes = {w.name: model.tensor(w.name).nbytes for w in model.program.weights}
-    once = count_step(model.program, StepShape.prefill(20), sizes.__getitem__, 2)
+    once = count_step(model.program, StepShape.prefill(20), sizes.__getitem__, KV_TYPES["float16"])
     assert total(executable.counts).flops == 2 * total(once).flops
-    assert executable.counts["kv_write"].kv_write_bytes == 2 * 20 * model.program.kv_elements_per_token * 2
+    per_token = model.program.kv_bytes_per_token(KV_TYPES["float16"])
+    assert executable.counts["kv_write"].kv_write_bytes == 2 * 20 * per_token

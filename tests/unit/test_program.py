@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from kvarn.kv_types import KV_TYPES
 from kvarn.program import (
     Activation,
     Add,
@@ -82,7 +83,8 @@ def without(kind, name):
 def test_a_sound_program_is_accepted_and_counted():
     program = make()
     assert program.num_parameters == 50 * 16 + 32 * 16 + 3 * 16 + 4 + 16 * 16 + 8 * 16 + 24 * 16
-    assert program.kv_elements_per_token == 2 * (4 + 4)
+    assert program.kv_bytes_per_token(KV_TYPES["float16"]) == 2 * (8 + 8)
+    assert program.kv_bytes_per_token(KV_TYPES["int8"]) == 2 * (4 + 4 + 4 + 4)
     assert program.buffer("gate").width == 24
     assert program.weight("wk").shape == (8, 16)
     assert [op.weight for op in program.ops_of_kind("linear")] == ["wq", "wk", "wk", "up"]

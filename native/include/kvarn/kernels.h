@@ -87,16 +87,20 @@ struct RopeArgs {
     bool interleaved;
 };
 
+enum class KvType : uint8_t { kFloat32, kFloat16, kInt8 };
+
 // The KV cache of one layer. A block holds for each head K as sub-blocks of 16 tokens, [dim][16 tokens], then V as
-// [token][dim]; elements are fp16 or fp32.
+// [token][dim]. int8: then a float scale of each token's key, and of each token's value.
 struct KvLayerView {
     uint8_t *data;
     int64_t block_size;     // tokens, a multiple of 16
     int64_t heads, key_dim, value_dim;
-    bool half;              // fp16, else fp32
+    KvType type;
 
-    KVARN_INLINE int64_t element_bytes() const { return half ? 2 : 4; }
-    KVARN_INLINE int64_t head_bytes() const { return block_size * (key_dim + value_dim) * element_bytes(); }
+    KVARN_INLINE int64_t element_bytes() const { return type == KvType::kFloat32 ? 4 : type == KvType::kFloat16 ? 2 : 1; }
+    KVARN_INLINE int64_t vectors_bytes() const { return block_size * (key_dim + value_dim) * element_bytes(); }
+    KVARN_INLINE int64_t scales_bytes() const { return type == KvType::kInt8 ? 2 * block_size * 4 : 0; }
+    KVARN_INLINE int64_t head_bytes() const { return vectors_bytes() + scales_bytes(); }
     KVARN_INLINE int64_t block_bytes() const { return heads * head_bytes(); }
     KVARN_INLINE uint8_t *head(int64_t block, int64_t h) const { return data + block * block_bytes() + h * head_bytes(); }
 };

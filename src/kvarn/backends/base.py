@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,16 +42,14 @@ class InputBatch:
         return int(self.seq_lens.size)
 
 
-KvDType = Literal["float32", "float16"]
-
-
 @dataclass(frozen=True, slots=True)
 class KvCacheSpec:
     """Size and type of the KV cache that a back-end allocates at load. block_size: tokens in a block."""
 
     num_blocks: int
     block_size: int = 16
-    dtype: KvDType = "float16"
+    dtype: str = "float16"
+    """One of `CACHE_TYPES`."""
 
 
 @dataclass(frozen=True, slots=True)

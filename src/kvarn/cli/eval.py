@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -19,6 +21,13 @@ Examples:
 """
 
 
+KV_CACHE_EPILOG = """\b
+Examples:
+  kvarn eval kv-cache smollm2-135m-instruct --text wiki.test.raw --chunks 20
+  kvarn eval kv-cache model.gguf --text book.txt --context 2048 --json
+"""
+
+
 @app.callback()
 def root() -> None:
     """Measure a model's quality."""
@@ -31,7 +40,7 @@ def perplexity_command(
     context: Annotated[int, typer.Option(help="Tokens in a chunk; the second half of each is scored.")] = 512,
     chunks: Annotated[int | None, typer.Option(help="Only the first so many chunks.", min=1)] = None,
     backend: Annotated[str, typer.Option(help="cpu, or reference (plain NumPy, slow, exact weights).")] = "cpu",
-    kv_dtype: Annotated[str, typer.Option(help="KV cache type: float16 or float32.")] = "float16",
+    kv_dtype: Annotated[str, typer.Option(help="KV cache type: float16, float32 or int8.")] = "float16",
     threads: Annotated[int, typer.Option(help="Compute threads; 0: one for each physical core.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -44,31 +53,18 @@ def perplexity_command(
     from kvarn.errors import ConfigError
     from kvarn.eval.perplexity import perplexity
     from kvarn.eval.session import open_session
+    from kvarn.kv_types import CACHE_TYPES
 
-    try:
-        content = text.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{text}: not UTF-8 at byte {error.start}") from error
-    if kv_dtype not in ("float16", "float32"):
-        raise ConfigError(f"kv-dtype must be float16 or float32, not {kv_dtype!r}")
+    content = _read(text)
+    if kv_dtype not in CACHE_TYPES:
+        raise ConfigError(f"kv-dtype must be one of {', '.join(CACHE_TYPES)}, not {kv_dtype!r}")
     quiet = as_json or not sys.stderr.isatty()
     path = resolve_with_progress(model, quiet=quiet)
-    with open_session(path, context=context, backend=backend, threads=threads, kv_dtype=kv_dtype) as session:
-        if quiet:
-            result = perplexity(session, content, chunks=chunks)
-        else:
-            from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-            columns = (TextColumn("chunks"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-            with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-                task = bar.add_task("", total=None)
-                result = perplexity(
-                    session,
-                    content,
-                    chunks=chunks,
-                    progress=lambda done, total: bar.update(task, completed=done, total=total),
-                )
+    with (
+        open_session(path, context=context, backend=backend, threads=threads, kv_dtype=kv_dtype) as session,
+        _chunk_bar(quiet) as progress,
+    ):
+        result = perplexity(session, content, chunks=chunks, progress=progress)
     if as_json:
         print(
             json.dumps(
@@ -90,3 +86,81 @@ def perplexity_command(
             f"perplexity {result.perplexity:.4f} ± {result.standard_error:.4f}   "
             f"({result.tokens} tokens in {result.chunks} chunks of {result.context}, back-end {backend})"
         )
+
+
+@app.command("kv-cache", epilog=KV_CACHE_EPILOG)
+def kv_cache_command(
+    model: Annotated[str, typer.Argument(help="A name from `kvarn models`, a .gguf file, or a folder.")],
+    text: Annotated[Path, typer.Option("--text", help="A UTF-8 text file.", exists=True, dir_okay=False)],
+    context: Annotated[int, typer.Option(help="Tokens in a chunk; the second half of each is scored.")] = 512,
+    chunks: Annotated[int | None, typer.Option(help="Only the first so many chunks.", min=1)] = None,
+    backend: Annotated[
+        str, typer.Option(help="cpu, or reference: slow, but without int8 activations, whose noise hides small losses.")
+    ] = "cpu",
+    threads: Annotated[int, typer.Option(help="Compute threads; 0: one for each physical core.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """What a smaller KV cache costs: each cache type against float32, over a text.
+
+    KL is the divergence of the next-token distribution from that with a float32 cache, in nats; top-1 is how often both
+    find the same token most probable.
+    """
+    from contextlib import ExitStack
+    from dataclasses import asdict
+
+    from kvarn.cli.progress import resolve_with_progress
+    from kvarn.eval.divergence import divergence
+    from kvarn.eval.session import open_session
+    from kvarn.kv_types import CACHE_TYPES, KV_TYPES
+
+    content = _read(text)
+    quiet = as_json or not sys.stderr.isatty()
+    path = resolve_with_progress(model, quiet=quiet)
+    with ExitStack() as stack:
+        sessions = {
+            kv: stack.enter_context(open_session(path, context=context, backend=backend, threads=threads, kv_dtype=kv))
+            for kv in CACHE_TYPES
+        }
+        source = sessions.pop("float32")
+        program = source.model.program
+        with _chunk_bar(quiet) as progress:
+            results = divergence(source, sessions, content, chunks=chunks, progress=progress)
+    sizes = {kv: program.kv_bytes_per_token(KV_TYPES[kv]) for kv in CACHE_TYPES}
+    if as_json:
+        rows = {kv: {"bytes_per_token": sizes[kv], **asdict(result)} for kv, result in results.items()}
+        given = {"model": model, "text": str(text), "backend": backend, "context": context}
+        print(json.dumps({**given, "against": "float32", "types": rows}))
+        return
+    any_result = next(iter(results.values()))
+    print(f"{model}, {any_result.tokens} tokens of {text.name} in chunks of {context}; float32 is the source\n")
+    print(f"{'cache':<9}{'bytes/token':>12}{'perplexity':>12}{'KL mean':>12}{'KL 99 %':>12}{'KL max':>12}{'top-1':>10}")
+    print(f"{'float32':<9}{sizes['float32']:>12,}{any_result.source_perplexity:>12.4f}")
+    for kv, r in results.items():
+        print(
+            f"{kv:<9}{sizes[kv]:>12,}{r.perplexity:>12.4f}{r.kl_mean:>12.2e}{r.kl_p99:>12.2e}{r.kl_max:>12.2e}"
+            f"{r.top1_agreement:>10.2%}"
+        )
+
+
+def _read(text: Path) -> str:
+    from kvarn.errors import ConfigError
+
+    try:
+        return text.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{text}: not UTF-8 at byte {error.start}") from error
+
+
+@contextmanager
+def _chunk_bar(quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
+    """A progress bar over chunks, or None."""
+    if quiet:
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("chunks"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

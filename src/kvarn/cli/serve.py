@@ -47,6 +47,9 @@ def command(
         int | None,
         typer.Option(help="Bytes for the KV cache; default: what the sequences can use, within --memory-utilization."),
     ] = None,
+    kv_cache_dtype: Annotated[
+        str, typer.Option(help="Type of cached keys and values: float16, float32, or int8 (half the bytes).")
+    ] = "float16",
     memory_utilization: Annotated[float, typer.Option(help="Share of available memory that may be taken.")] = 0.8,
     threads: Threads = 0,
     max_body_bytes: Annotated[int, typer.Option(help="Largest request body.")] = 8 << 20,
@@ -60,7 +63,9 @@ def command(
     config = EngineConfig(
         max_model_len=max_model_len,
         threads=threads,
-        cache=CacheConfig(kv_cache_bytes=kv_cache_bytes, memory_utilization=memory_utilization),
+        cache=CacheConfig(
+            dtype=kv_cache_dtype, kv_cache_bytes=kv_cache_bytes, memory_utilization=memory_utilization
+        ),
         scheduler=SchedulerConfig(max_num_seqs, max_num_batched_tokens, max_num_queued_requests),
     )
     path = resolve_with_progress(model, quiet=not sys.stderr.isatty())

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from kvarn.cache import blocks_for
 from kvarn.config import CacheConfig, EngineConfig
 from kvarn.errors import CapacityError, ConfigError
+from kvarn.kv_types import KV_TYPES
 from kvarn.program import Program
 
 DEFAULT_CACHE_BYTES = 4 << 30
-ITEM_BYTES = {"float32": 4, "float16": 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class Needs:
 
 def block_bytes(program: Program, cache: CacheConfig) -> int:
     """Bytes of one block over all layers."""
-    return program.kv_elements_per_token * ITEM_BYTES[cache.dtype] * cache.block_size
+    return program.kv_bytes_per_token(KV_TYPES[cache.dtype]) * cache.block_size
 
 
 def plan_capacity(program: Program, config: EngineConfig, needs: Needs, available: int) -> Capacity:

@@ -110,7 +110,7 @@ def build_engine(
     backend = make_backend(config.backend, config.threads)
     capacity = plan_capacity(program, config, _needs(model, config, backend), available_memory())
     limits = StepLimits(steps.max_num_batched_tokens, steps.max_num_seqs, capacity.max_model_len)
-    spec = KvCacheSpec(capacity.num_blocks, cache.block_size, "float32" if cache.dtype == "float32" else "float16")
+    spec = KvCacheSpec(capacity.num_blocks, cache.block_size, cache.dtype)
     executable = backend.load(program, model.weights, spec, limits)
     ends = dict.fromkeys((*model.config.eos_token_ids, *tokenizer.eos_token_ids))
 

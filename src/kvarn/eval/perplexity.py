@@ -38,6 +38,36 @@ def token_nll(logits: NDArray[np.float32], targets: NDArray[np.int64]) -> NDArra
     return result
 
 
+@dataclass(frozen=True, slots=True)
+class Chunks:
+    """Consecutive chunks of a text, int32[context] each; positions from `first` on are scored."""
+
+    ids: tuple[NDArray[np.int32], ...]
+    first: int
+
+    @staticmethod
+    def of(session: EvalSession, text: str, most: int | None = None) -> Chunks:
+        """The whole text is tokenized once, special tokens in it being text; what fills no chunk is left out.
+
+        In each chunk the first token is replaced by BOS where the vocabulary adds one, and positions context/2 …
+        context-2 predict the tokens after them, so that each scored token has at least half a context before it. most:
+        at most that many chunks. Raises ConfigError where the text is shorter than one chunk.
+        """
+        context = session.context
+        if context < 4:
+            raise ConfigError(f"context must be at least 4 tokens, not {context}")
+        ids = np.asarray(session.tokenizer.encode(text), dtype=np.int32)
+        bos = next(iter(session.tokenizer.encode("", add_special_tokens=True)), None)
+        available = ids.size // context
+        if available == 0:
+            raise ConfigError(f"text has {ids.size} tokens, fewer than one chunk of context={context}")
+        count = available if most is None else min(most, available)
+        chunks = ids[: count * context].reshape(count, context).copy()
+        if bos is not None and bos == session.tokenizer.bos_token_id:
+            chunks[:, 0] = bos
+        return Chunks(tuple(chunks), context // 2)
+
+
 def perplexity(
     session: EvalSession,
     text: str,
@@ -45,37 +75,21 @@ def perplexity(
     chunks: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> PerplexityResult:
-    """Perplexity of `text` in consecutive chunks of `session.context` tokens.
+    """Perplexity of `text` in consecutive chunks of `session.context` tokens (see `Chunks.of`).
 
-    The whole text is tokenized once, special tokens in it being text. In each chunk the first token is replaced by
-    BOS where the vocabulary adds one, and positions context/2 … context-2 predict the tokens after them, so that each
-    scored token has at least half a context before it. The rest of the text that fills no chunk is left out. chunks:
-    at most that many. progress(done, total) is called after each chunk. Raises ConfigError where the text is shorter
-    than one chunk.
+    chunks: at most that many. progress(done, total) is called after each chunk. Raises ConfigError where the text is
+    shorter than one chunk.
     """
-    context = session.context
-    if context < 4:
-        raise ConfigError(f"context must be at least 4 tokens, not {context}")
-    tokenizer = session.tokenizer
-    ids = np.asarray(tokenizer.encode(text), dtype=np.int32)
-    bos = next(iter(tokenizer.encode("", add_special_tokens=True)), None)
-    available = ids.size // context
-    if available == 0:
-        raise ConfigError(f"text has {ids.size} tokens, fewer than one chunk of context={context}")
-    count = available if chunks is None else min(chunks, available)
-    first = context // 2
+    parts = Chunks.of(session, text, chunks)
     nlls: list[NDArray[np.float64]] = []
-    for index in range(count):
-        chunk = ids[index * context : (index + 1) * context].copy()
-        if bos is not None and bos == tokenizer.bos_token_id:
-            chunk[0] = bos
+    for index, chunk in enumerate(parts.ids):
         scored: list[NDArray[np.float64]] = []
-        for position, logits in session.logits(chunk[:-1], first):
+        for position, logits in session.logits(chunk[:-1], parts.first):
             targets = chunk[position + 1 : position + 1 + len(logits)].astype(np.int64)
             scored.append(token_nll(logits, targets))
         nlls.append(np.concatenate(scored))
         if progress is not None:
-            progress(index + 1, count)
+            progress(index + 1, len(parts.ids))
     every = np.concatenate(nlls)
     mean = float(every.mean())
     error = float(every.std(ddof=1) / math.sqrt(every.size)) if every.size > 1 else 0.0
@@ -83,7 +97,7 @@ def perplexity(
         perplexity=math.exp(mean),
         standard_error=math.exp(mean) * error,
         tokens=int(every.size),
-        chunks=count,
-        context=context,
+        chunks=len(parts.ids),
+        context=session.context,
         chunk_nll=tuple(float(chunk.mean()) for chunk in nlls),
     )

@@ -68,7 +68,7 @@ def open_session(
         if context > model.config.max_positions:
             raise ConfigError(f"context must be at most {model.config.max_positions} for this model, not {context}")
         blocks = (context + BLOCK_SIZE - 1) // BLOCK_SIZE
-        cache = KvCacheSpec(blocks, BLOCK_SIZE, "float32" if kv_dtype == "float32" else "float16")
+        cache = KvCacheSpec(blocks, BLOCK_SIZE, kv_dtype)
         executable = make_backend(backend, threads).load(
             model.program, model.weights, cache, StepLimits(chunk, chunk, context)
         )

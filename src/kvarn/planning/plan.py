@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from kvarn.backends.base import KvCacheSpec, StepLimits
 from kvarn.backends.cpu import CpuMemory, memory_use
 from kvarn.errors import ConfigError
+from kvarn.kv_types import KV_TYPES, KvType
 from kvarn.program import Program
 from kvarn.program.counts import StepShape, count_step, total
 from kvarn.tensors import DType
 
-KV_ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 BLOCK_SIZE = 16
 
 
@@ -86,17 +86,17 @@ def plan(
     ):
         if not 1 <= value <= most:
             raise ConfigError(f"{name} must be between 1 and {most}, not {value}")
-    if kv_dtype not in KV_ITEM_BYTES:
-        raise ConfigError(f"kv_dtype must be one of {', '.join(KV_ITEM_BYTES)}, not {kv_dtype!r}")
-    item = KV_ITEM_BYTES[kv_dtype]
+    if kv_dtype not in KV_TYPES:
+        raise ConfigError(f"kv_dtype must be one of {', '.join(KV_TYPES)}, not {kv_dtype!r}")
+    kv = KV_TYPES[kv_dtype]
     sizes = {w.name: _stored(dtypes[w.name], w.shape) for w in program.weights}
     weight_bytes = sum(sizes.values())
-    per_token = program.kv_elements_per_token * item
+    per_token = program.kv_bytes_per_token(kv)
     blocks = -(-length // BLOCK_SIZE)
     cpu = _cpu_memory(program, dtypes, length, batch, max_num_batched_tokens, threads)
 
     def cost(shape: StepShape) -> StepCost:
-        counts = total(count_step(program, shape, sizes.__getitem__, item))
+        counts = total(count_step(program, shape, sizes.__getitem__, kv))
         return StepCost(
             counts.flops, counts.weight_bytes, counts.kv_read_bytes, counts.kv_write_bytes, counts.intensity
         )
@@ -105,10 +105,10 @@ def plan(
         parameters=program.num_parameters,
         weight_bytes=weight_bytes,
         kv_bytes_per_token=per_token,
-        kv_bytes_per_token_without_grouping=_ungrouped_elements(program) * item,
+        kv_bytes_per_token_without_grouping=_ungrouped_bytes(program, kv),
         kv_bytes_per_sequence=per_token * length,
         kv_bytes_per_sequence_needed=sum(
-            layer.elements_per_token * item * (length if layer.window is None else min(length, layer.window))
+            layer.bytes_per_token(kv) * (length if layer.window is None else min(length, layer.window))
             for layer in program.kv_layers
         ),
         kv_bytes_total=per_token * length * batch,
@@ -132,10 +132,10 @@ def _stored(dtype: DType, shape: tuple[int, ...]) -> int:
     return rows * dtype.row_bytes(shape[-1])
 
 
-def _ungrouped_elements(program: Program) -> int:
-    """Cached elements of one token were there as many KV heads as query heads."""
+def _ungrouped_bytes(program: Program, kv: KvType) -> int:
+    """Cached bytes of one token were there as many KV heads as query heads."""
     heads = {op.layer: op.heads for op in program.ops if op.kind == "attention"}  # type: ignore[union-attr]
-    return sum(heads[i] * (layer.key_dim + layer.value_dim) for i, layer in enumerate(program.kv_layers))
+    return sum(layer.bytes_per_token(kv) // layer.heads * heads[i] for i, layer in enumerate(program.kv_layers))
 
 
 def _cpu_memory(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
+from kvarn.kv_types import KvType
+
 
 class Rows(enum.Enum):
     """The symbolic first dimension of a buffer; a step binds it."""
@@ -53,7 +55,6 @@ class KvLayer:
     value_dim: int
     window: int | None = None
 
-    @property
-    def elements_per_token(self) -> int:
-        """Cached elements of one token in this layer."""
-        return self.heads * (self.key_dim + self.value_dim)
+    def bytes_per_token(self, kv: KvType) -> int:
+        """Bytes that one token takes in this layer's cache."""
+        return self.heads * (kv.vector_bytes(self.key_dim) + kv.vector_bytes(self.value_dim))

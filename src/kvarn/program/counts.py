@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
+from kvarn.kv_types import KvType
 from kvarn.program import ops
 from kvarn.program.buffers import Rows
 from kvarn.program.program import Program, weights_read
@@ -86,11 +87,11 @@ class Counts:
         return self.flops / self.bytes if self.bytes else 0.0
 
 
-def count_op(program: Program, op: ops.Op, shape: StepShape, weight_bytes: BytesOf, kv_item_bytes: int) -> Counts:
-    """The cost of one op. weight_bytes: stored bytes of a weight by name. kv_item_bytes: bytes of a cached element."""
+def count_op(program: Program, op: ops.Op, shape: StepShape, weight_bytes: BytesOf, kv: KvType) -> Counts:
+    """The cost of one op. weight_bytes: stored bytes of a weight by name. kv: stored type of keys and values."""
     stored = sum(weight_bytes(name) for name in weights_read(op))
     if isinstance(op, ops.KvWrite):
-        written = shape.tokens * program.kv_layers[op.layer].elements_per_token * kv_item_bytes
+        written = shape.tokens * program.kv_layers[op.layer].bytes_per_token(kv)
         return Counts(kv_write_bytes=written)
     out = program.buffer(op.out)
     elements = out.width * (shape.tokens if out.rows is Rows.TOKENS else shape.outputs)
@@ -104,7 +105,7 @@ def count_op(program: Program, op: ops.Op, shape: StepShape, weight_bytes: Bytes
         case ops.Attention():
             layer = program.kv_layers[op.layer]
             pairs = shape.attended(op.window) * op.heads
-            read = shape.context(op.window) * layer.elements_per_token * kv_item_bytes
+            read = shape.context(op.window) * layer.bytes_per_token(kv)
             return Counts(2 * pairs * (layer.key_dim + layer.value_dim), 0, read)
         case ops.Norm():
             return Counts(4 * elements, stored)
@@ -120,13 +121,13 @@ def count_step(
     program: Program,
     shape: StepShape,
     weight_bytes: BytesOf,
-    kv_item_bytes: int,
+    kv: KvType,
     selected: Iterable[ops.Op] | None = None,
 ) -> dict[str, Counts]:
     """Costs of a step by kind of op, over all ops or the selected ones."""
     totals: dict[str, Counts] = {}
     for op in program.ops if selected is None else selected:
-        cost = count_op(program, op, shape, weight_bytes, kv_item_bytes)
+        cost = count_op(program, op, shape, weight_bytes, kv)
         totals[op.kind] = totals.get(op.kind, Counts()) + cost
     return totals
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
+from kvarn.kv_types import KvType
 from kvarn.program.buffers import Buffer, KvLayer, Weight
 from kvarn.program.ops import Op
 
@@ -68,7 +69,6 @@ class Program:
         """Elements of all weights; a shared weight counts once."""
         return sum(weight.num_elements for weight in self.weights)
 
-    @property
-    def kv_elements_per_token(self) -> int:
-        """Cached elements of one token over all layers."""
-        return sum(layer.elements_per_token for layer in self.kv_layers)
+    def kv_bytes_per_token(self, kv: KvType) -> int:
+        """Bytes that one token takes in the caches of all layers."""
+        return sum(layer.bytes_per_token(kv) for layer in self.kv_layers)

@@ -53,7 +53,7 @@ class CpuBackend:
                 for table in {op.table for op in program.ops if isinstance(op, Rope)}
             },
         )
-        cache = _native.KvCache(kv_layers(program), kv.num_blocks, kv.block_size, kv.dtype == "float16")
+        cache = _native.KvCache(kv_layers(program), kv.num_blocks, kv.block_size, kv.dtype)
         dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
         return CpuExecutable(program, dtypes, parameters, pool, cache, kv, limits, self.isa)
 

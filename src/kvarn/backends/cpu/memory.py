@@ -100,7 +100,7 @@ def weight_bytes(program: Program, dtypes: Mapping[str, DType]) -> int:
 
 def kv_cache_bytes(program: Program, kv: KvCacheSpec) -> int:
     """Bytes of the KV cache."""
-    return int(_native.kv_bytes(kv_layers(program), kv.num_blocks, kv.block_size, kv.dtype == "float16"))
+    return int(_native.kv_bytes(kv_layers(program), kv.num_blocks, kv.block_size, kv.dtype))
 
 
 def kv_layers(program: Program) -> list[tuple[int, int, int]]:

@@ -9,11 +9,10 @@ from numpy.typing import NDArray
 
 from kvarn.backends.base import InputBatch, KvCacheSpec, StepLimits
 from kvarn.backends.checks import check_batch
+from kvarn.kv_types import KV_TYPES
 from kvarn.program import Program
 from kvarn.program.counts import Counts, StepShape, count_step
 from kvarn.tensors import TensorSource
-
-ITEM_BYTES = {"float32": 4, "float16": 2}
 
 
 class NullBackend:
@@ -44,7 +43,7 @@ class NullExecutable:
         check_batch(batch, self.program, self.kv, self.limits)
         spans = zip(np.diff(batch.query_start), batch.seq_lens, strict=True)
         shape = StepShape(tuple((int(n), int(end)) for n, end in spans), int(batch.output_rows.size))
-        step = count_step(self.program, shape, self._bytes.__getitem__, ITEM_BYTES[self.kv.dtype])
+        step = count_step(self.program, shape, self._bytes.__getitem__, KV_TYPES[self.kv.dtype])
         for kind, cost in step.items():
             self.counts[kind] = self.counts.get(kind, Counts()) + cost
         self.steps += 1

@@ -133,14 +133,13 @@ class ReferenceExecutable:
         return out.reshape(x.shape)
 
     def _write(self, op: ops.KvWrite, batch: InputBatch, buffers: dict[str, Floats]) -> None:
-        """Stores keys and values; what a half cannot hold becomes the largest that it can."""
+        """Stores keys and values as the cache's type would give them back."""
         layer = self.program.kv_layers[op.layer]
         tokens = batch.num_tokens
-        limit = np.finfo(self._keys[op.layer].dtype).max
-        keys = np.clip(buffers[op.k], -limit, limit).reshape(tokens, layer.heads, layer.key_dim)
-        values = np.clip(buffers[op.v], -limit, limit).reshape(tokens, layer.heads, layer.value_dim)
-        self._keys[op.layer][batch.slot_mapping] = keys
-        self._values[op.layer][batch.slot_mapping] = values
+        keys = buffers[op.k].reshape(tokens, layer.heads, layer.key_dim)
+        values = buffers[op.v].reshape(tokens, layer.heads, layer.value_dim)
+        self._keys[op.layer][batch.slot_mapping] = f.stored_vectors(keys, self.kv.dtype)
+        self._values[op.layer][batch.slot_mapping] = f.stored_vectors(values, self.kv.dtype)
 
     def _attention(self, op: ops.Attention, batch: InputBatch, q: Floats) -> Floats:
         heads = q.reshape(-1, op.heads, op.head_dim)

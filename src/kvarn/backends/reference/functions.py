@@ -133,3 +133,19 @@ ACTIVATIONS: dict[str, Callable[[Wide], Wide]] = {
 def activation(function: str, x: Floats) -> Floats:
     """The activation of that name in the program's words."""
     return ACTIVATIONS[function](x.astype(np.float64)).astype(np.float32)
+
+
+def stored_vectors(x: Floats, dtype: str) -> Floats:
+    """Vectors (the last axis) as a cache of that type gives them back.
+
+    float16 and float32: what the type cannot hold becomes the largest that it can. int8: symmetric, one scale a vector,
+    max|x| / 127.
+    """
+    if dtype != "int8":
+        limit = np.finfo(dtype).max
+        stored: Floats = np.clip(x, -limit, limit).astype(dtype).astype(np.float32)
+        return stored
+    largest = np.abs(x).max(axis=-1, keepdims=True).astype(np.float32)
+    inverse = np.divide(np.float32(127), largest, out=np.zeros_like(largest), where=largest / 127 > 1e-38)
+    restored: Floats = np.rint(x * inverse) * (largest / np.float32(127))
+    return restored
