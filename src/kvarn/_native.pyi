@@ -180,6 +180,25 @@ class StepPlan:
 
     def select_rows(self, x: FloatBuffer, out: FloatBuffer) -> None: ...
 
+def read_sum(isa: str, data: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> int:
+    """
+    Sum of little-endian 32-bit words modulo 2^32, by the kernel that measures bandwidth.
+    """
+
+class Roofline:
+    """Limits of one instruction set. Each call returns (amount, seconds)."""
+
+    def __init__(self, isa: str, bytes: int, pool: Pool) -> None: ...
+
+    def read(self, pool: Pool) -> tuple[float, float]:
+        """One pass over the buffer: bytes."""
+
+    def integer(self, pool: Pool, iterations: int, items: int) -> tuple[float, float]:
+        """Multiply-adds of bytes."""
+
+    def floating(self, pool: Pool, iterations: int, items: int) -> tuple[float, float]:
+        """Multiply-adds of float32."""
+
 class Sampler:
     """State and choice of all running sequences. Not thread-safe."""
 

@@ -1,0 +1,61 @@
+"""Results as PNG files. matplotlib is imported when a plot is asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from kvarn.bench.machine import Machine
+from kvarn.bench.roofline import Rooflines
+from kvarn.errors import ConfigError
+
+DPI = 140
+READ, INTEGER, FLOAT, REST = "#2a6f97", "#c8553d", "#7a9e3c", "#c9c9c9"
+
+
+def check(path: Path) -> None:
+    """Raises ConfigError where no plot could be written to `path`: before the work, not after it."""
+    if path.suffix.lower() != ".png":
+        raise ConfigError(f"--plot must name a .png file, not {path.name!r}")
+    if not path.absolute().parent.is_dir():
+        raise ConfigError(f"--plot: there is no folder {path.absolute().parent}")
+    _pyplot()
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        raise ConfigError("--plot needs matplotlib: pip install 'kvarn[plots]'") from None
+    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
+    return plt
+
+
+def _save(figure: Any, path: Path) -> None:
+    try:
+        figure.savefig(path, dpi=DPI)
+    except OSError as error:
+        raise ConfigError(f"--plot: {path} cannot be written: {error.strerror}") from error
+
+
+def rooflines(path: Path, machine: Machine, result: Rooflines) -> None:
+    """Bars of the three limits by number of threads."""
+    plt = _pyplot()
+    figure, axes = plt.subplots(1, 3, figsize=(9, 3.2), layout="constrained")
+    names = [str(roof.threads) for roof in result.roofs]
+    series = (
+        ("memory read, GB/s", READ, [roof.read_bytes / 1e9 for roof in result.roofs]),
+        ("int8 multiply-adds, GMAC/s", INTEGER, [roof.integer_macs / 1e9 for roof in result.roofs]),
+        ("float32 multiply-adds, GMAC/s", FLOAT, [roof.float_macs / 1e9 for roof in result.roofs]),
+    )
+    for ax, (title, color, values) in zip(axes, series, strict=True):
+        bars = ax.bar(names, values, color=color, width=0.6)
+        ax.bar_label(bars, fmt="{:,.0f}", padding=2)
+        ax.set_title(title, loc="left")
+        ax.set_xlabel("threads")
+        ax.margins(y=0.12)
+    figure.suptitle(f"{machine.cpu}, {result.isa}: {machine.sharing}", x=0.01, ha="left", fontsize=10)
+    _save(figure, path)
