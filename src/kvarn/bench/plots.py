@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from kvarn.bench.costs import Limit
+from kvarn.bench.latency import Latency
 from kvarn.bench.machine import Machine
 from kvarn.bench.roofline import Rooflines
 from kvarn.errors import ConfigError
@@ -58,4 +60,26 @@ def rooflines(path: Path, machine: Machine, result: Rooflines) -> None:
         ax.set_xlabel("threads")
         ax.margins(y=0.12)
     figure.suptitle(f"{machine.cpu}, {result.isa}: {machine.sharing}", x=0.01, ha="left", fontsize=10)
+    _save(figure, path)
+
+
+def latency(path: Path, title: str, result: Latency) -> None:
+    """For each task the share of the roof, coloured by which limit it is of, with its tokens a second."""
+    plt = _pyplot()
+    rows = result.rows
+    figure, ax = plt.subplots(figsize=(8, 1.2 + 0.42 * len(rows)), layout="constrained")
+    colors = {Limit.MEMORY: READ, Limit.ARITHMETIC: INTEGER}
+    names = [row.task.name for row in rows]
+    ax.barh(names, [100] * len(rows), color="#eeeeee", height=0.62)
+    ax.barh(names, [100 * row.share for row in rows], color=[colors[row.limit] for row in rows], height=0.62)
+    for index, row in enumerate(rows):
+        text = f"{row.tokens_per_s.median:,.4g} tokens/s, {100 * row.share:.0f} %"
+        ax.text(100 * row.share + 1, index, text, va="center")
+    ax.invert_yaxis()
+    ax.set_xlim(0, max(118, 100 * max(row.share for row in rows) + 30))
+    ax.set_xlabel("per cent of the measured roof")
+    handles = [plt.Rectangle((0, 0), 1, 1, color=color) for color in colors.values()]
+    ax.legend(handles, [f"limit: {limit.value}" for limit in colors], frameon=False, loc="upper right",
+              bbox_to_anchor=(1, 1.22), ncols=2)  # fmt: skip
+    ax.set_title(title, loc="left", fontsize=10)
     _save(figure, path)

@@ -5,11 +5,17 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import platform
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
+from kvarn import __version__
+from kvarn.bench.latency import Latency
 from kvarn.bench.machine import Machine
-from kvarn.bench.roofline import Rooflines
+from kvarn.bench.roofline import Roof, Rooflines
+from kvarn.bench.statistics import Spread
 
 GIGA = 1e9
 
@@ -49,6 +55,19 @@ def _plain(value: object) -> Any:
     raise TypeError(f"{type(value).__name__} has no JSON form")
 
 
+def about(machine: Machine, path: Path, isa: str, threads: int) -> dict[str, Any]:
+    """What every result on a model says about where it comes from."""
+    return {
+        "model": path.name,
+        "file_bytes": path.stat().st_size if path.is_file() else None,
+        "machine": machine,
+        "isa": isa,
+        "threads": threads,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {"kvarn": __version__, "python": platform.python_version()},
+    }
+
+
 def machine_line(machine: Machine, isa: str) -> str:
     """Processor, cores and memory in one line."""
     return f"{machine.cpu}, {machine.sharing}, {machine.memory_bytes / (1 << 30):.0f} GiB, {isa}"
@@ -66,3 +85,35 @@ def rooflines_text(machine: Machine, result: Rooflines) -> str:
     gain = f"int8 against {first.threads}"
     columns = ("threads", "read GB/s", "int8 GMAC/s", "float32 GMAC/s", gain, "int8 MACs a byte")
     return f"{machine_line(machine, result.isa)}\n{table(columns, rows)}"
+
+
+def spread(values: Spread) -> str:
+    """Median, and from where to where the values go."""
+    return f"{number(values.median)} ({number(values.low)}–{number(values.high)})"
+
+
+def roof_line(roof: Roof) -> str:
+    """The limits that shares are of, in one line."""
+    return (
+        f"roof at {roof.threads} thread{'' if roof.threads == 1 else 's'}: {number(roof.read_bytes / GIGA)} GB/s read, "
+        f"{number(roof.integer_macs / GIGA)} int8 and {number(roof.float_macs / GIGA)} float32 GMAC/s"
+    )
+
+
+def latency_text(model: str, machine: Machine, isa: str, result: Latency) -> str:
+    """The table of `kvarn bench latency`."""
+    rows = [
+        (row.task.name, spread(row.tokens_per_s), number(row.step_ms), number(row.bytes_per_s / GIGA),
+         number(row.macs_per_s / GIGA), percent(row.share), row.limit.value)
+        for row in result.rows
+    ]  # fmt: skip
+    columns = ("work", "tokens/s (least–most)", "ms a step", "GB/s", "GMAC/s", "of the roof", "limit")
+    return "\n".join(
+        (
+            f"{model}: {machine_line(machine, isa)}",
+            roof_line(result.roof),
+            f"load {result.load_s:.2f} s, peak RSS {result.peak_rss / (1 << 20):,.0f} MiB, "
+            f"median of {len(result.rows[0].seconds)}",
+            table(columns, rows),
+        )
+    )

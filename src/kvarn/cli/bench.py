@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from kvarn.cli.options import Threads
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure speed, and how far it is from the limits.")
 
@@ -16,9 +19,26 @@ Examples:
   kvarn bench roofline --isa avx2 --plot roof.png
 """
 
+LATENCY_EPILOG = """\b
+Examples:
+  kvarn bench latency smollm2-135m-instruct
+  kvarn bench latency model.gguf --threads 8 --batch 1,8,32 --rounds 9
+  kvarn bench latency model.gguf --depth 0 --json > latency.json
+  kvarn bench latency model.gguf --plot latency.png
+"""
+
+Model = Annotated[str, typer.Argument(help="A name from `kvarn models`, a .gguf file, or a folder.")]
+Rounds = Annotated[int, typer.Option(help="Times that each task is timed, after one that is not counted.")]
+Depth = Annotated[
+    int | None,
+    typer.Option(help="Context of the decode at depth; default: 4096 or what the model has room for; 0: none."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Plot = Annotated[Path | None, typer.Option(help="Draw the figures into this PNG file (needs kvarn[plots]).")]
 Isa = Annotated[str | None, typer.Option(help="Instruction set: avx512, avx2 or scalar; default: the best there is.")]
+
+
+MOST_SEQUENCES = 4096
 
 
 @app.callback()
@@ -41,12 +61,12 @@ def roofline_command(
     from kvarn.backends.cpu import CpuBackend
     from kvarn.bench import report
     from kvarn.bench.machine import machine
-    from kvarn.bench.roofline import buffer_bytes, default_threads, measure_rooflines
+    from kvarn.bench.roofline import MAX_THREADS, buffer_bytes, default_threads, measure_rooflines
     from kvarn.cli.progress import work_bar
 
     this = machine()
     chosen = CpuBackend(isa=isa).isa
-    counts = default_threads(this) if threads is None else _numbers("threads", threads)
+    counts = default_threads(this) if threads is None else _numbers("threads", threads, MAX_THREADS)
     if plot is not None:
         from kvarn.bench import plots
 
@@ -61,14 +81,75 @@ def roofline_command(
         print(report.rooflines_text(this, result))
 
 
-def _numbers(option: str, text: str) -> tuple[int, ...]:
-    """A list such as "1,2,4". Raises ConfigError naming the option."""
+@app.command("latency", epilog=LATENCY_EPILOG)
+def latency_command(
+    model: Model,
+    prefill: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 512,
+    decode: Annotated[int, typer.Option(help="Steps of one sequence; others take at most 32.")] = 128,
+    batch: Annotated[str, typer.Option(help="Numbers of sequences that decode together.")] = "1,4,16,64",
+    depth: Depth = None,
+    rounds: Rounds = 5,
+    threads: Threads = 0,
+    isa: Isa = None,
+    as_json: AsJson = False,
+    plot: Plot = None,
+) -> None:
+    """Time prompts and decode steps of a model, and say what share of the machine's limits that is.
+
+    Steps of the program are timed, output logits among them, without tokenizer, sampler and scheduler. Bytes are those
+    that a step must read at least: weights once, the cache of every sequence.
+    """
+    from kvarn.backends.cpu import CpuBackend
+    from kvarn.bench import latency, report
+    from kvarn.bench.machine import machine
+    from kvarn.bench.tasks import check_tasks, default_depth, latency_tasks
+    from kvarn.cli.progress import resolve_with_progress, work_bar
+
+    for option, value, least in (("prefill", prefill, 1), ("decode", decode, 1), ("rounds", rounds, 1)):
+        _at_least(option, value, least)
+    _at_least("depth", depth or 0, 0)
+    batches = _numbers("batch", batch, MOST_SEQUENCES)
+    backend = CpuBackend(threads=threads, isa=isa)
+    if plot is not None:
+        from kvarn.bench import plots
+
+        plots.check(plot)
+    this = machine()
+    path = resolve_with_progress(model, quiet=as_json or not sys.stderr.isatty())
+    sizes = latency.read_sizes(path)
+    deep = default_depth(sizes.max_positions) if depth is None else depth
+    tasks = latency_tasks(prefill=prefill, decode=decode, depth=deep, batches=batches)
+    check_tasks(tasks, sizes.max_positions)
+    with work_bar("tasks", quiet=as_json) as progress:
+        result = latency.measure_latency(
+            path, sizes, tasks, machine=this, threads=backend.threads, isa=backend.isa, rounds=rounds, progress=progress
+        )
+    title = f"{path.name}, {backend.threads} threads"
+    if plot is not None:
+        plots.latency(plot, f"{title}, {this.cpu}, {backend.isa}", result)
+    if as_json:
+        about = report.about(this, path, backend.isa, backend.threads)
+        print(report.to_json({**about, "rounds": rounds, "latency": result}))
+    else:
+        print(report.latency_text(title, this, backend.isa, result))
+
+
+def _at_least(option: str, value: int, least: int) -> None:
+    from kvarn.errors import ConfigError
+
+    if value < least:
+        raise ConfigError(f"--{option} must be at least {least}, not {value}")
+
+
+def _numbers(option: str, text: str, most: int) -> tuple[int, ...]:
+    """A list such as "1,2,4" of numbers from 1 to `most`, each once. Raises ConfigError naming the option."""
     from kvarn.errors import ConfigError
 
     try:
         numbers = tuple(int(part) for part in text.split(","))
     except ValueError:
         raise ConfigError(f"--{option} must be whole numbers with commas between, not {text!r}") from None
-    if min(numbers) < 1:
-        raise ConfigError(f"--{option} must be at least 1, not {min(numbers)}")
-    return numbers
+    for number in numbers:
+        if not 1 <= number <= most:
+            raise ConfigError(f"--{option} must be between 1 and {most}, not {number}")
+    return tuple(dict.fromkeys(numbers))

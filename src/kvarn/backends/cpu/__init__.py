@@ -2,6 +2,6 @@
 
 from kvarn.backends.cpu.backend import CpuBackend, available_isas
 from kvarn.backends.cpu.executable import CpuExecutable, CpuInfo
-from kvarn.backends.cpu.memory import CpuMemory, memory_use
+from kvarn.backends.cpu.memory import CpuMemory, held_bytes, memory_use
 
-__all__ = ["CpuBackend", "CpuExecutable", "CpuInfo", "CpuMemory", "available_isas", "memory_use"]
+__all__ = ["CpuBackend", "CpuExecutable", "CpuInfo", "CpuMemory", "available_isas", "held_bytes", "memory_use"]
