@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from kvarn.bench.tasks import Task
+from kvarn.bench.tasks import Task, worker_messages
 from kvarn.errors import ConfigError
 
 LAST_LINES = 8
@@ -107,5 +107,4 @@ class Worker:
 
 def kvarn_command(path: Path, threads: int, isa: str, tasks: Iterable[Task]) -> list[str]:
     """How kvarn's own worker is started."""
-    messages = json.dumps([task.message() for task in tasks])
-    return [sys.executable, "-m", "kvarn.bench.worker", str(path), str(threads), isa, messages]
+    return [sys.executable, "-m", "kvarn.bench.worker", str(path), str(threads), isa, worker_messages(tasks)]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kvarn import __version__
+from kvarn.bench.compare import Comparison
 from kvarn.bench.latency import Latency
 from kvarn.bench.machine import Machine
 from kvarn.bench.roofline import Roof, Rooflines
@@ -115,5 +116,32 @@ def latency_text(model: str, machine: Machine, isa: str, result: Latency) -> str
             f"load {result.load_s:.2f} s, peak RSS {result.peak_rss / (1 << 20):,.0f} MiB, "
             f"median of {len(result.rows[0].seconds)}",
             table(columns, rows),
+        )
+    )
+
+
+def comparison_text(model: str, machine: Machine, isa: str, result: Comparison) -> str:
+    """The table of `kvarn bench compare`."""
+    names = [engine.name for engine in result.engines]
+    rows = [
+        (row.kvarn.task.name, *(spread(row.rates[name]) for name in names), f"{row.ratio:.2f}×",
+         percent(row.kvarn.share), row.kvarn.limit.value)
+        for row in result.rows
+    ]  # fmt: skip
+    columns = ("tokens/s, median (least–most)", *names, "ratio", "of the roof", "limit")
+    engines = [
+        (engine.name, f"{engine.load_s:.2f} s", f"{engine.peak_rss / (1 << 20):,.0f} MiB") for engine in result.engines
+    ]
+    return "\n".join(
+        (
+            f"{model}: {machine_line(machine, isa)}",
+            roof_line(result.roof),
+            f"median of {len(result.rows[0].kvarn.seconds)} in turns; ratio: kvarn to the faster setting of the peer; "
+            "share of the roof: kvarn's",
+            table(columns, rows),
+            "",
+            table(("engine", "load", "peak RSS"), engines),
+            "",
+            *(f"{engine.name}: {engine.info}" for engine in result.engines),
         )
     )

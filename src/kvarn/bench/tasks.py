@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -62,6 +63,11 @@ def chunks(tokens: int) -> Iterator[tuple[int, int]]:
     """(begin, end) of the steps that compute a prompt."""
     for start in range(0, tokens, CHUNK):
         yield start, min(tokens, start + CHUNK)
+
+
+def worker_messages(tasks: Iterable[Task]) -> str:
+    """All tasks as the JSON list that workers get when they are started."""
+    return json.dumps([task.message() for task in tasks])
 
 
 def latency_tasks(*, prefill: int, decode: int, depth: int, batches: Iterable[int]) -> tuple[Task, ...]:

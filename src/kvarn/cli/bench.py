@@ -27,6 +27,13 @@ Examples:
   kvarn bench latency model.gguf --plot latency.png
 """
 
+COMPARE_EPILOG = """\b
+Examples:
+  python -m venv peer && peer/bin/pip install llama-cpp-python      builds it for this machine, about ten minutes
+  kvarn bench compare model.gguf --peer llama.cpp --peer-python peer/bin/python
+  kvarn bench compare model.gguf --peer openvino --peer-python ov/bin/python --rounds 3 --json
+"""
+
 Model = Annotated[str, typer.Argument(help="A name from `kvarn models`, a .gguf file, or a folder.")]
 Rounds = Annotated[int, typer.Option(help="Times that each task is timed, after one that is not counted.")]
 Depth = Annotated[
@@ -132,6 +139,55 @@ def latency_command(
         print(report.to_json({**about, "rounds": rounds, "latency": result}))
     else:
         print(report.latency_text(title, this, backend.isa, result))
+
+
+@app.command("compare", epilog=COMPARE_EPILOG)
+def compare_command(
+    model: Model,
+    peer: Annotated[str, typer.Option(help="llama.cpp (llama-cpp-python) or openvino (openvino-genai).")],
+    peer_python: Annotated[Path, typer.Option(help="The Python of the environment that the peer is installed in.")],
+    only: Annotated[str | None, typer.Option(help="Only work whose name contains this.")] = None,
+    depth: Depth = None,
+    rounds: Rounds = 5,
+    threads: Threads = 0,
+    isa: Isa = None,
+    as_json: AsJson = False,
+) -> None:
+    """Do the same work on the same file with kvarn and another engine, in turns, and print ratios.
+
+    The peer runs with each of its settings that matters (llama.cpp: flash attention on and off); the fastest counts.
+    """
+    from kvarn.backends.cpu import CpuBackend
+    from kvarn.bench import compare, latency, report
+    from kvarn.bench.machine import machine
+    from kvarn.bench.tasks import check_tasks, compare_tasks, default_depth
+    from kvarn.cli.progress import resolve_with_progress, work_bar
+    from kvarn.errors import ConfigError
+
+    _at_least("rounds", rounds, 1)
+    _at_least("depth", depth or 0, 0)
+    found = compare.find_peer(peer)
+    backend = CpuBackend(threads=threads, isa=isa)
+    path = resolve_with_progress(model, quiet=as_json or not sys.stderr.isatty())
+    if not path.is_file():
+        raise ConfigError(f"model: peers read .gguf files, and {path} is none")
+    sizes = latency.read_sizes(path)
+    every = compare_tasks(default_depth(sizes.max_positions) if depth is None else depth)
+    tasks = [task for task in every if only is None or only in task.name]
+    if not tasks:
+        raise ConfigError(f"--only {only!r} is in no name; there are: {', '.join(task.name for task in every)}")
+    check_tasks(tasks, sizes.max_positions)
+    this = machine()
+    with work_bar("tasks", quiet=as_json) as progress:
+        result = compare.measure_comparison(
+            path, sizes, tasks, peer_name=peer, peer=found, peer_python=str(peer_python), machine=this,
+            threads=backend.threads, isa=backend.isa, rounds=rounds, progress=progress,
+        )  # fmt: skip
+    if as_json:
+        about = report.about(this, path, backend.isa, backend.threads)
+        print(report.to_json({**about, "rounds": rounds, "comparison": result}))
+    else:
+        print(report.comparison_text(f"{path.name}, {backend.threads} threads", this, backend.isa, result))
 
 
 def _at_least(option: str, value: int, least: int) -> None:
