@@ -30,7 +30,7 @@ class Peer:
 
 PEERS = {
     "llama.cpp": Peer(PEERS_FOLDER / "llama_cpp_worker.py", {"llama.cpp": "0", "llama.cpp fa": "1"}),
-    "openvino": Peer(PEERS_FOLDER / "openvino_worker.py", {"openvino": "default"}),
+    "openvino": Peer(PEERS_FOLDER / "openvino_worker.py", {"openvino": "sdpa", "openvino paged": "paged"}),
 }
 
 
