@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvarn.bench.costs import Cost, Limit, step_cost
+from kvarn.backends.cpu import Cost, step_cost
+from kvarn.bench.limits import Limit, bound
 from kvarn.bench.machine import Machine
 from kvarn.bench.process import Worker, kvarn_command
 from kvarn.bench.roofline import Roof, best, measure_roof
@@ -114,7 +115,7 @@ def make_row(task: Task, seconds: Sequence[float], cost: Cost, roof: Roof) -> Ro
     """A task's figures from its times."""
     rates = Spread.of([task.total_tokens / s for s in seconds])
     median = Spread.of(seconds).median
-    least, limit = cost.bound(roof)
+    least, limit = bound(cost, roof)
     return Row(
         task=task,
         seconds=tuple(seconds),

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from kvarn.bench.costs import Limit
 from kvarn.bench.latency import Latency
+from kvarn.bench.limits import Limit
 from kvarn.bench.machine import Machine
 from kvarn.bench.roofline import Rooflines
 from kvarn.errors import ConfigError
