@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from kvarn.bench.latency import Latency
 from kvarn.bench.limits import Limit
 from kvarn.bench.machine import Machine
+from kvarn.bench.profile import REST as REST_NAME
+from kvarn.bench.profile import StepProfile
 from kvarn.bench.roofline import Rooflines
 from kvarn.errors import ConfigError
 
@@ -82,4 +85,37 @@ def latency(path: Path, title: str, result: Latency) -> None:
     ax.legend(handles, [f"limit: {limit.value}" for limit in colors], frameon=False, loc="upper right",
               bbox_to_anchor=(1, 1.22), ncols=2)  # fmt: skip
     ax.set_title(title, loc="left", fontsize=10)
+    _save(figure, path)
+
+
+def profiles(path: Path, title: str, results: Sequence[StepProfile]) -> None:
+    """For each task a bar for each op: its time, and in full colour the time that its limit asks for."""
+    plt = _pyplot()
+    colors = {Limit.MEMORY: READ, Limit.ARITHMETIC: INTEGER}
+    heights = [len(result.rows) + 2 for result in results]
+    figure, axes = plt.subplots(
+        len(results), 1, figsize=(9, 0.6 + 0.24 * sum(heights) + 0.35 * len(results)), layout="constrained",
+        gridspec_kw={"height_ratios": heights}, squeeze=False,
+    )  # fmt: skip
+    for ax, result in zip(axes[:, 0], results, strict=True):
+        names = [*(row.name for row in result.rows), REST_NAME]
+        times = [*(row.ms for row in result.rows), result.rest_ms]
+        ax.barh(names, times, color=REST, height=0.68)
+        for index, row in enumerate(result.rows):
+            text = f"{row.ms:.3g} ms, {100 * row.part:.0f} %"
+            if row.share is not None and row.limit is not None:
+                ax.barh([index], [row.ms * row.share], color=colors[row.limit], height=0.68)
+                text += f"; {100 * row.share:.0f} % of its roof"
+            ax.text(row.ms, index, f" {text}", va="center", fontsize=8)
+        ax.text(result.rest_ms, len(names) - 1, f" {result.rest_ms:.3g} ms", va="center", fontsize=8)
+        ax.invert_yaxis()
+        ax.set_xlim(0, 1.42 * max(times))
+        ax.tick_params(axis="y", length=0)
+        ax.set_title(f"{result.task.name}: {result.step_ms:.3g} ms a step, {100 * result.share:.0f} % of the roof",
+                     loc="left", fontsize=9, fontweight="bold")  # fmt: skip
+    axes[-1, 0].set_xlabel("ms of a step")
+    shown = {"time taken": REST, "least time: memory": READ, "least time: arithmetic": INTEGER}
+    handles = [plt.Rectangle((0, 0), 1, 1, color=color) for color in shown.values()]
+    figure.legend(handles, list(shown), frameon=False, loc="outside upper right", ncols=3, fontsize=8)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=10)
     _save(figure, path)

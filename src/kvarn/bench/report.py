@@ -15,6 +15,7 @@ from kvarn import __version__
 from kvarn.bench.compare import Comparison
 from kvarn.bench.latency import Latency
 from kvarn.bench.machine import Machine
+from kvarn.bench.profile import REST, StepProfile, slowest
 from kvarn.bench.roofline import Roof, Rooflines
 from kvarn.bench.statistics import Spread
 
@@ -145,3 +146,31 @@ def comparison_text(model: str, machine: Machine, isa: str, result: Comparison) 
             *(f"{engine.name}: {engine.info}" for engine in result.engines),
         )
     )
+
+
+def profile_text(model: str, machine: Machine, isa: str, roof: Roof, profiles: Sequence[StepProfile]) -> str:
+    """The tables of `kvarn profile`."""
+    parts = [f"{model}: {machine_line(machine, isa)}\n{roof_line(roof)}"]
+    parts += [_profile_table(profile) for profile in profiles]
+    return "\n\n".join(parts)
+
+
+def _profile_table(profile: StepProfile) -> str:
+    steps = profile.task.num_steps
+    rows: list[Sequence[str]] = [
+        (row.name, str(row.stages), number(row.ms), percent(row.part), number(row.cost.bytes / steps / 1e6),
+         number(row.activation_bytes / steps / 1e6), number(row.cost.macs / steps / 1e6),
+         number(row.bytes_per_s / GIGA), number(row.macs_per_s / GIGA), percent(row.share),
+         row.limit.value if row.limit else "–", percent(row.waiting))
+        for row in profile.rows
+    ]  # fmt: skip
+    rows.append((REST, "", number(profile.rest_ms), percent(profile.rest_ms / profile.step_ms), *[""] * 8))
+    rows.append(("a step", str(sum(row.stages for row in profile.rows)), number(profile.step_ms), "100 %",
+                 *[""] * 5, percent(profile.share), "", ""))  # fmt: skip
+    columns = ("op", "stages", "ms", "part", "MB", "rows MB", "MMAC", "GB/s", "GMAC/s", "of its roof", "limit", "waits")
+    gain = slowest(profile)
+    lines = [f"{profile.task.name}", table(columns, rows)]
+    if gain is not None and gain.share is not None:
+        least = gain.ms * gain.share
+        lines.append(f"furthest from its limit: {gain.name}, {number(gain.ms)} ms where {number(least)} would do")
+    return "\n".join(lines)

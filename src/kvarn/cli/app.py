@@ -25,6 +25,7 @@ COMMANDS = {
     "tokenize": "kvarn.cli.tokenize",
     "eval": "kvarn.cli.eval",
     "bench": "kvarn.cli.bench",
+    "profile": "kvarn.cli.profile",
 }
 """Command name to module, in the order of `--help`."""
 

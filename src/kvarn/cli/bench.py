@@ -113,8 +113,8 @@ def latency_command(
     from kvarn.cli.progress import resolve_with_progress, work_bar
 
     for option, value, least in (("prefill", prefill, 1), ("decode", decode, 1), ("rounds", rounds, 1)):
-        _at_least(option, value, least)
-    _at_least("depth", depth or 0, 0)
+        at_least(option, value, least)
+    at_least("depth", depth or 0, 0)
     batches = _numbers("batch", batch, MOST_SEQUENCES)
     backend = CpuBackend(threads=threads, isa=isa)
     if plot is not None:
@@ -164,8 +164,8 @@ def compare_command(
     from kvarn.cli.progress import resolve_with_progress, work_bar
     from kvarn.errors import ConfigError
 
-    _at_least("rounds", rounds, 1)
-    _at_least("depth", depth or 0, 0)
+    at_least("rounds", rounds, 1)
+    at_least("depth", depth or 0, 0)
     found = compare.find_peer(peer)
     backend = CpuBackend(threads=threads, isa=isa)
     path = resolve_with_progress(model, quiet=as_json or not sys.stderr.isatty())
@@ -190,7 +190,8 @@ def compare_command(
         print(report.comparison_text(f"{path.name}, {backend.threads} threads", this, backend.isa, result))
 
 
-def _at_least(option: str, value: int, least: int) -> None:
+def at_least(option: str, value: int, least: int) -> None:
+    """Raises ConfigError naming the option and its limit."""
     from kvarn.errors import ConfigError
 
     if value < least:
