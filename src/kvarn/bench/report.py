@@ -148,14 +148,14 @@ def comparison_text(model: str, machine: Machine, isa: str, result: Comparison) 
     )
 
 
-def profile_text(model: str, machine: Machine, isa: str, roof: Roof, profiles: Sequence[StepProfile]) -> str:
+def profile_text(model: str, machine: Machine, isa: str, roof: Roof, by: str, profiles: Sequence[StepProfile]) -> str:
     """The tables of `kvarn profile`."""
     parts = [f"{model}: {machine_line(machine, isa)}\n{roof_line(roof)}"]
-    parts += [_profile_table(profile) for profile in profiles]
+    parts += [_profile_table(by, profile) for profile in profiles]
     return "\n\n".join(parts)
 
 
-def _profile_table(profile: StepProfile) -> str:
+def _profile_table(by: str, profile: StepProfile) -> str:
     steps = profile.task.num_steps
     rows: list[Sequence[str]] = [
         (row.name, str(row.stages), number(row.ms), percent(row.part), number(row.cost.bytes / steps / 1e6),
@@ -167,7 +167,7 @@ def _profile_table(profile: StepProfile) -> str:
     rows.append((REST, "", number(profile.rest_ms), percent(profile.rest_ms / profile.step_ms), *[""] * 8))
     rows.append(("a step", str(sum(row.stages for row in profile.rows)), number(profile.step_ms), "100 %",
                  *[""] * 5, percent(profile.share), "", ""))  # fmt: skip
-    columns = ("op", "stages", "ms", "part", "MB", "rows MB", "MMAC", "GB/s", "GMAC/s", "of its roof", "limit", "waits")
+    columns = (by, "stages", "ms", "part", "MB", "rows MB", "MMAC", "GB/s", "GMAC/s", "of its roof", "limit", "waits")
     gain = slowest(profile)
     lines = [f"{profile.task.name}", table(columns, rows)]
     if gain is not None and gain.share is not None:

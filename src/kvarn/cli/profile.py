@@ -81,4 +81,4 @@ def command(
         about = report.about(this, path, backend.isa, backend.threads)
         print(report.to_json({**about, "rounds": rounds, "by": by, "roof": roof, "profiles": results}))
     else:
-        print(report.profile_text(title, this, backend.isa, roof, results))
+        print(report.profile_text(title, this, backend.isa, roof, by, results))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kvarn import _native
 from kvarn.backends.cpu.compile import compile_program
@@ -38,6 +38,8 @@ from kvarn.program.counts import StepShape, count_op
 from kvarn.tensors import DType
 
 LAYER = re.compile(r"layers\.(\d+)\.")
+_WITHIN = (RopeStage, ActivationStage, GatedStage, AddStage)
+"""Stages without weights: they belong to the layer of the one before them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +115,13 @@ def stage_costs(
     counter = _Counter(program, shape, dtypes, kv_item_bytes)
     stages = compile_program(program, dtypes)
     logits = stages.outputs[program.output]
-    return tuple(cost for stage in stages.stages for cost in counter.native(stage, logits))
+    costs: list[StageCost] = []
+    for stage in stages.stages:
+        made = counter.native(stage, logits)
+        if isinstance(stage, _WITHIN) and costs:
+            made = [replace(cost, layer=costs[-1].layer) for cost in made]
+        costs += made
+    return tuple(costs)
 
 
 class _Counter:
