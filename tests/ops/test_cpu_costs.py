@@ -69,3 +69,17 @@ def test_every_stage_is_counted_once_a_step_and_has_its_cost(family, dtype, name
         assert executable.stage_counters() == []
     finally:
         executable.close()
+
+
+def test_a_step_that_skips_a_stage_leaves_its_counter_alone():
+    model, _ = tiny("llama", DType.Q4_0)
+    executable = CpuBackend(threads=2).load(model.program, model, KvCacheSpec(8, BLOCK), StepLimits(32, 4, 64))
+    try:
+        executable.count_stages(True)
+        for name in ("prompt", "one decode", "one decode"):
+            executable.execute(BATCHES[name])
+        calls = [(counter.label, counter.calls) for counter in executable.stage_counters()]
+        assert {times for label, times in calls if label in ("heads", "prepare")} == {0, 1}  # 0: one row of logits
+        assert {times for label, times in calls if label not in ("heads", "prepare")} == {3}
+    finally:
+        executable.close()

@@ -44,7 +44,7 @@ def command(
     from kvarn.bench.latency import read_sizes
     from kvarn.bench.machine import machine
     from kvarn.bench.profile import profile, profile_tasks
-    from kvarn.bench.roofline import best, measure_roof
+    from kvarn.bench.roofline import measure_roof
     from kvarn.bench.stepper import open_stepper
     from kvarn.bench.tasks import check_tasks, default_depth
     from kvarn.cli.bench import at_least
@@ -68,12 +68,12 @@ def command(
         prefill=prefill, batch=batch, depth=default_depth(sizes.max_positions) if depth is None else depth
     )
     check_tasks(tasks, sizes.max_positions)
-    roof = measure_roof(backend.isa, backend.threads, this)
-    with open_stepper(path, backend, tasks) as stepper, work_bar("rounds", quiet=as_json) as progress:
-        roof = best(roof, measure_roof(backend.isa, backend.threads, this))
-        results = profile(
-            stepper, sizes, tasks, roof, by="layer" if by == "layer" else "op", rounds=rounds, progress=progress
-        )
+    with work_bar("rounds", quiet=as_json) as progress:
+        roof = measure_roof(backend.isa, backend.threads, this)
+        with open_stepper(path, backend, tasks) as stepper:
+            results = profile(
+                stepper, sizes, tasks, roof, by="layer" if by == "layer" else "op", rounds=rounds, progress=progress
+            )
     title = f"{path.name}, {backend.threads} threads"
     if plot is not None:
         plots.profiles(plot, f"{title}, {this.cpu}, {backend.isa}", results)
