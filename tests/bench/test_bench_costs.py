@@ -89,7 +89,7 @@ def test_contexts_at_depth_outlast_other_tasks(model):
             return stepper.executable.execute(next(stepper.batches(deep)))["logits"].copy()
 
         first = logits()
-        for task in (wide, prompt, deep):
+        for task in (prompt, wide, deep):
             assert stepper.seconds(task) > 0
         assert np.array_equal(logits(), first)
     with open_stepper(model, CpuBackend(threads=1), [deep]) as fresh:
