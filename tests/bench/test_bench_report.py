@@ -9,7 +9,7 @@ from kvarn.bench import report
 from kvarn.bench.machine import Machine, cpu_name, last_cache_bytes
 from kvarn.bench.roofline import MIB, Roof, Rooflines, best, buffer_bytes, default_threads
 
-MACHINE = Machine("Test CPU", ((0, 1), (2, 3), (4, 5)), 32 * MIB, 8 << 30, "Linux")
+MACHINE = Machine("Test CPU", ((0, 1), (2, 3), (4, 5)), 32 * MIB, 8 << 30, "Linux", 0.5)
 
 
 def test_a_table_can_be_pasted():
@@ -34,6 +34,12 @@ def test_threads_are_said_to_share_cores():
     assert MACHINE.sharing == "6 threads on 3 physical cores: threads of one core share its units"
     alone = dataclasses.replace(MACHINE, cores=((0,),))
     assert alone.sharing == "1 thread on 1 physical core, one each"
+
+
+def test_a_busy_machine_is_said_to_be_one():
+    assert "at work" not in report.machine_line(MACHINE, "avx2")
+    busy = dataclasses.replace(MACHINE, load=2.5)
+    assert "at work before this (load 2.5)" in report.machine_line(busy, "avx2").splitlines()[1]
 
 
 def test_what_the_system_says_of_processor_and_caches(tmp_path):

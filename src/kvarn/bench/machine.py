@@ -12,6 +12,9 @@ from kvarn.backends.cpu.topology import physical_cores
 CPU_INFO = Path("/proc/cpuinfo")
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 
+BUSY = 0.25
+"""Share of the hardware threads that others may use."""
+
 
 @dataclass(frozen=True, slots=True)
 class Machine:
@@ -24,11 +27,18 @@ class Machine:
     """Of the largest cache; 0 where the system does not say."""
     memory_bytes: int
     system: str
+    load: float
+    """Threads that wanted to run, on average over the minute before."""
 
     @property
     def threads(self) -> int:
         """Hardware threads."""
         return sum(len(core) for core in self.cores)
+
+    @property
+    def busy(self) -> bool:
+        """Whether others used so much of it that figures are disturbed."""
+        return self.load > BUSY * self.threads
 
     @property
     def sharing(self) -> str:
@@ -47,6 +57,7 @@ def machine() -> Machine:
         last_cache_bytes=last_cache_bytes(CACHES),
         memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         system=f"{platform.system()} {platform.release()}",
+        load=round(os.getloadavg()[0], 2),
     )
 
 

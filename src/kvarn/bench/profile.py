@@ -22,21 +22,25 @@ DECODE_STEPS = 16
 
 @dataclass(frozen=True, slots=True)
 class ProfileRow:
-    """Stages of one name (or one layer), a step's mean over a round. share: of the roof; None where neither memory nor
-    arithmetic limits it. waiting: part of its time that its threads waited for one another."""
+    """Stages of one name, or of one layer."""
 
     name: str
     ms: float
+    """Of one step: the mean over a round."""
     part: float
     """Of the step: 1 is all of it."""
     stages: int
     cost: Cost
+    """Of all steps of the round."""
     activation_bytes: int
+    """Of all steps of the round."""
     bytes_per_s: float
     macs_per_s: float
     share: float | None
+    """Of the roof; None where no multiply-adds are done, only rows moved."""
     limit: Limit | None
     waiting: float
+    """Part of the time that its threads waited for one another."""
 
 
 @dataclass(frozen=True, slots=True)

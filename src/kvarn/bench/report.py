@@ -71,8 +71,11 @@ def about(machine: Machine, path: Path, isa: str, threads: int) -> dict[str, Any
 
 
 def machine_line(machine: Machine, isa: str) -> str:
-    """Processor, cores and memory in one line."""
-    return f"{machine.cpu}, {machine.sharing}, {machine.memory_bytes / (1 << 30):.0f} GiB, {isa}"
+    """Processor, cores and memory in one line, and one more where others may disturb what is measured."""
+    line = f"{machine.cpu}, {machine.sharing}, {machine.memory_bytes / (1 << 30):.0f} GiB, {isa}"
+    if machine.busy:
+        line += f"\nthe machine was at work before this (load {machine.load}): what still runs disturbs the figures"
+    return line
 
 
 def rooflines_text(machine: Machine, result: Rooflines) -> str:
@@ -124,12 +127,13 @@ def latency_text(model: str, machine: Machine, isa: str, result: Latency) -> str
 def comparison_text(model: str, machine: Machine, isa: str, result: Comparison) -> str:
     """The table of `kvarn bench compare`."""
     names = [engine.name for engine in result.engines]
-    rows = [
-        (row.kvarn.task.name, *(spread(row.rates[name]) for name in names), f"{row.ratio:.2f}×",
-         percent(row.kvarn.share), row.kvarn.limit.value)
-        for row in result.rows
+    rows = [(row.kvarn.task.name, *(spread(row.rates[name]) for name in names), f"{row.ratio:.2f}×")
+            for row in result.rows]  # fmt: skip
+    shares = [
+        (row.task.name, number(row.step_ms), number(row.bytes_per_s / GIGA), number(row.macs_per_s / GIGA),
+         percent(row.share), row.limit.value)
+        for row in (compared.kvarn for compared in result.rows)
     ]  # fmt: skip
-    columns = ("tokens/s, median (least–most)", *names, "ratio", "of the roof", "limit")
     engines = [
         (engine.name, f"{engine.load_s:.2f} s", f"{engine.peak_rss / (1 << 20):,.0f} MiB") for engine in result.engines
     ]
@@ -137,9 +141,11 @@ def comparison_text(model: str, machine: Machine, isa: str, result: Comparison) 
         (
             f"{model}: {machine_line(machine, isa)}",
             roof_line(result.roof),
-            f"median of {len(result.rows[0].kvarn.seconds)} in turns; ratio: kvarn to the faster setting of the peer; "
-            "share of the roof: kvarn's",
-            table(columns, rows),
+            f"median of {len(result.rows[0].kvarn.seconds)} in turns; ratio: kvarn to the faster setting of the peer",
+            "",
+            table(("tokens/s (least–most)", *names, "ratio"), rows),
+            "",
+            table(("kvarn", "ms a step", "GB/s", "GMAC/s", "of the roof", "limit"), shares),
             "",
             table(("engine", "load", "peak RSS"), engines),
             "",

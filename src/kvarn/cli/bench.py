@@ -78,7 +78,7 @@ def roofline_command(
         from kvarn.bench import plots
 
         plots.check(plot)
-    with work_bar("roofline", quiet=as_json) as progress:
+    with work_bar("roofline") as progress:
         result = measure_rooflines(chosen, counts, buffer_bytes(this), progress)
     if plot is not None:
         plots.rooflines(plot, this, result)
@@ -127,7 +127,7 @@ def latency_command(
     deep = default_depth(sizes.max_positions) if depth is None else depth
     tasks = latency_tasks(prefill=prefill, decode=decode, depth=deep, batches=batches)
     check_tasks(tasks, sizes.max_positions)
-    with work_bar("tasks", quiet=as_json) as progress:
+    with work_bar("tasks") as progress:
         result = latency.measure_latency(
             path, sizes, tasks, machine=this, threads=backend.threads, isa=backend.isa, rounds=rounds, progress=progress
         )
@@ -178,7 +178,7 @@ def compare_command(
         raise ConfigError(f"--only {only!r} is in no name; there are: {', '.join(task.name for task in every)}")
     check_tasks(tasks, sizes.max_positions)
     this = machine()
-    with work_bar("tasks", quiet=as_json) as progress:
+    with work_bar("tasks") as progress:
         result = compare.measure_comparison(
             path, sizes, tasks, peer_name=peer, peer=found, peer_python=str(peer_python), machine=this,
             threads=backend.threads, isa=backend.isa, rounds=rounds, progress=progress,

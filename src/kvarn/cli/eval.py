@@ -40,7 +40,7 @@ def perplexity_command(
     The text is tokenized once and cut into chunks of one context; the second half of each chunk is scored, as
     llama-perplexity does, so figures are comparable.
     """
-    from kvarn.cli.progress import resolve_with_progress
+    from kvarn.cli.progress import resolve_with_progress, work_bar
     from kvarn.errors import ConfigError
     from kvarn.eval.perplexity import perplexity
     from kvarn.eval.session import open_session
@@ -51,24 +51,10 @@ def perplexity_command(
         raise ConfigError(f"{text}: not UTF-8 at byte {error.start}") from error
     if kv_dtype not in ("float16", "float32"):
         raise ConfigError(f"kv-dtype must be float16 or float32, not {kv_dtype!r}")
-    quiet = as_json or not sys.stderr.isatty()
-    path = resolve_with_progress(model, quiet=quiet)
-    with open_session(path, context=context, backend=backend, threads=threads, kv_dtype=kv_dtype) as session:
-        if quiet:
-            result = perplexity(session, content, chunks=chunks)
-        else:
-            from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-            columns = (TextColumn("chunks"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-            with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-                task = bar.add_task("", total=None)
-                result = perplexity(
-                    session,
-                    content,
-                    chunks=chunks,
-                    progress=lambda done, total: bar.update(task, completed=done, total=total),
-                )
+    path = resolve_with_progress(model, quiet=as_json or not sys.stderr.isatty())
+    opened = open_session(path, context=context, backend=backend, threads=threads, kv_dtype=kv_dtype)
+    with opened as session, work_bar("chunks") as progress:
+        result = perplexity(session, content, chunks=chunks, progress=progress)
     if as_json:
         print(
             json.dumps(

@@ -68,7 +68,7 @@ def command(
         prefill=prefill, batch=batch, depth=default_depth(sizes.max_positions) if depth is None else depth
     )
     check_tasks(tasks, sizes.max_positions)
-    with work_bar("rounds", quiet=as_json) as progress:
+    with work_bar("rounds") as progress:
         roof = measure_roof(backend.isa, backend.threads, this)
         with open_stepper(path, backend, tasks) as stepper:
             results = profile(

@@ -23,12 +23,9 @@ def pull_with_progress(model: str, *, quiet: bool) -> Path:
 
 
 @contextmanager
-def work_bar(title: str, *, quiet: bool = False) -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr that is moved by calling what is yielded with (done, total); nothing where stderr is no terminal.
-
-    quiet: nothing in any case.
-    """
-    if quiet or not sys.stderr.isatty():
+def work_bar(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr, moved by calling what is yielded with (done, total). None where stderr is no terminal."""
+    if not sys.stderr.isatty():
         yield lambda _done, _total: None
         return
     from rich.console import Console

@@ -6,14 +6,12 @@ default. Steps are timed without sampler, as kvarn's.
 
 import ctypes
 import json
-import os
-import resource
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
 import llama_cpp as L
+from peer_protocol import Message, serve
 
 Row = tuple[int, int, int, bool]
 """Token, position, sequence, whether its logits are wanted."""
@@ -23,7 +21,7 @@ CHUNK = 512
 class Runner:
     """A context with room for all tasks. kv_unified: one cache for all sequences, which is faster for few of them."""
 
-    def __init__(self, path: str, threads: int, flash_attention: int, tasks: Sequence[dict[str, Any]]) -> None:
+    def __init__(self, path: str, threads: int, flash_attention: int, tasks: Sequence[Message]) -> None:
         self._silent = L.llama_log_callback(lambda _level, _text, _data: None)
         L.llama_log_set(self._silent, ctypes.c_void_p(0))
         L.llama_backend_init()
@@ -47,7 +45,7 @@ class Runner:
         self._vocab = L.llama_vocab_n_tokens(L.llama_model_get_vocab(model))
         self._batch = L.llama_batch_init(max(CHUNK, sequences), 0, sequences)
 
-    def seconds(self, task: dict[str, Any]) -> float:
+    def seconds(self, task: Message) -> float:
         """Wall time of the task's steps; its context is made before."""
         L.llama_memory_clear(self._memory, True)
         for sequence in range(task["batch"]):
@@ -67,7 +65,7 @@ class Runner:
             end = min(tokens, start + CHUNK)
             yield [((7 * p) % self._vocab, p, sequence, wanted and p == tokens - 1) for p in range(start, end)]
 
-    def _decode(self, task: dict[str, Any]) -> Iterator[list[Row]]:
+    def _decode(self, task: Message) -> Iterator[list[Row]]:
         for step in range(task["tokens"]):
             position = task["depth"] + step
             yield [((31 * s + 7 * step) % self._vocab, position, s, True) for s in range(task["batch"])]
@@ -86,20 +84,12 @@ class Runner:
 def main() -> None:
     """Serves tasks until stdin ends."""
     path, threads, flash_attention, tasks = sys.argv[1:]
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
 
-    def answer(message: dict[str, Any]) -> None:
-        rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        print(json.dumps({**message, "peak_rss": rss}), file=answers, flush=True)
+    def load() -> tuple[Callable[[Message], float], str]:
+        runner = Runner(path, int(threads), int(flash_attention), json.loads(tasks))
+        return runner.seconds, f"llama-cpp-python {L.__version__}: {L.llama_print_system_info().decode()}"
 
-    started = time.perf_counter()
-    runner = Runner(path, int(threads), int(flash_attention), json.loads(tasks))
-    load_s = time.perf_counter() - started
-    info = f"llama-cpp-python {L.__version__}: {L.llama_print_system_info().decode()}"
-    answer({"load_s": load_s, "info": info})
-    for line in sys.stdin:
-        answer({"seconds": runner.seconds(json.loads(line))})
+    serve(load)
 
 
 main()

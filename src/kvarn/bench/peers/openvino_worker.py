@@ -6,16 +6,15 @@ is its own default. Prefix caching is off, and no two prompts begin alike.
 """
 
 import json
-import os
-import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import openvino
 import openvino_genai
+from peer_protocol import Message, serve
 
 VOCABULARY = 1 << 14
 """Token ids up to here are used: every model has so many."""
@@ -24,7 +23,7 @@ VOCABULARY = 1 << 14
 class Runner:
     """A pipeline for all tasks."""
 
-    def __init__(self, path: str, threads: int, variant: str, tasks: Sequence[dict[str, Any]]) -> None:
+    def __init__(self, path: str, threads: int, variant: str, tasks: Sequence[Message]) -> None:
         settings: dict[str, Any] = {"INFERENCE_NUM_THREADS": threads}
         if variant == "paged":
             scheduler = openvino_genai.SchedulerConfig()
@@ -36,7 +35,7 @@ class Runner:
         self._pipeline = openvino_genai.LLMPipeline(path, "CPU", **settings)
         self._calls = 0
 
-    def seconds(self, task: dict[str, Any]) -> float:
+    def seconds(self, task: Message) -> float:
         """Seconds of the task."""
         if task["op"] == "prefill":
             return self._generate(1, task["tokens"], 1)[1]
@@ -63,19 +62,12 @@ class Runner:
 def main() -> None:
     """Serves tasks until stdin ends."""
     path, threads, variant, tasks = sys.argv[1:]
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
 
-    def answer(message: dict[str, Any]) -> None:
-        rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        print(json.dumps({**message, "peak_rss": rss}), file=answers, flush=True)
+    def load() -> tuple[Callable[[Message], float], str]:
+        runner = Runner(path, int(threads), variant, json.loads(tasks))
+        return runner.seconds, f"openvino-genai {openvino_genai.get_version()}"
 
-    started = time.perf_counter()
-    runner = Runner(path, int(threads), variant, json.loads(tasks))
-    load_s = time.perf_counter() - started
-    answer({"load_s": load_s, "info": f"openvino-genai {openvino_genai.get_version()}"})
-    for line in sys.stdin:
-        answer({"seconds": runner.seconds(json.loads(line))})
+    serve(load)
 
 
 main()
