@@ -31,7 +31,9 @@ def test_shares_are_per_cent():
 
 
 def test_threads_are_said_to_share_cores():
-    assert MACHINE.sharing == "6 threads on 3 physical cores: threads of one core share its units"
+    assert MACHINE.sharing == "6 threads on 3 physical cores (one core: 0+1, 2+3, 4+5)"
+    many = dataclasses.replace(MACHINE, cores=tuple((i, i + 8) for i in range(8)))
+    assert many.sharing == "16 threads on 8 physical cores (one core: 0+8, 1+9, 2+10, 3+11, …)"
     alone = dataclasses.replace(MACHINE, cores=((0,),))
     assert alone.sharing == "1 thread on 1 physical core, one each"
 

@@ -12,6 +12,7 @@ from kvarn.backends.cpu.topology import physical_cores
 CPU_INFO = Path("/proc/cpuinfo")
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 
+CORES_NAMED = 4
 BUSY = 0.25
 """Share of the hardware threads that others may use."""
 
@@ -46,7 +47,10 @@ class Machine:
         cores, threads = len(self.cores), self.threads
         if threads == cores:
             return f"{_count(threads, 'thread')} on {_count(cores, 'physical core')}, one each"
-        return f"{_count(threads, 'thread')} on {_count(cores, 'physical core')}: threads of one core share its units"
+        named = ["+".join(map(str, core)) for core in self.cores if len(core) > 1]
+        rest = ", …" if len(named) > CORES_NAMED else ""
+        shared = ", ".join(named[:CORES_NAMED]) + rest
+        return f"{_count(threads, 'thread')} on {_count(cores, 'physical core')} (one core: {shared})"
 
 
 def machine() -> Machine:
