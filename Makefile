@@ -44,8 +44,9 @@ check: $(VENV)/.kvarn-dev  ## Lint, types, import contracts
 sanitize: $(VENV)/.kvarn-dev  ## Native kernels under ASan and UBSan
 	$(VENV)/bin/python tests/native/sanitize.py
 
-bench: $(VENV)/.kvarn-dev  ## Decode and prefill speed of MODEL, as a table
-	$(VENV)/bin/python bench/speed.py $(MODEL)
+bench: $(VENV)/.kvarn  ## Speed of MODEL and its share of what the machine can do
+	$(VENV)/bin/kvarn pull $(MODEL)
+	$(VENV)/bin/kvarn bench latency $(MODEL)
 
 clean:  ## Remove the environment and everything built
 	rm -rf $(VENV) build dist src/kvarn/_native*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -4,9 +4,11 @@
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <stdexcept>
+#include <tuple>
 
 #include "runtime/attention_stage.h"
 #include "runtime/isa.h"
@@ -228,6 +230,7 @@ void bind_row_stages(nb::class_<StepPlan> &plan) {
 void bind_plan(nb::module_ &m) {
     bind_records(m);
     m.attr("TILE_TOKENS") = kTileTokens;
+    m.attr("OWN_ROWS") = kOwnRows;
     m.def("attention_partial_bytes", [](int64_t heads, int64_t kv_heads, int64_t value_dim, int64_t max_model_len,
                                         int threads) {
         AttentionShape shape{};
@@ -268,9 +271,12 @@ void bind_plan(nb::module_ &m) {
         .def("run", with_batch([](StepPlan &p, const Batch &b) { p.run(b); }), "token_ids"_a.noconvert(), "positions"_a.noconvert(),
              "slot_mapping"_a.noconvert(), "query_start"_a.noconvert(), "seq_lens"_a.noconvert(), "block_tables"_a.noconvert(), "output_rows"_a.noconvert(),
              "Runs a step with the GIL released. Raises ValueError where the batch is out of range.")
-        .def("profile", with_batch([](StepPlan &p, const Batch &b) { return p.profile(b); }), "token_ids"_a.noconvert(),
-             "positions"_a.noconvert(), "slot_mapping"_a.noconvert(), "query_start"_a.noconvert(), "seq_lens"_a.noconvert(), "block_tables"_a.noconvert(), "output_rows"_a.noconvert(),
-             "Runs a step stage by stage; seconds of each stage, in the order of `labels`.")
+        .def("count", &StepPlan::count, "on"_a, "Switches the counting of stages' times on or off, from zero.")
+        .def("counters", [](const StepPlan &p) {
+            std::vector<std::tuple<uint64_t, uint64_t, uint64_t>> counters;
+            for (const StageCounter &c : p.counters()) counters.emplace_back(c.span_ns, c.busy_ns, c.calls);
+            return counters;
+        }, "Per stage, in the order of `labels`: (ns, ns of all threads together, steps that it ran in).")
         .def("array", [](nb::handle_t<StepPlan> self, const FloatBuffer &buffer, int64_t rows) {
             return array(self, buffer, rows);
         }, "buffer"_a, "rows"_a, "A view of a buffer's rows, float32 (rows, width).");

@@ -19,5 +19,8 @@ void activation(Function f, const float *x, float *out, int64_t n);
 void gated(Function f, const float *gate, const float *up, float *out, int64_t n);
 void add_rows(const float *a, const float *b, float *out, int64_t n);
 void scale_cap(float scale, float softcap, float *x, int64_t n);
+uint32_t read_sum(const uint8_t *data, int64_t bytes);
+int64_t integer_peak(int64_t iterations, int32_t *result);
+int64_t float_peak(int64_t iterations, float *result);
 
 KVARN_KERNELS_END

@@ -165,8 +165,10 @@ template <int bits>
 struct Dot {
     __m256i lo, hi;
     void init(int32_t start) { lo = hi = _mm256_set1_epi32(start); }
-    void step(B w, const int8_t *a) {
-        const __m256i x = broadcast_four(a);
+    void step(B w, const int8_t *a) { step(w, broadcast_four(a)); }
+    // a: the four activations 16 times over.
+    void step(B w, B a) { step(w, a.lo); }
+    void step(B w, __m256i x) {
         if constexpr (bits < 8) {
             lo = _mm256_add_epi32(lo, pairs_to_int(_mm256_maddubs_epi16(w.lo, x)));
             hi = _mm256_add_epi32(hi, pairs_to_int(_mm256_maddubs_epi16(w.hi, x)));
@@ -192,8 +194,10 @@ struct Dot<4> {
         lo = hi = _mm256_setzero_si256();
         start = value;
     }
-    void step(B w, const int8_t *a) {
-        const __m256i x = broadcast_four(a);
+    void step(B w, const int8_t *a) { step(w, broadcast_four(a)); }
+    // a: the four activations 16 times over.
+    void step(B w, B a) { step(w, a.lo); }
+    void step(B w, __m256i x) {
         lo = _mm256_add_epi16(lo, _mm256_maddubs_epi16(w.lo, x));
         hi = _mm256_add_epi16(hi, _mm256_maddubs_epi16(w.hi, x));
     }

@@ -6,20 +6,40 @@
 
 namespace kvarn {
 
-class StepPlan::Walk final : public Job {
+namespace {
+
+uint64_t now_ns() {
+    const auto now = std::chrono::steady_clock::now().time_since_epoch();
+    return uint64_t(std::chrono::duration_cast<std::chrono::nanoseconds>(now).count());
+}
+
+}  // namespace
+
+class StepPlan::Walk : public Job {
 public:
-    Walk(StepPlan &plan, size_t begin, size_t end) : plan_(plan), begin_(begin), end_(end) {}
-    int stages() const override { return int(end_ - begin_); }
+    explicit Walk(StepPlan &plan) : plan_(plan) {}
+    int stages() const override { return int(plan_.stages_.size()); }
     uint32_t items(int stage) const override {
-        return std::min(kMaxItems, plan_.stages_[begin_ + size_t(stage)]->items(plan_.step_));
+        return std::min(kMaxItems, plan_.stages_[size_t(stage)]->items(plan_.step_));
     }
     void run(int stage, uint32_t item, int thread) noexcept override {
-        plan_.stages_[begin_ + size_t(stage)]->run(plan_.step_, item, plan_.scratch_[size_t(thread)]);
+        plan_.stages_[size_t(stage)]->run(plan_.step_, item, plan_.scratch_[size_t(thread)]);
     }
 
-private:
+protected:
     StepPlan &plan_;
-    size_t begin_, end_;
+};
+
+// The same with a look at the clock after each item: a thread's items of a stage follow one another.
+class StepPlan::CountedWalk final : public Walk {
+public:
+    using Walk::Walk;
+    void run(int stage, uint32_t item, int thread) noexcept override {
+        Mark &mark = plan_.marks_[size_t(thread)][size_t(stage)];
+        if (mark.begin == 0) mark.begin = now_ns();
+        Walk::run(stage, item, thread);
+        mark.end = now_ns();
+    }
 };
 
 StepPlan::StepPlan(std::shared_ptr<Pool> pool, std::shared_ptr<KvCache> kv, const Kernels &kernels, Limits limits,
@@ -74,21 +94,40 @@ void StepPlan::begin(const Batch &batch) {
 
 void StepPlan::run(const Batch &batch) {
     begin(batch);
-    Walk walk(*this, 0, stages_.size());
+    if (counters_.empty()) {
+        Walk walk(*this);
+        pool_->run(walk);
+        return;
+    }
+    CountedWalk walk(*this);
     pool_->run(walk);
+    collect();
 }
 
-std::vector<double> StepPlan::profile(const Batch &batch) {
-    begin(batch);
-    std::vector<double> seconds;
-    for (size_t s = 0; s < stages_.size(); ++s) {
-        const auto start = std::chrono::steady_clock::now();
-        Walk walk(*this, s, s + 1);
-        pool_->run(walk);
-        seconds.push_back(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
-    }
-    return seconds;
+void StepPlan::count(bool on) {
+    counters_.assign(on ? stages_.size() : 0, {});
+    marks_.assign(on ? size_t(pool_->threads()) : 0, std::vector<Mark>(stages_.size(), Mark{}));
 }
+
+// Adds the threads' marks to the counters and clears them.
+void StepPlan::collect() {
+    for (size_t s = 0; s < stages_.size(); ++s) {
+        uint64_t begin = UINT64_MAX, end = 0;
+        for (std::vector<Mark> &thread : marks_) {
+            Mark &mark = thread[s];
+            if (mark.begin == 0) continue;
+            begin = std::min(begin, mark.begin);
+            end = std::max(end, mark.end);
+            counters_[s].busy_ns += mark.end - mark.begin;
+            mark = {};
+        }
+        if (end == 0) continue;
+        counters_[s].span_ns += end - begin;
+        ++counters_[s].calls;
+    }
+}
+
+std::vector<StageCounter> StepPlan::counters() const { return counters_; }
 
 std::vector<std::string> StepPlan::labels() const {
     std::vector<std::string> names;

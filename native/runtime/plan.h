@@ -8,6 +8,13 @@
 
 namespace kvarn {
 
+// What a stage took over the steps that were counted.
+struct StageCounter {
+    uint64_t span_ns;  // from the first thread's begin to the last one's end
+    uint64_t busy_ns;  // of all threads together; what is missing to span * threads, they waited
+    uint64_t calls;    // steps in which it had something to do
+};
+
 class StepPlan {
 public:
     // arena_bytes: room for buffers, as laid out by the caller (kvarn.backends.cpu.memory).
@@ -34,12 +41,18 @@ public:
     // Runs a step. Throws std::invalid_argument where the batch is out of range; nothing is run then.
     void run(const Batch &batch);
 
-    // As run, stage by stage; seconds of each, in the order of labels().
-    std::vector<double> profile(const Batch &batch);
+    // Counting: off at first. Switching it on or off sets all counters to zero.
+    void count(bool on);
+    std::vector<StageCounter> counters() const;  // in the order of labels(); empty while off
     std::vector<std::string> labels() const;
 
 private:
     class Walk;
+    class CountedWalk;
+    struct Mark {
+        uint64_t begin, end;  // of one thread's work on one stage of the step; 0, 0: it had none
+    };
+    void collect();
     void begin(const Batch &batch);
     int64_t rows(bool outputs) const { return outputs ? limits_.max_sequences : limits_.max_tokens; }
     uint8_t *place(size_t offset, size_t bytes);
@@ -53,6 +66,8 @@ private:
     std::vector<Scratch> scratch_;
     Step step_{};
     uint64_t steps_ = 0;
+    std::vector<StageCounter> counters_;
+    std::vector<std::vector<Mark>> marks_;  // by thread and stage
 };
 
 }  // namespace kvarn

@@ -104,6 +104,8 @@ class LinearJob:
 
 TILE_TOKENS: int = 8
 
+OWN_ROWS: int = 2
+
 def attention_partial_bytes(heads: int, kv_heads: int, value_dim: int, max_model_len: int, threads: int) -> int:
     """
     Bytes where a decode step's attention, cut over threads, keeps its parts.
@@ -154,9 +156,12 @@ class StepPlan:
         Runs a step with the GIL released. Raises ValueError where the batch is out of range.
         """
 
-    def profile(self, token_ids: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], positions: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], slot_mapping: Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C', device='cpu', writable=False)], query_start: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], seq_lens: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], block_tables: Annotated[NDArray[numpy.int32], dict(shape=(None, None), order='C', device='cpu', writable=False)], output_rows: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> list[float]:
+    def count(self, on: bool) -> None:
+        """Switches the counting of stages' times on or off, from zero."""
+
+    def counters(self) -> list[tuple[int, int, int]]:
         """
-        Runs a step stage by stage; seconds of each stage, in the order of `labels`.
+        Per stage, in the order of `labels`: (ns, ns of all threads together, steps that it ran in).
         """
 
     def array(self, buffer: FloatBuffer, rows: int) -> Annotated[NDArray[numpy.float32], dict(shape=(None, None))]:
@@ -179,6 +184,25 @@ class StepPlan:
     def add(self, a: FloatBuffer, b: FloatBuffer, out: FloatBuffer) -> None: ...
 
     def select_rows(self, x: FloatBuffer, out: FloatBuffer) -> None: ...
+
+def read_sum(isa: str, data: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> int:
+    """
+    Sum of little-endian 32-bit words modulo 2^32, by the kernel that measures bandwidth.
+    """
+
+class Roofline:
+    """Limits of one instruction set. Each call returns (amount, seconds)."""
+
+    def __init__(self, isa: str, bytes: int, pool: Pool) -> None: ...
+
+    def read(self, pool: Pool) -> tuple[float, float]:
+        """One pass over the buffer: bytes."""
+
+    def integer(self, pool: Pool, iterations: int, items: int) -> tuple[float, float]:
+        """Multiply-adds of bytes."""
+
+    def floating(self, pool: Pool, iterations: int, items: int) -> tuple[float, float]:
+        """Multiply-adds of float32."""
 
 class Sampler:
     """State and choice of all running sequences. Not thread-safe."""

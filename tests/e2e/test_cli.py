@@ -26,11 +26,11 @@ def kvarn(*arguments: str, stdin: str = "", check: bool = True) -> subprocess.Co
 
 def test_help_lists_every_command():
     text = kvarn("--help").stdout
-    for name in ("run", "chat", "serve", "pull", "models", "plan", "tokenize", "eval"):
+    for name in ("run", "chat", "serve", "pull", "models", "plan", "tokenize", "eval", "bench", "profile"):
         assert f"  {name} " in text
 
 
-@pytest.mark.parametrize("name", ["run", "chat", "serve", "pull", "models", "plan", "tokenize"])
+@pytest.mark.parametrize("name", ["run", "chat", "serve", "pull", "models", "plan", "tokenize", "profile"])
 def test_each_commands_help_teaches_by_example(name):
     assert f"kvarn {name}" in kvarn(name, "--help").stdout
 
@@ -73,3 +73,17 @@ def test_mistakes_get_one_clear_line(arguments, message):
     result = kvarn(*arguments, check=False)
     assert result.returncode != 0
     assert message.lower() in result.stderr.lower()
+
+
+@pytest.mark.parametrize("name", ["roofline", "latency", "compare"])
+def test_each_benchs_help_teaches_by_example(name):
+    assert f"kvarn bench {name}" in kvarn("bench", name, "--help").stdout
+
+
+def test_bench_and_profile_of_a_quantized_model(smollm2_path):
+    small = ("--prefill", "16", "--depth", "0", "--rounds", "1", "--json")
+    rows = json.loads(kvarn("bench", "latency", str(smollm2_path), *small, "--decode", "2", "--batch", "1").stdout)
+    assert {row["limit"] for row in rows["latency"]["rows"]} <= {"memory", "arithmetic"}
+    assert all(row["cost"]["integer_macs"] > 100e6 for row in rows["latency"]["rows"])
+    profiles = json.loads(kvarn("profile", str(smollm2_path), *small).stdout)["profiles"]
+    assert {"prepare", "q+k+v", "gate+up", "down", "logits"} <= {row["name"] for row in profiles[0]["rows"]}

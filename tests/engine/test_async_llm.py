@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import math
 import threading
 import time
 
@@ -16,19 +17,30 @@ TIMEOUT = 30
 
 
 class Gate(Wrapper):
-    """An executable that runs a step only when it is let, and fails when told to."""
+    """An executable that runs as many steps as it is let, and fails when told to."""
 
     def __init__(self, inner) -> None:
         super().__init__(inner)
-        self.open = threading.Event()
-        self.open.set()
+        self._changed = threading.Condition()
+        self._allowed = math.inf
         self.steps = 0
         self.failures = 0
         self.error: type[BaseException] = RuntimeError
 
+    def allow(self, steps=math.inf):
+        """So many steps from the first on; one more waits."""
+        with self._changed:
+            self._allowed = steps
+            self._changed.notify_all()
+
+    def hold(self):
+        """No step begins from now on."""
+        self.allow(0)
+
     def execute(self, batch, outputs=()):
-        assert self.open.wait(TIMEOUT)
-        self.steps += 1
+        with self._changed:
+            assert self._changed.wait_for(lambda: self.steps < self._allowed, TIMEOUT)
+            self.steps += 1
         if self.failures:
             self.failures -= 1
             raise self.error("the kernel is broken")
@@ -46,7 +58,7 @@ def with_llm(test, **settings):
     async def main():
         async with AsyncLLM(handmade_engine(wrap_executable=wrap, **settings)) as llm:
             await asyncio.wait_for(test(llm, gates[0]), TIMEOUT)
-            gates[0].open.set()
+            gates[0].allow()
 
     asyncio.run(main())
 
@@ -173,14 +185,14 @@ def test_wrong_requests_and_a_full_queue_are_refused_before_a_stream_exists():
             llm.generate(request("a", (999,)))
         running = llm.generate(request("running", "x", max_tokens=300))
         await anext(running)
-        gate.open.clear()
+        gate.hold()
         queued = [llm.generate(request(str(i), "x")) for i in range(3)]
         with pytest.raises(QueueFullError, match="3 requests are waiting, the limit is 3"):
             llm.generate(request("more", "x"))
         with pytest.raises(RequestError, match="'1' is in use") as caught:
             llm.generate(request("1", "x"))
         assert caught.value.field == "request_id"
-        gate.open.set()
+        gate.allow()
         assert len(tokens_of(await read(running))) > 8
         for stream in queued:
             assert len(tokens_of(await read(stream))) == 8
@@ -225,9 +237,13 @@ def test_an_engine_that_cannot_go_on_refuses_clearly(error):
 
 def test_close_fails_what_runs_and_is_idempotent():
     async def test(llm, gate):
+        gate.allow(5)
         stream = llm.generate(request("a", "hello", max_tokens=400))
         await anext(stream)
-        await llm.close()
+        closing = asyncio.create_task(llm.close())
+        await until(lambda: llm._loop._closing)
+        gate.allow()
+        await closing
         await llm.close()
         with pytest.raises(EngineError, match="the engine was closed"):
             await read(stream)
@@ -239,14 +255,21 @@ def test_close_fails_what_runs_and_is_idempotent():
 
 
 def test_a_closed_event_loop_frees_its_requests_and_another_can_go_on():
-    llm = AsyncLLM(handmade_engine())
-    kept = []
+    gates, kept = [], []
+
+    def wrap(executable):
+        gates.append(Gate(executable))
+        return gates[0]
+
+    llm = AsyncLLM(handmade_engine(wrap_executable=wrap))
+    gates[0].allow(5)
 
     async def leave():
         kept.append(llm.generate(request("left", "hello", max_tokens=400)))
         await anext(kept[0])
 
     asyncio.run(leave())
+    gates[0].allow()
 
     async def go_on():
         await until(lambda: all_free(llm))

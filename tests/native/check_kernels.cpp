@@ -186,6 +186,18 @@ void check_attention(const Kernels &k, const Kernels &scalar) {
     }
 }
 
+void check_roofline(const Kernels &k, const Kernels &scalar) {
+    for (int round = 0; round < 10; ++round) {
+        check::Bytes data(size_t(256 * between(0, 20)));
+        const int64_t size = int64_t(data.size());
+        require(k.read_sum(data.data(), size) == scalar.read_sum(data.data(), size), "read_sum", k.name);
+    }
+    int32_t integer = 0;
+    float floating = 0;
+    require(k.integer_peak(100, &integer) > 0 && k.float_peak(100, &floating) > 0, "peaks", k.name);
+    require(floating > 0, "float_peak", k.name);
+}
+
 }  // namespace
 
 int main() {
@@ -195,6 +207,7 @@ int main() {
         check_linear(kernels, scalar);
         check_rows(kernels, scalar);
         check_attention(kernels, scalar);
+        check_roofline(kernels, scalar);
         std::printf("%s: kernels checked\n", name.c_str());
     }
     return 0;

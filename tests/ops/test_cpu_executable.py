@@ -206,14 +206,6 @@ def test_a_weight_of_another_shape_is_refused():
         CpuBackend(1).load(tiny.program, tiny, KV, LIMITS)
 
 
-def test_a_profile_runs_the_step_and_names_its_stages(loaded):
-    wanted = loaded.execute(good())["logits"].copy()
-    stages = loaded.profile(good())
-    assert {"embed", "attention", "q", "gate", "down"} <= {name for name, _ in stages}
-    assert all(seconds >= 0 for _, seconds in stages)
-    assert np.array_equal(loaded.execute(good())["logits"], wanted)
-
-
 def test_programs_are_shared_between_executables():
     """Nothing is global: two executables of one program run side by side."""
     tiny = tiny_model("llama")

@@ -149,6 +149,13 @@ struct Kernels {
     void (*gated)(Function f, const float *gate, const float *up, float *out, int64_t n);
     void (*add)(const float *a, const float *b, float *out, int64_t n);
     void (*scale_cap)(float scale, float softcap, float *x, int64_t n);  // softcap 0: none
+
+    // The machine's limits, for measuring. read_sum: of little-endian 32-bit words modulo 2^32, each byte read once, in
+    // order; bytes is a multiple of 256. The peaks return how many multiply-adds they did (of an unsigned and a signed
+    // byte with integer_peak, of float32 with float_peak); `result` is there so that the work is done.
+    uint32_t (*read_sum)(const uint8_t *data, int64_t bytes);
+    int64_t (*integer_peak)(int64_t iterations, int32_t *result);
+    int64_t (*float_peak)(int64_t iterations, float *result);
 };
 
 // One per compiled ISA; the runtime chooses (runtime/isa.cpp).

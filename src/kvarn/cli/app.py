@@ -24,6 +24,8 @@ COMMANDS = {
     "plan": "kvarn.cli.plan",
     "tokenize": "kvarn.cli.tokenize",
     "eval": "kvarn.cli.eval",
+    "bench": "kvarn.cli.bench",
+    "profile": "kvarn.cli.profile",
 }
 """Command name to module, in the order of `--help`."""
 
@@ -33,6 +35,7 @@ First steps:
   kvarn chat                            a conversation in the terminal
   kvarn serve                           an OpenAI-compatible server on http://127.0.0.1:8000
   kvarn plan MODEL --max-model-len 8192 --batch 32      what it will take, before it is loaded
+  kvarn bench latency MODEL             how fast it is here, and how far from the machine's limits
 """
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -49,7 +47,7 @@ def perplexity_command(
     The text is tokenized once and cut into chunks of one context; the second half of each chunk is scored, as
     llama-perplexity does, so figures are comparable.
     """
-    from kvarn.cli.progress import resolve_with_progress
+    from kvarn.cli.progress import resolve_with_progress, work_bar
     from kvarn.errors import ConfigError
     from kvarn.eval.perplexity import perplexity
     from kvarn.eval.session import open_session
@@ -58,12 +56,9 @@ def perplexity_command(
     content = _read(text)
     if kv_dtype not in CACHE_TYPES:
         raise ConfigError(f"kv-dtype must be one of {', '.join(CACHE_TYPES)}, not {kv_dtype!r}")
-    quiet = as_json or not sys.stderr.isatty()
-    path = resolve_with_progress(model, quiet=quiet)
-    with (
-        open_session(path, context=context, backend=backend, threads=threads, kv_dtype=kv_dtype) as session,
-        _chunk_bar(quiet) as progress,
-    ):
+    path = resolve_with_progress(model, quiet=as_json or not sys.stderr.isatty())
+    opened = open_session(path, context=context, backend=backend, threads=threads, kv_dtype=kv_dtype)
+    with opened as session, work_bar("chunks") as progress:
         result = perplexity(session, content, chunks=chunks, progress=progress)
     if as_json:
         print(
@@ -108,14 +103,13 @@ def kv_cache_command(
     from contextlib import ExitStack
     from dataclasses import asdict
 
-    from kvarn.cli.progress import resolve_with_progress
+    from kvarn.cli.progress import resolve_with_progress, work_bar
     from kvarn.eval.divergence import divergence
     from kvarn.eval.session import open_session
     from kvarn.kv_types import CACHE_TYPES, KV_TYPES
 
     content = _read(text)
-    quiet = as_json or not sys.stderr.isatty()
-    path = resolve_with_progress(model, quiet=quiet)
+    path = resolve_with_progress(model, quiet=as_json or not sys.stderr.isatty())
     with ExitStack() as stack:
         sessions = {
             kv: stack.enter_context(open_session(path, context=context, backend=backend, threads=threads, kv_dtype=kv))
@@ -123,7 +117,7 @@ def kv_cache_command(
         }
         source = sessions.pop("float32")
         program = source.model.program
-        with _chunk_bar(quiet) as progress:
+        with work_bar("chunks") as progress:
             results = divergence(source, sessions, content, chunks=chunks, progress=progress)
     sizes = {kv: program.kv_bytes_per_token(KV_TYPES[kv]) for kv in CACHE_TYPES}
     if as_json:
@@ -150,17 +144,3 @@ def _read(text: Path) -> str:
     except UnicodeDecodeError as error:
         raise ConfigError(f"{text}: not UTF-8 at byte {error.start}") from error
 
-
-@contextmanager
-def _chunk_bar(quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
-    """A progress bar over chunks, or None."""
-    if quiet:
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("chunks"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)

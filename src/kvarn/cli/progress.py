@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -18,6 +20,21 @@ def pull_with_progress(model: str, *, quiet: bool) -> Path:
     from kvarn.weights import catalog
 
     return _with_bar(catalog.pull, model, quiet)
+
+
+@contextmanager
+def work_bar(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr, moved by calling what is yielded with (done, total). None where stderr is no terminal."""
+    if not sys.stderr.isatty():
+        yield lambda _done, _total: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _with_bar(fetch: Callable[..., Path], model: str, quiet: bool) -> Path:

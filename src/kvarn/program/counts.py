@@ -95,6 +95,8 @@ def count_op(program: Program, op: ops.Op, shape: StepShape, weight_bytes: Bytes
         return Counts(kv_write_bytes=written)
     out = program.buffer(op.out)
     elements = out.width * (shape.tokens if out.rows is Rows.TOKENS else shape.outputs)
+    if elements == 0:
+        return Counts()
     match op:
         case ops.Embed() | ops.PositionEmbed():
             table = program.weight(op.weight)

@@ -1,7 +1,20 @@
 """The CPU back-end: programs compiled to step plans (`compile`), laid out (`memory`), run natively (`executable`)."""
 
 from kvarn.backends.cpu.backend import CpuBackend, available_isas
-from kvarn.backends.cpu.executable import CpuExecutable, CpuInfo
+from kvarn.backends.cpu.costs import Cost, StageCost, stage_costs, step_cost
+from kvarn.backends.cpu.executable import CpuExecutable, CpuInfo, StageCounter
 from kvarn.backends.cpu.memory import CpuMemory, memory_use
 
-__all__ = ["CpuBackend", "CpuExecutable", "CpuInfo", "CpuMemory", "available_isas", "memory_use"]
+__all__ = [
+    "Cost",
+    "CpuBackend",
+    "CpuExecutable",
+    "CpuInfo",
+    "CpuMemory",
+    "StageCost",
+    "StageCounter",
+    "available_isas",
+    "memory_use",
+    "stage_costs",
+    "step_cost",
+]

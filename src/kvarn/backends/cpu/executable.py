@@ -34,6 +34,19 @@ class CpuInfo:
     memory: CpuMemory
 
 
+@dataclass(frozen=True, slots=True)
+class StageCounter:
+    """Times of one native stage, summed over steps."""
+
+    label: str
+    span_ns: int
+    """From the first thread's begin to the last one's end."""
+    busy_ns: int
+    """Of all threads together."""
+    calls: int
+    """Steps in which it ran."""
+
+
 class CpuExecutable:
     """See `kvarn.backends.base.Executable`. Owns all of its memory and threads; one caller at a time."""
 
@@ -66,10 +79,15 @@ class CpuExecutable:
         rows = {Rows.TOKENS: batch.num_tokens, Rows.OUTPUTS: int(batch.output_rows.size)}
         return {name: built.plan.array(buffer, rows[kind]) for name, (buffer, kind) in built.outputs.items()}
 
-    def profile(self, batch: InputBatch) -> list[tuple[str, float]]:
-        """Runs one step stage by stage; (stage, seconds) in order. Slower than `execute`; the same results."""
+    def count_stages(self, on: bool) -> None:
+        """Switches the native counters of stages on or off, from zero. Off at load, when they cost nothing."""
+        self._plan(()).plan.count(on)
+
+    def stage_counters(self) -> list[StageCounter]:
+        """What each stage took over the steps since counting was switched on; empty while it is off."""
         plan = self._plan(()).plan
-        return list(zip(plan.labels, plan.profile(*_arrays(batch)), strict=True))
+        counters = zip(plan.labels, plan.counters(), strict=False)
+        return [StageCounter(label, span, busy, calls) for label, (span, busy, calls) in counters]
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copies whole KV blocks (source, destination) in all layers, in order. Raises ValueError."""

@@ -18,7 +18,7 @@ from kvarn.backends.cpu.stages import (
     reads,
     writes,
 )
-from kvarn.program import Program, Rope, Rows
+from kvarn.program import Program, Rope, Rows, Weight
 from kvarn.tensors import DType
 
 ALIGNMENT = 64
@@ -88,14 +88,15 @@ def memory_use(
 
 def weight_bytes(program: Program, dtypes: Mapping[str, DType]) -> int:
     """Bytes of the program's weights as kernels hold them."""
-    total = 0
-    for weight in program.weights:
-        if len(weight.shape) == 1:
-            total += 4 * weight.num_elements
-        else:
-            total += _native.packed_bytes(dtypes[weight.name].name, weight.num_elements // weight.shape[-1],
-                                          weight.shape[-1])  # fmt: skip
-    return total
+    return sum(held_bytes(weight, dtypes[weight.name]) for weight in program.weights)
+
+
+def held_bytes(weight: Weight, dtype: DType) -> int:
+    """Bytes of one weight, stored as `dtype`, as kernels hold it: vectors as float32, matrices packed."""
+    if len(weight.shape) == 1:
+        return 4 * weight.num_elements
+    columns = weight.shape[-1]
+    return int(_native.packed_bytes(dtype.name, weight.num_elements // columns, columns))
 
 
 def kv_cache_bytes(program: Program, kv: KvCacheSpec) -> int:
