@@ -22,6 +22,7 @@ using namespace kvarn;
 namespace {
 
 using Bytes = nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using ByteView = nb::ndarray<nb::numpy, const uint8_t, nb::ndim<1>, nb::c_contig>;
 using Floats = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Table = nb::ndarray<const float, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
 using LayerShape = std::tuple<int64_t, int64_t, int64_t>;
@@ -42,6 +43,14 @@ std::shared_ptr<PackedWeight> pack(const std::string &format, int64_t rows, int6
     nb::gil_scoped_release release;
     return std::make_shared<PackedWeight>(f, rows, cols, data.data(), pool);
 }
+
+std::shared_ptr<PackedWeight> mapped_weight(const std::string &format, int64_t rows, int64_t cols,
+                                            std::shared_ptr<MappedFile> file, size_t offset) {
+    return std::make_shared<PackedWeight>(format_of(format), rows, cols, std::move(file), offset);
+}
+
+// A view of memory that lives as long as `owner`.
+ByteView view(const uint8_t *data, size_t size, nb::handle owner) { return ByteView(data, {size}, owner); }
 
 std::vector<KvCache::Layer> layers_of(const std::vector<LayerShape> &shapes) {
     std::vector<KvCache::Layer> layers;
@@ -68,15 +77,37 @@ void bind_storage(nb::module_ &m) {
     nb::class_<Pool>(m, "Pool", "Threads that run step plans; the caller of a run is one of them.")
         .def(nb::init<int, const std::vector<std::vector<int>> &>(), "threads"_a, "pins"_a)
         .def_prop_ro("threads", &Pool::threads);
-    nb::class_<PackedWeight>(m, "PackedWeight", "A matrix or table in the form kernels read. Owns its memory.")
+    m.attr("PACKED_LAYOUT") = kPackedLayout;
+
+    nb::class_<MappedFile>(m, "MappedFile", "A file mapped read-only.")
+        .def(nb::init<int>(), "fd"_a)
+        .def_prop_ro("nbytes", &MappedFile::size)
+        .def("array", [](nb::handle_t<MappedFile> self, size_t offset, size_t size) {
+            const MappedFile &file = nb::cast<const MappedFile &>(self);
+            if (offset > file.size() || size > file.size() - offset)
+                throw std::invalid_argument(std::to_string(size) + " bytes at " + std::to_string(offset) +
+                                            " do not lie in a file of " + std::to_string(file.size()));
+            return view(file.data() + offset, size, self);
+        }, "offset"_a, "size"_a, "A view of its bytes. Raises ValueError where they do not lie within the file.");
+    nb::class_<PackedWeight>(m, "PackedWeight", "A matrix or table in the form kernels read. Owns its memory, or shares a mapped file's.")
         .def_prop_ro("nbytes", &PackedWeight::bytes)
+        .def_prop_ro("data", [](nb::handle_t<PackedWeight> self) {
+            const PackedWeight &weight = nb::cast<const PackedWeight &>(self);
+            return view(weight.matrix().data, weight.bytes(), self);
+        }, "A view of its panels.")
         .def_prop_ro("shape", [](const PackedWeight &w) { return std::make_pair(w.matrix().rows, w.matrix().cols); });
     m.def("pack", &pack, "format"_a, "rows"_a, "cols"_a, "data"_a, "pool"_a,
           "Packs a stored row-major tensor. Raises ValueError where the sizes disagree.");
+    m.def("mapped_weight", &mapped_weight, "format"_a, "rows"_a, "cols"_a, "file"_a, "offset"_a,
+          "A matrix that was packed before. Raises ValueError where it does not lie within the file.");
     nb::class_<Vector>(m, "Vector", "float32 parameters.")
         .def("__init__", [](Vector *self, const Floats &values) {
             new (self) Vector{std::vector<float>(values.data(), values.data() + values.size())};
         }, "values"_a)
+        .def_prop_ro("data", [](nb::handle_t<Vector> self) {
+            const Vector &v = nb::cast<const Vector &>(self);
+            return view(reinterpret_cast<const uint8_t *>(v.values.data()), 4 * v.values.size(), self);
+        }, "A view of its bytes.")
         .def("__len__", [](const Vector &v) { return v.values.size(); });
     nb::class_<RotaryTable>(m, "RotaryTable", "cos and sin of each position, (positions, 2, pairs).")
         .def("__init__", [](RotaryTable *self, const Table &t, bool interleaved) {

@@ -29,11 +29,32 @@ class Pool:
     @property
     def threads(self) -> int: ...
 
-class PackedWeight:
-    """A matrix or table in the form kernels read. Owns its memory."""
+PACKED_LAYOUT: int = 1
+
+class MappedFile:
+    """A file mapped read-only."""
+
+    def __init__(self, fd: int) -> None: ...
 
     @property
     def nbytes(self) -> int: ...
+
+    def array(self, offset: int, size: int) -> Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', writable=False)]:
+        """
+        A view of its bytes. Raises ValueError where they do not lie within the file.
+        """
+
+class PackedWeight:
+    """
+    A matrix or table in the form kernels read. Owns its memory, or shares a mapped file's.
+    """
+
+    @property
+    def nbytes(self) -> int: ...
+
+    @property
+    def data(self) -> Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', writable=False)]:
+        """A view of its panels."""
 
     @property
     def shape(self) -> tuple[int, int]: ...
@@ -43,10 +64,19 @@ def pack(format: str, rows: int, cols: int, data: Annotated[NDArray[numpy.uint8]
     Packs a stored row-major tensor. Raises ValueError where the sizes disagree.
     """
 
+def mapped_weight(format: str, rows: int, cols: int, file: MappedFile, offset: int) -> PackedWeight:
+    """
+    A matrix that was packed before. Raises ValueError where it does not lie within the file.
+    """
+
 class Vector:
     """float32 parameters."""
 
     def __init__(self, values: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> None: ...
+
+    @property
+    def data(self) -> Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', writable=False)]:
+        """A view of its bytes."""
 
     def __len__(self) -> int: ...
 

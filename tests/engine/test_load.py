@@ -78,4 +78,3 @@ def test_wrong_names_are_clear_errors(tmp_path):
     (tmp_path / "broken.gguf").write_bytes(b"GGUF" + bytes(20))
     with pytest.raises(ModelFileError, match=r"broken\.gguf"):
         load_engine(str(tmp_path / "broken.gguf"), EngineConfig())
-

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from kvarn import __version__
 from kvarn.backends import Backend, KvCacheSpec, StepLimits
-from kvarn.backends.cpu import CpuBackend, memory_use
+from kvarn.backends.cpu import CpuBackend, PackedSlot, memory_use
 from kvarn.cache import BlockPool
 from kvarn.config import EngineConfig
 from kvarn.engine.capacity import Needs, plan_capacity
 from kvarn.engine.core import EngineCore
 from kvarn.engine.memory import available_memory
 from kvarn.errors import ConfigError
-from kvarn.models import ModelConfig, load_model
+from kvarn.models import Model, ModelConfig, load_model
 from kvarn.program import Program, Rows
 from kvarn.runner import Runner
 from kvarn.sampling import NativeSampler
 from kvarn.scheduler import Scheduler
 from kvarn.tensors import TensorSource
 from kvarn.text import Tokenizer, load_tokenizer
-from kvarn.weights import open_model
+from kvarn.weights import ModelFiles, open_model, packed_cache
+from kvarn.weights.fingerprint import fingerprint
 
 
 class LoadableModel(Protocol):
@@ -56,10 +59,10 @@ class LoadedEngine:
     config: EngineConfig
 
 
-def make_backend(name: str, threads: int = 0) -> Backend:
-    """The back-end of that name. threads 0: one for each physical core. Raises ConfigError."""
+def make_backend(name: str, threads: int = 0, packed: PackedSlot | None = None) -> Backend:
+    """The back-end of that name. threads and packed: see `CpuBackend`. Raises ConfigError."""
     if name == "cpu":
-        return CpuBackend(threads=threads)
+        return CpuBackend(threads=threads, packed=packed)
     if name == "reference":
         from kvarn.backends.reference import ReferenceBackend
 
@@ -79,10 +82,30 @@ def load_engine(name_or_path: str, config: EngineConfig) -> LoadedEngine:
     try:
         model = load_model(files, config.max_model_len)
         tokenizer = load_tokenizer(files)
-        return build_engine(model, tokenizer, config, name=_name(name_or_path), on_close=files.close)
+        packed = _packed_slot(files, model, config)
+        engine = build_engine(model, tokenizer, config, name=_name(name_or_path), packed=packed, on_close=files.close)
+        files.release()
+        return engine
     except BaseException:
         files.close()
         raise
+
+
+def _packed_slot(files: ModelFiles, model: Model, config: EngineConfig) -> PackedSlot | None:
+    """Where the model's packed weights lie; None where none are kept."""
+    limit = packed_cache.limit_bytes(config.packed_cache_bytes)
+    sources = files.sources()
+    if not limit or not sources or config.backend != "cpu":
+        return None
+    path = packed_cache.packed_path(files.path)
+    # The version stands for the code between the files and the packing, the recipe for what it does with each tensor.
+    parts = (__version__, fingerprint(sources), model.weights.recipe())
+    key = hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+    def admit(size: int) -> bool:
+        return all(source.unchanged() for source in sources) and packed_cache.make_room(path, size, limit)
+
+    return PackedSlot(path, key, admit)
 
 
 def _name(name_or_path: str) -> str:
@@ -99,6 +122,7 @@ def build_engine(
     config: EngineConfig,
     *,
     name: str = "model",
+    packed: PackedSlot | None = None,
     on_close: Callable[[], None] = lambda: None,
 ) -> LoadedEngine:
     """Sizes the cache, loads the program on the back-end, and puts the engine together.
@@ -107,7 +131,7 @@ def build_engine(
     Raises CapacityError before any weight is read.
     """
     program, cache, steps = model.program, config.cache, config.scheduler
-    backend = make_backend(config.backend, config.threads)
+    backend = make_backend(config.backend, config.threads, packed)
     capacity = plan_capacity(program, config, _needs(model, config, backend), available_memory())
     limits = StepLimits(steps.max_num_batched_tokens, steps.max_num_seqs, capacity.max_model_len)
     spec = KvCacheSpec(capacity.num_blocks, cache.block_size, "float32" if cache.dtype == "float32" else "float16")

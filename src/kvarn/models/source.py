@@ -78,6 +78,10 @@ class MappedSource:
                 f"{unknown[0]!r} the first"
             )
 
+    def recipe(self) -> str:
+        """What is done to which tensors: over the same files, sources of one recipe have the same weights."""
+        return repr(sorted(self._refs.items(), key=lambda item: item[0]))
+
     def tensor(self, name: str) -> Tensor:
         """The tensor of the program's weight `name`: a view where nothing must be done to it."""
         ref = self._refs[name]

@@ -9,6 +9,7 @@ Long arrays (vocabularies) are walked once to find their end and decoded when fi
 from __future__ import annotations
 
 import mmap
+import os
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 
 from kvarn.errors import ModelFileError, UnsupportedModelError
 from kvarn.tensors import DType, Tensor
+from kvarn.weights.fingerprint import FileState, Source
 
 MAGIC = b"GGUF"
 MAX_KEY_BYTES = 65_535
@@ -198,8 +200,9 @@ class Metadata(Mapping[str, Any]):
 class GGUFFile:
     """An open GGUF file. Owns the mapping; tensors are views of it, valid until `close`."""
 
-    def __init__(self, path: Path, mapping: mmap.mmap | None, data: memoryview) -> None:
+    def __init__(self, path: Path, mapping: mmap.mmap | None, data: memoryview, state: FileState | None = None) -> None:
         self.path = path
+        self._state = state
         self._mapping = mapping
         self._data = data
         cursor = _Cursor(data, str(path))
@@ -219,6 +222,7 @@ class GGUFFile:
         num_values = cursor.count("metadata_kv_count")
         self.metadata: Mapping[str, Any] = Metadata(cursor, self._read_metadata(cursor, num_values))
         self.tensors: Mapping[str, TensorInfo] = self._read_tensors(cursor, num_tensors)
+        self._header_bytes = cursor.position
 
     @classmethod
     def open(cls, path: str | Path) -> GGUFFile:
@@ -226,13 +230,14 @@ class GGUFFile:
         path = Path(path)
         try:
             with path.open("rb") as file:
-                size = file.seek(0, 2)
+                state = FileState.of(os.fstat(file.fileno()))
+                size = state.size
                 if size < 24:
                     raise ModelFileError(f"not a GGUF file: it has {size} bytes", path=str(path), field="magic")
                 mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except OSError as error:
             raise ModelFileError(f"cannot be read: {error.strerror or error}", path=str(path)) from error
-        return cls(path, mapping, memoryview(mapping))
+        return cls(path, mapping, memoryview(mapping), state)
 
     @staticmethod
     def _read_metadata(cursor: _Cursor, count: int) -> dict[str, Any]:
@@ -280,9 +285,21 @@ class GGUFFile:
         data: NDArray[np.uint8] = np.frombuffer(self._data, dtype=np.uint8, count=info.nbytes, offset=info.offset)
         return Tensor(info.dtype, info.shape, data)
 
+    def sources(self) -> list[Source]:
+        """The file, as it was opened; none where the data did not come from one."""
+        if self._state is None:
+            return []
+        return [Source(self.path, self._state, self._data[: self._header_bytes])]
+
+    def release(self) -> None:
+        """Lets the pages go that were read: they no longer count as this process's. Tensors stay valid."""
+        if self._mapping is not None:
+            self._mapping.madvise(mmap.MADV_DONTNEED)
+
     def close(self) -> None:
         """Gives the mapping up; it lives on while tensors refer to it."""
         self._data = memoryview(b"")
+        self._mapping = None
 
     def __enter__(self) -> GGUFFile:
         return self

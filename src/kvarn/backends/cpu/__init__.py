@@ -3,5 +3,6 @@
 from kvarn.backends.cpu.backend import CpuBackend, available_isas
 from kvarn.backends.cpu.executable import CpuExecutable, CpuInfo
 from kvarn.backends.cpu.memory import CpuMemory, memory_use
+from kvarn.backends.cpu.packed_slot import PackedSlot
 
-__all__ = ["CpuBackend", "CpuExecutable", "CpuInfo", "CpuMemory", "available_isas", "memory_use"]
+__all__ = ["CpuBackend", "CpuExecutable", "CpuInfo", "CpuMemory", "PackedSlot", "available_isas", "memory_use"]
