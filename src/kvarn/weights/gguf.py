@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from kvarn.errors import ModelFileError, UnsupportedModelError
 from kvarn.tensors import DType, Tensor
 from kvarn.weights.fingerprint import FileState, Source
+from kvarn.weights.strings import LENGTH_BYTES, StringsError, decode_strings, find_strings
 
 MAGIC = b"GGUF"
 MAX_KEY_BYTES = 65_535
@@ -56,11 +57,12 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True)
 class _LazyArray:
-    """An array in the file that is decoded on first access: element type, count, first byte, end."""
+    """An array in the file that is decoded on first access: element type, count, first byte, strings' starts, end."""
 
     kind: int
     count: int
     start: int
+    strings: NDArray[np.int64] | None
     end: int
 
 
@@ -125,11 +127,10 @@ class _Cursor:
         start = self.position
         if element in _SCALARS:
             self.take(count * struct.calcsize(_SCALARS[element][0]), field)
-            lazy = _LazyArray(element, count, start, self.position)
+            lazy = _LazyArray(element, count, start, None, self.position)
             return lazy if count > LAZY_ARRAY_LENGTH else decode_array(self, lazy, field)
         if element == _STRING:
-            self._skip_strings(count, field)
-            lazy = _LazyArray(element, count, start, self.position)
+            lazy = _LazyArray(element, count, start, self._skip_strings(count, field), self.position)
             return lazy if count > LAZY_ARRAY_LENGTH else decode_array(self, lazy, field)
         if element != _ARRAY:
             raise self.fail(field, f"array of type {element}, which does not exist")
@@ -137,19 +138,16 @@ class _Cursor:
             raise self.fail(field, f"{count} arrays cannot fit in the {len(self.data) - start} bytes left")
         return [self.value(_ARRAY, field, depth + 1) for _ in range(count)]
 
-    def _skip_strings(self, count: int, field: str) -> None:
+    def _skip_strings(self, count: int, field: str) -> NDArray[np.int64]:
         """Walks `count` strings; each takes 8 bytes at least, so an absurd count fails before the walk."""
-        data, position, size = self.data, self.position, len(self.data)
-        if count > (size - position) // 8:
+        position, size = self.position, len(self.data)
+        if count > (size - position) // LENGTH_BYTES:
             raise self.fail(field, f"{count} strings cannot fit in the {size - position} bytes left")
-        unpack = struct.Struct("<Q").unpack_from
-        for index in range(count):
-            if position + 8 > size:
-                raise self.fail(field, f"string {index} of {count} starts past the end of the file")
-            position += 8 + unpack(data, position)[0]
-        if position > size:
-            raise self.fail(field, f"strings end at {position}, the file at {size}")
-        self.position = position
+        try:
+            starts, self.position = find_strings(self.data, position, count)
+        except StringsError as error:
+            raise self.fail(field, f"string {error.index} of {count} {error}") from error
+        return starts
 
 
 def decode_array(cursor: _Cursor, array: _LazyArray, field: str) -> list[Any]:
@@ -163,18 +161,11 @@ def decode_array(cursor: _Cursor, array: _LazyArray, field: str) -> list[Any]:
             return [bool(n) for n in numbers]
         values: list[Any] = numbers.tolist()
         return values
-    block = bytes(data[array.start : array.end])
-    unpack = struct.Struct("<Q").unpack_from
-    strings: list[str] = []
-    position = 0
+    assert array.strings is not None
     try:
-        for _ in range(array.count):
-            start = position + 8
-            position = start + unpack(block, position)[0]
-            strings.append(block[start:position].decode())
-    except UnicodeDecodeError as error:
-        raise cursor.fail(field, f"element {len(strings)} is not UTF-8") from error
-    return strings
+        return decode_strings(data, array.strings, array.end)
+    except StringsError as error:
+        raise cursor.fail(field, f"element {error.index} {error}") from error
 
 
 class Metadata(Mapping[str, Any]):
