@@ -193,14 +193,17 @@ def _byte_level(reader: _Reader, pre: PreTokenizer, special: frozenset[int]) -> 
 def _sentencepiece(reader: _Reader, special: frozenset[int], space_prefix: bool) -> SentencePieceBPE:
     scores = reader.scores()
     excluded = special | reader.of_type(BYTE)
-    ids = {token: index for token, index in reader.ids.items() if index not in excluded}
+    ids, ranked = dict(reader.ids), dict(zip(reader.tokens, scores, strict=True))
+    for token in {"", *(reader.tokens[index] for index in excluded)}:
+        ids.pop(token, None)
+        ranked.pop(token, None)
     byte_ids = [reader.ids.get(f"<0x{byte:02X}>") for byte in range(256)]
     unknown = reader.token_id("unknown_token_id", SENTENCEPIECE_IDS["unknown"])
     if None in byte_ids and unknown is None:
         raise reader.fail("tokens", "has neither a token for every byte nor an unknown token")
     return SentencePieceBPE(
         ids,
-        {token: scores[index] for token, index in ids.items()},
+        ranked,
         byte_ids=byte_ids,
         unknown=unknown,
         space_prefix=space_prefix,
