@@ -81,14 +81,7 @@ void bind_storage(nb::module_ &m) {
 
     nb::class_<MappedFile>(m, "MappedFile", "A file mapped read-only.")
         .def(nb::init<int>(), "fd"_a)
-        .def_prop_ro("nbytes", &MappedFile::size)
-        .def("array", [](nb::handle_t<MappedFile> self, size_t offset, size_t size) {
-            const MappedFile &file = nb::cast<const MappedFile &>(self);
-            if (offset > file.size() || size > file.size() - offset)
-                throw std::invalid_argument(std::to_string(size) + " bytes at " + std::to_string(offset) +
-                                            " do not lie in a file of " + std::to_string(file.size()));
-            return view(file.data() + offset, size, self);
-        }, "offset"_a, "size"_a, "A view of its bytes. Raises ValueError where they do not lie within the file.");
+        .def_prop_ro("nbytes", &MappedFile::size);
     nb::class_<PackedWeight>(m, "PackedWeight", "A matrix or table in the form kernels read. Owns its memory, or shares a mapped file's.")
         .def_prop_ro("nbytes", &PackedWeight::bytes)
         .def_prop_ro("data", [](nb::handle_t<PackedWeight> self) {

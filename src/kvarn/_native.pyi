@@ -39,11 +39,6 @@ class MappedFile:
     @property
     def nbytes(self) -> int: ...
 
-    def array(self, offset: int, size: int) -> Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', writable=False)]:
-        """
-        A view of its bytes. Raises ValueError where they do not lie within the file.
-        """
-
 class PackedWeight:
     """
     A matrix or table in the form kernels read. Owns its memory, or shares a mapped file's.

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvarn.cli.options import DEFAULT_MODEL, MaxModelLen, Threads
+from kvarn.cli.options import DEFAULT_MODEL, MaxModelLen, PackedCacheBytes, Threads
 
 if TYPE_CHECKING:
     from kvarn.engine import AsyncLLM
@@ -47,6 +47,7 @@ def command(
     ] = None,
     memory_utilization: Annotated[float, typer.Option(help="Share of available memory that may be taken.")] = 0.8,
     threads: Threads = 0,
+    packed_cache_bytes: PackedCacheBytes = None,
     max_body_bytes: Annotated[int, typer.Option(help="Largest request body.")] = 8 << 20,
 ) -> None:
     """Serve a model over an OpenAI-compatible HTTP API, with a chat page at /."""
@@ -57,6 +58,7 @@ def command(
     config = EngineConfig(
         max_model_len=max_model_len,
         threads=threads,
+        packed_cache_bytes=packed_cache_bytes,
         cache=CacheConfig(kv_cache_bytes=kv_cache_bytes, memory_utilization=memory_utilization),
         scheduler=SchedulerConfig(max_num_seqs, max_num_batched_tokens, max_num_queued_requests),
     )

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Protocol
 
@@ -48,6 +50,17 @@ class LoadableModel(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class LoadTimes:
+    """Seconds that the parts of a load took."""
+
+    open: float
+    """Resolving the name, mapping the files, building and checking the program."""
+    tokenizer: float
+    weights: float
+    """Mapping packed weights, or packing them; allocating the rest."""
+
+
+@dataclass(frozen=True, slots=True)
 class LoadedEngine:
     """A core and what its fronts tell about it. The front that takes it owns the core and closes it."""
 
@@ -57,6 +70,8 @@ class LoadedEngine:
     model_config: ModelConfig
     max_model_len: int
     config: EngineConfig
+    load_times: LoadTimes | None = None
+    """None where the engine was put together by hand."""
 
 
 def make_backend(name: str, threads: int = 0, packed: PackedSlot | None = None) -> Backend:
@@ -77,15 +92,19 @@ def load_engine(name_or_path: str, config: EngineConfig) -> LoadedEngine:
     """
     from kvarn.weights import catalog
 
+    times = [time.perf_counter()]
     path = catalog.resolve(name_or_path)
     files = open_model(path)
     try:
         model = load_model(files, config.max_model_len)
+        times.append(time.perf_counter())
         tokenizer = load_tokenizer(files)
+        times.append(time.perf_counter())
         packed = _packed_slot(files, model, config)
         engine = build_engine(model, tokenizer, config, name=_name(name_or_path), packed=packed, on_close=files.close)
         files.release()
-        return engine
+        times.append(time.perf_counter())
+        return replace(engine, load_times=LoadTimes(*(end - start for start, end in pairwise(times))))
     except BaseException:
         files.close()
         raise

@@ -87,26 +87,30 @@ def read_packed(path: Path, key: str, program: Program) -> PackedWeights:
         if os.fstat(fd).st_uid not in (os.geteuid(), 0):
             raise DamagedFileError("belongs to another user")
         header = _read_header(fd)
+        if header.get("key") != key:
+            raise StaleFileError("of another content")
         file = _native.MappedFile(fd)
+        places = _checked(header, program, file.nbytes)
+        weights = PackedWeights(
+            {p.name: _native.mapped_weight(p.dtype.name, p.rows, p.shape[-1], file, p.offset)
+             for p in places if len(p.shape) > 1},
+            {p.name: _vector(fd, p) for p in places if len(p.shape) == 1},
+            {p.name: p.dtype for p in places},
+        )  # fmt: skip
         with suppress(OSError):  # says when it was last used; a cache that cannot be written is still read
             os.utime(fd)
+        return weights
     except ValueError as error:
         raise DamagedFileError(str(error)) from error
     finally:
         os.close(fd)
-    if header.get("key") != key:
-        raise StaleFileError("of another content")
-    places = _checked(header, program, file.nbytes)
-    try:
-        return PackedWeights(
-            {p.name: _native.mapped_weight(p.dtype.name, p.rows, p.shape[-1], file, p.offset)
-             for p in places if len(p.shape) > 1},
-            {p.name: _native.Vector(np.frombuffer(file.array(p.offset, p.nbytes), dtype=np.float32))
-             for p in places if len(p.shape) == 1},
-            {p.name: p.dtype for p in places},
-        )  # fmt: skip
-    except ValueError as error:
-        raise DamagedFileError(str(error)) from error
+
+
+def _vector(fd: int, place: _Place) -> _native.Vector:
+    values = np.frombuffer(os.pread(fd, place.nbytes, place.offset), dtype=np.float32)
+    if 4 * values.size != place.nbytes:
+        raise DamagedFileError(f"ends within {place.name}")
+    return _native.Vector(values)
 
 
 def write_packed(fd: int, key: str, program: Program, weights: PackedWeights) -> Iterator[int]:
