@@ -77,6 +77,7 @@ void bind_storage(nb::module_ &m) {
     nb::class_<Pool>(m, "Pool", "Threads that run step plans; the caller of a run is one of them.")
         .def(nb::init<int, const std::vector<std::vector<int>> &>(), "threads"_a, "pins"_a)
         .def_prop_ro("threads", &Pool::threads);
+    m.def("trim_heap", &trim_heap, "Gives memory that was freed back to the system, where there is a way to.");
     m.attr("PACKED_LAYOUT") = kPackedLayout;
 
     nb::class_<MappedFile>(m, "MappedFile", "A file mapped read-only.")

@@ -29,6 +29,11 @@ class Pool:
     @property
     def threads(self) -> int: ...
 
+def trim_heap() -> None:
+    """
+    Gives memory that was freed back to the system, where there is a way to.
+    """
+
 PACKED_LAYOUT: int = 1
 
 class MappedFile:

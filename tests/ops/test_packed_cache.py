@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import signal
 import threading
 
 import numpy as np
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from kvarn import _native
 from kvarn.backends import KvCacheSpec, StepLimits
 from kvarn.backends.cpu import CpuBackend, PackedSlot
+from kvarn.backends.cpu.backend import pack_weights
 from kvarn.backends.cpu.packed_file import (
     DIGEST_BYTES,
     MAGIC,
@@ -21,6 +23,7 @@ from kvarn.backends.cpu.packed_file import (
     StaleFileError,
     read_packed,
 )
+from kvarn.backends.cpu.packed_slot import PackedWriter
 from kvarn.tensors import DType
 from kvarn.testing import tiny_model
 
@@ -220,6 +223,19 @@ def test_a_full_disk_is_a_warning(model, tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(os, "pwrite", full)
     load(model, slot_at(tmp_path / "tiny.packed")).close()
     assert "No space left on device" in caplog.text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupt_gives_the_file_up(model, tmp_path):
+    def admit(size):
+        signal.raise_signal(signal.SIGINT)
+        writer._cancelled.wait(timeout=10)
+        return True
+
+    weights = pack_weights(model.program, model, _native.Pool(1, []))
+    writer = PackedWriter(slot_at(tmp_path / "tiny.packed", admit=admit), model.program, weights)
+    with pytest.raises(KeyboardInterrupt):
+        writer.finish()
     assert list(tmp_path.iterdir()) == []
 
 

@@ -10,7 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Protocol
 
-from kvarn import __version__
+from kvarn import __version__, _native
 from kvarn.backends import Backend, KvCacheSpec, StepLimits
 from kvarn.backends.cpu import CpuBackend, PackedSlot, memory_use
 from kvarn.cache import BlockPool
@@ -103,6 +103,7 @@ def load_engine(name_or_path: str, config: EngineConfig) -> LoadedEngine:
         packed = _packed_slot(files, model, config)
         engine = build_engine(model, tokenizer, config, name=_name(name_or_path), packed=packed, on_close=files.close)
         files.release()
+        _native.trim_heap()  # of what building a tokenizer takes, half is needed afterwards
         times.append(time.perf_counter())
         return replace(engine, load_times=LoadTimes(*(end - start for start, end in pairwise(times))))
     except BaseException:

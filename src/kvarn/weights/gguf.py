@@ -169,16 +169,19 @@ def decode_array(cursor: _Cursor, array: _LazyArray, field: str) -> list[Any]:
 
 
 class Metadata(Mapping[str, Any]):
-    """The file's key-value pairs. Long arrays are decoded, and then kept, when they are first read."""
+    """The file's key-value pairs. Long arrays are decoded when they are first read, and kept until `forget`."""
 
     def __init__(self, cursor: _Cursor, values: dict[str, Any]) -> None:
         self._cursor = cursor
         self._values = values
+        self._decoded: dict[str, list[Any]] = {}
 
     def __getitem__(self, key: str) -> Any:
         value = self._values[key]
         if isinstance(value, _LazyArray):
-            value = self._values[key] = decode_array(self._cursor, value, key)
+            if key not in self._decoded:
+                self._decoded[key] = decode_array(self._cursor, value, key)
+            return self._decoded[key]
         return value
 
     def __iter__(self) -> Iterator[str]:
@@ -186,6 +189,10 @@ class Metadata(Mapping[str, Any]):
 
     def __len__(self) -> int:
         return len(self._values)
+
+    def forget(self) -> None:
+        """Drops long arrays that were decoded: the merges of a vocabulary take tens of megabytes."""
+        self._decoded.clear()
 
 
 class GGUFFile:
@@ -211,7 +218,7 @@ class GGUFFile:
             )
         num_tensors = cursor.count("tensor_count")
         num_values = cursor.count("metadata_kv_count")
-        self.metadata: Mapping[str, Any] = Metadata(cursor, self._read_metadata(cursor, num_values))
+        self.metadata = Metadata(cursor, self._read_metadata(cursor, num_values))
         self.tensors: Mapping[str, TensorInfo] = self._read_tensors(cursor, num_tensors)
         self._header_bytes = cursor.position
 
@@ -283,7 +290,8 @@ class GGUFFile:
         return [Source(self.path, self._state, self._data[: self._header_bytes])]
 
     def release(self) -> None:
-        """Lets the pages go that were read: they no longer count as this process's. Tensors stay valid."""
+        """Lets the pages go that were read, and what was decoded of them. Tensors stay valid."""
+        self.metadata.forget()
         if self._mapping is not None:
             self._mapping.madvise(mmap.MADV_DONTNEED)
 

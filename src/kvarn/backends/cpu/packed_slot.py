@@ -68,12 +68,13 @@ class PackedWriter:
 
     def finish(self) -> None:
         """Waits until the file is there. An interrupt gives it up."""
-        self.start()
         try:
+            self.start()
             self._thread.join()
         except BaseException:
             self._cancelled.set()
-            self._thread.join()
+            if self._thread.is_alive():
+                self._thread.join()
             raise
 
     def _run(self) -> None:
