@@ -228,7 +228,7 @@ def test_a_full_disk_is_a_warning(model, tmp_path, caplog, monkeypatch):
 
 def test_an_interrupt_gives_the_file_up(model, tmp_path):
     def admit(size):
-        signal.raise_signal(signal.SIGINT)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
         writer._cancelled.wait(timeout=10)
         return True
 

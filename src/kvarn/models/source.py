@@ -94,6 +94,10 @@ class MappedSource:
             tensor = Tensor.from_array(dequantize(tensor) + np.float32(1))
         return tensor
 
+    def release(self) -> None:
+        """Lets the pages go that were read of the files."""
+        self._files.release()
+
 
 def _transposed(tensor: Tensor) -> Tensor:
     if tensor.dtype.quantized:

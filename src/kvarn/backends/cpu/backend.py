@@ -14,11 +14,12 @@ from kvarn.backends.cpu.packed_slot import PackedSlot, PackedWriter
 from kvarn.backends.cpu.topology import physical_cores
 from kvarn.errors import ConfigError, UnsupportedModelError
 from kvarn.program import PositionEmbed, Program, Rope, Weight
-from kvarn.tensors import Tensor, TensorSource
+from kvarn.tensors import DType, Tensor, TensorSource
 from kvarn.tensors.dequantize import dequantize
 
 ISA_VARIABLE = "KVARN_ISA"
 MAX_THREADS = 1024
+RELEASE_BYTES = 32 << 20
 
 
 class CpuBackend:
@@ -70,13 +71,23 @@ class CpuBackend:
 
 
 def pack_weights(program: Program, weights: TensorSource, pool: _native.Pool) -> PackedWeights:
-    """Every weight of the program in the form kernels read."""
-    tensors = {weight.name: _checked(weight, weights.tensor(weight.name)) for weight in program.weights}
-    return PackedWeights(
-        matrices={name: _pack(tensor, pool) for name, tensor in tensors.items() if len(tensor.shape) > 1},
-        vectors={name: _vector(tensor) for name, tensor in tensors.items() if len(tensor.shape) == 1},
-        dtypes={name: tensor.dtype for name, tensor in tensors.items()},
-    )
+    """Every weight of the program in the form kernels read. Of the source little more than one tensor is in memory."""
+    matrices: dict[str, _native.PackedWeight] = {}
+    vectors: dict[str, _native.Vector] = {}
+    dtypes: dict[str, DType] = {}
+    unreleased = 0
+    for weight in program.weights:
+        tensor = _checked(weight, weights.tensor(weight.name))
+        dtypes[weight.name] = tensor.dtype
+        if len(tensor.shape) > 1:
+            matrices[weight.name] = _pack(tensor, pool)
+        else:
+            vectors[weight.name] = _vector(tensor)
+        unreleased += tensor.nbytes
+        if unreleased >= RELEASE_BYTES:
+            weights.release()
+            unreleased = 0
+    return PackedWeights(matrices, vectors, dtypes)
 
 
 def available_isas() -> list[str]:

@@ -58,23 +58,30 @@ class PackedWriter:
         self._slot = slot
         self._program = program
         self._weights = weights
+        self._started = False
         self._cancelled = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="kvarn-packed-cache", daemon=True)
+        self._done = threading.Event()
 
     def start(self) -> None:
         """Begins, where it has not begun yet."""
-        if self._thread.ident is None:
-            self._thread.start()
+        if self._started:
+            return
+        self._started = True
+        try:
+            threading.Thread(target=self._run, name="kvarn-packed-cache", daemon=True).start()
+        except RuntimeError as error:
+            logger.warning("packed weights are not kept: %s", error)
+            self._done.set()
 
     def finish(self) -> None:
         """Waits until the file is there. An interrupt gives it up."""
         try:
             self.start()
-            self._thread.join()
+            self._done.wait()
         except BaseException:
             self._cancelled.set()
-            if self._thread.is_alive():
-                self._thread.join()
+            if self._started:
+                self._done.wait()
             raise
 
     def _run(self) -> None:
@@ -83,6 +90,8 @@ class PackedWriter:
                 self._write()
         except OSError as error:
             logger.warning("packed weights are not kept: %s: %s", self._slot.path, error.strerror or error)
+        finally:
+            self._done.set()
 
     def _write(self) -> None:
         folder = self._slot.path.parent
