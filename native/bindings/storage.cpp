@@ -34,14 +34,14 @@ Format format_of(const std::string &name) {
 }
 
 std::shared_ptr<PackedWeight> pack(const std::string &format, int64_t rows, int64_t cols, const Bytes &data,
-                                   Pool &pool) {
+                                   Pool &pool, std::shared_ptr<Pages> arena, size_t offset) {
     const Format f = format_of(format);
     const FormatTraits &t = traits(f);
     if (rows < 1 || cols < 1 || data.size() != size_t(rows) * (size_t(cols) / t.block_size) * t.block_bytes)
         throw std::invalid_argument("a " + format + " tensor of " + std::to_string(rows) + " x " +
                                     std::to_string(cols) + " does not take " + std::to_string(data.size()) + " bytes");
     nb::gil_scoped_release release;
-    return std::make_shared<PackedWeight>(f, rows, cols, data.data(), pool);
+    return std::make_shared<PackedWeight>(f, rows, cols, data.data(), pool, std::move(arena), offset);
 }
 
 std::shared_ptr<PackedWeight> mapped_weight(const std::string &format, int64_t rows, int64_t cols,
@@ -80,6 +80,8 @@ void bind_storage(nb::module_ &m) {
     m.def("trim_heap", &trim_heap, "Gives memory that was freed back to the system, where there is a way to.");
     m.attr("PACKED_LAYOUT") = kPackedLayout;
 
+    nb::class_<Pages>(m, "Pages", "Zeroed memory for packed matrices, in large pages where the system has them.")
+        .def(nb::init<size_t>(), "nbytes"_a);
     nb::class_<MappedFile>(m, "MappedFile", "A file mapped read-only.")
         .def(nb::init<int>(), "fd"_a)
         .def_prop_ro("nbytes", &MappedFile::size);
@@ -90,8 +92,9 @@ void bind_storage(nb::module_ &m) {
             return view(weight.matrix().data, weight.bytes(), self);
         }, "A view of its panels.")
         .def_prop_ro("shape", [](const PackedWeight &w) { return std::make_pair(w.matrix().rows, w.matrix().cols); });
-    m.def("pack", &pack, "format"_a, "rows"_a, "cols"_a, "data"_a, "pool"_a,
-          "Packs a stored row-major tensor. Raises ValueError where the sizes disagree.");
+    m.def("pack", &pack, "format"_a, "rows"_a, "cols"_a, "data"_a, "pool"_a, "arena"_a.none() = nb::none(),
+          "offset"_a = 0,
+          "Packs a stored row-major tensor, into an arena where there is one. Raises ValueError where the sizes disagree.");
     m.def("mapped_weight", &mapped_weight, "format"_a, "rows"_a, "cols"_a, "file"_a, "offset"_a,
           "A matrix that was packed before. Raises ValueError where it does not lie within the file.");
     nb::class_<Vector>(m, "Vector", "float32 parameters.")

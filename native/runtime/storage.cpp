@@ -31,14 +31,20 @@ size_t layer_bytes(const KvLayerView &layer, int64_t num_blocks) {
 
 }  // namespace
 
-PackedWeight::PackedWeight(Format format, int64_t rows, int64_t cols, const uint8_t *source, Pool &pool) {
+PackedWeight::PackedWeight(Format format, int64_t rows, int64_t cols, const uint8_t *source, Pool &pool,
+                           std::shared_ptr<Pages> arena, size_t offset) {
     check_blocks(format, rows, cols);
-    pages_ = Pages(size_t(num_panels(rows)) * panel_bytes(format, cols));
-    matrix_ = {format, rows, cols, pages_.data()};
+    const size_t bytes = size_t(num_panels(rows)) * panel_bytes(format, cols);
+    pages_ = arena ? std::move(arena) : std::make_shared<Pages>(bytes);
+    if (offset % 64 != 0 || offset > pages_->size() || bytes > pages_->size() - offset)
+        throw std::invalid_argument(std::to_string(bytes) + " bytes of panels do not fit at byte " +
+                                    std::to_string(offset) + " of " + std::to_string(pages_->size()));
+    uint8_t *packed = pages_->data() + offset;
+    matrix_ = {format, rows, cols, packed};
     const int64_t panels = num_panels(rows);
     pool.parallel_for(uint32_t((panels + kPanelsPerItem - 1) / kPanelsPerItem), [&](uint32_t item, int) {
         const int64_t begin = item * kPanelsPerItem;
-        pack_panels(format, rows, cols, source, pages_.data(), begin, std::min(panels, begin + kPanelsPerItem));
+        pack_panels(format, rows, cols, source, packed, begin, std::min(panels, begin + kPanelsPerItem));
     });
 }
 

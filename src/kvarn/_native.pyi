@@ -36,6 +36,13 @@ def trim_heap() -> None:
 
 PACKED_LAYOUT: int = 1
 
+class Pages:
+    """
+    Zeroed memory for packed matrices, in large pages where the system has them.
+    """
+
+    def __init__(self, nbytes: int) -> None: ...
+
 class MappedFile:
     """A file mapped read-only."""
 
@@ -59,9 +66,9 @@ class PackedWeight:
     @property
     def shape(self) -> tuple[int, int]: ...
 
-def pack(format: str, rows: int, cols: int, data: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], pool: Pool) -> PackedWeight:
+def pack(format: str, rows: int, cols: int, data: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], pool: Pool, arena: Pages | None = None, offset: int = 0) -> PackedWeight:
     """
-    Packs a stored row-major tensor. Raises ValueError where the sizes disagree.
+    Packs a stored row-major tensor, into an arena where there is one. Raises ValueError where the sizes disagree.
     """
 
 def mapped_weight(format: str, rows: int, cols: int, file: MappedFile, offset: int) -> PackedWeight:

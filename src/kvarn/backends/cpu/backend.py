@@ -76,11 +76,15 @@ def pack_weights(program: Program, weights: TensorSource, pool: _native.Pool) ->
     vectors: dict[str, _native.Vector] = {}
     dtypes: dict[str, DType] = {}
     unreleased = 0
+    # One arena: with pages of its own each matrix would leave half a large page unused, or be written in small ones.
+    arena, offset = _native.Pages(_arena_bytes(program, weights)), 0
     for weight in program.weights:
         tensor = _checked(weight, weights.tensor(weight.name))
         dtypes[weight.name] = tensor.dtype
         if len(tensor.shape) > 1:
-            matrices[weight.name] = _pack(tensor, pool)
+            packed = _pack(tensor, pool, arena, offset)
+            matrices[weight.name] = packed
+            offset += packed.nbytes
         else:
             vectors[weight.name] = _vector(tensor)
         unreleased += tensor.nbytes
@@ -131,8 +135,13 @@ def _checked(weight: Weight, tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _pack(tensor: Tensor, pool: _native.Pool) -> _native.PackedWeight:
-    return _native.pack(tensor.dtype.name, tensor.rows, tensor.shape[-1], tensor.data, pool)
+def _arena_bytes(program: Program, weights: TensorSource) -> int:
+    tensors = (weights.tensor(weight.name) for weight in program.weights if len(weight.shape) > 1)
+    return sum(_native.packed_bytes(tensor.dtype.name, tensor.rows, tensor.shape[-1]) for tensor in tensors)
+
+
+def _pack(tensor: Tensor, pool: _native.Pool, arena: _native.Pages, offset: int) -> _native.PackedWeight:
+    return _native.pack(tensor.dtype.name, tensor.rows, tensor.shape[-1], tensor.data, pool, arena, offset)
 
 
 def _vector(tensor: Tensor) -> _native.Vector:
