@@ -5,6 +5,9 @@ from pathlib import Path
 
 import pytest
 
+# Packed weights are kept by the tests that are about it, in folders of their own.
+os.environ.setdefault("KVARN_PACKED_CACHE_BYTES", "0")
+
 ROOT = Path(__file__).parents[1]
 
 

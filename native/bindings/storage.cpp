@@ -22,6 +22,7 @@ using namespace kvarn;
 namespace {
 
 using Bytes = nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using ByteView = nb::ndarray<nb::numpy, const uint8_t, nb::ndim<1>, nb::c_contig>;
 using Floats = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Table = nb::ndarray<const float, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
 using LayerShape = std::tuple<int64_t, int64_t, int64_t>;
@@ -33,15 +34,23 @@ Format format_of(const std::string &name) {
 }
 
 std::shared_ptr<PackedWeight> pack(const std::string &format, int64_t rows, int64_t cols, const Bytes &data,
-                                   Pool &pool) {
+                                   Pool &pool, std::shared_ptr<Pages> arena, size_t offset) {
     const Format f = format_of(format);
     const FormatTraits &t = traits(f);
     if (rows < 1 || cols < 1 || data.size() != size_t(rows) * (size_t(cols) / t.block_size) * t.block_bytes)
         throw std::invalid_argument("a " + format + " tensor of " + std::to_string(rows) + " x " +
                                     std::to_string(cols) + " does not take " + std::to_string(data.size()) + " bytes");
     nb::gil_scoped_release release;
-    return std::make_shared<PackedWeight>(f, rows, cols, data.data(), pool);
+    return std::make_shared<PackedWeight>(f, rows, cols, data.data(), pool, std::move(arena), offset);
 }
+
+std::shared_ptr<PackedWeight> mapped_weight(const std::string &format, int64_t rows, int64_t cols,
+                                            std::shared_ptr<MappedFile> file, size_t offset) {
+    return std::make_shared<PackedWeight>(format_of(format), rows, cols, std::move(file), offset);
+}
+
+// A view of memory that lives as long as `owner`.
+ByteView view(const uint8_t *data, size_t size, nb::handle owner) { return ByteView(data, {size}, owner); }
 
 std::vector<KvCache::Layer> layers_of(const std::vector<LayerShape> &shapes) {
     std::vector<KvCache::Layer> layers;
@@ -76,15 +85,34 @@ void bind_storage(nb::module_ &m) {
     nb::class_<Pool>(m, "Pool", "Threads that run step plans; the caller of a run is one of them.")
         .def(nb::init<int, const std::vector<std::vector<int>> &>(), "threads"_a, "pins"_a)
         .def_prop_ro("threads", &Pool::threads);
-    nb::class_<PackedWeight>(m, "PackedWeight", "A matrix or table in the form kernels read. Owns its memory.")
+    m.def("trim_heap", &trim_heap, "Gives memory that was freed back to the system, where there is a way to.");
+    m.attr("PACKED_LAYOUT") = kPackedLayout;
+
+    nb::class_<Pages>(m, "Pages", "Zeroed memory for packed matrices, in large pages where the system has them.")
+        .def(nb::init<size_t>(), "nbytes"_a);
+    nb::class_<MappedFile>(m, "MappedFile", "A file mapped read-only.")
+        .def(nb::init<int>(), "fd"_a)
+        .def_prop_ro("nbytes", &MappedFile::size);
+    nb::class_<PackedWeight>(m, "PackedWeight", "A matrix or table in the form kernels read. Owns its memory, or shares a mapped file's.")
         .def_prop_ro("nbytes", &PackedWeight::bytes)
+        .def_prop_ro("data", [](nb::handle_t<PackedWeight> self) {
+            const PackedWeight &weight = nb::cast<const PackedWeight &>(self);
+            return view(weight.matrix().data, weight.bytes(), self);
+        }, "A view of its panels.")
         .def_prop_ro("shape", [](const PackedWeight &w) { return std::make_pair(w.matrix().rows, w.matrix().cols); });
-    m.def("pack", &pack, "format"_a, "rows"_a, "cols"_a, "data"_a, "pool"_a,
-          "Packs a stored row-major tensor. Raises ValueError where the sizes disagree.");
+    m.def("pack", &pack, "format"_a, "rows"_a, "cols"_a, "data"_a, "pool"_a, "arena"_a.none() = nb::none(),
+          "offset"_a = 0,
+          "Packs a stored row-major tensor, into an arena where there is one. Raises ValueError where the sizes disagree.");
+    m.def("mapped_weight", &mapped_weight, "format"_a, "rows"_a, "cols"_a, "file"_a, "offset"_a,
+          "A matrix that was packed before. Raises ValueError where it does not lie within the file.");
     nb::class_<Vector>(m, "Vector", "float32 parameters.")
         .def("__init__", [](Vector *self, const Floats &values) {
             new (self) Vector{std::vector<float>(values.data(), values.data() + values.size())};
         }, "values"_a)
+        .def_prop_ro("data", [](nb::handle_t<Vector> self) {
+            const Vector &v = nb::cast<const Vector &>(self);
+            return view(reinterpret_cast<const uint8_t *>(v.values.data()), 4 * v.values.size(), self);
+        }, "A view of its bytes.")
         .def("__len__", [](const Vector &v) { return v.values.size(); });
     nb::class_<RotaryTable>(m, "RotaryTable", "cos and sin of each position, (positions, 2, pairs).")
         .def("__init__", [](RotaryTable *self, const Table &t, bool interleaved) {

@@ -2,8 +2,13 @@
 
 #include <sys/mman.h>
 
+#include <cstdlib>
 #include <new>
 #include <utility>
+
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
 
 namespace kvarn {
 namespace {
@@ -18,7 +23,10 @@ Pages::Pages(size_t bytes) : size_(bytes) {
     void *p = mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (p == MAP_FAILED) throw std::bad_alloc();
 #ifdef MADV_HUGEPAGE
-    if (page == kLargePage) madvise(p, mapped_, MADV_HUGEPAGE);
+    // The rest stays in small pages: a large one would count whole for the few bytes used of it.
+    const size_t whole = bytes / kLargePage * kLargePage;
+    if (whole) madvise(p, whole, MADV_HUGEPAGE);
+    if (whole < mapped_) madvise(static_cast<uint8_t *>(p) + whole, mapped_ - whole, MADV_NOHUGEPAGE);
 #endif
     data_ = static_cast<uint8_t *>(p);
 }
@@ -34,6 +42,12 @@ Pages &Pages::operator=(Pages &&other) noexcept {
     std::swap(size_, other.size_);
     std::swap(mapped_, other.mapped_);
     return *this;
+}
+
+void trim_heap() {
+#ifdef __GLIBC__
+    malloc_trim(0);
+#endif
 }
 
 }  // namespace kvarn

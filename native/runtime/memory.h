@@ -24,4 +24,7 @@ private:
     size_t mapped_ = 0;
 };
 
+// Gives memory that was freed with free() back to the system, where the C library has a way to.
+void trim_heap();
+
 }  // namespace kvarn

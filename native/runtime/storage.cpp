@@ -4,6 +4,7 @@
 #include <cstring>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "runtime/pack.h"
 #include "runtime/pool.h"
@@ -12,6 +13,13 @@ namespace kvarn {
 namespace {
 
 constexpr int64_t kPanelsPerItem = 4;
+constexpr size_t kPanelSlack = 64;
+
+void check_blocks(Format format, int64_t rows, int64_t cols) {
+    if (rows < 1 || cols < 1 || cols % traits(format).block_size != 0)
+        throw std::invalid_argument(std::string("a ") + traits(format).name + " matrix of " + std::to_string(rows) +
+                                    " x " + std::to_string(cols) + " does not consist of whole blocks");
+}
 
 KvLayerView view(const KvCache::Layer &layer, int64_t block_size, KvType type) {
     return {nullptr, block_size, layer.heads, layer.key_dim, layer.value_dim, type};
@@ -23,17 +31,36 @@ size_t layer_bytes(const KvLayerView &layer, int64_t num_blocks) {
 
 }  // namespace
 
-PackedWeight::PackedWeight(Format format, int64_t rows, int64_t cols, const uint8_t *source, Pool &pool) {
-    if (rows < 1 || cols < 1 || cols % traits(format).block_size != 0)
-        throw std::invalid_argument(std::string("a ") + traits(format).name + " matrix of " + std::to_string(rows) +
-                                    " x " + std::to_string(cols) + " does not consist of whole blocks");
-    pages_ = Pages(size_t(num_panels(rows)) * panel_bytes(format, cols));
-    matrix_ = {format, rows, cols, pages_.data()};
+PackedWeight::PackedWeight(Format format, int64_t rows, int64_t cols, const uint8_t *source, Pool &pool,
+                           std::shared_ptr<Pages> arena, size_t offset) {
+    check_blocks(format, rows, cols);
+    const size_t bytes = size_t(num_panels(rows)) * panel_bytes(format, cols);
+    pages_ = arena ? std::move(arena) : std::make_shared<Pages>(bytes);
+    if (offset % 64 != 0 || offset > pages_->size() || bytes > pages_->size() - offset)
+        throw std::invalid_argument(std::to_string(bytes) + " bytes of panels do not fit at byte " +
+                                    std::to_string(offset) + " of " + std::to_string(pages_->size()));
+    uint8_t *packed = pages_->data() + offset;
+    matrix_ = {format, rows, cols, packed};
     const int64_t panels = num_panels(rows);
     pool.parallel_for(uint32_t((panels + kPanelsPerItem - 1) / kPanelsPerItem), [&](uint32_t item, int) {
         const int64_t begin = item * kPanelsPerItem;
-        pack_panels(format, rows, cols, source, pages_.data(), begin, std::min(panels, begin + kPanelsPerItem));
+        pack_panels(format, rows, cols, source, packed, begin, std::min(panels, begin + kPanelsPerItem));
     });
+}
+
+PackedWeight::PackedWeight(Format format, int64_t rows, int64_t cols, std::shared_ptr<const MappedFile> file,
+                           size_t offset)
+    : file_(std::move(file)) {
+    check_blocks(format, rows, cols);
+    // Extents are bounded before they are multiplied: a product that wraps around would pass for a small one.
+    const uint64_t size = file_->size();
+    const bool bounded = uint64_t(rows) <= size * kPanelRows && uint64_t(cols) <= size * kGroup;
+    const unsigned __int128 wanted = (unsigned __int128)num_panels(rows) * (bounded ? panel_bytes(format, cols) : 0);
+    if (!bounded || offset % 64 != 0 || wanted + offset + kPanelSlack > size)
+        throw std::invalid_argument(std::string("a ") + traits(format).name + " matrix of " + std::to_string(rows) +
+                                    " x " + std::to_string(cols) + " does not lie at byte " + std::to_string(offset) +
+                                    " of a file of " + std::to_string(size));
+    matrix_ = {format, rows, cols, file_->data() + offset};
 }
 
 KvCache::KvCache(const std::vector<Layer> &layers, int64_t num_blocks, int64_t block_size, KvType type)

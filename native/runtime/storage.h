@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "kvarn/kernels.h"
+#include "runtime/mapped_file.h"
 #include "runtime/memory.h"
 
 namespace kvarn {
@@ -17,13 +18,19 @@ class PackedWeight {
 public:
     // Packs a stored row-major tensor with the pool's threads. `source` is not used afterwards.
     // Throws std::invalid_argument where cols is no multiple of the format's block, std::bad_alloc.
-    PackedWeight(Format format, int64_t rows, int64_t cols, const uint8_t *source, Pool &pool);
+    // arena: where its panels go, at `offset`, a multiple of 64; null: to pages of its own.
+    PackedWeight(Format format, int64_t rows, int64_t cols, const uint8_t *source, Pool &pool,
+                 std::shared_ptr<Pages> arena = nullptr, size_t offset = 0);
+    // Takes panels as they lie in a file, at a multiple of 64 bytes, with 64 bytes behind them.
+    // Throws std::invalid_argument where they do not lie within the file.
+    PackedWeight(Format format, int64_t rows, int64_t cols, std::shared_ptr<const MappedFile> file, size_t offset);
 
     const PackedMatrix &matrix() const { return matrix_; }
-    size_t bytes() const { return pages_.size(); }
+    size_t bytes() const { return size_t(matrix_.panels()) * panel_bytes(matrix_.format, matrix_.cols); }
 
 private:
-    Pages pages_;
+    std::shared_ptr<Pages> pages_;
+    std::shared_ptr<const MappedFile> file_;
     PackedMatrix matrix_;
 };
 

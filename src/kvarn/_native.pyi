@@ -29,24 +29,61 @@ class Pool:
     @property
     def threads(self) -> int: ...
 
+def trim_heap() -> None:
+    """
+    Gives memory that was freed back to the system, where there is a way to.
+    """
+
+PACKED_LAYOUT: int = 1
+
+class Pages:
+    """
+    Zeroed memory for packed matrices, in large pages where the system has them.
+    """
+
+    def __init__(self, nbytes: int) -> None: ...
+
+class MappedFile:
+    """A file mapped read-only."""
+
+    def __init__(self, fd: int) -> None: ...
+
+    @property
+    def nbytes(self) -> int: ...
+
 class PackedWeight:
-    """A matrix or table in the form kernels read. Owns its memory."""
+    """
+    A matrix or table in the form kernels read. Owns its memory, or shares a mapped file's.
+    """
 
     @property
     def nbytes(self) -> int: ...
 
     @property
+    def data(self) -> Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', writable=False)]:
+        """A view of its panels."""
+
+    @property
     def shape(self) -> tuple[int, int]: ...
 
-def pack(format: str, rows: int, cols: int, data: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], pool: Pool) -> PackedWeight:
+def pack(format: str, rows: int, cols: int, data: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], pool: Pool, arena: Pages | None = None, offset: int = 0) -> PackedWeight:
     """
-    Packs a stored row-major tensor. Raises ValueError where the sizes disagree.
+    Packs a stored row-major tensor, into an arena where there is one. Raises ValueError where the sizes disagree.
+    """
+
+def mapped_weight(format: str, rows: int, cols: int, file: MappedFile, offset: int) -> PackedWeight:
+    """
+    A matrix that was packed before. Raises ValueError where it does not lie within the file.
     """
 
 class Vector:
     """float32 parameters."""
 
     def __init__(self, values: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> None: ...
+
+    @property
+    def data(self) -> Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', writable=False)]:
+        """A view of its bytes."""
 
     def __len__(self) -> int: ...
 

@@ -67,8 +67,12 @@ class EngineConfig:
     threads: int = 0
     cache: CacheConfig = field(default_factory=CacheConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    packed_cache_bytes: int | None = None
+    """Disk space for packed weights, which later starts map; 0: none. None: KVARN_PACKED_CACHE_BYTES, or 20 GB."""
 
     def __post_init__(self) -> None:
+        _check(self.packed_cache_bytes is None or self.packed_cache_bytes >= 0, "packed_cache_bytes",
+               self.packed_cache_bytes, "at least 0")  # fmt: skip
         _check(self.max_model_len is None or self.max_model_len >= 1, "max_model_len", self.max_model_len, "at least 1")
         _check(self.backend in ("cpu", "reference"), "backend", self.backend, "cpu or reference")
         _check(0 <= self.threads <= 1024, "threads", self.threads, "between 0 and 1024")

@@ -5,6 +5,8 @@ import os
 import subprocess
 import sys
 
+from kvarn.testing import write_tiny_gguf
+
 HEAVY = ("torch", "fastapi", "uvicorn", "transformers", "numpy", "matplotlib")
 
 
@@ -40,6 +42,14 @@ def test_import_kvarn_loads_nothing_heavy():
 def test_the_engine_needs_neither_torch_nor_the_web_server():
     loaded = modules_after("import kvarn; kvarn.LLM; kvarn.AsyncLLM")
     assert not loaded & {"torch", "fastapi", "uvicorn", "transformers", "matplotlib"}
+
+
+def test_an_answer_in_the_terminal_needs_neither_asyncio_nor_pydantic(tmp_path):
+    path = write_tiny_gguf(tmp_path / "tiny.gguf")
+    arguments = ["run", "hi", "-m", str(path), "-n", "2", "--temperature", "0.5"]
+    loaded = modules_after(f"from kvarn.cli import main\ntry: main({arguments})\nexcept SystemExit: pass")
+    assert "jinja2" in loaded
+    assert not loaded & {"asyncio", "pydantic", "rich", "fastapi", "huggingface_hub", "gguf", "safetensors"}
 
 
 def test_deciding_loads_no_arrays():

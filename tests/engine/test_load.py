@@ -25,6 +25,8 @@ def test_a_file_is_served_as_it_says(path):
         assert llm.model_config.vocab_size == 259
         assert llm.max_model_len == 512
         assert llm.stats().num_blocks == 40
+        assert llm.load_times is not None
+        assert min(llm.load_times.open, llm.load_times.tokenizer, llm.load_times.weights) > 0
         completion = llm.chat([{"role": "user", "content": "hi"}], GREEDY)
         assert completion.prompt_token_ids == tuple(b"user: hi\nassistant:")
         assert len(completion.token_ids) == 12
@@ -78,4 +80,3 @@ def test_wrong_names_are_clear_errors(tmp_path):
     (tmp_path / "broken.gguf").write_bytes(b"GGUF" + bytes(20))
     with pytest.raises(ModelFileError, match=r"broken\.gguf"):
         load_engine(str(tmp_path / "broken.gguf"), EngineConfig())
-

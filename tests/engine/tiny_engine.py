@@ -23,8 +23,18 @@ def shared_model(family, seed, stored=DType.F32):
 
 
 def tiny_engine(
-    *, family="llama", seed=0, backend="reference", max_model_len=None, max_num_seqs=8, max_num_batched_tokens=64,
-    max_num_queued_requests=64, num_blocks=64, block_size=16, dtype="float32", threads=1,
+    *,
+    family="llama",
+    seed=0,
+    backend="reference",
+    max_model_len=None,
+    max_num_seqs=8,
+    max_num_batched_tokens=64,
+    max_num_queued_requests=64,
+    num_blocks=64,
+    block_size=16,
+    dtype="float32",
+    threads=1,
 ):
     config = EngineConfig(
         max_model_len=max_model_len,
@@ -64,9 +74,21 @@ def request(name: str, prompt: str | tuple[int, ...], **sampling) -> Request:
 
 
 def handmade_engine(
-    *, family="llama", stored=DType.F32, backend="cpu", wrap_executable=lambda e: e, wrap_sampler=lambda s: s,
-    max_model_len=512, max_num_seqs=8, max_num_batched_tokens=64, max_num_queued_requests=64, num_blocks=64,
-    block_size=16, dtype="float16", threads=1, tokenizer=None,
+    *,
+    family="llama",
+    stored=DType.F32,
+    backend="cpu",
+    wrap_executable=lambda e: e,
+    wrap_sampler=lambda s: s,
+    max_model_len=512,
+    max_num_seqs=8,
+    max_num_batched_tokens=64,
+    max_num_queued_requests=64,
+    num_blocks=64,
+    block_size=16,
+    dtype="float16",
+    threads=1,
+    tokenizer=None,
 ) -> LoadedEngine:
     """An engine put together part by part, so that a test can get between them."""
     model = shared_model(family, 0, stored)

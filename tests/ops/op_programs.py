@@ -52,6 +52,9 @@ class OpProgram:
     def tensor(self, name: str) -> Tensor:
         return self.tensors[name]
 
+    def release(self) -> None:
+        """Nothing to let go."""
+
     def run(self, backend: Backend, output: str, batch: InputBatch | None = None, kv: str = "float32") -> np.ndarray:
         """The output buffer after one step of all tokens as one sequence (or of `batch`)."""
         batch = ragged([(range(self.tokens), 0)]) if batch is None else batch

@@ -102,6 +102,9 @@ class Counting:
         self.read.append(name)
         return self.model.tensor(name)
 
+    def release(self):
+        self.model.release()
+
 
 def test_weights_are_read_when_first_used_and_kept():
     model = tiny_model("llama", dtype=DType.Q8_0)

@@ -68,16 +68,21 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.model = PagedModel(blocks, BLOCK, max_tokens=tokens, max_seqs=seqs)
         self.queue = queue
         config = SchedulerConfig(max_num_seqs=seqs, max_num_batched_tokens=tokens, max_num_queued_requests=queue)
-        self.scheduler = Scheduler(config, self.pool, 60, eos_token_ids=ENDS, policy=self.policy(),
-                                   prefix_cache=self.cache)
+        self.scheduler = Scheduler(
+            config, self.pool, 60, eos_token_ids=ENDS, policy=self.policy(), prefix_cache=self.cache
+        )
         self.sequences = []
         self.said = {}
         self.number = 0
 
     @rule(
         # Few different prompts, so that prefixes are shared.
-        length=st.integers(0, 40), first=st.integers(0, 2), max_tokens=st.integers(1, 30) | st.none(),
-        n=st.sampled_from([1, 1, 1, 2, 3]), ignore_eos=st.booleans(), min_tokens=st.integers(0, 1),
+        length=st.integers(0, 40),
+        first=st.integers(0, 2),
+        max_tokens=st.integers(1, 30) | st.none(),
+        n=st.sampled_from([1, 1, 1, 2, 3]),
+        ignore_eos=st.booleans(),
+        min_tokens=st.integers(0, 1),
     )
     def add(self, length, first, max_tokens, n, ignore_eos, min_tokens):
         sampling = SamplingParams(max_tokens=max_tokens, n=n, ignore_eos=ignore_eos, min_tokens=min_tokens)
@@ -149,8 +154,11 @@ class SchedulerMachine(RuleBasedStateMachine):
     def check_what_was_said(self, sequence):
         said = self.said[sequence.sequence_id]
         expected = expected_tokens(
-            sequence.request.prompt_token_ids, sequence.index, max_length=sequence.max_length,
-            ends=sequence.eos_token_ids, min_tokens=sequence.sampling.min_tokens,
+            sequence.request.prompt_token_ids,
+            sequence.index,
+            max_length=sequence.max_length,
+            ends=sequence.eos_token_ids,
+            min_tokens=sequence.sampling.min_tokens,
         )
         if sequence.finish_reason is FinishReason.ABORT or sequence.stop_reason == "word":
             assert said == expected[: len(said)]

@@ -16,6 +16,9 @@
 // Float panel = elements [k][16 rows] in the stored type.
 //
 // Nothing of the file's numbers is lost: every field is the file's own, moved.
+//
+// Packed matrices are kept on disk between runs, whatever instruction set packed them: a change of any of the above needs a
+// higher kPackedLayout.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -25,6 +28,8 @@
 #define KVARN_INLINE [[gnu::always_inline]] inline
 
 namespace kvarn {
+
+constexpr int kPackedLayout = 1;
 
 // Same names and numbers as kvarn.tensors.DType's order in bindings/formats.cpp.
 enum class Format : uint8_t { F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K };

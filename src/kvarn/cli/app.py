@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -13,6 +13,7 @@ from typer.main import get_command_from_info
 from typer.models import CommandInfo
 
 from kvarn import __version__
+from kvarn.cli.parameters import convert_plainly
 from kvarn.errors import KvarnError
 
 COMMANDS = {
@@ -42,6 +43,10 @@ First steps:
 class LazyGroup(TyperGroup):
     """A group that imports a command's module only when the command is run (or listed in `--help`)."""
 
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        convert_plainly(self, root)
+
     def list_commands(self, _ctx: typer.Context) -> list[str]:  # type: ignore[override]
         """All command names."""
         return list(COMMANDS)
@@ -57,7 +62,9 @@ class LazyGroup(TyperGroup):
             return group
         epilog = getattr(module, "EPILOG", None)
         info = CommandInfo(name=cmd_name, callback=module.command, cls=TyperCommand, epilog=epilog)
-        return get_command_from_info(info, pretty_exceptions_short=True, rich_markup_mode=None)
+        command = get_command_from_info(info, pretty_exceptions_short=True, rich_markup_mode=None)
+        convert_plainly(command, module.command)
+        return command
 
 
 app = typer.Typer(cls=LazyGroup, no_args_is_help=True, rich_markup_mode=None, add_completion=False, epilog=EPILOG)
@@ -71,7 +78,9 @@ def _version(value: bool) -> None:
 
 @app.callback()
 def root(
-    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     """Run language models: the same bits in any batch, a plan before the load, seconds to the first token."""
 

@@ -13,6 +13,7 @@ from kvarn.cli.options import (
     MaxModelLen,
     MaxTokens,
     MinP,
+    PackedCacheBytes,
     Seed,
     Temperature,
     Threads,
@@ -48,10 +49,18 @@ def command(
     seed: Seed = None,
     threads: Threads = 0,
     max_model_len: MaxModelLen = None,
+    packed_cache_bytes: PackedCacheBytes = None,
 ) -> None:
     """Talk with a model in the terminal."""
     sampling = sampling_params(max_tokens, temperature, top_p, top_k, min_p, seed)
-    llm = load_llm(model, threads=threads, max_model_len=max_model_len, max_num_seqs=1, quiet=False)
+    llm = load_llm(
+        model,
+        threads=threads,
+        max_model_len=max_model_len,
+        max_num_seqs=1,
+        packed_cache_bytes=packed_cache_bytes,
+        quiet=False,
+    )
     opening = [{"role": "system", "content": system}] if system else []
     messages = list(opening)
     show_stats = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import sys
 from typing import TYPE_CHECKING, Annotated
 
@@ -24,6 +25,13 @@ Seed = Annotated[int | None, typer.Option(help="Same seed, same answer.")]
 Threads = Annotated[int, typer.Option(help="Compute threads; 0: one for each physical core.")]
 MaxModelLen = Annotated[int | None, typer.Option(help="Longest prompt and answer together, in tokens.")]
 
+PackedCacheBytes = Annotated[
+    int | None,
+    typer.Option(
+        help="Disk space for packed weights, which later starts map; 0: none. Unset: KVARN_PACKED_CACHE_BYTES or 20 GB."
+    ),
+]
+
 
 def sampling_params(
     max_tokens: int, temperature: float, top_p: float, top_k: int, min_p: float, seed: int | None
@@ -43,7 +51,14 @@ def within(sampling: SamplingParams, prompt_tokens: int, max_model_len: int) -> 
 
 
 def load_llm(
-    model: str, *, threads: int, max_model_len: int | None, max_num_seqs: int, quiet: bool, backend: str = "cpu"
+    model: str,
+    *,
+    threads: int,
+    max_model_len: int | None,
+    max_num_seqs: int,
+    quiet: bool,
+    packed_cache_bytes: int | None = None,
+    backend: str = "cpu",
 ) -> LLM:
     """Pulls the model where needed (with a progress bar on a terminal) and loads it."""
     from kvarn.cli.progress import resolve_with_progress
@@ -51,8 +66,16 @@ def load_llm(
     from kvarn.engine import LLM
 
     path = resolve_with_progress(model, quiet=quiet or not sys.stderr.isatty())
-    scheduler = SchedulerConfig(max_num_seqs=max_num_seqs)
-    return LLM(
-        str(path),
-        config=EngineConfig(max_model_len=max_model_len, threads=threads, scheduler=scheduler, backend=backend),
+    config = EngineConfig(
+        max_model_len=max_model_len,
+        threads=threads,
+        scheduler=SchedulerConfig(max_num_seqs=max_num_seqs),
+        backend=backend,
+        packed_cache_bytes=packed_cache_bytes,
     )
+    # A vocabulary is some 100,000 objects that live to the end: collections while they are made find nothing.
+    gc.disable()
+    try:
+        return LLM(str(path), config=config)
+    finally:
+        gc.enable()

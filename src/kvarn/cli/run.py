@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 import time
 from importlib import import_module
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,6 +16,7 @@ from kvarn.cli.options import (
     MaxModelLen,
     MaxTokens,
     MinP,
+    PackedCacheBytes,
     Seed,
     Temperature,
     Threads,
@@ -24,6 +26,9 @@ from kvarn.cli.options import (
     sampling_params,
     within,
 )
+
+if TYPE_CHECKING:
+    from kvarn.engine import LLM
 
 EPILOG = """\b
 Examples:
@@ -56,6 +61,7 @@ def command(
     seed: Seed = None,
     threads: Threads = 0,
     max_model_len: MaxModelLen = None,
+    packed_cache_bytes: PackedCacheBytes = None,
     stats: Annotated[bool, typer.Option("--stats", help="Say afterwards where the time went (on stderr).")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of streaming text.")] = False,
 ) -> None:
@@ -64,7 +70,14 @@ def command(
     import_module("kvarn.engine")  # all of the engine's imports, so that loading is timed by itself
     started = time.perf_counter()
     sampling = sampling_params(max_tokens, temperature, top_p, top_k, min_p, seed)
-    llm = load_llm(model, threads=threads, max_model_len=max_model_len, max_num_seqs=1, quiet=as_json)
+    llm = load_llm(
+        model,
+        threads=threads,
+        max_model_len=max_model_len,
+        max_num_seqs=1,
+        packed_cache_bytes=packed_cache_bytes,
+        quiet=as_json,
+    )
     loaded = time.perf_counter()
     try:
         if raw or llm.tokenizer.chat_template is None:
@@ -96,6 +109,7 @@ def command(
         "completion_tokens": num_tokens,
         "startup_s": round(_process_age() - (time.perf_counter() - started), 3),
         "load_s": round(loaded - started, 3),
+        **_load_parts(llm),
         "prefill_s": round(first - loaded, 3),
         "decode_tokens_per_s": round((num_tokens - 1) / (ended - first), 1) if num_tokens > 1 else None,
     }
@@ -106,11 +120,18 @@ def command(
     if stats:
         decode = numbers["decode_tokens_per_s"]
         print(
-            f"start and imports {numbers['startup_s']:.2f} s · load {numbers['load_s']:.2f} s · "
+            f"start and imports {numbers['startup_s']:.2f} s · load {numbers['load_s']:.2f} s (open "
+            f"{numbers['load_open_s']:.2f}, tokenizer {numbers['load_tokenizer_s']:.2f}, weights "
+            f"{numbers['load_weights_s']:.2f}) · "
             f"{len(token_ids)} prompt tokens in {numbers['prefill_s']:.2f} s · "
             f"{num_tokens} tokens" + (f" at {decode:.1f} tokens/s" if decode else ""),
             file=sys.stderr,
         )
+
+
+def _load_parts(llm: LLM) -> dict[str, float]:
+    assert llm.load_times is not None
+    return {f"load_{part}_s": round(seconds, 3) for part, seconds in dataclasses.asdict(llm.load_times).items()}
 
 
 def _with_stdin(prompt: str | None) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvarn.cli.options import DEFAULT_MODEL, MaxModelLen, Threads
+from kvarn.cli.options import DEFAULT_MODEL, MaxModelLen, PackedCacheBytes, Threads
 
 if TYPE_CHECKING:
     from kvarn.engine import AsyncLLM
@@ -52,6 +52,7 @@ def command(
     ] = "float16",
     memory_utilization: Annotated[float, typer.Option(help="Share of available memory that may be taken.")] = 0.8,
     threads: Threads = 0,
+    packed_cache_bytes: PackedCacheBytes = None,
     max_body_bytes: Annotated[int, typer.Option(help="Largest request body.")] = 8 << 20,
 ) -> None:
     """Serve a model over an OpenAI-compatible HTTP API, with a chat page at /."""
@@ -63,6 +64,7 @@ def command(
     config = EngineConfig(
         max_model_len=max_model_len,
         threads=threads,
+        packed_cache_bytes=packed_cache_bytes,
         cache=CacheConfig(
             dtype=kv_cache_dtype, kv_cache_bytes=kv_cache_bytes, memory_utilization=memory_utilization
         ),

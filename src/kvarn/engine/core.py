@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import secrets
-import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -175,4 +174,4 @@ class EngineCore:
 
 def new_error_id() -> str:
     """A short id that is in the log and in the client's error, so that one finds the other."""
-    return uuid.uuid4().hex[:12]
+    return secrets.token_hex(6)

@@ -14,7 +14,7 @@ from typing import Any, Self
 
 from kvarn.config import CacheConfig, EngineConfig, SchedulerConfig
 from kvarn.engine.events import EngineStats, Event, RequestFailed, merge_outputs
-from kvarn.engine.load import LoadedEngine, load_engine
+from kvarn.engine.load import LoadedEngine, LoadTimes, load_engine
 from kvarn.engine.loop import EngineLoop
 from kvarn.errors import ConfigError, RequestError
 from kvarn.models import ModelConfig
@@ -111,6 +111,11 @@ class LLM:
     def max_model_len(self) -> int:
         """Most tokens of one sequence, prompt and output together."""
         return self._engine.max_model_len
+
+    @property
+    def load_times(self) -> LoadTimes | None:
+        """What loading took, by its parts; None where the engine was put together by hand."""
+        return self._engine.load_times
 
     def stats(self) -> EngineStats:
         """A snapshot of the engine."""

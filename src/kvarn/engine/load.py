@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
+import hashlib
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Protocol
 
+from kvarn import __version__, _native
 from kvarn.backends import Backend, KvCacheSpec, StepLimits
-from kvarn.backends.cpu import CpuBackend, memory_use
+from kvarn.backends.cpu import CpuBackend, PackedSlot, memory_use
 from kvarn.cache import BlockPool
 from kvarn.config import EngineConfig
 from kvarn.engine.capacity import Needs, plan_capacity
 from kvarn.engine.core import EngineCore
 from kvarn.engine.memory import available_memory
 from kvarn.errors import ConfigError
-from kvarn.models import ModelConfig, load_model
+from kvarn.models import Model, ModelConfig, load_model
 from kvarn.program import Program, Rows
 from kvarn.runner import Runner
 from kvarn.sampling import NativeSampler
 from kvarn.scheduler import Scheduler
 from kvarn.tensors import TensorSource
 from kvarn.text import Tokenizer, load_tokenizer
-from kvarn.weights import open_model
+from kvarn.weights import ModelFiles, open_model, packed_cache
+from kvarn.weights.fingerprint import fingerprint
 
 
 class LoadableModel(Protocol):
@@ -45,6 +50,17 @@ class LoadableModel(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class LoadTimes:
+    """Seconds that the parts of a load took."""
+
+    open: float
+    """Resolving the name, mapping the files, building and checking the program."""
+    tokenizer: float
+    weights: float
+    """Mapping packed weights, or packing them; allocating the rest."""
+
+
+@dataclass(frozen=True, slots=True)
 class LoadedEngine:
     """A core and what its fronts tell about it. The front that takes it owns the core and closes it."""
 
@@ -54,12 +70,14 @@ class LoadedEngine:
     model_config: ModelConfig
     max_model_len: int
     config: EngineConfig
+    load_times: LoadTimes | None = None
+    """None where the engine was put together by hand."""
 
 
-def make_backend(name: str, threads: int = 0) -> Backend:
-    """The back-end of that name. threads 0: one for each physical core. Raises ConfigError."""
+def make_backend(name: str, threads: int = 0, packed: PackedSlot | None = None) -> Backend:
+    """The back-end of that name. threads and packed: see `CpuBackend`. Raises ConfigError."""
     if name == "cpu":
-        return CpuBackend(threads=threads)
+        return CpuBackend(threads=threads, packed=packed)
     if name == "reference":
         from kvarn.backends.reference import ReferenceBackend
 
@@ -74,15 +92,41 @@ def load_engine(name_or_path: str, config: EngineConfig) -> LoadedEngine:
     """
     from kvarn.weights import catalog
 
+    times = [time.perf_counter()]
     path = catalog.resolve(name_or_path)
     files = open_model(path)
     try:
         model = load_model(files, config.max_model_len)
+        times.append(time.perf_counter())
         tokenizer = load_tokenizer(files)
-        return build_engine(model, tokenizer, config, name=model_name(name_or_path), on_close=files.close)
+        times.append(time.perf_counter())
+        packed = _packed_slot(files, model, config)
+        name = model_name(name_or_path)
+        engine = build_engine(model, tokenizer, config, name=name, packed=packed, on_close=files.close)
+        files.release()
+        _native.trim_heap()  # of what building a tokenizer takes, half is needed afterwards
+        times.append(time.perf_counter())
+        return replace(engine, load_times=LoadTimes(*(end - start for start, end in pairwise(times))))
     except BaseException:
         files.close()
         raise
+
+
+def _packed_slot(files: ModelFiles, model: Model, config: EngineConfig) -> PackedSlot | None:
+    """Where the model's packed weights lie; None where none are kept."""
+    limit = packed_cache.limit_bytes(config.packed_cache_bytes)
+    sources = files.sources()
+    if not limit or not sources or config.backend != "cpu":
+        return None
+    path = packed_cache.packed_path(files.path)
+    # The version stands for the code between the files and the packing, the recipe for what it does with each tensor.
+    parts = (__version__, fingerprint(sources), model.weights.recipe())
+    key = hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+    def admit(size: int) -> bool:
+        return all(source.unchanged() for source in sources) and packed_cache.make_room(path, size, limit)
+
+    return PackedSlot(path, key, admit)
 
 
 def model_name(name_or_path: str) -> str:
@@ -99,6 +143,7 @@ def build_engine(
     config: EngineConfig,
     *,
     name: str = "model",
+    packed: PackedSlot | None = None,
     on_close: Callable[[], None] = lambda: None,
 ) -> LoadedEngine:
     """Sizes the cache, loads the program on the back-end, and puts the engine together.
@@ -107,7 +152,7 @@ def build_engine(
     Raises CapacityError before any weight is read.
     """
     program, cache, steps = model.program, config.cache, config.scheduler
-    backend = make_backend(config.backend, config.threads)
+    backend = make_backend(config.backend, config.threads, packed)
     capacity = plan_capacity(program, config, _needs(model, config, backend), available_memory())
     limits = StepLimits(steps.max_num_batched_tokens, steps.max_num_seqs, capacity.max_model_len)
     spec = KvCacheSpec(capacity.num_blocks, cache.block_size, cache.dtype)

@@ -13,7 +13,6 @@ from kvarn.models.decoder import Blueprint
 from kvarn.models.family import Family, LoadOptions
 from kvarn.models.source import MappedSource, NameMap, with_prefix
 from kvarn.program import Program
-from kvarn.tensors import TensorSource
 from kvarn.tensors.dequantize import dequantize
 from kvarn.weights import ModelFiles
 
@@ -29,7 +28,7 @@ class Model:
 
     config: ModelConfig
     program: Program
-    weights: TensorSource
+    weights: MappedSource
 
 
 def find_family(metadata: Mapping[str, Any], format: Literal["gguf", "hf"], path: str) -> tuple[Family, str]:

@@ -78,6 +78,10 @@ class MappedSource:
                 f"{unknown[0]!r} the first"
             )
 
+    def recipe(self) -> str:
+        """What is done to which tensors: over the same files, sources of one recipe have the same weights."""
+        return repr(sorted(self._refs.items(), key=lambda item: item[0]))
+
     def tensor(self, name: str) -> Tensor:
         """The tensor of the program's weight `name`: a view where nothing must be done to it."""
         ref = self._refs[name]
@@ -89,6 +93,10 @@ class MappedSource:
         if ref.plus_one:
             tensor = Tensor.from_array(dequantize(tensor) + np.float32(1))
         return tensor
+
+    def release(self) -> None:
+        """Lets the pages go that were read of the files."""
+        self._files.release()
 
 
 def _transposed(tensor: Tensor) -> Tensor:

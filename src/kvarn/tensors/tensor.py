@@ -65,3 +65,7 @@ class TensorSource(Protocol):
     def tensor(self, name: str) -> Tensor:
         """The tensor `name` of the program. Raises ModelFileError where the file lacks it or its shape is wrong."""
         ...
+
+    def release(self) -> None:
+        """Lets the memory go that reading took so far. Tensors stay valid."""
+        ...

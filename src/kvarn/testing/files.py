@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from kvarn.errors import ModelFileError
 from kvarn.tensors import DType, Tensor
+from kvarn.weights.fingerprint import Source
 
 
 @dataclass
@@ -41,6 +42,13 @@ class MemoryFiles:
     def file(self, name: str) -> Path | None:  # noqa: ARG002 (there is nothing beside what is in memory)
         """None: there are no side files."""
         return None
+
+    def sources(self) -> list[Source]:
+        """None: there is no file."""
+        return []
+
+    def release(self) -> None:
+        """Nothing to let go."""
 
     def close(self) -> None:
         """Nothing to give up."""

@@ -50,6 +50,9 @@ class TinyModel:
         """The weight of that name."""
         return self.tensors[name]
 
+    def release(self) -> None:
+        """Nothing to let go: the weights are in memory."""
+
 
 def random_tensor(rng: np.random.Generator, dtype: DType, shape: tuple[int, ...], scale: float) -> Tensor:
     """Values of about `scale` around zero in the given stored type (quantized types: random bits, sane scales)."""

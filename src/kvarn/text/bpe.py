@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 from tokenizers import Tokenizer as Core
@@ -31,11 +31,9 @@ class ByteLevelBPE:
     Raises ValueError where a merge names a token that the vocabulary has not.
     """
 
-    def __init__(
-        self, vocabulary: Mapping[str, int], merges: Sequence[tuple[str, str]], pre_tokenizer: PreTokenizer
-    ) -> None:
+    def __init__(self, vocabulary: dict[str, int], merges: list[tuple[str, str]], pre_tokenizer: PreTokenizer) -> None:
         try:
-            model = models.BPE(dict(vocabulary), list(merges), ignore_merges=pre_tokenizer.ignore_merges)
+            model = models.BPE(vocabulary, merges, ignore_merges=pre_tokenizer.ignore_merges)
         except Exception as error:  # the library raises bare Exception
             raise ValueError(str(error)) from error
         self._core = Core(model)

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
+
+import numpy as np
 
 from kvarn.errors import ModelFileError, UnsupportedModelError
 from kvarn.text.bpe import ByteLevelBPE, FragmentEncoder, PartitionedEncoder
@@ -38,13 +40,15 @@ class _Reader:
         self.tokens: list[str] = self.array("tokens", {str})
         if not self.tokens:
             raise self.fail("tokens", "is empty")
-        self.ids = {token: index for index, token in enumerate(self.tokens) if token}
+        self.ids = dict(zip(self.tokens, range(len(self.tokens)), strict=True))
+        self.ids.pop("", None)
         if len(self.ids) + self.tokens.count("") != len(self.tokens):
             twice = next(i for i, token in enumerate(self.tokens) if token and self.ids[token] != i)
             raise self.fail(
                 "tokens", f"{self.tokens[twice]!r} appears twice, as {twice} and {self.ids[self.tokens[twice]]}"
             )
         self.types = self._types()
+        self._by_type: dict[int, list[int]] | None = None
 
     def fail(self, key: str, message: str) -> ModelFileError:
         return ModelFileError(message, path=self.path, field=PREFIX + key)
@@ -75,13 +79,14 @@ class _Reader:
         return scores
 
     def merges(self) -> list[tuple[str, str]]:
-        pairs: list[tuple[str, str]] = []
-        for index, merge in enumerate(self.array("merges", {str})):
-            parts = merge.split(" ")
-            if len(parts) != 2 or not parts[0] or not parts[1]:
-                raise self.fail("merges", f"entry {index}, {merge[:40]!r}, is no pair of tokens")
-            pairs.append((parts[0], parts[1]))
-        return list(dict.fromkeys(pairs))  # of repeated merges the first counts
+        merges: list[str] = self.array("merges", {str})
+        pairs = [tuple(merge.split(" ")) for merge in merges]
+        if set(map(len, pairs)) - {2} or not all(map(all, pairs)):
+            index = next(i for i, pair in enumerate(pairs) if len(pair) != 2 or not all(pair))
+            raise self.fail("merges", f"entry {index}, {merges[index][:40]!r}, is no pair of tokens")
+        if len(set(merges)) < len(merges):  # of repeated merges the first counts
+            pairs = list(dict.fromkeys(pairs))
+        return cast("list[tuple[str, str]]", pairs)
 
     def token_id(self, key: str, default: int | None = None) -> int | None:
         value = self.metadata.get(PREFIX + key)
@@ -100,7 +105,10 @@ class _Reader:
         return value
 
     def of_type(self, *types: int) -> frozenset[int]:
-        return frozenset(index for index, kind in enumerate(self.types) if kind in types)
+        if self._by_type is None:
+            kinds = np.array(self.types, dtype=np.uint8)
+            self._by_type = {kind: np.flatnonzero(kinds == kind).tolist() for kind in set(self.types) - {NORMAL}}
+        return frozenset().union(*(self._by_type.get(kind, ()) for kind in types))
 
     def texts(self, ids: frozenset[int]) -> dict[str, int]:
         return {self.tokens[index]: index for index in ids}
@@ -185,14 +193,17 @@ def _byte_level(reader: _Reader, pre: PreTokenizer, special: frozenset[int]) -> 
 def _sentencepiece(reader: _Reader, special: frozenset[int], space_prefix: bool) -> SentencePieceBPE:
     scores = reader.scores()
     excluded = special | reader.of_type(BYTE)
-    ids = {token: index for token, index in reader.ids.items() if index not in excluded}
+    ids, ranked = dict(reader.ids), dict(zip(reader.tokens, scores, strict=True))
+    for token in {"", *(reader.tokens[index] for index in excluded)}:
+        ids.pop(token, None)
+        ranked.pop(token, None)
     byte_ids = [reader.ids.get(f"<0x{byte:02X}>") for byte in range(256)]
     unknown = reader.token_id("unknown_token_id", SENTENCEPIECE_IDS["unknown"])
     if None in byte_ids and unknown is None:
         raise reader.fail("tokens", "has neither a token for every byte nor an unknown token")
     return SentencePieceBPE(
         ids,
-        {token: scores[index] for token, index in ids.items()},
+        ranked,
         byte_ids=byte_ids,
         unknown=unknown,
         space_prefix=space_prefix,

@@ -45,7 +45,11 @@ class TokenFinder:
             for length in self._lengths[match.group()]:
                 candidate = text[start : start + length]
                 token = self._ids.get(candidate)
-                if token is None or (candidate in self._control and _touches(literal, ends, start, start + length)):
+                if (
+                    token is None
+                    or len(candidate) < length
+                    or (candidate in self._control and _touches(literal, ends, start, start + length))
+                ):
                     continue
                 position = start + length
                 yield start, position, token

@@ -12,7 +12,7 @@ import heapq
 import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from operator import add
+from operator import add, neg
 
 from kvarn.text.vocabulary import SPACE
 
@@ -40,7 +40,7 @@ class SentencePieceBPE:
         space_prefix: bool,
     ) -> None:
         self._ids = ids
-        self._ranks = {token: -score for token, score in scores.items()}
+        self._ranks = dict(zip(scores, map(neg, scores.values()), strict=True))
         self._byte_ids = byte_ids
         self._unknown = unknown
         self._space_prefix = space_prefix

@@ -52,14 +52,19 @@ class Entry:
         return [(self.package.format(n=n), self.member.format(n=n, m=n - 1)) for n in numbers]
 
 
-def models_dir() -> Path:
-    """$KVARN_HOME/models, or models below the user's cache folder for kvarn."""
+def cache_dir() -> Path:
+    """$KVARN_HOME, or the user's cache folder for kvarn."""
     home = os.environ.get("KVARN_HOME")
     if home:
-        return Path(home).expanduser() / "models"
+        return Path(home).expanduser()
     cache_home = os.environ.get("XDG_CACHE_HOME")
     base = Path(cache_home) if cache_home else Path.home() / ".cache"
-    return base / "kvarn" / "models"
+    return base / "kvarn"
+
+
+def models_dir() -> Path:
+    """Where pulled models lie."""
+    return cache_dir() / "models"
 
 
 @cache

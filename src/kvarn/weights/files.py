@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Protocol
 
 from kvarn.errors import ModelFileError
 from kvarn.tensors import DType, Tensor
+from kvarn.weights.fingerprint import Source
 
 
 class ModelFiles(Protocol):
@@ -42,6 +43,14 @@ class ModelFiles(Protocol):
 
     def file(self, name: str) -> Path | None:
         """A file beside the weights (tokenizer.json, …); None where there is none."""
+        ...
+
+    def sources(self) -> Sequence[Source]:
+        """The weight files, in order; none where the weights came from memory."""
+        ...
+
+    def release(self) -> None:
+        """Lets the pages go that were read so far: they no longer count as this process's. Tensors stay valid."""
         ...
 
     def close(self) -> None:

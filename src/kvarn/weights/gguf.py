@@ -9,6 +9,7 @@ Long arrays (vocabularies) are walked once to find their end and decoded when fi
 from __future__ import annotations
 
 import mmap
+import os
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from numpy.typing import NDArray
 
 from kvarn.errors import ModelFileError, UnsupportedModelError
 from kvarn.tensors import DType, Tensor
+from kvarn.weights.fingerprint import FileState, Source
+from kvarn.weights.strings import LENGTH_BYTES, StringsError, decode_strings, find_strings
 
 MAGIC = b"GGUF"
 MAX_KEY_BYTES = 65_535
@@ -54,11 +57,12 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True)
 class _LazyArray:
-    """An array in the file that is decoded on first access: element type, count, first byte, end."""
+    """An array in the file that is decoded on first access: element type, count, first byte, strings' starts, end."""
 
     kind: int
     count: int
     start: int
+    strings: NDArray[np.int64] | None
     end: int
 
 
@@ -123,11 +127,10 @@ class _Cursor:
         start = self.position
         if element in _SCALARS:
             self.take(count * struct.calcsize(_SCALARS[element][0]), field)
-            lazy = _LazyArray(element, count, start, self.position)
+            lazy = _LazyArray(element, count, start, None, self.position)
             return lazy if count > LAZY_ARRAY_LENGTH else decode_array(self, lazy, field)
         if element == _STRING:
-            self._skip_strings(count, field)
-            lazy = _LazyArray(element, count, start, self.position)
+            lazy = _LazyArray(element, count, start, self._skip_strings(count, field), self.position)
             return lazy if count > LAZY_ARRAY_LENGTH else decode_array(self, lazy, field)
         if element != _ARRAY:
             raise self.fail(field, f"array of type {element}, which does not exist")
@@ -135,19 +138,16 @@ class _Cursor:
             raise self.fail(field, f"{count} arrays cannot fit in the {len(self.data) - start} bytes left")
         return [self.value(_ARRAY, field, depth + 1) for _ in range(count)]
 
-    def _skip_strings(self, count: int, field: str) -> None:
+    def _skip_strings(self, count: int, field: str) -> NDArray[np.int64]:
         """Walks `count` strings; each takes 8 bytes at least, so an absurd count fails before the walk."""
-        data, position, size = self.data, self.position, len(self.data)
-        if count > (size - position) // 8:
+        position, size = self.position, len(self.data)
+        if count > (size - position) // LENGTH_BYTES:
             raise self.fail(field, f"{count} strings cannot fit in the {size - position} bytes left")
-        unpack = struct.Struct("<Q").unpack_from
-        for index in range(count):
-            if position + 8 > size:
-                raise self.fail(field, f"string {index} of {count} starts past the end of the file")
-            position += 8 + unpack(data, position)[0]
-        if position > size:
-            raise self.fail(field, f"strings end at {position}, the file at {size}")
-        self.position = position
+        try:
+            starts, self.position = find_strings(self.data, position, count)
+        except StringsError as error:
+            raise self.fail(field, f"string {error.index} of {count} {error}") from error
+        return starts
 
 
 def decode_array(cursor: _Cursor, array: _LazyArray, field: str) -> list[Any]:
@@ -161,31 +161,27 @@ def decode_array(cursor: _Cursor, array: _LazyArray, field: str) -> list[Any]:
             return [bool(n) for n in numbers]
         values: list[Any] = numbers.tolist()
         return values
-    block = bytes(data[array.start : array.end])
-    unpack = struct.Struct("<Q").unpack_from
-    strings: list[str] = []
-    position = 0
+    assert array.strings is not None
     try:
-        for _ in range(array.count):
-            start = position + 8
-            position = start + unpack(block, position)[0]
-            strings.append(block[start:position].decode())
-    except UnicodeDecodeError as error:
-        raise cursor.fail(field, f"element {len(strings)} is not UTF-8") from error
-    return strings
+        return decode_strings(data, array.strings, array.end)
+    except StringsError as error:
+        raise cursor.fail(field, f"element {error.index} {error}") from error
 
 
 class Metadata(Mapping[str, Any]):
-    """The file's key-value pairs. Long arrays are decoded, and then kept, when they are first read."""
+    """The file's key-value pairs. Long arrays are decoded when they are first read, and kept until `forget`."""
 
     def __init__(self, cursor: _Cursor, values: dict[str, Any]) -> None:
         self._cursor = cursor
         self._values = values
+        self._decoded: dict[str, list[Any]] = {}
 
     def __getitem__(self, key: str) -> Any:
         value = self._values[key]
         if isinstance(value, _LazyArray):
-            value = self._values[key] = decode_array(self._cursor, value, key)
+            if key not in self._decoded:
+                self._decoded[key] = decode_array(self._cursor, value, key)
+            return self._decoded[key]
         return value
 
     def __iter__(self) -> Iterator[str]:
@@ -194,12 +190,17 @@ class Metadata(Mapping[str, Any]):
     def __len__(self) -> int:
         return len(self._values)
 
+    def forget(self) -> None:
+        """Drops long arrays that were decoded: the merges of a vocabulary take tens of megabytes."""
+        self._decoded.clear()
+
 
 class GGUFFile:
     """An open GGUF file. Owns the mapping; tensors are views of it, valid until `close`."""
 
-    def __init__(self, path: Path, mapping: mmap.mmap | None, data: memoryview) -> None:
+    def __init__(self, path: Path, mapping: mmap.mmap | None, data: memoryview, state: FileState | None = None) -> None:
         self.path = path
+        self._state = state
         self._mapping = mapping
         self._data = data
         cursor = _Cursor(data, str(path))
@@ -217,8 +218,9 @@ class GGUFFile:
             )
         num_tensors = cursor.count("tensor_count")
         num_values = cursor.count("metadata_kv_count")
-        self.metadata: Mapping[str, Any] = Metadata(cursor, self._read_metadata(cursor, num_values))
+        self.metadata = Metadata(cursor, self._read_metadata(cursor, num_values))
         self.tensors: Mapping[str, TensorInfo] = self._read_tensors(cursor, num_tensors)
+        self._header_bytes = cursor.position
 
     @classmethod
     def open(cls, path: str | Path) -> GGUFFile:
@@ -226,13 +228,14 @@ class GGUFFile:
         path = Path(path)
         try:
             with path.open("rb") as file:
-                size = file.seek(0, 2)
+                state = FileState.of(os.fstat(file.fileno()))
+                size = state.size
                 if size < 24:
                     raise ModelFileError(f"not a GGUF file: it has {size} bytes", path=str(path), field="magic")
                 mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except OSError as error:
             raise ModelFileError(f"cannot be read: {error.strerror or error}", path=str(path)) from error
-        return cls(path, mapping, memoryview(mapping))
+        return cls(path, mapping, memoryview(mapping), state)
 
     @staticmethod
     def _read_metadata(cursor: _Cursor, count: int) -> dict[str, Any]:
@@ -280,9 +283,22 @@ class GGUFFile:
         data: NDArray[np.uint8] = np.frombuffer(self._data, dtype=np.uint8, count=info.nbytes, offset=info.offset)
         return Tensor(info.dtype, info.shape, data)
 
+    def sources(self) -> list[Source]:
+        """The file, as it was opened; none where the data did not come from one."""
+        if self._state is None:
+            return []
+        return [Source(self.path, self._state, self._data[: self._header_bytes])]
+
+    def release(self) -> None:
+        """Lets the pages go that were read, and what was decoded of them. Tensors stay valid."""
+        self.metadata.forget()
+        if self._mapping is not None:
+            self._mapping.madvise(mmap.MADV_DONTNEED)
+
     def close(self) -> None:
         """Gives the mapping up; it lives on while tensors refer to it."""
         self._data = memoryview(b"")
+        self._mapping = None
 
     def __enter__(self) -> GGUFFile:
         return self

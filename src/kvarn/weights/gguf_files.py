@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from kvarn.errors import ModelFileError
 from kvarn.tensors import DType, Tensor
+from kvarn.weights.fingerprint import Source
 from kvarn.weights.gguf import GGUFFile
 
 
@@ -52,6 +53,14 @@ class GGUFModelFiles:
     def file(self, name: str) -> Path | None:  # noqa: ARG002 (a GGUF has nothing beside it)
         """None: everything is in the file."""
         return None
+
+    def sources(self) -> list[Source]:
+        """The file."""
+        return self._file.sources()
+
+    def release(self) -> None:
+        """Lets the pages go that were read."""
+        self._file.release()
 
     def close(self) -> None:
         """Gives the mapping up."""

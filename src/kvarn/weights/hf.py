@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from kvarn.errors import ModelFileError
 from kvarn.tensors import DType, Tensor
+from kvarn.weights.fingerprint import Source
 from kvarn.weights.safetensors import SafetensorsFile
 
 MAX_JSON_BYTES = 64 << 20
@@ -91,6 +92,15 @@ class HfModelFiles:
         """A file of the folder; None where there is none."""
         path = self.path / name
         return path if Path(name).name == name and path.is_file() else None
+
+    def sources(self) -> list[Source]:
+        """The shards."""
+        return [shard.source() for shard in self._shards]
+
+    def release(self) -> None:
+        """Lets the pages go that were read."""
+        for shard in self._shards:
+            shard.release()
 
     def close(self) -> None:
         """Gives the mappings up."""

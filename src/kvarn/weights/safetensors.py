@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import mmap
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 
 from kvarn.errors import ModelFileError, UnsupportedModelError
 from kvarn.tensors import DType, Tensor
+from kvarn.weights.fingerprint import FileState, Source
 
 MAX_HEADER_BYTES = 100_000_000
 _DTYPES = {"F32": DType.F32, "F16": DType.F16, "BF16": DType.BF16}
@@ -27,10 +29,12 @@ class SafetensorsFile:
         self.path = path
         try:
             with path.open("rb") as file:
-                size = file.seek(0, 2)
+                self.state = FileState.of(os.fstat(file.fileno()))
+                size = self.state.size
                 if size < 8:
                     raise self._fail("header", f"the file has {size} bytes")
-                self._data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+                self._mapping: mmap.mmap | None = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                self._data = memoryview(self._mapping)
         except OSError as error:
             raise self._fail("file", f"cannot be read: {error.strerror or error}") from error
         length = int.from_bytes(self._data[:8], "little")
@@ -85,6 +89,16 @@ class SafetensorsFile:
         _, _, start, end = self.tensors[name]
         return Tensor(dtype, shape, np.frombuffer(self._data, dtype=np.uint8, count=end - start, offset=start))
 
+    def source(self) -> Source:
+        """The file, as it was opened."""
+        return Source(self.path, self.state, self._data[: self._base])
+
+    def release(self) -> None:
+        """Lets the pages go that were read."""
+        if self._mapping is not None:
+            self._mapping.madvise(mmap.MADV_DONTNEED)
+
     def close(self) -> None:
         """Gives the mapping up; it lives on while tensors refer to it."""
         self._data = memoryview(b"")
+        self._mapping = None

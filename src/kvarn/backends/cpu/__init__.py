@@ -4,6 +4,7 @@ from kvarn.backends.cpu.backend import CpuBackend, available_isas
 from kvarn.backends.cpu.costs import Cost, StageCost, stage_costs, step_cost
 from kvarn.backends.cpu.executable import CpuExecutable, CpuInfo, StageCounter
 from kvarn.backends.cpu.memory import CpuMemory, memory_use
+from kvarn.backends.cpu.packed_slot import PackedSlot
 
 __all__ = [
     "Cost",
@@ -11,6 +12,7 @@ __all__ = [
     "CpuExecutable",
     "CpuInfo",
     "CpuMemory",
+    "PackedSlot",
     "StageCost",
     "StageCounter",
     "available_isas",

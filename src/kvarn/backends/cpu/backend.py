@@ -9,57 +9,89 @@ from kvarn.backends.base import KvCacheSpec, StepLimits
 from kvarn.backends.cpu.build import Parameters, rotary_table
 from kvarn.backends.cpu.executable import CpuExecutable
 from kvarn.backends.cpu.memory import kv_layers
+from kvarn.backends.cpu.packed_file import PackedWeights
+from kvarn.backends.cpu.packed_slot import PackedSlot, PackedWriter
 from kvarn.backends.cpu.topology import physical_cores
 from kvarn.errors import ConfigError, UnsupportedModelError
 from kvarn.program import PositionEmbed, Program, Rope, Weight
-from kvarn.tensors import Tensor, TensorSource
+from kvarn.tensors import DType, Tensor, TensorSource
 from kvarn.tensors.dequantize import dequantize
 
 ISA_VARIABLE = "KVARN_ISA"
 MAX_THREADS = 1024
+RELEASE_BYTES = 32 << 20
 
 
 class CpuBackend:
     """Runs programs with native kernels. Stateless: each executable owns its threads and memory.
 
     threads: how many run a step, the caller among them; 0: one for each physical core the process may use. isa:
-    "avx512", "avx2" or "scalar"; None: the environment's KVARN_ISA, else the best that the machine has. Raises
-    ConfigError where the machine does not run it or `threads` is out of range.
+    "avx512", "avx2" or "scalar"; None: the environment's KVARN_ISA, else the best that the machine has. packed: where
+    packed weights are found, and kept for the next time; the caller vouches that its key names the weights `load` gets.
+    Raises ConfigError where the machine does not run it or `threads` is out of range.
     """
 
     name = "cpu"
 
-    def __init__(self, threads: int = 0, isa: str | None = None) -> None:
+    def __init__(self, threads: int = 0, isa: str | None = None, packed: PackedSlot | None = None) -> None:
         if not 0 <= threads <= MAX_THREADS:
             raise ConfigError(f"threads must be between 0 and {MAX_THREADS}, not {threads}")
         self.isa = _choose_isa(isa)
         self._cores = physical_cores()
         self.threads = threads or len(self._cores)
+        self._packed = packed
 
     def load(self, program: Program, weights: TensorSource, kv: KvCacheSpec, limits: StepLimits) -> CpuExecutable:
-        """Reads and packs every weight once (the file is not needed afterwards), allocates cache and activations.
+        """Packs every weight, or maps what was packed before; allocates cache and activations.
 
-        Raises UnsupportedModelError for shapes the kernels do not run, ConfigError for settings, ModelFileError from
-        the source.
+        The file is not needed afterwards. Raises UnsupportedModelError for shapes the kernels do not run, ConfigError
+        for settings, ModelFileError from the source.
         """
         _check(program, kv, limits)
         pool = _native.Pool(self.threads, self._pins())
-        tensors = {weight.name: _checked(weight, weights.tensor(weight.name)) for weight in program.weights}
+        packed = None if self._packed is None else self._packed.read(program)
+        writer = None
+        if packed is None:
+            packed = pack_weights(program, weights, pool)
+            writer = None if self._packed is None else PackedWriter(self._packed, program, packed)
         parameters = Parameters(
-            matrices={name: _pack(tensor, pool) for name, tensor in tensors.items() if len(tensor.shape) > 1},
-            vectors={name: _vector(tensor) for name, tensor in tensors.items() if len(tensor.shape) == 1},
+            matrices=packed.matrices,
+            vectors=packed.vectors,
             rotary={
                 table: rotary_table(table, limits.max_model_len)
                 for table in {op.table for op in program.ops if isinstance(op, Rope)}
             },
         )
         cache = _native.KvCache(kv_layers(program), kv.num_blocks, kv.block_size, kv.dtype)
-        dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
-        return CpuExecutable(program, dtypes, parameters, pool, cache, kv, limits, self.isa)
+        return CpuExecutable(program, packed.dtypes, parameters, pool, cache, kv, limits, self.isa, writer)
 
     def _pins(self) -> list[list[int]]:
         """Each thread on its own core, where there are as many cores; else wherever the system puts it."""
         return [list(core) for core in self._cores] if self.threads == len(self._cores) else []
+
+
+def pack_weights(program: Program, weights: TensorSource, pool: _native.Pool) -> PackedWeights:
+    """Every weight of the program in the form kernels read. Of the source little more than one tensor is in memory."""
+    matrices: dict[str, _native.PackedWeight] = {}
+    vectors: dict[str, _native.Vector] = {}
+    dtypes: dict[str, DType] = {}
+    unreleased = 0
+    # One arena: with pages of its own each matrix would leave half a large page unused, or be written in small ones.
+    arena, offset = _native.Pages(_arena_bytes(program, weights)), 0
+    for weight in program.weights:
+        tensor = _checked(weight, weights.tensor(weight.name))
+        dtypes[weight.name] = tensor.dtype
+        if len(tensor.shape) > 1:
+            packed = _pack(tensor, pool, arena, offset)
+            matrices[weight.name] = packed
+            offset += packed.nbytes
+        else:
+            vectors[weight.name] = _vector(tensor)
+        unreleased += tensor.nbytes
+        if unreleased >= RELEASE_BYTES:
+            weights.release()
+            unreleased = 0
+    return PackedWeights(matrices, vectors, dtypes)
 
 
 def available_isas() -> list[str]:
@@ -103,8 +135,13 @@ def _checked(weight: Weight, tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _pack(tensor: Tensor, pool: _native.Pool) -> _native.PackedWeight:
-    return _native.pack(tensor.dtype.name, tensor.rows, tensor.shape[-1], tensor.data, pool)
+def _arena_bytes(program: Program, weights: TensorSource) -> int:
+    tensors = (weights.tensor(weight.name) for weight in program.weights if len(weight.shape) > 1)
+    return sum(_native.packed_bytes(tensor.dtype.name, tensor.rows, tensor.shape[-1]) for tensor in tensors)
+
+
+def _pack(tensor: Tensor, pool: _native.Pool, arena: _native.Pages, offset: int) -> _native.PackedWeight:
+    return _native.pack(tensor.dtype.name, tensor.rows, tensor.shape[-1], tensor.data, pool, arena, offset)
 
 
 def _vector(tensor: Tensor) -> _native.Vector:

@@ -14,6 +14,9 @@ from kvarn.backends.cpu import stages as s
 from kvarn.backends.cpu.memory import Layout
 from kvarn.program import Program, RopeTable, Rows
 
+ROTARY_CHUNK = 1024
+"""Positions whose angles are in memory at once: of all positions they would take more than the table."""
+
 
 @dataclass(frozen=True, slots=True)
 class Parameters:
@@ -34,10 +37,13 @@ class BuiltPlan:
 
 def rotary_table(table: RopeTable, positions: int) -> _native.RotaryTable:
     """cos and sin of positions 0 … positions-1, computed in float64, rounded once."""
-    angles = np.arange(positions, dtype=np.float64)[:, None] * np.asarray(table.inv_freq, dtype=np.float64)[None, :]
     values: NDArray[np.float32] = np.empty((positions, 2, len(table.inv_freq)), dtype=np.float32)
-    values[:, 0] = np.cos(angles) * table.attention_factor
-    values[:, 1] = np.sin(angles) * table.attention_factor
+    frequencies = np.asarray(table.inv_freq, dtype=np.float64)
+    for start in range(0, positions, ROTARY_CHUNK):
+        end = min(start + ROTARY_CHUNK, positions)
+        angles = np.arange(start, end, dtype=np.float64)[:, None] * frequencies[None, :]
+        values[start:end, 0] = np.cos(angles) * table.attention_factor
+        values[start:end, 1] = np.sin(angles) * table.attention_factor
     return _native.RotaryTable(values, table.style == "interleaved")
 
 

@@ -13,6 +13,7 @@ from kvarn.backends.base import InputBatch, KvCacheSpec, StepLimits
 from kvarn.backends.cpu.build import BuiltPlan, Parameters, build_plan
 from kvarn.backends.cpu.compile import compile_program
 from kvarn.backends.cpu.memory import CpuMemory, assign, weight_bytes
+from kvarn.backends.cpu.packed_slot import PackedWriter
 from kvarn.errors import EngineError
 from kvarn.program import Program, Rows
 from kvarn.tensors import DType
@@ -60,7 +61,9 @@ class CpuExecutable:
         kv_spec: KvCacheSpec,
         limits: StepLimits,
         isa: str,
+        writer: PackedWriter | None = None,
     ) -> None:
+        """writer: keeps the packed weights for later starts; begins after the first step, which it would slow down."""
         self.program = program
         self.kv = kv_spec
         self.limits = limits
@@ -69,6 +72,7 @@ class CpuExecutable:
         self._pool: _native.Pool | None = pool
         self._cache: _native.KvCache | None = kv
         self._isa = isa
+        self._writer = writer
         self._main: BuiltPlan | None = self._build(())
         self._variants: dict[tuple[str, ...], BuiltPlan] = {}
 
@@ -76,6 +80,8 @@ class CpuExecutable:
         """Runs one step in one native call without the GIL (see `Executable`)."""
         built = self._plan(tuple(sorted(set(outputs) - {self.program.output})))
         built.plan.run(*_arrays(batch))
+        if self._writer is not None:
+            self._writer.start()
         rows = {Rows.TOKENS: batch.num_tokens, Rows.OUTPUTS: int(batch.output_rows.size)}
         return {name: built.plan.array(buffer, rows[kind]) for name, (buffer, kind) in built.outputs.items()}
 
@@ -110,12 +116,17 @@ class CpuExecutable:
         return CpuInfo(self._isa, self._pool.threads, memory)
 
     def close(self) -> None:
-        """Releases threads and memory. Idempotent."""
-        self._main = None
-        self._variants.clear()
-        self._parameters = Parameters({}, {}, {})
-        self._cache = None
-        self._pool = None
+        """Releases threads and memory, once packed weights are on disk where they are to be kept. Idempotent."""
+        writer, self._writer = self._writer, None
+        try:
+            if writer is not None:
+                writer.finish()
+        finally:
+            self._main = None
+            self._variants.clear()
+            self._parameters = Parameters({}, {}, {})
+            self._cache = None
+            self._pool = None
 
     def _plan(self, outputs: tuple[str, ...]) -> BuiltPlan:
         if self._main is None:
