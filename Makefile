@@ -7,10 +7,10 @@ PIP_INSTALL = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-ch
 
 NATIVE := $(shell find native -type f)
 
-.PHONY: help serve chat test check sanitize bench clean
+.PHONY: help serve chat test check sanitize instructions bench clean
 
 help:  ## What there is to make
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -43,6 +43,9 @@ check: $(VENV)/.kvarn-dev  ## Lint, types, import contracts
 
 sanitize: $(VENV)/.kvarn-dev  ## Native kernels under ASan and UBSan
 	$(VENV)/bin/python tests/native/sanitize.py
+
+instructions: $(VENV)/.kvarn-dev  ## Instruction counts of the hot kernels against the record (needs valgrind)
+	$(VENV)/bin/python tests/native/instructions.py
 
 bench: $(VENV)/.kvarn  ## Speed of MODEL and its share of what the machine can do
 	$(VENV)/bin/kvarn pull $(MODEL)

@@ -7,6 +7,13 @@
 #include <random>
 #include <vector>
 
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#else
+#define ASAN_POISON_MEMORY_REGION(address, size)
+#define ASAN_UNPOISON_MEMORY_REGION(address, size)
+#endif
+
 namespace check {
 
 inline std::mt19937 &random() {
@@ -23,19 +30,25 @@ inline std::vector<float> floats(int64_t n, float scale = 1.0f) {
     return values;
 }
 
-// n bytes, 64-byte aligned, that end where the allocation ends: one byte more is an error under ASan.
+// n bytes, 64-byte aligned; one byte more is an error under ASan.
 class Bytes {
 public:
-    explicit Bytes(size_t n) : size_(n), data_(static_cast<uint8_t *>(std::aligned_alloc(64, (n + 63) / 64 * 64))) {
+    explicit Bytes(size_t n) : size_(n), data_(static_cast<uint8_t *>(std::aligned_alloc(64, allocated()))) {
         for (size_t i = 0; i < n; ++i) data_[i] = uint8_t(random()());
+        ASAN_POISON_MEMORY_REGION(data_ + n, allocated() - n);
     }
-    ~Bytes() { std::free(data_); }
+    ~Bytes() {
+        ASAN_UNPOISON_MEMORY_REGION(data_, allocated());
+        std::free(data_);
+    }
     Bytes(const Bytes &) = delete;
     Bytes &operator=(const Bytes &) = delete;
     uint8_t *data() { return data_; }
     size_t size() const { return size_; }
 
 private:
+    size_t allocated() const { return (size_ + 63) / 64 * 64; }
+
     size_t size_;
     uint8_t *data_;
 };

@@ -3,8 +3,8 @@
 // Contract of all of them: a row's result depends on that row alone. The number of tokens in a call, their order, the
 // split of panels over calls and the alignment of pointers never change a bit. Across ISAs results agree up to rounding.
 //
-// To add an ISA (NEON, AMX): write kernels/vec_<isa>.h with the vector type of vec.h, and list it in CMakeLists.txt and
-// runtime/isa.cpp. A kernel that wants another shape (AMX tiles) replaces its entry in kernels/table.cpp.
+// To add an ISA (NEON, AMX): docs/dev/adding-an-isa.md. Its vector type is kernels/vec_<isa>.h; a kernel that wants
+// another shape (AMX tiles) replaces its entry in kernels/table.cpp.
 #pragma once
 #include <cstdint>
 
