@@ -16,11 +16,10 @@ namespace {
 // (docs/dev/perf-log.md); hardware prefetchers alone reach half of the memory's bandwidth.
 constexpr int64_t kPrefetchAhead = 4096;
 
-template <int64_t bytes>
-KVARN_INLINE void prefetch_ahead(const uint8_t *&next) {
+template <int lines>
+KVARN_INLINE void prefetch_lines(const uint8_t *first) {
 #pragma GCC unroll 16
-    for (int64_t i = 0; i < bytes; i += 64) prefetch(next + i);
-    next += bytes;
+    for (int i = 0; i < lines; ++i) prefetch(first + 64 * i);
 }
 
 KVARN_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -36,17 +35,10 @@ template <int pack_bits_, int bits_, Scales kind_>
 struct Packed {
     static constexpr int pack_bits = pack_bits_, bits = bits_, parts = kParts<kind_>;
     static constexpr Scales kind = kind_;
-    static constexpr int64_t group_bytes = quant_group_bytes(pack_bits), unit = scale_unit_bytes(kind);
-    static constexpr int groups_per_unit = kPlain<kind> ? 1 : kSuperGroups;
-    static constexpr int64_t bytes_per_group = group_bytes + unit / groups_per_unit;
-    using Group = GroupScales<kind>;
-
-    static const uint8_t *scales(const uint8_t *panel, int64_t groups, int64_t g) {
-        return panel + groups * group_bytes + g / groups_per_unit * unit;
-    }
-    static Group group_scales(const uint8_t *panel, int64_t groups, int64_t g) {
-        return Group::of(scales(panel, groups, g), int(g % groups_per_unit));
-    }
+    static constexpr uint64_t groups = unit_groups(kind);  // of a unit
+    static constexpr int64_t group_bytes = quant_group_bytes(pack_bits), scales_at = groups * group_bytes;
+    static constexpr int64_t unit_bytes = scales_at + scale_unit_bytes(kind);
+    static constexpr int lines_a_group = int((unit_bytes / 64 + groups - 1) / groups);
 };
 
 // ---- quantized weights ----
@@ -90,17 +82,18 @@ void block_of_rows(const LinearArgs &a, int64_t panel_begin, int64_t panel_end, 
     const int64_t groups = a.w->groups();
     const int zero_point = traits(a.w->format).zero;
     for (int64_t p = panel_begin; p < panel_end; ++p) {
-        const uint8_t *panel = a.w->panel(p);
-        const uint8_t *ahead = panel + kPrefetchAhead;
         F acc[rows];
 #pragma GCC unroll 8
         for (int r = 0; r < rows; ++r) acc[r] = zero();
+        const uint8_t *panel = a.w->panel(p);
         for (int64_t g = 0; g < groups; ++g) {
-            prefetch_ahead<P::bytes_per_group>(ahead);
+            const uint8_t *unit = panel + uint64_t(g) / P::groups * P::unit_bytes;
+            const int i = int(uint64_t(g) % P::groups);
+            prefetch_lines<P::lines_a_group>(unit + kPrefetchAhead + 64 * i * P::lines_a_group);
             const Activations<tile> group(x[g]);
             I sums[rows][P::parts];
-            packed_dots<P, tile, rows>(panel + g * P::group_bytes, group, zero_point, sums);
-            const auto scales = P::group_scales(panel, groups, g);
+            packed_dots<P, tile, rows>(unit + i * P::group_bytes, group, zero_point, sums);
+            const auto scales = GroupScales<P::kind>::of(unit + P::scales_at, i);
 #pragma GCC unroll 8
             for (int r = 0; r < rows; ++r) acc[r] = scales.apply(sums[r], group, r, acc[r]);
         }

@@ -11,8 +11,6 @@ KVARN_KERNELS_BEGIN
 template <Scales kind>
 constexpr bool kAffine = kind == Scales::kAffine32 || kind == Scales::kSuper32 || kind == Scales::kSuper16;
 template <Scales kind>
-constexpr bool kPlain = kind == Scales::kSym32 || kind == Scales::kAffine32;  // a scale unit is one group
-template <Scales kind>
 constexpr int kParts = kind == Scales::kSuperSym16 || kind == Scales::kSuper16 ? 2 : 1;
 
 // One group of the rows of a QuantGroup.
@@ -33,11 +31,11 @@ template <Scales kind>
 struct GroupScales {
     F d, m, sc[2], mn[2];
 
-    // unit: the scales of this group (plain formats) or of its super-block, where it is group i.
+    // unit: the scales of the unit in which this is group i.
     KVARN_INLINE static GroupScales of(const uint8_t *unit, int i) {
         const auto halves = [&](int at) { return load_f16(reinterpret_cast<const uint16_t *>(unit + at)); };
         GroupScales s;
-        s.d = halves(0);
+        s.d = halves(kind == Scales::kSym32 ? 32 * i : 0);
         if constexpr (kind == Scales::kAffine32) s.m = halves(32);
         if constexpr (kind == Scales::kSuper32) {
             s.d = mul(s.d, load_u8(unit + 64 + 16 * i));

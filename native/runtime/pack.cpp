@@ -96,14 +96,26 @@ void q3_scales(const uint8_t *s, int8_t *sc) {
 
 void copy_half(const uint8_t *from, int lane, uint8_t *to) { std::memcpy(to + 2 * lane, from, 2); }
 
-// Scales of a stored row into their lanes of a panel's scale section.
-void place_scales(Format f, const uint8_t *row, int64_t cols, int lane, uint8_t *scales) {
+// Where group g of a panel has its quants, and its unit its scales.
+template <class Byte>
+Byte *quants_of(Format f, Byte *panel, int64_t g) {
+    const int groups = unit_groups(traits(f).scales);
+    return panel + size_t(g / groups) * unit_bytes(f) + size_t(g % groups) * quant_group_bytes(traits(f).pack_bits);
+}
+template <class Byte>
+Byte *scales_of(Format f, Byte *panel, int64_t g) {
+    const int groups = unit_groups(traits(f).scales);
+    return panel + size_t(g / groups) * unit_bytes(f) + size_t(groups) * quant_group_bytes(traits(f).pack_bits);
+}
+
+// Scales of a stored row into their lanes of a panel's units.
+void place_scales(Format f, const uint8_t *row, int64_t cols, int lane, uint8_t *panel) {
     const FormatTraits &t = traits(f);
-    const size_t unit = scale_unit_bytes(t.scales);
-    for (int64_t b = 0; b < cols / t.block_size; ++b, row += t.block_bytes, scales += unit) {
+    for (int64_t b = 0; b < cols / t.block_size; ++b, row += t.block_bytes) {
+        uint8_t *scales = scales_of(f, panel, b * t.block_size / kGroup);
         uint8_t sc[16], mn[16];
         switch (t.scales) {
-            case Scales::kSym32: copy_half(row, lane, scales); break;
+            case Scales::kSym32: copy_half(row, lane, scales + b % 2 * 32); break;
             case Scales::kAffine32:
                 copy_half(row, lane, scales);
                 copy_half(row + 2, lane, scales + 32);
@@ -149,9 +161,9 @@ void pack_quantized_row(Format f, const uint8_t *row, int64_t cols, int lane, ui
     for (int64_t g = 0; g < cols / kGroup; ++g) {
         uint8_t q[kGroup];
         read_group(f, row, g, q);
-        place_group(bits, q, lane, panel + g * quant_group_bytes(bits));
+        place_group(bits, q, lane, quants_of(f, panel, g));
     }
-    place_scales(f, row, cols, lane, panel + panel_quant_bytes(f, cols));
+    place_scales(f, row, cols, lane, panel);
 }
 
 uint8_t quant_at(int pack_bits, const uint8_t *group, int lane, int k) {
@@ -166,18 +178,14 @@ float half_at(const uint8_t *p, int lane) {
     return half_to_float(h);
 }
 
-// scale and minimum of sub-block `sub` (of 32 or 16 k) such that w = scale * (q - zero) + minimum.
-void scales_at(Scales kind, const uint8_t *scales, int64_t g, int half, int lane, float &scale, float &minimum) {
-    const size_t unit = scale_unit_bytes(kind);
+// scale and minimum of half of group i of the unit with scales s, such that w = scale * (q - zero) + minimum.
+void scales_at(Scales kind, const uint8_t *s, int i, int half, int lane, float &scale, float &minimum) {
     minimum = 0.0f;
     if (kind == Scales::kSym32 || kind == Scales::kAffine32) {
-        const uint8_t *s = scales + g * unit;
-        scale = half_at(s, lane);
+        scale = half_at(s + (kind == Scales::kSym32 ? 32 * i : 0), lane);
         if (kind == Scales::kAffine32) minimum = half_at(s + 32, lane);
         return;
     }
-    const uint8_t *s = scales + g / kSuperGroups * unit;
-    const int i = int(g % kSuperGroups);
     scale = half_at(s, lane);
     if (kind == Scales::kSuperSym16) {
         scale *= float(int8_t(s[32 + 16 * (2 * i + half) + lane]));
@@ -225,13 +233,12 @@ void unpack_row(const PackedMatrix &w, int64_t row, float *out) {
         }
         return;
     }
-    const uint8_t *scales = panel + panel_quant_bytes(w.format, w.cols);
     const bool affine = t.scales != Scales::kSym32 && t.scales != Scales::kSuperSym16;
     for (int64_t g = 0; g < w.groups(); ++g) {
-        const uint8_t *group = panel + g * quant_group_bytes(t.pack_bits);
+        const uint8_t *group = quants_of(w.format, panel, g), *scales = scales_of(w.format, panel, g);
         for (int half = 0; half < 2; ++half) {
             float scale, minimum;
-            scales_at(t.scales, scales, g, half, lane, scale, minimum);
+            scales_at(t.scales, scales, int(g % unit_groups(t.scales)), half, lane, scale, minimum);
             for (int k = 16 * half; k < 16 * half + 16; ++k)
                 out[g * kGroup + k] = scale * float(quant_at(t.pack_bits, group, lane, k) - t.zero);
             if (affine)

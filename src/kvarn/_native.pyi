@@ -34,7 +34,7 @@ def trim_heap() -> None:
     Gives memory that was freed back to the system, where there is a way to.
     """
 
-PACKED_LAYOUT: int = 1
+PACKED_LAYOUT: int = 2
 
 class Pages:
     """

@@ -3,15 +3,17 @@
 // A matrix of R rows (output features) and K columns is cut into panels of 16 rows; rows beyond R are zero. Within a
 // panel K runs in one direction, in groups of 32, so a row's sum has one order whatever the number of tokens.
 //
-// Quantized panel = [quants][scales]:
-//   quants  4-bit: a group is 4 lines of 64 bytes; line j holds quad j in the low and quad j + 4 in the high nibbles.
+// Quantized panel = units, one after the other, so that a kernel reads memory in one direction. A unit is the quants of
+// its groups, then their scales, in whole lines of 64 bytes:
+//   quants  4-bit: a group is 4 lines; line j holds quad j in the low and quad j + 4 in the high nibbles.
 //           8-bit: a group is 8 lines; line j holds quad j. A quad is 4 consecutive k of 16 rows: byte 4 * row + k % 4.
 //           All quants are unsigned; `zero` is what a signed format subtracts.
-//   scales  kSym32      group: d fp16[16]                                         w = d * (q - zero)
-//           kAffine32   group: d fp16[16], m fp16[16]                             w = d * q + m
+//   scales  kSym32      2 groups: d fp16[2][16]                                   w = d * (q - zero)
+//           kAffine32   1 group: d fp16[16], m fp16[16]                           w = d * q + m
 //           kSuper32    8 groups: d fp16[16], dmin fp16[16], sc u8[8][16], mn u8[8][16]
 //                                                                                 w = d * sc * q - dmin * mn
-//           kSuperSym16 8 groups: d fp16[16], sc i8[16][16]; a sub-block is 16 k  w = d * sc * (q - zero)
+//           kSuperSym16 8 groups: d fp16[16], sc i8[16][16], 32 bytes of nothing; a sub-block is 16 k
+//                                                                                 w = d * sc * (q - zero)
 //           kSuper16    8 groups: d fp16[16], dmin fp16[16], sc u8[16][16], mn u8[16][16]
 // Float panel = elements [k][16 rows] in the stored type.
 //
@@ -29,7 +31,7 @@
 
 namespace kvarn {
 
-constexpr int kPackedLayout = 1;
+constexpr int kPackedLayout = 2;
 
 // Same names and numbers as kvarn.tensors.DType's order in bindings/formats.cpp.
 enum class Format : uint8_t { F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K };
@@ -65,13 +67,22 @@ constexpr int kSuperGroups = 8;  // groups of 32 in a super-block of 256
 
 KVARN_INLINE constexpr size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
 
-// Bytes of the scales of one group (kSym32, kAffine32) or one super-block (the others).
+// Groups of a unit.
+KVARN_INLINE constexpr int unit_groups(Scales s) {
+    switch (s) {
+        case Scales::kSym32: return 2;
+        case Scales::kAffine32: return 1;
+        default: return kSuperGroups;
+    }
+}
+
+// Bytes of the scales of one unit, whole lines.
 KVARN_INLINE constexpr size_t scale_unit_bytes(Scales s) {
     switch (s) {
-        case Scales::kSym32: return 32;
+        case Scales::kSym32: return 2 * 32;
         case Scales::kAffine32: return 64;
         case Scales::kSuper32: return 64 + 2 * 8 * 16;
-        case Scales::kSuperSym16: return 32 + 16 * 16;
+        case Scales::kSuperSym16: return 32 + 16 * 16 + 32;
         case Scales::kSuper16: return 64 + 2 * 16 * 16;
         default: return 0;
     }
@@ -79,15 +90,15 @@ KVARN_INLINE constexpr size_t scale_unit_bytes(Scales s) {
 
 KVARN_INLINE constexpr size_t quant_group_bytes(int pack_bits) { return size_t(kPanelRows) * kGroup * pack_bits / 8; }
 
-KVARN_INLINE constexpr size_t panel_quant_bytes(Format f, int64_t cols) { return size_t(cols) * kPanelRows * traits(f).pack_bits / 8; }
+KVARN_INLINE constexpr size_t unit_bytes(Format f) {
+    return unit_groups(traits(f).scales) * quant_group_bytes(traits(f).pack_bits) + scale_unit_bytes(traits(f).scales);
+}
 
 KVARN_INLINE constexpr size_t panel_bytes(Format f, int64_t cols) {
     const FormatTraits &t = traits(f);
-    size_t scale_units = 0;
-    if (t.scales == Scales::kSym32 || t.scales == Scales::kAffine32) scale_units = size_t(cols) / kGroup;
-    if (t.scales == Scales::kSuper32 || t.scales == Scales::kSuperSym16 || t.scales == Scales::kSuper16)
-        scale_units = size_t(cols) / 256;
-    return round_up(panel_quant_bytes(f, cols) + scale_units * scale_unit_bytes(t.scales), 64);
+    if (t.scales == Scales::kFloat) return round_up(size_t(cols) * kPanelRows * t.pack_bits / 8, 64);
+    const size_t groups = unit_groups(t.scales);
+    return (size_t(cols) / kGroup + groups - 1) / groups * unit_bytes(f);
 }
 
 KVARN_INLINE constexpr int64_t num_panels(int64_t rows) { return (rows + kPanelRows - 1) / kPanelRows; }
