@@ -7,6 +7,10 @@
 
 KVARN_KERNELS_BEGIN
 
+// Weights are read in one direction: lines are asked for this far ahead of their use. Found by measuring
+// (docs/dev/perf-log.md); hardware prefetchers alone reach half of the memory's bandwidth.
+constexpr int64_t kPrefetchAhead = 4096;
+
 void linear(const LinearArgs &a);
 void quantize(const QuantizeArgs &a);
 void norm(const NormArgs &a);

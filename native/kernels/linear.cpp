@@ -12,10 +12,6 @@
 KVARN_KERNELS_BEGIN
 namespace {
 
-// Weights are read in one direction: lines are asked for this far ahead of their use. Found by measuring
-// (docs/dev/perf-log.md); hardware prefetchers alone reach half of the memory's bandwidth.
-constexpr int64_t kPrefetchAhead = 4096;
-
 template <int lines>
 KVARN_INLINE void prefetch_lines(const uint8_t *first) {
 #pragma GCC unroll 16

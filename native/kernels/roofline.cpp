@@ -5,7 +5,6 @@
 KVARN_KERNELS_BEGIN
 namespace {
 
-constexpr int64_t kPrefetchAhead = 4096;  // as linear.cpp
 constexpr int64_t kLine = 64;
 constexpr int kStreams = 4;  // lines summed independently of one another
 
