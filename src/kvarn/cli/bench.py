@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from kvarn.cli.options import Threads
+from kvarn.cli.options import ModelArgument, Threads
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure speed, and how far it is from the limits.")
 
@@ -34,7 +34,6 @@ Examples:
   kvarn bench compare model.gguf --peer openvino --peer-python ov/bin/python --rounds 3 --json
 """
 
-Model = Annotated[str, typer.Argument(help="A name from `kvarn models`, a .gguf file, or a folder.")]
 Rounds = Annotated[int, typer.Option(help="Times that each task is timed, after one that is not counted.")]
 Depth = Annotated[
     int | None,
@@ -90,7 +89,7 @@ def roofline_command(
 
 @app.command("latency", epilog=LATENCY_EPILOG)
 def latency_command(
-    model: Model,
+    model: ModelArgument,
     prefill: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 512,
     decode: Annotated[int, typer.Option(help="Steps of one sequence; others take at most 32.")] = 128,
     batch: Annotated[str, typer.Option(help="Numbers of sequences that decode together.")] = "1,4,16,64",
@@ -143,7 +142,7 @@ def latency_command(
 
 @app.command("compare", epilog=COMPARE_EPILOG)
 def compare_command(
-    model: Model,
+    model: ModelArgument,
     peer: Annotated[str, typer.Option(help="llama.cpp (llama-cpp-python) or openvino (openvino-genai).")],
     peer_python: Annotated[Path, typer.Option(help="The Python of the environment that the peer is installed in.")],
     only: Annotated[str | None, typer.Option(help="Only work whose name contains this.")] = None,

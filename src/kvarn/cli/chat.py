@@ -13,6 +13,7 @@ from kvarn.cli.options import (
     MaxModelLen,
     MaxTokens,
     MinP,
+    ModelArgument,
     PackedCacheBytes,
     Seed,
     Temperature,
@@ -37,9 +38,7 @@ In the conversation:
 
 
 def command(
-    model: Annotated[
-        str, typer.Argument(help="A name from `kvarn models`, a .gguf file, or a folder.")
-    ] = DEFAULT_MODEL,
+    model: ModelArgument = DEFAULT_MODEL,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     max_tokens: MaxTokens = 1024,
     temperature: Temperature = 0.7,

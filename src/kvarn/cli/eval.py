@@ -9,7 +9,13 @@ from typing import Annotated
 
 import typer
 
+from kvarn.cli.options import ModelArgument, Threads
+
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure a model's quality.")
+
+Text = Annotated[Path, typer.Option("--text", help="A UTF-8 text file.", exists=True, dir_okay=False)]
+Context = Annotated[int, typer.Option(help="Tokens in a chunk; the second half of each is scored.")]
+ChunkCount = Annotated[int | None, typer.Option(help="Only the first so many chunks.", min=1)]
 
 PERPLEXITY_EPILOG = """\b
 Examples:
@@ -33,13 +39,13 @@ def root() -> None:
 
 @app.command("perplexity", epilog=PERPLEXITY_EPILOG)
 def perplexity_command(
-    model: Annotated[str, typer.Argument(help="A name from `kvarn models`, a .gguf file, or a folder.")],
-    text: Annotated[Path, typer.Option("--text", help="A UTF-8 text file.", exists=True, dir_okay=False)],
-    context: Annotated[int, typer.Option(help="Tokens in a chunk; the second half of each is scored.")] = 512,
-    chunks: Annotated[int | None, typer.Option(help="Only the first so many chunks.", min=1)] = None,
+    model: ModelArgument,
+    text: Text,
+    context: Context = 512,
+    chunks: ChunkCount = None,
     backend: Annotated[str, typer.Option(help="cpu, or reference (plain NumPy, slow, exact weights).")] = "cpu",
     kv_dtype: Annotated[str, typer.Option(help="KV cache type: float16, float32 or int8.")] = "float16",
-    threads: Annotated[int, typer.Option(help="Compute threads; 0: one for each physical core.")] = 0,
+    threads: Threads = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Perplexity of a text: how well the model predicts it (lower is better).
@@ -85,14 +91,14 @@ def perplexity_command(
 
 @app.command("kv-cache", epilog=KV_CACHE_EPILOG)
 def kv_cache_command(
-    model: Annotated[str, typer.Argument(help="A name from `kvarn models`, a .gguf file, or a folder.")],
-    text: Annotated[Path, typer.Option("--text", help="A UTF-8 text file.", exists=True, dir_okay=False)],
-    context: Annotated[int, typer.Option(help="Tokens in a chunk; the second half of each is scored.")] = 512,
-    chunks: Annotated[int | None, typer.Option(help="Only the first so many chunks.", min=1)] = None,
+    model: ModelArgument,
+    text: Text,
+    context: Context = 512,
+    chunks: ChunkCount = None,
     backend: Annotated[
         str, typer.Option(help="cpu, or reference: slow, but without int8 activations, whose noise hides small losses.")
     ] = "cpu",
-    threads: Annotated[int, typer.Option(help="Compute threads; 0: one for each physical core.")] = 0,
+    threads: Threads = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """What a smaller KV cache costs: each cache type against float32, over a text.

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 
+ModelArgument = Annotated[str, typer.Argument(help="A name from `kvarn models`, a .gguf file, or a folder.")]
 MaxTokens = Annotated[int, typer.Option("--max-tokens", "-n", help="Most tokens to generate.")]
 Temperature = Annotated[float, typer.Option(help="0: always the most likely token.")]
 TopP = Annotated[float, typer.Option(help="Sample from the smallest set of tokens with this probability.")]

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from kvarn.cli.options import Threads
+from kvarn.cli.options import ModelArgument, Threads
 
 EPILOG = """\b
 Examples:
@@ -20,7 +20,7 @@ Examples:
 
 
 def command(
-    model: Annotated[str, typer.Argument(help="A name from `kvarn models`, a .gguf file, or a folder.")],
+    model: ModelArgument,
     prefill: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 512,
     batch: Annotated[int, typer.Option(help="Sequences of the batched decode.")] = 16,
     depth: Annotated[
