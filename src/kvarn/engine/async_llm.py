@@ -10,23 +10,19 @@ from types import TracebackType
 from typing import Self
 
 from kvarn.config import EngineConfig
-from kvarn.engine.events import EngineStats, Event, RequestFailed, merge_outputs
+from kvarn.engine.events import Event, RequestFailed, merge_outputs
+from kvarn.engine.front import EngineFront
 from kvarn.engine.load import LoadedEngine, load_engine
 from kvarn.engine.loop import EngineLoop
-from kvarn.models import ModelConfig
 from kvarn.request import Request, RequestOutput
-from kvarn.text import Tokenizer
 
 
-class AsyncLLM:
+class AsyncLLM(EngineFront):
     """A loaded model that answers `Request`s as streams. Close it when done."""
 
     def __init__(self, engine: LoadedEngine) -> None:
         """Starts the engine's thread. engine: owned from now on."""
-        self._engine = engine
-        self._loop = EngineLoop(engine.core, max_num_queued_requests=engine.config.scheduler.max_num_queued_requests)
-        self._closer = weakref.finalize(self, self._loop.close)
-        """Closes the engine when nobody holds this object any more, and at the interpreter's exit."""
+        super().__init__(engine)
         self._mailboxes: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Mailbox] = weakref.WeakKeyDictionary()
         self._lock = threading.Lock()
 
@@ -37,31 +33,6 @@ class AsyncLLM:
         Raises ModelFileError, UnsupportedModelError, PullError, ConfigError, CapacityError.
         """
         return cls(load_engine(name_or_path, config or EngineConfig()))
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        """The model's tokenizer."""
-        return self._engine.tokenizer
-
-    @property
-    def model_name(self) -> str:
-        """A name for the model: the catalogued one, or the file's or folder's."""
-        return self._engine.name
-
-    @property
-    def model_config(self) -> ModelConfig:
-        """Sizes and ids of the model."""
-        return self._engine.model_config
-
-    @property
-    def config(self) -> EngineConfig:
-        """The engine's settings."""
-        return self._engine.config
-
-    @property
-    def max_model_len(self) -> int:
-        """Most tokens of one sequence, prompt and output together."""
-        return self._engine.max_model_len
 
     @property
     def is_running(self) -> bool:
@@ -84,10 +55,6 @@ class AsyncLLM:
     async def abort(self, request_id: str) -> None:
         """Ends a request before the next step; its stream gets a last output with FinishReason.ABORT."""
         self._loop.abort(request_id)
-
-    def stats(self) -> EngineStats:
-        """A snapshot of the engine."""
-        return self._loop.stats()
 
     async def close(self) -> None:
         """Ends the engine: requests in flight fail with EngineError, memory is released. Idempotent."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import queue
-import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,13 +12,11 @@ from types import TracebackType
 from typing import Any, Self
 
 from kvarn.config import CacheConfig, EngineConfig, SchedulerConfig
-from kvarn.engine.events import EngineStats, Event, RequestFailed, merge_outputs
-from kvarn.engine.load import LoadedEngine, LoadTimes, load_engine
-from kvarn.engine.loop import EngineLoop
+from kvarn.engine.events import Event, RequestFailed, merge_outputs
+from kvarn.engine.front import EngineFront
+from kvarn.engine.load import LoadedEngine, load_engine
 from kvarn.errors import ConfigError, RequestError
-from kvarn.models import ModelConfig
 from kvarn.request import FinishReason, Request, RequestOutput, SamplingParams, TokenLogprob
-from kvarn.text import Tokenizer
 
 Prompt = str | Sequence[int]
 
@@ -60,7 +57,7 @@ class Completion:
         return self.choices[0].finish_reason
 
 
-class LLM:
+class LLM(EngineFront):
     """A loaded model. A context manager; close it when done.
 
     with LLM("smollm2-135m-instruct", max_num_seqs=16) as llm:
@@ -85,41 +82,8 @@ class LLM:
         return llm
 
     def _start(self, engine: LoadedEngine) -> None:
-        self._engine = engine
-        self._max_queued = engine.config.scheduler.max_num_queued_requests
-        self._loop = EngineLoop(engine.core, max_num_queued_requests=self._max_queued)
-        self._closer = weakref.finalize(self, self._loop.close)
-        """Closes the engine when nobody holds this object any more, and at the interpreter's exit."""
+        super().__init__(engine)
         self._numbers = itertools.count()
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        """The model's tokenizer."""
-        return self._engine.tokenizer
-
-    @property
-    def model_name(self) -> str:
-        """A name for the model: the catalogued one, or the file's or folder's."""
-        return self._engine.name
-
-    @property
-    def model_config(self) -> ModelConfig:
-        """Sizes and ids of the model."""
-        return self._engine.model_config
-
-    @property
-    def max_model_len(self) -> int:
-        """Most tokens of one sequence, prompt and output together."""
-        return self._engine.max_model_len
-
-    @property
-    def load_times(self) -> LoadTimes | None:
-        """What loading took, by its parts; None where the engine was put together by hand."""
-        return self._engine.load_times
-
-    def stats(self) -> EngineStats:
-        """A snapshot of the engine."""
-        return self._loop.stats()
 
     def generate(
         self,
@@ -182,7 +146,7 @@ class LLM:
         waiting, inbox, unfinished = deque(requests), _Inbox(), set[str]()
         try:
             while waiting or unfinished:
-                while waiting and len(unfinished) < self._max_queued:
+                while waiting and len(unfinished) < self.config.scheduler.max_num_queued_requests:
                     request = waiting.popleft()
                     unfinished.add(request.request_id)
                     self._loop.submit(request, inbox)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from importlib.resources import files
 from typing import Any
 
@@ -38,6 +38,9 @@ PAGE_HEADERS = {
     "Cache-Control": "no-cache",
 }
 DEFAULT_MAX_BODY_BYTES = 8 << 20
+
+_Understood = tuple[ChatAnswer | CompletionAnswer, bool]
+"""An answer to be, and whether it is streamed."""
 
 
 def create_app(
@@ -92,39 +95,42 @@ def _add_service_routes(app: FastAPI, state: ServerState) -> None:
 
 
 def _add_generation_routes(app: FastAPI, state: ServerState) -> None:
+    async def answer(request: Request, understand: Callable[[AsyncLLM, bytes], _Understood]) -> Response:
+        llm = state.ready()
+        data = await read_body(request, state.max_body_bytes)
+        return await _answered(request, *await state.in_thread(lambda: understand(llm, data)))
+
+    def chat(llm: AsyncLLM, data: bytes) -> _Understood:
+        body = parse(ChatCompletionRequest, data)
+        name = state.check_model(body.model)
+        generation = _generation(llm, state.prompts.chat(body), body, "chatcmpl")
+        return ChatAnswer(body, generation, llm.tokenizer, name), bool(body.stream)
+
+    def completion(llm: AsyncLLM, data: bytes) -> _Understood:
+        body = parse(CompletionRequest, data)
+        name = state.check_model(body.model)
+        generation = _generation(llm, state.prompts.completion(body), body, "cmpl")
+        return CompletionAnswer(body, generation, llm.tokenizer, name), bool(body.stream)
+
     @app.post("/v1/chat/completions", openapi_extra=_documented(ChatCompletionRequest))
     async def chat_completions(request: Request) -> Response:
         """An answer to a conversation, whole or as a stream of server-sent events."""
-        llm = state.ready()
-        data = await read_body(request, state.max_body_bytes)
-
-        def understood() -> tuple[ChatAnswer, bool]:
-            body = parse(ChatCompletionRequest, data)
-            name = state.check_model(body.model)
-            try:
-                generation = Generation(llm, state.prompts.chat(body), body.to_sampling(), new_id("chatcmpl"))
-            except RequestError as error:
-                raise body.refusal(error) from None
-            return ChatAnswer(body, generation, llm.tokenizer, name), bool(body.stream)
-
-        return await _answered(request, *await state.in_thread(understood))
+        return await answer(request, chat)
 
     @app.post("/v1/completions", openapi_extra=_documented(CompletionRequest))
     async def text_completions(request: Request) -> Response:
         """The continuation of one or several texts, whole or as a stream of server-sent events."""
-        llm = state.ready()
-        data = await read_body(request, state.max_body_bytes)
+        return await answer(request, completion)
 
-        def understood() -> tuple[CompletionAnswer, bool]:
-            body = parse(CompletionRequest, data)
-            name = state.check_model(body.model)
-            try:
-                generation = Generation(llm, state.prompts.completion(body), body.to_sampling(), new_id("cmpl"))
-            except RequestError as error:
-                raise body.refusal(error) from None
-            return CompletionAnswer(body, generation, llm.tokenizer, name), bool(body.stream)
 
-        return await _answered(request, *await state.in_thread(understood))
+def _generation(
+    llm: AsyncLLM, prompts: Iterator[Sequence[int]], body: ChatCompletionRequest | CompletionRequest, kind: str
+) -> Generation:
+    """What the body asks for. Raises ApiError, parameters named as the client spelt them."""
+    try:
+        return Generation(llm, prompts, body.to_sampling(), new_id(kind))
+    except RequestError as error:
+        raise body.refusal(error) from None
 
 
 async def _answered(request: Request, answer: ChatAnswer | CompletionAnswer, stream: bool) -> Response:
