@@ -2,65 +2,30 @@
 
 import asyncio
 import gc
-import math
 import threading
 import time
 
 import pytest
-from tiny_engine import Wrapper, handmade_engine, request, text_of, tokens_of
+from gated_engine import Broken, gated_llm
+from tiny_engine import request, text_of, tokens_of
 
-from kvarn.engine import AsyncLLM
 from kvarn.errors import EngineError, QueueFullError, RequestError
 from kvarn.request import FinishReason
 
 TIMEOUT = 30
 
 
-class Gate(Wrapper):
-    """An executable that runs as many steps as it is let, and fails when told to."""
-
-    def __init__(self, inner) -> None:
-        super().__init__(inner)
-        self._changed = threading.Condition()
-        self._allowed = math.inf
-        self.steps = 0
-        self.failures = 0
-        self.error: type[BaseException] = RuntimeError
-
-    def allow(self, steps=math.inf):
-        """So many steps from the first on; one more waits."""
-        with self._changed:
-            self._allowed = steps
-            self._changed.notify_all()
-
-    def hold(self):
-        """No step begins from now on."""
-        self.allow(0)
-
-    def execute(self, batch, outputs=()):
-        with self._changed:
-            assert self._changed.wait_for(lambda: self.steps < self._allowed, TIMEOUT)
-            self.steps += 1
-        if self.failures:
-            self.failures -= 1
-            raise self.error("the kernel is broken")
-        return self.inner.execute(batch, outputs)
-
-
 def with_llm(test, **settings):
-    """Runs `test(llm, gate)` in an event loop with an engine that is closed afterwards."""
-    gates = []
-
-    def wrap(executable):
-        gates.append(Gate(executable))
-        return gates[0]
+    """Runs `test(llm, gate)` in an event loop with an engine that is closed afterwards. The gate is open."""
 
     async def main():
-        async with AsyncLLM(handmade_engine(wrap_executable=wrap, **settings)) as llm:
-            await asyncio.wait_for(test(llm, gates[0]), TIMEOUT)
-            gates[0].allow()
+        async with llm:
+            await asyncio.wait_for(test(llm, gate), TIMEOUT)
+            gate.open()
 
-    asyncio.run(main())
+    with gated_llm(wrap=Broken, **settings) as (llm, gate):
+        gate.open()
+        asyncio.run(main())
 
 
 async def until(condition):
@@ -121,9 +86,9 @@ def test_a_reader_who_leaves_frees_the_blocks_within_a_step(way):
                 await task
         await until(task.done)
         gc.collect()
-        steps = gate.steps
+        steps = gate.begun
         await until(lambda: all_free(llm))
-        assert gate.steps <= steps + 2, "the step it was in, and at most the next"
+        assert gate.begun <= steps + 2, "the step it was in, and at most the next"
         if way == "abort":
             assert task.result()[-1].outputs[0].finish_reason is FinishReason.ABORT
         assert len(tokens_of(await read(llm.generate(request("a", "again"))))) == 8, "the id is free again"
@@ -192,7 +157,7 @@ def test_wrong_requests_and_a_full_queue_are_refused_before_a_stream_exists():
         with pytest.raises(RequestError, match="'1' is in use") as caught:
             llm.generate(request("1", "x"))
         assert caught.value.field == "request_id"
-        gate.allow()
+        gate.open()
         assert len(tokens_of(await read(running))) > 8
         for stream in queued:
             assert len(tokens_of(await read(stream))) == 8
@@ -204,7 +169,7 @@ def test_wrong_requests_and_a_full_queue_are_refused_before_a_stream_exists():
 def test_a_failed_step_fails_what_is_in_flight_and_the_engine_goes_on(caplog):
     async def test(llm, gate):
         expected = tokens_of(await read(llm.generate(request("before", "hello"))))
-        gate.failures = 1
+        gate.inner.failures = 1
         results = await asyncio.gather(
             *(read(llm.generate(request(str(i), "hello"))) for i in range(3)), return_exceptions=True
         )
@@ -225,7 +190,7 @@ def test_a_failed_step_fails_what_is_in_flight_and_the_engine_goes_on(caplog):
 @pytest.mark.parametrize("error", [RuntimeError, SystemExit])
 def test_an_engine_that_cannot_go_on_refuses_clearly(error):
     async def test(llm, gate):
-        gate.failures, gate.error = 10, error
+        gate.inner.failures, gate.inner.error = 10, error
         with pytest.raises(EngineError, match=r"the engine stopped.*error id"):
             await read(llm.generate(request("a", "hello")))
         await until(lambda: not llm.is_running)
@@ -237,12 +202,13 @@ def test_an_engine_that_cannot_go_on_refuses_clearly(error):
 
 def test_close_fails_what_runs_and_is_idempotent():
     async def test(llm, gate):
-        gate.allow(5)
+        gate.hold()
         stream = llm.generate(request("a", "hello", max_tokens=400))
+        gate.stand_in_step(5)
         await anext(stream)
         closing = asyncio.create_task(llm.close())
         await until(lambda: llm._loop._closing)
-        gate.allow()
+        gate.open()
         await closing
         await llm.close()
         with pytest.raises(EngineError, match="the engine was closed"):
@@ -255,21 +221,12 @@ def test_close_fails_what_runs_and_is_idempotent():
 
 
 def test_a_closed_event_loop_frees_its_requests_and_another_can_go_on():
-    gates, kept = [], []
-
-    def wrap(executable):
-        gates.append(Gate(executable))
-        return gates[0]
-
-    llm = AsyncLLM(handmade_engine(wrap_executable=wrap))
-    gates[0].allow(5)
+    kept = []
 
     async def leave():
         kept.append(llm.generate(request("left", "hello", max_tokens=400)))
+        gate.stand_in_step(5)
         await anext(kept[0])
-
-    asyncio.run(leave())
-    gates[0].allow()
 
     async def go_on():
         await until(lambda: all_free(llm))
@@ -277,7 +234,10 @@ def test_a_closed_event_loop_frees_its_requests_and_another_can_go_on():
         assert len(tokens_of(await read(llm.generate(request("next", "hello"))))) == 8
         await llm.close()
 
-    asyncio.run(go_on())
+    with gated_llm() as (llm, gate):
+        asyncio.run(leave())
+        gate.open()
+        asyncio.run(go_on())
 
 
 def test_clients_that_come_and_go_at_random_leave_nothing_behind():

@@ -1,16 +1,12 @@
 """Whatever a client sends, it gets an answer in OpenAI's shape that names the field; never a 5xx."""
 
-import asyncio
 import json
 import threading
 
 import httpx
 import pytest
-from gated_engine import PATIENCE, gated_llm
+from gated_engine import PATIENCE, Broken, gated_llm
 from live_server import posted, serving, wait_until
-from tiny_engine import Wrapper, handmade_engine
-
-from kvarn.engine import AsyncLLM
 
 HELLO = [{"role": "user", "content": "hi"}]
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -198,59 +194,29 @@ def test_while_the_model_loads():
         assert httpx.get(url + "/").status_code == 200
 
 
-class Broken(Wrapper):
-    """An executable that fails as often as it is told to."""
-
-    failures = 0
-
-    def execute(self, batch, outputs=()):
-        if self.failures:
-            self.failures -= 1
-            raise RuntimeError("secret detail")
-        return self.inner.execute(batch, outputs)
-
-
 def test_an_engine_that_fails_is_a_500_with_an_id_and_goes_on():
-    broken = []
-
-    def wrap(executable):
-        broken.append(Broken(executable))
-        return broken[0]
-
-    llm = AsyncLLM(handmade_engine(wrap_executable=wrap))
-    try:
-        with serving(llm) as url:
-            assert httpx.post(url + COMPLETIONS, json={"prompt": "a"}).status_code == 200
-            broken[0].failures = 1
-            response = httpx.post(url + COMPLETIONS, json={"prompt": "a"})
-            check_shape(response, 500)
-            assert "secret" not in response.text
-            broken[0].failures = 1
-            with httpx.stream("POST", url + COMPLETIONS, json={"prompt": "a", "stream": True}) as stream:
-                stream.read()
-                assert stream.status_code == 500
-            assert httpx.post(url + COMPLETIONS, json={"prompt": "a"}).status_code == 200
-    finally:
-        asyncio.run(llm.close())
+    with gated_llm(wrap=Broken) as (llm, gate), serving(llm) as url:
+        gate.open()
+        assert httpx.post(url + COMPLETIONS, json={"prompt": "a"}).status_code == 200
+        gate.inner.failures = 1
+        response = httpx.post(url + COMPLETIONS, json={"prompt": "a"})
+        check_shape(response, 500)
+        assert "secret" not in response.text
+        gate.inner.failures = 1
+        with httpx.stream("POST", url + COMPLETIONS, json={"prompt": "a", "stream": True}) as stream:
+            stream.read()
+            assert stream.status_code == 500
+        assert httpx.post(url + COMPLETIONS, json={"prompt": "a"}).status_code == 200
 
 
 def test_an_engine_that_cannot_go_on_is_a_503():
-    broken = []
-
-    def wrap(executable):
-        broken.append(Broken(executable))
-        return broken[0]
-
-    llm = AsyncLLM(handmade_engine(wrap_executable=wrap))
-    try:
-        with serving(llm) as url:
-            broken[0].failures = 1000
-            check_shape(httpx.post(url + COMPLETIONS, json={"prompt": "a"}), 500)
-            wait_until(lambda: not llm.is_running)
-            check_shape(httpx.post(url + COMPLETIONS, json={"prompt": "a"}), 503)
-            check_shape(httpx.get(url + "/health"), 503)
-    finally:
-        asyncio.run(llm.close())
+    with gated_llm(wrap=Broken) as (llm, gate), serving(llm) as url:
+        gate.open()
+        gate.inner.failures = 1000
+        check_shape(httpx.post(url + COMPLETIONS, json={"prompt": "a"}), 500)
+        wait_until(lambda: not llm.is_running)
+        check_shape(httpx.post(url + COMPLETIONS, json={"prompt": "a"}), 503)
+        check_shape(httpx.get(url + "/health"), 503)
 
 
 def test_a_failure_in_the_middle_of_a_stream_is_told_in_the_stream():

@@ -49,11 +49,29 @@ class Gate(Wrapper):
             self._allowed = self._begun
             self._changed.notify_all()
 
+    def hold(self) -> None:
+        """Lets no step begin from now on; the one in which the engine is goes on."""
+        with self._changed:
+            self._open, self._allowed = False, self._begun
+
     def open(self) -> None:
         """Lets all steps pass from now on."""
         with self._changed:
             self._open = True
             self._changed.notify_all()
+
+
+class Broken(Wrapper):
+    """An executable that fails as often as it is told to."""
+
+    failures = 0
+    error: type[BaseException] = RuntimeError
+
+    def execute(self, batch, outputs=()):
+        if self.failures:
+            self.failures -= 1
+            raise self.error("secret detail: the kernel is broken")
+        return self.inner.execute(batch, outputs)
 
 
 @contextlib.contextmanager
