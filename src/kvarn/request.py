@@ -132,6 +132,10 @@ class Request:
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams = SamplingParams()
     priority: int = 0
+    tenant: str = ""
+    """Whose request it is: what fairness is between. Never in a log."""
+    cache_salt: str = ""
+    """With `tenant`, which cached prefixes it may use: only those computed under the same two."""
 
 
 @dataclass(frozen=True, slots=True)

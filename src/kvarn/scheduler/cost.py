@@ -1,0 +1,36 @@
+"""What a step costs: the record that a prediction is made from, and the protocol of whoever predicts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol, Self
+
+from kvarn.step import SchedulerOutput
+
+
+@dataclass(frozen=True, slots=True)
+class StepShape:
+    """What of a step decides how long it takes."""
+
+    num_tokens: int
+    """Rows that go through the linears."""
+    num_sequences: int
+    num_sampled: int
+    """Rows that go through the output layer and the sampler."""
+    num_attended: int
+    """Keys that the queries look at: for each token its position + 1, summed."""
+
+    @classmethod
+    def of(cls, scheduled: SchedulerOutput) -> Self:
+        """The shape of a step that was decided."""
+        parts = scheduled.sequences
+        attended = sum(len(p.token_ids) * (p.start + p.end + 1) // 2 for p in parts)
+        return cls(scheduled.num_tokens, len(parts), sum(p.sample for p in parts), attended)
+
+
+class StepCost(Protocol):
+    """Predicts how long a step takes."""
+
+    def seconds(self, shape: StepShape) -> float:
+        """Wall time of a step of that shape, in seconds, above 0."""
+        ...
