@@ -23,7 +23,7 @@ from kvarn.models import Model, ModelConfig, load_model
 from kvarn.program import Program, Rows
 from kvarn.runner import Runner
 from kvarn.sampling import NativeSampler
-from kvarn.scheduler import Scheduler
+from kvarn.scheduler import Scheduler, make_policy
 from kvarn.tensors import TensorSource
 from kvarn.text import Tokenizer, load_tokenizer
 from kvarn.weights import ModelFiles, open_model, packed_cache
@@ -161,7 +161,7 @@ def build_engine(
 
     def new_scheduler() -> Scheduler:
         pool = BlockPool(capacity.num_blocks, cache.block_size)
-        return Scheduler(steps, pool, capacity.max_model_len, eos_token_ids=ends)
+        return Scheduler(steps, pool, capacity.max_model_len, eos_token_ids=ends, policy=make_policy(steps.policy))
 
     sampler = NativeSampler(program.vocab_size)
     runner = Runner(executable, sampler, limits, cache.block_size, logits=program.output)
