@@ -8,7 +8,9 @@
     ├── PullError              a download failed or its checksum is wrong
     ├── TemplateError          a chat template is invalid, refuses the messages, or exceeds its bounds
     ├── RequestError           a request is wrong; `field` names the parameter (HTTP 400)
-    │   └── QueueFullError     the request is fine, the server is full (HTTP 429)
+    │   └── OverloadError      the request is fine, the server has too much to do (HTTP 429; says when to come back)
+    │       ├── QueueFullError     too many requests or tokens wait
+    │       └── DeadlineError      its first token would come too late
     └── EngineError            the engine failed or was shut down while a request ran (HTTP 500/503)
 
 Messages are written for the person who can act on them: what is wrong, where, and what would be right.
@@ -59,8 +61,23 @@ class RequestError(KvarnError):
         super().__init__(message)
 
 
-class QueueFullError(RequestError):
-    """The engine's queue limit is reached; the client may retry later."""
+class OverloadError(RequestError):
+    """The engine has too much to do. reason: one of `REASONS`. retry_after: seconds after which to try again."""
+
+    REASONS = ("queued_requests", "queued_tokens", "ttft_slo")
+
+    def __init__(self, message: str, *, reason: str, retry_after: float = 1.0) -> None:
+        self.reason = reason
+        self.retry_after = retry_after
+        super().__init__(message)
+
+
+class QueueFullError(OverloadError):
+    """One of the queue's limits is reached."""
+
+
+class DeadlineError(OverloadError):
+    """The first token is not to be expected in the time that was asked for."""
 
 
 class EngineError(KvarnError):

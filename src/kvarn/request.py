@@ -136,6 +136,13 @@ class Request:
     """Whose request it is: what fairness is between. Never in a log."""
     cache_salt: str = ""
     """With `tenant`, which cached prefixes it may use: only those computed under the same two."""
+    ttft_slo_ms: float | None = None
+    """Refuse it at once where its first token is not to be expected within this time. None: what the engine's config
+    says."""
+
+    def __post_init__(self) -> None:
+        slo = self.ttft_slo_ms
+        _check(slo is None or 0 < slo < math.inf, "ttft_slo_ms", slo, "above 0")
 
 
 @dataclass(frozen=True, slots=True)

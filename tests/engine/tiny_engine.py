@@ -9,7 +9,7 @@ from kvarn.engine import EngineCore, LoadedEngine, build_engine, make_backend
 from kvarn.request import Request, RequestOutput, SamplingParams
 from kvarn.runner import Runner
 from kvarn.sampling import NativeSampler
-from kvarn.scheduler import Scheduler
+from kvarn.scheduler import MeasuredCost, make_scheduler
 from kvarn.step import SampledToken
 from kvarn.tensors import DType
 from kvarn.testing import byte_tokenizer, tiny_model
@@ -89,15 +89,18 @@ def handmade_engine(
     dtype="float16",
     threads=1,
     tokenizer=None,
+    cost=None,
+    **scheduling,
 ) -> LoadedEngine:
-    """An engine put together part by part, so that a test can get between them."""
+    """An engine put together part by part, so that a test can get between them. scheduling: of `SchedulerConfig`."""
     model = shared_model(family, 0, stored)
     config = EngineConfig(
         max_model_len=max_model_len,
         backend=backend,
         cache=CacheConfig(block_size=block_size, num_blocks=num_blocks, dtype=dtype),
-        scheduler=SchedulerConfig(max_num_seqs, max_num_batched_tokens, max_num_queued_requests),
+        scheduler=SchedulerConfig(max_num_seqs, max_num_batched_tokens, max_num_queued_requests, **scheduling),
     )
+    cost = cost or MeasuredCost()
     limits = StepLimits(max_num_batched_tokens, max_num_seqs, max_model_len)
     executable = make_backend(backend, threads).load(
         model.program, model.weights, KvCacheSpec(num_blocks, block_size, dtype), limits
@@ -106,10 +109,11 @@ def handmade_engine(
     runner = Runner(wrap_executable(executable), sampler, limits, block_size)
 
     def new_scheduler():
-        return Scheduler(config.scheduler, BlockPool(num_blocks, block_size), max_model_len, eos_token_ids=(EOS,))
+        pool = BlockPool(num_blocks, block_size)
+        return make_scheduler(config.scheduler, pool, max_model_len, cost, eos_token_ids=(EOS,))
 
     tokenizer = tokenizer or byte_tokenizer()
-    core = EngineCore(runner, new_scheduler, tokenizer, model.program.vocab_size)
+    core = EngineCore(runner, new_scheduler, tokenizer, model.program.vocab_size, on_step=cost.observe)
     return LoadedEngine(core, "handmade", tokenizer, model.config, max_model_len, config)
 
 

@@ -94,7 +94,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             priority *= self.policy is PriorityClasses
             sequences = self.scheduler.add(Request(str(self.number), prompt, sampling, priority, tenant))
         except QueueFullError:
-            assert self.scheduler.num_queued == self.queue
+            assert self.scheduler.backlog.requests == self.queue
         except RequestError:
             limit = min(60, self.pool.num_blocks * BLOCK)
             assert length == 0 or length >= limit or length + max(max_tokens or 0, min_tokens) > limit

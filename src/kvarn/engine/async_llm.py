@@ -48,7 +48,8 @@ class AsyncLLM(EngineFront):
 
         The request is queued when this returns, whether or not the stream is read; it is aborted within a step when
         the stream is closed, when a task that waits on it is cancelled, or when nobody holds the stream any more.
-        Must be called in a running event loop. Raises RequestError, QueueFullError, EngineError at once.
+        Must be called in a running event loop. Raises RequestError, QueueFullError, EngineError at
+        once; a DeadlineError comes from the stream.
         """
         return RequestStream(self, self._loop, self._mailbox(asyncio.get_running_loop()), request)
 

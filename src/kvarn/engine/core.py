@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import secrets
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ from kvarn.engine.output import RequestText
 from kvarn.errors import EngineError, RequestError
 from kvarn.request import FinishReason, Request, RequestOutput, SequenceOutput
 from kvarn.runner import Runner
-from kvarn.scheduler import Scheduler, Sequence
+from kvarn.scheduler import Scheduler, Sequence, StepShape
 from kvarn.step import SampledToken
 from kvarn.text import Tokenizer
 
@@ -43,13 +44,16 @@ class EngineCore:
         tokenizer: Tokenizer,
         vocab_size: int,
         *,
+        on_step: Callable[[StepShape, float], None] = lambda _shape, _seconds: None,
         on_close: Callable[[], None] = lambda: None,
     ) -> None:
         """new_scheduler: makes an empty scheduler over the runner's blocks. vocab_size: width of the logits.
 
+        on_step: told of each step that succeeded and how many seconds it took, scheduling and texts included.
         on_close: called after the runner is closed (the model's files, from which a back-end may still read).
         """
         self._runner = runner
+        self._on_step = on_step
         self._on_close = on_close
         self._new_scheduler = new_scheduler
         self._scheduler = new_scheduler()
@@ -74,7 +78,7 @@ class EngineCore:
                 raise RequestError(f"{field}: token ids are 0 to {self._vocab_size - 1}, not {wrong}", field=field)
 
     def add(self, request: Request) -> None:
-        """Queues a request. Without a seed it gets one at random. Raises RequestError, QueueFullError."""
+        """Queues a request. Without a seed it gets one at random. Raises RequestError, OverloadError."""
         self.check(request)
         sequences = self._scheduler.add(request, seed=secrets.randbits(63))
         try:
@@ -98,6 +102,7 @@ class EngineCore:
 
         Raises what the runner raises: then nothing is known of the state, and only `reset` and `close` may follow.
         """
+        started = time.perf_counter()
         scheduled = self._scheduler.schedule()
         result = self._runner.execute(scheduled)
         sampled = self._scheduler.update(scheduled, result)
@@ -117,7 +122,9 @@ class EngineCore:
             parts.setdefault(request_id, []).append(output)
             if output.finish_reason is FinishReason.STOP:
                 self._scheduler.finish(sequence.sequence_id, FinishReason.STOP, output.stop_reason)
-        return failed + [self._message(i, tuple(outputs)) for i, outputs in parts.items() if i in self._texts]
+        events = failed + [self._message(i, tuple(outputs)) for i, outputs in parts.items() if i in self._texts]
+        self._on_step(StepShape.of(scheduled), time.perf_counter() - started)
+        return events
 
     def stats(self) -> EngineStats:
         """A snapshot."""
@@ -125,7 +132,8 @@ class EngineCore:
         return EngineStats(
             running=scheduler.num_running,
             waiting=scheduler.num_waiting,
-            queued=scheduler.num_queued,
+            queued=scheduler.backlog.requests,
+            queued_tokens=scheduler.backlog.prompt_tokens,
             num_blocks=scheduler.num_blocks,
             free_blocks=scheduler.num_free_blocks,
             steps=counters.steps,

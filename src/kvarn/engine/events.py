@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
-from kvarn.errors import KvarnError
+from kvarn.errors import KvarnError, OverloadError
 from kvarn.request import RequestOutput, SequenceOutput
 
 
@@ -29,7 +29,8 @@ class EngineStats:
     waiting: int = 0
     """Sequences that do not: new or preempted."""
     queued: int = 0
-    """Requests of which nothing has been computed; the queue limit counts these."""
+    """Requests of which nothing has been computed; the queue's limits count these and their prompts' tokens."""
+    queued_tokens: int = 0
     num_blocks: int = 0
     free_blocks: int = 0
     steps: int = 0
@@ -38,6 +39,8 @@ class EngineStats:
     generated_tokens: int = 0
     preemptions: int = 0
     failed_steps: int = 0
+    rejections: Mapping[str, int] = field(default_factory=lambda: dict.fromkeys(OverloadError.REASONS, 0))
+    """Requests that were refused because there was too much to do, by `OverloadError.reason`."""
 
 
 def merge_outputs(outputs: Sequence[RequestOutput]) -> RequestOutput:

@@ -18,7 +18,7 @@ class EngineFront:
     def __init__(self, engine: LoadedEngine) -> None:
         """Starts the engine's thread. engine: owned from now on."""
         self._engine = engine
-        self._loop = EngineLoop(engine.core, max_num_queued_requests=engine.config.scheduler.max_num_queued_requests)
+        self._loop = EngineLoop(engine.core, engine.config.scheduler)
         self._closer = weakref.finalize(self, self._loop.close)
         """Closes the engine when nobody holds this object any more, and at the interpreter's exit."""
 

@@ -143,23 +143,31 @@ class LLM(EngineFront):
 
     def _run(self, requests: Iterable[Request]) -> Iterator[RequestOutput]:
         """Outputs of all requests as they come. No more are submitted at a time than the engine's queue takes."""
-        waiting, inbox, unfinished = deque(requests), _Inbox(), set[str]()
+        waiting, inbox, unfinished = deque(requests), _Inbox(), dict[str, int]()
         try:
             while waiting or unfinished:
-                while waiting and len(unfinished) < self.config.scheduler.max_num_queued_requests:
+                while waiting and self._fits(waiting[0], unfinished):
                     request = waiting.popleft()
-                    unfinished.add(request.request_id)
+                    unfinished[request.request_id] = len(request.prompt_token_ids)
                     self._loop.submit(request, inbox)
                 for event in inbox.get():
                     if isinstance(event, RequestFailed):
-                        unfinished.discard(event.request_id)
+                        unfinished.pop(event.request_id, None)
                         raise event.error
                     if event.finished:
-                        unfinished.discard(event.request_id)
+                        unfinished.pop(event.request_id, None)
                     yield event
         finally:
             for request_id in unfinished:
                 self._loop.abort(request_id)
+
+
+    def _fits(self, request: Request, unfinished: Mapping[str, int]) -> bool:
+        """Whether the queue takes one more, were all unfinished ones in it."""
+        scheduler = self.config.scheduler
+        tokens = sum(unfinished.values()) + len(request.prompt_token_ids)
+        within = scheduler.max_num_queued_tokens is None or tokens <= scheduler.max_num_queued_tokens
+        return not unfinished or (within and len(unfinished) < scheduler.max_num_queued_requests)
 
 
 class _Inbox:

@@ -23,7 +23,7 @@ from kvarn.models import Model, ModelConfig, load_model
 from kvarn.program import Program, Rows
 from kvarn.runner import Runner
 from kvarn.sampling import NativeSampler
-from kvarn.scheduler import Scheduler, make_policy
+from kvarn.scheduler import MeasuredCost, Scheduler, make_scheduler
 from kvarn.tensors import TensorSource
 from kvarn.text import Tokenizer, load_tokenizer
 from kvarn.weights import ModelFiles, open_model, packed_cache
@@ -159,13 +159,15 @@ def build_engine(
     executable = backend.load(program, model.weights, spec, limits)
     ends = dict.fromkeys((*model.config.eos_token_ids, *tokenizer.eos_token_ids))
 
+    cost = MeasuredCost()
+
     def new_scheduler() -> Scheduler:
         pool = BlockPool(capacity.num_blocks, cache.block_size)
-        return Scheduler(steps, pool, capacity.max_model_len, eos_token_ids=ends, policy=make_policy(steps.policy))
+        return make_scheduler(steps, pool, capacity.max_model_len, cost, eos_token_ids=ends)
 
     sampler = NativeSampler(program.vocab_size)
     runner = Runner(executable, sampler, limits, cache.block_size, logits=program.output)
-    core = EngineCore(runner, new_scheduler, tokenizer, program.vocab_size, on_close=on_close)
+    core = EngineCore(runner, new_scheduler, tokenizer, program.vocab_size, on_step=cost.observe, on_close=on_close)
     return LoadedEngine(core, name, tokenizer, model.config, capacity.max_model_len, config)
 
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 import logging
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
+from kvarn.config import SchedulerConfig
 from kvarn.engine.core import EngineCore, new_error_id
 from kvarn.engine.events import EngineStats, Event, RequestFailed
-from kvarn.errors import EngineError, KvarnError, QueueFullError, RequestError
+from kvarn.errors import EngineError, KvarnError, OverloadError, RequestError
 from kvarn.request import Request
+from kvarn.scheduler import Backlog
 
 logger = logging.getLogger(__name__)
 
@@ -41,20 +43,21 @@ class EngineLoop:
     and the core starts anew; where it cannot, the loop refuses all requests from then on.
     """
 
-    def __init__(self, core: EngineCore, *, max_num_queued_requests: int) -> None:
-        """Starts the thread. core: owned from now on.
+    def __init__(self, core: EngineCore, config: SchedulerConfig) -> None:
+        """Starts the thread. core: owned from now on. config: its scheduler's; requests beyond the queue are refused.
 
         The thread is a daemon, so that a script that forgets `close` can end; but it must not be inside native code
         when the interpreter goes away, so whoever makes a loop sees to it that it is closed at exit.
         """
         self._core = core
-        self._max_queued = max_num_queued_requests
+        self._config = config
         # Reentrant: a stream's finalizer may abort at any moment, also in a thread that holds the lock.
         self._wake = threading.Condition(threading.RLock())
         self._commands: deque[Callable[[], None]] = deque()
         self._addresses: dict[str, _Address] = {}
-        self._submitted: set[str] = set()
-        """Ids of requests whose command to add them has not been carried out yet."""
+        self._submitted: dict[str, int] = {}
+        """Requests whose command to add them has not been carried out yet: prompt tokens by id."""
+        self._rejections = Counter(dict.fromkeys(OverloadError.REASONS, 0))
         self._stats = core.stats()
         self._end: EngineError | None = None
         self._closing = False
@@ -73,13 +76,9 @@ class EngineLoop:
                 raise EngineError(str(self._end))
             if request.request_id in self._addresses:
                 raise RequestError(f"request_id {request.request_id!r} is in use", field="request_id")
-            waiting = self._stats.queued + len(self._submitted)
-            if waiting >= self._max_queued:
-                raise QueueFullError(
-                    f"{waiting} requests are waiting, the limit is {self._max_queued}; try again later"
-                )
+            self._check_queue(len(request.prompt_token_ids))
             self._addresses[request.request_id] = _Address(receiver, ticket)
-            self._submitted.add(request.request_id)
+            self._submitted[request.request_id] = len(request.prompt_token_ids)
             self._commands.append(lambda: self._add(request))
             self._wake.notify()
 
@@ -101,8 +100,28 @@ class EngineLoop:
     def stats(self) -> EngineStats:
         """A snapshot as of the last step; `queued` has the requests that came since."""
         with self._wake:
-            stats, submitted = self._stats, len(self._submitted)
-        return dataclasses.replace(stats, queued=stats.queued + submitted, waiting=stats.waiting + submitted)
+            stats, submitted, rejections = self._stats, len(self._submitted), dict(self._rejections)
+            backlog = self._backlog()
+        return dataclasses.replace(
+            stats,
+            queued=backlog.requests,
+            queued_tokens=backlog.prompt_tokens,
+            waiting=stats.waiting + submitted,
+            rejections=rejections,
+        )
+
+    def _backlog(self) -> Backlog:
+        """As of the last step, and what came since. With the lock held."""
+        stats, submitted = self._stats, self._submitted
+        return Backlog(stats.queued + len(submitted), stats.queued_tokens + sum(submitted.values()))
+
+    def _check_queue(self, prompt_tokens: int) -> None:
+        """Raises QueueFullError where the queue is full. With the lock held."""
+        try:
+            self._backlog().check(self._config, prompt_tokens)
+        except OverloadError as error:
+            self._rejections[error.reason] += 1
+            raise
 
     @property
     def failure(self) -> EngineError | None:
@@ -154,9 +173,12 @@ class EngineLoop:
         request_id = request.request_id
         with self._wake:
             # One lock around both, so that the request counts as submitted or as queued at every moment.
-            self._submitted.discard(request_id)
+            self._submitted.pop(request_id, None)
             try:
                 self._core.add(request)
+            except OverloadError as error:
+                self._rejections[error.reason] += 1
+                failed = RequestFailed(request_id, error)
             except KvarnError as error:
                 failed = RequestFailed(request_id, error)
             except Exception:

@@ -1,19 +1,22 @@
 """Decides who computes how many tokens in each step. Standard library only: ids and counts, no arrays.
 
 `Scheduler` is the token-budget loop, `Sequence` one running stream, `Policy` the order in which sequences are served,
-`Budget` the size of a step.
+`Budget` the size of a step, `Forecast` when a newcomer would have its first token. `make_scheduler` puts them together.
 """
 
-from kvarn.scheduler.admission import Limits
+from kvarn.scheduler.admission import Backlog, Limits
 from kvarn.scheduler.budget import Budget, ConstantBudget, ItlBudget
-from kvarn.scheduler.build import make_budget, make_policy
+from kvarn.scheduler.build import make_budget, make_policy, make_scheduler
 from kvarn.scheduler.cost import StepCost, StepShape
 from kvarn.scheduler.fairness import FairShare
+from kvarn.scheduler.forecast import Forecast, QueueForecast
+from kvarn.scheduler.measured import MeasuredCost
 from kvarn.scheduler.policy import FirstComeFirstServed, Policy, PriorityClasses
 from kvarn.scheduler.scheduler import Scheduler
 from kvarn.scheduler.sequence import Sequence
 
 __all__ = [
-    "Budget", "ConstantBudget", "FairShare", "FirstComeFirstServed", "ItlBudget", "Limits", "Policy", "PriorityClasses",
-    "Scheduler", "Sequence", "StepCost", "StepShape", "make_budget", "make_policy",
+    "Backlog", "Budget", "ConstantBudget", "FairShare", "FirstComeFirstServed", "Forecast", "ItlBudget", "Limits",
+    "MeasuredCost", "Policy", "PriorityClasses", "QueueForecast", "Scheduler", "Sequence", "StepCost", "StepShape",
+    "make_budget", "make_policy", "make_scheduler",
 ]  # fmt: skip

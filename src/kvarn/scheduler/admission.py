@@ -1,10 +1,11 @@
-"""What a request may ask for: `Limits` refuses, before anything is allocated, what could never run."""
+"""Who gets in: `Limits` refuses what could never run, `Backlog` what is too much at the moment."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvarn.errors import RequestError
+from kvarn.config import SchedulerConfig
+from kvarn.errors import QueueFullError, RequestError
 from kvarn.request import Request
 
 
@@ -51,3 +52,41 @@ class Limits:
         if wanted is None:
             return self.max_length
         return min(self.max_length, len(request.prompt_token_ids) + wanted)
+
+
+@dataclass(slots=True)
+class Backlog:
+    """The requests of which nothing has been computed yet. Mutable."""
+
+    requests: int = 0
+    prompt_tokens: int = 0
+
+    def check(self, config: SchedulerConfig, prompt_tokens: int) -> None:
+        """Raises QueueFullError, naming the limit, where there is no room for one more of that many prompt tokens.
+
+        Where nothing waits there is room for any prompt, or one longer than the limit could never run.
+        """
+        limit = config.max_num_queued_requests
+        if self.requests >= limit:
+            raise QueueFullError(
+                f"{self.requests} requests are waiting, the limit is {limit} (max_num_queued_requests); "
+                "try again later",
+                reason="queued_requests",
+            )
+        tokens = config.max_num_queued_tokens
+        if tokens is not None and self.requests and self.prompt_tokens + prompt_tokens > tokens:
+            raise QueueFullError(
+                f"{self.prompt_tokens} prompt tokens are waiting, and {prompt_tokens} more would exceed the limit of "
+                f"{tokens} (max_num_queued_tokens); try again later",
+                reason="queued_tokens",
+            )
+
+    def add(self, prompt_tokens: int) -> None:
+        """One more."""
+        self.requests += 1
+        self.prompt_tokens += prompt_tokens
+
+    def remove(self, prompt_tokens: int) -> None:
+        """One of them has been admitted, or has ended."""
+        self.requests -= 1
+        self.prompt_tokens -= prompt_tokens

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
+from kvarn.cache import BlockPool
 from kvarn.config import SchedulerConfig
 from kvarn.scheduler.budget import Budget, ConstantBudget, ItlBudget
 from kvarn.scheduler.cost import StepCost
 from kvarn.scheduler.fairness import FairShare
+from kvarn.scheduler.forecast import QueueForecast
 from kvarn.scheduler.policy import FirstComeFirstServed, Policy, PriorityClasses
+from kvarn.scheduler.scheduler import Scheduler
 
 _POLICIES: dict[str, Callable[[], Policy]] = {
     kind.name: kind for kind in (FirstComeFirstServed, PriorityClasses, FairShare)
@@ -25,3 +28,24 @@ def make_budget(config: SchedulerConfig, cost: StepCost) -> Budget:
     if config.itl_target_ms is None:
         return ConstantBudget(config.max_num_batched_tokens)
     return ItlBudget(config.max_num_batched_tokens, config.itl_target_ms / 1000, cost)
+
+
+def make_scheduler(
+    config: SchedulerConfig,
+    pool: BlockPool,
+    max_model_len: int,
+    cost: StepCost,
+    *,
+    eos_token_ids: Iterable[int] = (),
+) -> Scheduler:
+    """The scheduler that the settings ask for, empty. pool: owned by it. cost: see `make_budget`."""
+    budget = make_budget(config, cost)
+    return Scheduler(
+        config,
+        pool,
+        max_model_len,
+        eos_token_ids=eos_token_ids,
+        policy=make_policy(config.policy),
+        budget=budget,
+        forecast=QueueForecast(budget, cost),
+    )

@@ -61,12 +61,12 @@ class WaitingQueue:
     def ahead(self, sequence: Sequence) -> Iterator[Sequence]:
         """Those of the others that will be admitted before this one, as far as prompts decide it; in no order.
 
-        The sequence must wait itself. Takes O(waiting): it is for arrivals, not for steps. What outputs will be
-        charged is not known and not counted.
+        Whether it waits itself does not matter. Takes O(waiting): it is for arrivals, not for steps. What outputs will
+        be charged is not known and not counted.
         """
         policy = self._policy
         name = policy.lane(sequence)
-        own = self._lanes[name]
+        own = self._lanes.get(name, [])
         own = own[: self._position(own, sequence)]
         yield from own
         mine = (policy.rank(name) + sum(map(policy.price, own)), *policy.place(sequence))

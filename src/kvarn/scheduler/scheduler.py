@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 
 from kvarn.cache import BlockPool, BlockTable, NullPrefixCache, PrefixCache
 from kvarn.config import SchedulerConfig
-from kvarn.errors import QueueFullError, RequestError
+from kvarn.errors import DeadlineError, RequestError
 from kvarn.request import FinishReason, Request
-from kvarn.scheduler.admission import Limits
+from kvarn.scheduler.admission import Backlog, Limits
 from kvarn.scheduler.budget import Budget, ConstantBudget, StepBudget
 from kvarn.scheduler.cost import StepShape
+from kvarn.scheduler.forecast import Crowd, Forecast, NoForecast
 from kvarn.scheduler.policy import FirstComeFirstServed, Policy, order_key
 from kvarn.scheduler.queue import WaitingQueue
 from kvarn.scheduler.sequence import Sequence
@@ -63,11 +64,13 @@ class Scheduler:
         eos_token_ids: Iterable[int] = (),
         policy: Policy | None = None,
         budget: Budget | None = None,
+        forecast: Forecast | None = None,
         prefix_cache: PrefixCache | None = None,
     ) -> None:
         """pool: all blocks of the KV cache, owned from now on. eos_token_ids: the model's own ends of text.
 
-        policy, budget: first come first served, and config.max_num_batched_tokens for every step, unless given.
+        policy, budget, forecast: first come first served, config.max_num_batched_tokens for every step, and no requests
+        refused for their deadlines, unless given.
         """
         self.limits = Limits(max_model_len, pool.num_blocks * pool.block_size)
         self.num_preemptions = 0
@@ -76,13 +79,14 @@ class Scheduler:
         self._eos_token_ids = frozenset(eos_token_ids)
         self.policy = policy or FirstComeFirstServed()
         self._budget = budget or ConstantBudget(config.max_num_batched_tokens)
+        self._forecast = forecast or NoForecast()
         self._prefix_cache = prefix_cache or NullPrefixCache()
         self._running: dict[int, Sequence] = {}
         self._waiting = WaitingQueue(self.policy)
         self._groups: dict[str, _Group] = {}
         self._sequences: dict[int, Sequence] = {}
         self._finished_ids: list[int] = []
-        self._num_queued = 0
+        self.backlog = Backlog()
         self._step = 0
         self._next_sequence_id = itertools.count()
         self._next_arrival = itertools.count()
@@ -96,11 +100,6 @@ class Scheduler:
     def num_waiting(self) -> int:
         """Sequences that do not: new, preempted, or waiting for a prompt they share."""
         return len(self._sequences) - len(self._running)
-
-    @property
-    def num_queued(self) -> int:
-        """Requests of which nothing has been computed yet: what the queue limit counts."""
-        return self._num_queued
 
     @property
     def num_free_blocks(self) -> int:
@@ -120,15 +119,13 @@ class Scheduler:
         """Queues a request; returns its `n` sequences.
 
         seed: used where the request has none. Raises RequestError where the id is in use or the request would not fit
-        alone, QueueFullError where the queue is full.
+        alone, QueueFullError where the queue is full, DeadlineError where its first token would come too late.
         """
         if request.request_id in self._groups:
             raise RequestError(f"request_id {request.request_id!r} is in use", field="request_id")
         self.limits.check(request)
         self.policy.check(request)
-        limit = self._config.max_num_queued_requests
-        if self._num_queued >= limit:
-            raise QueueFullError(f"{self._num_queued} requests are waiting, the limit is {limit}; try again later")
+        self.backlog.check(self._config, len(request.prompt_token_ids))
         sampling, arrival = request.sampling, next(self._next_arrival)
         sequences = [
             Sequence(
@@ -143,10 +140,11 @@ class Scheduler:
             )
             for index in range(sampling.n)
         ]
+        self._check_deadline(sequences[0])
         group = _Group({s.sequence_id: s for s in sequences}, forks=sequences[1:])
         self._groups[request.request_id] = group
         self._sequences.update(group.sequences)
-        self._num_queued += 1
+        self.backlog.add(len(request.prompt_token_ids))
         self._waiting.add(sequences[0])
         return sequences
 
@@ -211,7 +209,34 @@ class Scheduler:
         assert len(forks) + len(self._running) + len(self._waiting) == len(sequences)
         assert len(self._running) <= self._config.max_num_seqs
         assert {i for g in self._groups.values() for i in g.sequences} == set(self._sequences)
-        assert self._num_queued == sum(not g.started for g in self._groups.values())
+        queued = [next(iter(g.sequences.values())).num_prompt_tokens for g in self._groups.values() if not g.started]
+        assert self.backlog == Backlog(len(queued), sum(queued))
+
+    def _check_deadline(self, sequence: Sequence) -> None:
+        """Raises DeadlineError for a sequence that does not wait yet, if it is asked to come in time and will not."""
+        asked = sequence.request.ttft_slo_ms or self._config.ttft_slo_ms
+        if asked is None:
+            return
+        seconds = self._forecast.ttft(sequence, self._crowd(sequence))
+        if seconds * 1000 > asked:
+            raise DeadlineError(
+                f"the first token is to be expected in {seconds * 1000:.0f} ms, later than the {asked:g} ms of its "
+                "deadline (ttft_slo_ms); try again later",
+                reason="ttft_slo",
+                retry_after=seconds - asked / 1000,
+            )
+
+    def _crowd(self, sequence: Sequence) -> Crowd:
+        """What a sequence finds that does not wait yet."""
+        running, key = list(self._running.values()), self._key(sequence)
+        return Crowd(
+            running=running,
+            prompts=[s for s in running if s.num_uncomputed_tokens > 1 and self._key(s) < key],
+            ahead=list(self._waiting.ahead(sequence)),
+            max_num_seqs=self._config.max_num_seqs,
+            free_blocks=self._pool.num_blocks - sum(len(s.table) for s in running),
+            block_size=self._pool.block_size,
+        )
 
     def _key(self, sequence: Sequence) -> tuple[float, ...]:
         return order_key(self.policy, sequence)
@@ -269,7 +294,7 @@ class Scheduler:
         group = self._groups[sequence.request.request_id]
         if not group.started:
             group.started = True
-            self._num_queued -= 1
+            self.backlog.remove(sequence.num_prompt_tokens)
 
     def _put(self, step: _Step, sequence: Sequence, count: int) -> None:
         """Gives the sequence `count` tokens of the step; its blocks are known to be free."""
@@ -379,6 +404,8 @@ class Scheduler:
         if self._running.pop(sequence.sequence_id, None) is None and sequence in self._waiting:
             self._waiting.remove(sequence)
         self._give_up_blocks(sequence)
+        if reason in (FinishReason.STOP, FinishReason.LENGTH):
+            self._forecast.ended(sequence)
         if sequence.announced:
             self._finished_ids.append(sequence.sequence_id)
         del self._sequences[sequence.sequence_id]
@@ -389,7 +416,7 @@ class Scheduler:
         if not group.sequences:
             del self._groups[sequence.request.request_id]
             if not group.started:
-                self._num_queued -= 1
+                self.backlog.remove(sequence.num_prompt_tokens)
 
     def _orphan_forks(self, group: _Group) -> None:
         """The first has ended before it computed the prompt: the others do it themselves."""

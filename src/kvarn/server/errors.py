@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import secrets
 from collections.abc import Mapping
 
@@ -11,7 +12,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
-from kvarn.errors import EngineError, KvarnError, QueueFullError, RequestError, TemplateError
+from kvarn.errors import DeadlineError, EngineError, KvarnError, OverloadError, RequestError, TemplateError
 
 logger = logging.getLogger("kvarn.server")
 RETRY_SECONDS = "1"
@@ -60,8 +61,10 @@ def to_api_error(error: Exception) -> ApiError:
     match error:
         case ApiError():
             return error
-        case QueueFullError():
-            return ApiError(429, str(error), code="queue_full", headers={"Retry-After": RETRY_SECONDS})
+        case DeadlineError():
+            return _overload(error, code="deadline_not_met")
+        case OverloadError():
+            return _overload(error, code="queue_full")
         case RequestError():
             return ApiError(400, str(error), param=error.field, code="invalid_value")
         case TemplateError():
@@ -75,6 +78,10 @@ def to_api_error(error: Exception) -> ApiError:
     identity = secrets.token_hex(8)
     logger.error("unexpected error %s", identity, exc_info=error)
     return ApiError(500, f"internal error {identity}; the server's log says more", code="internal_error")
+
+
+def _overload(error: OverloadError, *, code: str) -> ApiError:
+    return ApiError(429, str(error), code=code, headers={"Retry-After": str(max(1, math.ceil(error.retry_after)))})
 
 
 def install(app: FastAPI) -> None:
