@@ -40,8 +40,11 @@ class FairShare(FirstComeFirstServed):
         return sequence.request.tenant
 
     def rank(self, lane: str) -> float:
-        """The tenant's counter, which is whole, and a half less for one that was lifted and not served since."""
-        return self._counter(lane) - 0.5 * (lane in self._lifted)
+        """The tenant's counter, which is whole, and a half less for one that was lifted and not served since.
+
+        One that is not remembered stands where it would be lifted to.
+        """
+        return self._counter(lane) - 0.5 * (lane in self._lifted or lane not in self._counters)
 
     def open(self, lane: str) -> None:
         """Lifts the counter to the least of those that wait, or to that of the last that did."""
@@ -77,7 +80,6 @@ class FairShare(FirstComeFirstServed):
         return len(self._counters)
 
     def _counter(self, lane: str) -> int:
-        """One that is not remembered stands where it would be lifted to."""
         counter = self._counters.get(lane)
         return self._level() if counter is None else counter
 

@@ -70,13 +70,12 @@ class QueueForecast:
         """See `Forecast`."""
         if not crowd.running and not crowd.ahead:
             return 0.0
-        lengths = [s.num_tokens for s in (*crowd.running, *crowd.ahead)]
-        # Those ahead become decodes one after the other: half of them on average.
-        busy = min(len(crowd.running) + len(crowd.ahead) // 2, crowd.max_num_seqs - 1)
-        decodes = StepShape(busy, busy, busy, sum(lengths) * busy // len(lengths))
         ahead = [s.num_uncomputed_tokens for s in (*crowd.prompts, *crowd.ahead)]
+        # Those ahead become decodes one after the other: half of them on average.
+        busy = min(len(crowd.running) + len(crowd.ahead) // 2, crowd.max_num_seqs)
+        places = self._steps_to_a_place(sequence, crowd) * self._cost.seconds(_decodes(crowd, busy))
+        decodes = _decodes(crowd, min(busy, crowd.max_num_seqs - 1))
         prompts = self._compute(ahead, decodes)
-        places = self._steps_to_a_place(sequence, crowd) * self._cost.seconds(decodes)
         return max(prompts, places) + self._compute([sequence.num_uncomputed_tokens], decodes)
 
     def ended(self, sequence: Sequence) -> None:
@@ -114,3 +113,9 @@ class QueueForecast:
         if not self._num_ended:
             return most
         return min(most, max(1.0, self._mean_output - sequence.num_output_tokens))
+
+
+def _decodes(crowd: Crowd, count: int) -> StepShape:
+    """So many decodes of typical length."""
+    lengths = [s.num_tokens for s in (*crowd.running, *crowd.ahead)]
+    return StepShape(count, count, count, sum(lengths) * count // len(lengths))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 from kvarn.scheduler.cost import StepShape
 
 PRIOR = (2e-3, 1e-3, 1e-4, 1e-7)
-"""Seconds of a step, of a token, of a sampled row and of a key looked at, as long as nothing was measured."""
-PRIOR_WEIGHT = 1e-2
+"""Seconds of a step, of a token, of a sampled row and of a key looked at, as long as nothing was measured; then what
+they are to one another, as long as the measured steps do not say."""
+PRIOR_WEIGHT = 1e-3
 """What the prior counts beside one measured step, for each coefficient."""
 MEMORY = 32
 """Steps of similar size after which one counts a third."""
@@ -21,13 +24,14 @@ _Row = tuple[float, ...]
 class MeasuredCost:
     """seconds = a + b · tokens + c · sampled + d · attended, none of them negative, by weighted least squares.
 
-    Errors count relative to the time, so that short steps matter as much as long ones. Older steps fade, but only
-    behind newer ones of similar size: an hour of decodes does not make it forget what prompts cost. Not thread-safe.
+    Errors count relative to the time that steps of similar size take, so that short steps matter as much as long ones.
+    Older steps fade, but only behind newer ones of similar size: an hour of decodes does not make it forget what
+    prompts cost. Not thread-safe.
     """
 
     def __init__(self) -> None:
         self._bins: dict[int, _Sums] = {}
-        self._coefficients: _Row = PRIOR
+        self._prior = self._coefficients = PRIOR
         self._num_observed = 0
         self._num_new = 0
 
@@ -41,57 +45,76 @@ class MeasuredCost:
         if self._num_new and (self._num_observed <= EAGER or self._num_new >= 8):
             self._coefficients = self._solve()
             self._num_new = 0
-        return max(1e-6, sum(c * x for c, x in zip(self._coefficients, _features(shape), strict=True)))
+        return max(1e-6, _dot(self._coefficients, _features(shape)))
 
     def observe(self, shape: StepShape, seconds: float) -> None:
         """Takes a measured step in. Steps without tokens and times that are not above 0 are ignored."""
-        if not shape.num_tokens or not seconds > 0:
+        if not shape.num_tokens or not 0 < seconds < math.inf:
             return
-        sums = self._bins.setdefault(shape.num_tokens.bit_length(), _Sums())
-        if sums.weight >= 1:
+        features = _features(shape)
+        if not self._num_observed:
+            scale = seconds / _dot(PRIOR, features)
+            self._prior = tuple(scale * p for p in PRIOR)
+        size = shape.num_tokens.bit_length()
+        if size in self._bins:
             seconds = min(seconds, CLIP * self.seconds(shape))
-        sums.add([p * x / seconds for p, x in zip(PRIOR, _features(shape), strict=True)])
+        self._bins.setdefault(size, _Sums()).add(features, seconds)
         self._num_observed += 1
         self._num_new += 1
 
     def _solve(self) -> _Row:
         """Least squares in units of the prior; coefficients below 0 are set to 0, the lowest first."""
-        size = len(PRIOR)
-        matrix = [[sum(b.matrix[i][j] for b in self._bins.values()) for j in range(size)] for i in range(size)]
-        vector = [sum(b.vector[i] for b in self._bins.values()) + PRIOR_WEIGHT for i in range(size)]
-        for i in range(size):
-            matrix[i][i] += PRIOR_WEIGHT
-        kept = list(range(size))
+        size = range(len(PRIOR))
+        matrix = [[PRIOR_WEIGHT * (i == j) for j in size] for i in size]
+        vector = [PRIOR_WEIGHT for _ in size]
+        for sums in self._bins.values():
+            units = [p / sums.mean for p in self._prior]
+            for i in size:
+                vector[i] += units[i] * sums.vector[i] / sums.mean
+                for j in size:
+                    matrix[i][j] += units[i] * units[j] * sums.matrix[i][j]
+        kept = list(size)
         while True:
             found = _gauss([[matrix[i][j] for j in kept] for i in kept], [vector[i] for i in kept])
-            if min(found, default=0) >= 0:
+            if min(found) >= 0:
                 break
             del kept[found.index(min(found))]
-        units = dict(zip(kept, found, strict=True))
-        return tuple(PRIOR[i] * units.get(i, 0.0) for i in range(size))
+        share = dict(zip(kept, found, strict=True))
+        return tuple(self._prior[i] * share.get(i, 0.0) for i in size)
 
 
 class _Sums:
-    """The normal equations of steps of similar size, fading."""
+    """The normal equations of steps of similar size, fading. Never without steps."""
 
     def __init__(self) -> None:
-        size = len(PRIOR)
-        self.matrix = [[0.0] * size for _ in range(size)]
-        self.vector = [0.0] * size
-        self.weight = 0.0
+        size = range(len(PRIOR))
+        self.matrix = [[0.0 for _ in size] for _ in size]
+        self.vector = [0.0 for _ in size]
+        self._weight = 0.0
+        self._seconds = 0.0
 
-    def add(self, row: list[float]) -> None:
-        """row: the features over the measured time, so that 1 is what they should sum to."""
+    @property
+    def mean(self) -> float:
+        """Seconds of a step."""
+        return self._seconds / self._weight
+
+    def add(self, features: _Row, seconds: float) -> None:
+        """One more step."""
         fade = 1 - 1 / MEMORY
-        self.weight = self.weight * fade + 1
-        for i, x in enumerate(row):
-            self.vector[i] = self.vector[i] * fade + x
+        self._weight = self._weight * fade + 1
+        self._seconds = self._seconds * fade + seconds
+        for i, x in enumerate(features):
+            self.vector[i] = self.vector[i] * fade + x * seconds
             line = self.matrix[i]
-            for j, y in enumerate(row):
+            for j, y in enumerate(features):
                 line[j] = line[j] * fade + x * y
 
 
-def _features(shape: StepShape) -> tuple[float, ...]:
+def _dot(coefficients: _Row, features: _Row) -> float:
+    return sum(c * x for c, x in zip(coefficients, features, strict=True))
+
+
+def _features(shape: StepShape) -> _Row:
     return (1.0, shape.num_tokens, shape.num_sampled, shape.num_attended)
 
 

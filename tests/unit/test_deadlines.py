@@ -1,0 +1,159 @@
+"""Requests that ask to be refused where their first token would come too late."""
+
+import random
+
+import pytest
+from paged_model import PagedModel
+from virtual_time import BLOCK, LinearCost
+
+from kvarn.cache import BlockPool
+from kvarn.config import SchedulerConfig
+from kvarn.errors import ConfigError, DeadlineError, RequestError
+from kvarn.request import Request, SamplingParams
+from kvarn.scheduler import StepShape, make_scheduler
+
+COST = LinearCost()
+
+
+class Bench:
+    """A scheduler with a forecast, in virtual time."""
+
+    def __init__(self, *, policy="fcfs", seqs=16, tokens=128, blocks=2048, **settings):
+        config = SchedulerConfig(seqs, tokens, policy=policy, **settings)
+        self.scheduler = make_scheduler(config, BlockPool(blocks, BLOCK), 2000, COST)
+        self.model = PagedModel(blocks, BLOCK, max_tokens=tokens, max_seqs=seqs)
+        self.now, self.number, self.first = 0.0, 0, {}
+
+    def add(self, prompt=200, output=20, *, slo=None, **kind):
+        self.number += 1
+        sampling = SamplingParams(max_tokens=output)
+        request = Request(str(self.number), (1,) * prompt, sampling, ttft_slo_ms=slo, **kind)
+        (sequence,) = self.scheduler.add(request)
+        return sequence
+
+    def step(self):
+        scheduled = self.scheduler.schedule()
+        self.now += COST.seconds(StepShape.of(scheduled))
+        for sequence, _ in self.scheduler.update(scheduled, self.model.execute(scheduled)):
+            self.first.setdefault(sequence.request.request_id, self.now)
+
+    def forecast(self, **request):
+        """Seconds that a request is told to expect. It is not added."""
+        with pytest.raises(DeadlineError) as caught:
+            self.add(slo=1e-9, **request)
+        assert caught.value.reason == "ttft_slo"
+        return caught.value.retry_after
+
+    def actual(self, **request):
+        """Seconds that a request really takes to its first token, where none comes after it."""
+        came, name = self.now, self.add(**request).request.request_id
+        while name not in self.first:
+            self.step()
+        return self.first[name] - came
+
+
+def test_an_idle_server_refuses_nobody():
+    bench = Bench(ttft_slo_ms=1e-6)
+    bench.add(slo=1e-9)
+    assert bench.scheduler.backlog.requests == 1
+
+
+def test_only_who_asks_is_refused():
+    bench = Bench()
+    for _ in range(50):
+        bench.add()
+    with pytest.raises(DeadlineError, match=r"first token is to be expected in \d+ ms, later than the 300 ms"):
+        bench.add(slo=300)
+    bench.add()
+    assert bench.scheduler.backlog.requests == 51
+
+
+def test_the_servers_deadline_is_for_requests_without_one():
+    bench = Bench(ttft_slo_ms=300)
+    for _ in range(50):
+        bench.add(slo=1e6)
+    with pytest.raises(DeadlineError, match="later than the 300 ms"):
+        bench.add()
+    bench.add(slo=1e6)
+
+
+def test_who_comes_back_when_told_is_let_in():
+    bench = Bench()
+    for _ in range(30):
+        bench.add()
+    with pytest.raises(DeadlineError) as caught:
+        bench.add(slo=1000)
+    back = bench.now + caught.value.retry_after
+    while bench.now < back:
+        bench.step()
+    assert bench.actual(slo=1000) < 1.5
+
+
+def test_a_refused_request_leaves_nothing_behind():
+    bench = Bench()
+    bench.add()
+    with pytest.raises(DeadlineError):
+        bench.add(slo=1e-9)
+    bench.scheduler.check()
+    while bench.scheduler.has_work():
+        bench.step()
+    assert list(bench.first) == ["1"]
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_the_forecast_is_near_what_happens(seed):
+    """First come, first served: what is ahead is known, but for how long answers will be."""
+    rng = random.Random(seed)
+    bench = Bench(seqs=rng.choice([4, 8, 16]))
+    for _ in range(rng.randint(20, 60)):
+        bench.add(rng.randint(10, 400), rng.randint(5, 60))
+    for _ in range(rng.randint(20, 60)):
+        bench.step()
+    forecast = bench.forecast(prompt=200)
+    assert 0.5 < forecast / bench.actual(prompt=200) < 2
+
+
+def test_a_place_is_waited_for_where_there_is_none():
+    bench = Bench(seqs=2)
+    for _ in range(2):
+        bench.add(prompt=10, output=500)
+    for _ in range(3):
+        bench.step()
+    assert bench.forecast(prompt=10) == pytest.approx(bench.actual(prompt=10), rel=0.1)
+
+
+def test_blocks_are_waited_for_where_there_are_none():
+    bench = Bench(blocks=70)
+    for _ in range(2):
+        bench.add(prompt=300, output=200)
+    for _ in range(8):
+        bench.step()
+    assert bench.forecast(prompt=600) == pytest.approx(bench.actual(prompt=600), rel=0.2)
+
+
+def test_under_priorities_the_urgent_are_promised_more():
+    bench = Bench(policy="priority")
+    for _ in range(50):
+        bench.add(priority=5)
+    bench.step()
+    assert bench.forecast(priority=1) < bench.forecast(priority=5) / 5
+    assert bench.forecast(priority=6) == pytest.approx(bench.forecast(priority=5))
+
+
+def test_under_fair_shares_the_light_are_promised_more():
+    bench = Bench(policy="fair")
+    for _ in range(50):
+        bench.add(tenant="heavy")
+    for _ in range(4):
+        bench.step()
+    light = bench.forecast(tenant="light")
+    assert light < bench.forecast(tenant="heavy") / 5
+    assert light == pytest.approx(bench.actual(tenant="light"), rel=0.5)
+
+
+def test_a_deadline_must_be_a_time():
+    with pytest.raises(RequestError, match="ttft_slo_ms must be above 0, not -1") as caught:
+        Request("a", (1,), ttft_slo_ms=-1)
+    assert caught.value.field == "ttft_slo_ms"
+    with pytest.raises(ConfigError, match="ttft_slo_ms must be above 0"):
+        SchedulerConfig(ttft_slo_ms=float("nan"))
