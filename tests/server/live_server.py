@@ -43,11 +43,13 @@ def serving(llm, ended=None, **options):
 
 
 @contextlib.contextmanager
-def posted(url, path, body):
+def posted(url, path, body, *, key=None, headers=None):
     """A POST whose answer nobody reads yet; yields the connection. Closing it is a client that leaves."""
     connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=60)
     with contextlib.closing(connection):
-        connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
+        authorization = {"Authorization": f"Bearer {key}"} if key else {}
+        headers = {"Content-Type": "application/json", **authorization, **(headers or {})}
+        connection.request("POST", path, json.dumps(body), headers)
         yield connection
 
 

@@ -19,8 +19,8 @@ def scraped(url):
         assert family.documentation
         kinds[family.name] = family.type
         for sample in family.samples:
-            assert sample.labels == {"model_name": "served"}
-            values[sample.name] = sample.value
+            assert sample.labels.pop("model_name") == "served"
+            values[".".join([sample.name, *sample.labels.values()])] = sample.value
     return kinds, values
 
 
@@ -30,12 +30,14 @@ def test_every_metric_has_a_kind():
     assert kinds == {
         "kvarn:num_requests_running": "gauge",
         "kvarn:num_requests_waiting": "gauge",
+        "kvarn:num_tokens_queued": "gauge",
         "kvarn:kv_cache_usage_perc": "gauge",
         "kvarn:prompt_tokens": "counter",
         "kvarn:generation_tokens": "counter",
         "kvarn:num_preemptions": "counter",
         "kvarn:engine_steps": "counter",
         "kvarn:engine_failed_steps": "counter",
+        "kvarn:request_rejections": "counter",
     }
     assert set(values.values()) == {0.0}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,6 +18,7 @@ Examples:
   kvarn serve
   kvarn serve qwen2.5-coder-0.5b-instruct --port 9000 --max-num-seqs 16
   kvarn serve model.gguf --max-model-len 4096 --kv-cache-bytes 2000000000
+  kvarn serve --host 0.0.0.0 --policy fair --api-key KEY-OF-ANN --api-key KEY-OF-BOB --itl-target-ms 50
 \b
 Ask it:
   curl http://127.0.0.1:8000/v1/chat/completions -H "Content-Type: application/json" \\
@@ -31,11 +33,18 @@ def command(
         typer.Argument(help="A name from `kvarn models`, a .gguf file, or a folder with config.json and safetensors."),
     ] = DEFAULT_MODEL,
     host: Annotated[
-        str, typer.Option(help="Address to listen on; 0.0.0.0 opens it to the network, without any authentication.")
+        str, typer.Option(help="Address to listen on; 0.0.0.0 opens it to the network: see --api-key.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0: a free one.")] = 8000,
     served_model_name: Annotated[
         str | None, typer.Option(help="Name in the API; requests may go on to use the model's own.")
+    ] = None,
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A key that clients must send; may be given several times, once for each tenant. KVARN_API_KEYS, a "
+            "list with commas, adds to them and shows in no process list."
+        ),
     ] = None,
     max_model_len: MaxModelLen = None,
     max_num_seqs: Annotated[int, typer.Option(help="Sequences computed at the same time.")] = 64,
@@ -43,6 +52,30 @@ def command(
         int, typer.Option(help="Tokens computed in one step: the budget that prompts and running answers share.")
     ] = 512,
     max_num_queued_requests: Annotated[int, typer.Option(help="Requests waiting; one more gets 429.")] = 1024,
+    max_num_queued_tokens: Annotated[
+        int | None, typer.Option(help="Prompt tokens of waiting requests; what exceeds it gets 429.")
+    ] = None,
+    policy: Annotated[
+        str,
+        typer.Option(
+            help="Who is served first. fcfs: who came first. priority: the smallest `priority` of the body. fair: the "
+            "API key that got the fewest tokens of late."
+        ),
+    ] = "fcfs",
+    itl_target_ms: Annotated[
+        float | None,
+        typer.Option(
+            help="Milliseconds between the tokens of running answers, kept while long prompts are computed, in chunks "
+            "as large as that allows."
+        ),
+    ] = None,
+    ttft_slo_ms: Annotated[
+        float | None,
+        typer.Option(
+            help="Answer 429 and Retry-After at once where the first token is not to be expected within so many "
+            "milliseconds; a request's header x-slo-ttft-ms goes before it."
+        ),
+    ] = None,
     kv_cache_bytes: Annotated[
         int | None,
         typer.Option(help="Bytes for the KV cache; default: what the sequences can use, within --memory-utilization."),
@@ -68,11 +101,20 @@ def command(
         cache=CacheConfig(
             dtype=kv_cache_dtype, kv_cache_bytes=kv_cache_bytes, memory_utilization=memory_utilization
         ),
-        scheduler=SchedulerConfig(max_num_seqs, max_num_batched_tokens, max_num_queued_requests),
+        scheduler=SchedulerConfig(
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_num_queued_requests=max_num_queued_requests,
+            max_num_queued_tokens=max_num_queued_tokens,
+            policy=policy,
+            itl_target_ms=itl_target_ms,
+            ttft_slo_ms=ttft_slo_ms,
+        ),
     )
+    keys = (*(api_key or ()), *_keys_of(os.environ.get("KVARN_API_KEYS", "")))
     path = resolve_with_progress(model, quiet=not sys.stderr.isatty())
     names = (served_model_name, model_name(model)) if served_model_name else (model_name(model),)
-    options = ServeOptions(str(path), host, port, names, max_body_bytes, config)
+    options = ServeOptions(str(path), host, port, names, max_body_bytes, config, keys)
     addresses: list[str] = []
 
     def listening(url: str) -> None:
@@ -80,6 +122,11 @@ def command(
         typer.echo(f"loading {model} …")
 
     serve(options, on_listening=listening, on_ready=lambda llm, seconds: _tell(llm, seconds, addresses[0]))
+
+
+def _keys_of(listed: str) -> list[str]:
+    """The keys of a list with commas."""
+    return [key.strip() for key in listed.split(",")] if listed.strip() else []
 
 
 def _tell(llm: AsyncLLM, seconds: float, url: str) -> None:

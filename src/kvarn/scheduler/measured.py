@@ -31,7 +31,8 @@ class MeasuredCost:
 
     def __init__(self) -> None:
         self._bins: dict[int, _Sums] = {}
-        self._prior = self._coefficients = PRIOR
+        self._prior: _Row = PRIOR
+        self._coefficients: _Row = PRIOR
         self._num_observed = 0
         self._num_new = 0
 

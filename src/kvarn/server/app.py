@@ -14,7 +14,9 @@ from kvarn import __version__
 from kvarn.engine import AsyncLLM
 from kvarn.errors import RequestError
 from kvarn.server import errors
+from kvarn.server.auth import ApiKeys, Authentication
 from kvarn.server.body import parse, read_body
+from kvarn.server.caller import Caller
 from kvarn.server.chat import ChatAnswer
 from kvarn.server.completions import CompletionAnswer
 from kvarn.server.generation import Generation, new_id
@@ -44,15 +46,23 @@ _Understood = tuple[ChatAnswer | CompletionAnswer, bool]
 
 
 def create_app(
-    llm: AsyncLLM | None, *, served_model_names: Sequence[str] = (), max_body_bytes: int = DEFAULT_MAX_BODY_BYTES
+    llm: AsyncLLM | None,
+    *,
+    served_model_names: Sequence[str] = (),
+    max_body_bytes: int = DEFAULT_MAX_BODY_BYTES,
+    api_keys: Sequence[str] = (),
 ) -> FastAPI:
-    """The application, which does not own the engine. Where it is None, `app.state.server.open(llm, names)` follows."""
+    """The application, which does not own the engine. Where it is None, `app.state.server.open(llm, names)` follows.
+
+    api_keys: see `ApiKeys`; without, everybody may ask. Raises ConfigError for a key that is none.
+    """
     # No /docs: that page loads its scripts from elsewhere.
     app = FastAPI(title="kvarn", version=__version__, docs_url=None, redoc_url=None)
     state = app.state.server = ServerState(max_body_bytes)
     if llm is not None:
         state.open(llm, served_model_names)
     errors.install(app)
+    app.add_middleware(Authentication, keys=ApiKeys(api_keys))
     _add_service_routes(app, state)
     _add_generation_routes(app, state)
     _add_pages(app)
@@ -95,21 +105,21 @@ def _add_service_routes(app: FastAPI, state: ServerState) -> None:
 
 
 def _add_generation_routes(app: FastAPI, state: ServerState) -> None:
-    async def answer(request: Request, understand: Callable[[AsyncLLM, bytes], _Understood]) -> Response:
-        llm = state.ready()
+    async def answer(request: Request, understand: Callable[[AsyncLLM, Caller, bytes], _Understood]) -> Response:
+        llm, caller = state.ready(), Caller.of(request)
         data = await read_body(request, state.max_body_bytes)
-        return await _answered(request, *await state.in_thread(lambda: understand(llm, data)))
+        return await _answered(request, *await state.in_thread(lambda: understand(llm, caller, data)))
 
-    def chat(llm: AsyncLLM, data: bytes) -> _Understood:
+    def chat(llm: AsyncLLM, caller: Caller, data: bytes) -> _Understood:
         body = parse(ChatCompletionRequest, data)
         name = state.check_model(body.model)
-        generation = _generation(llm, state.prompts.chat(body), body, "chatcmpl")
+        generation = _generation(llm, caller, state.prompts.chat(body), body, "chatcmpl")
         return ChatAnswer(body, generation, llm.tokenizer, name), bool(body.stream)
 
-    def completion(llm: AsyncLLM, data: bytes) -> _Understood:
+    def completion(llm: AsyncLLM, caller: Caller, data: bytes) -> _Understood:
         body = parse(CompletionRequest, data)
         name = state.check_model(body.model)
-        generation = _generation(llm, state.prompts.completion(body), body, "cmpl")
+        generation = _generation(llm, caller, state.prompts.completion(body), body, "cmpl")
         return CompletionAnswer(body, generation, llm.tokenizer, name), bool(body.stream)
 
     @app.post("/v1/chat/completions", openapi_extra=_documented(ChatCompletionRequest))
@@ -124,11 +134,15 @@ def _add_generation_routes(app: FastAPI, state: ServerState) -> None:
 
 
 def _generation(
-    llm: AsyncLLM, prompts: Iterator[Sequence[int]], body: ChatCompletionRequest | CompletionRequest, kind: str
+    llm: AsyncLLM,
+    caller: Caller,
+    prompts: Iterator[Sequence[int]],
+    body: ChatCompletionRequest | CompletionRequest,
+    kind: str,
 ) -> Generation:
     """What the body asks for. Raises ApiError, parameters named as the client spelt them."""
     try:
-        return Generation(llm, prompts, body.to_sampling(), new_id(kind))
+        return Generation(llm, prompts, body.to_sampling(), new_id(kind), caller, priority=body.priority or 0)
     except RequestError as error:
         raise body.refusal(error) from None
 

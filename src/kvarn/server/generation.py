@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from kvarn.engine import AsyncLLM
 from kvarn.request import FinishReason, Request, RequestOutput, SamplingParams, SequenceOutput, TokenLogprob
+from kvarn.server.caller import Caller
 
 
 def new_id(prefix: str) -> str:
@@ -56,7 +57,14 @@ class Generation:
     """The engine requests of one HTTP request. Choice index = prompt index * n + sequence index."""
 
     def __init__(
-        self, llm: AsyncLLM, prompts: Iterable[Sequence[int]], sampling: SamplingParams, answer_id: str
+        self,
+        llm: AsyncLLM,
+        prompts: Iterable[Sequence[int]],
+        sampling: SamplingParams,
+        answer_id: str,
+        caller: Caller,
+        *,
+        priority: int = 0,
     ) -> None:
         """Checks each prompt as it comes, and all before any is queued. Any thread may call. Raises RequestError."""
         self._llm = llm
@@ -64,7 +72,14 @@ class Generation:
         self.answer_id = answer_id
         self.requests: list[Request] = []
         for index, ids in enumerate(prompts):
-            request = Request(f"{answer_id}-{index}", tuple(ids), sampling)
+            request = Request(
+                f"{answer_id}-{index}",
+                tuple(ids),
+                sampling,
+                priority=priority,
+                tenant=caller.tenant,
+                ttft_slo_ms=caller.ttft_slo_ms,
+            )
             llm.check(request)
             self.requests.append(request)
         self.usage = Usage(prompt=sum(len(request.prompt_token_ids) for request in self.requests))

@@ -19,12 +19,13 @@ class EngineCollector(Collector):
         self._model = model
 
     def collect(self) -> Iterator[Metric]:
-        """The metrics, each with the model's name as a label."""
+        """The metrics, each with the model's name as a label. Nothing tells tenants apart."""
         stats = self._stats
         used = 1 - stats.free_blocks / stats.num_blocks if stats.num_blocks else 0.0
         gauges = (
             ("num_requests_running", "Sequences that take part in the steps.", stats.running),
             ("num_requests_waiting", "Sequences that wait: new or preempted.", stats.waiting),
+            ("num_tokens_queued", "Prompt tokens of the requests that have not begun.", stats.queued_tokens),
             ("kv_cache_usage_perc", "Share of the KV cache's blocks in use, 0 to 1.", used),
         )
         counters = (
@@ -40,6 +41,12 @@ class EngineCollector(Collector):
                 family = kind(f"kvarn:{name}", text, labels=["model_name"])
                 family.add_metric([self._model], value)
                 yield family
+        refused = CounterMetricFamily(
+            "kvarn:request_rejections", "Requests refused with 429.", labels=["model_name", "reason"]
+        )
+        for reason, count in stats.rejections.items():
+            refused.add_metric([self._model, reason], count)
+        yield refused
 
 
 def exposition(stats: EngineStats, model: str) -> bytes:

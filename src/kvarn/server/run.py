@@ -18,6 +18,7 @@ from kvarn.config import EngineConfig
 from kvarn.engine import AsyncLLM
 from kvarn.errors import ConfigError, KvarnError
 from kvarn.server.app import DEFAULT_MAX_BODY_BYTES, create_app
+from kvarn.server.auth import ApiKeys
 from kvarn.server.state import ServerState
 
 GRACE_SECONDS = 5
@@ -38,8 +39,11 @@ class ServeOptions:
     served_model_names: tuple[str, ...] = ()
     max_body_bytes: int = DEFAULT_MAX_BODY_BYTES
     engine: EngineConfig = field(default_factory=EngineConfig)
+    api_keys: tuple[str, ...] = field(default=(), repr=False)
+    """See `ApiKeys`; without, everybody may ask."""
 
     def __post_init__(self) -> None:
+        ApiKeys(self.api_keys)
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port must be between 0 and 65535, not {self.port}")
         if self.max_body_bytes < 1:
@@ -98,7 +102,7 @@ def serve(options: ServeOptions, *, on_listening: OnListening | None = None, on_
     what loading raises (KvarnError), after the server has stopped.
     """
     listener = _listen(options.host, options.port)
-    app = create_app(None, max_body_bytes=options.max_body_bytes)
+    app = create_app(None, max_body_bytes=options.max_body_bytes, api_keys=options.api_keys)
     config = uvicorn.Config(
         app,
         log_level="warning",

@@ -48,7 +48,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "allowed_token_ids": (),
     "prompt_logprobs": (),
     "truncate_prompt_tokens": (),
-    "priority": (0,),
     "cache_salt": (),
     "chat_template": (),
     "documents": ([],),

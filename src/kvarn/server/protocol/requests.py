@@ -106,6 +106,7 @@ class SamplingRequest(BaseModel):
     stop_token_ids: list[StrictInt] | None = Field(None, fail_fast=True)
     skip_special_tokens: StrictBool | None = None
     include_stop_str_in_output: StrictBool | None = None
+    priority: StrictInt | None = None
 
     def _sampling(self, *, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
         self._check_stream_options()

@@ -44,6 +44,12 @@ function requestBody() {
   };
 }
 
+// The key, where the server wants one. It stays on this page and is gone with it.
+function headers(more = {}) {
+  const key = $("api_key").value.trim();
+  return key ? { ...more, Authorization: `Bearer ${key}` } : more;
+}
+
 async function* events(response) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let buffer = "";
@@ -82,7 +88,7 @@ async function answer() {
   try {
     const response = await fetch("v1/chat/completions", {
       method: "POST",
-      headers: { "Content-Type": "application/json" },
+      headers: headers({ "Content-Type": "application/json" }),
       body: JSON.stringify(requestBody()),
       signal: controller.signal,
     });
@@ -179,7 +185,7 @@ $("clear").addEventListener("click", () => {
 });
 
 async function loadModels() {
-  const response = await fetch("v1/models").catch(() => null);
+  const response = await fetch("v1/models", { headers: headers() }).catch(() => null);
   if (!response?.ok) {
     $("figures").textContent = response ? await refusal(response) : "the server cannot be reached";
     setTimeout(loadModels, 500);

@@ -1,0 +1,39 @@
+"""`Caller`: what the headers of a request say of who asks, and of how soon the answer is wanted."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Self
+
+from fastapi import Request
+
+from kvarn.server.errors import ApiError
+
+DEADLINE_HEADERS = ("x-slo-ttft-ms", "x-llm-d-slo-ttft-ms")
+"""Kubernetes' Gateway API Inference Extension and llm-d name the header so."""
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """tenant: of the API key; empty where no keys are set. ttft_slo_ms: None where the caller does not say."""
+
+    tenant: str = ""
+    ttft_slo_ms: float | None = None
+
+    @classmethod
+    def of(cls, request: Request) -> Self:
+        """From a request that has passed `Authentication`. Raises ApiError 400 for a deadline that is no time."""
+        found = next((name for name in DEADLINE_HEADERS if name in request.headers), None)
+        return cls(request.state.tenant, None if found is None else _milliseconds(found, request.headers[found]))
+
+
+def _milliseconds(name: str, text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        message = f"the header {name} must be a number of milliseconds above 0, not {text[:40]!r}"
+        raise ApiError(400, message, param=name, code="invalid_value")
+    return value
