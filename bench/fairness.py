@@ -1,0 +1,170 @@
+"""One API key sends ten times the load of another: the light key's TTFT alone, under --policy fair, and under fcfs.
+
+    python bench/fairness.py [MODEL] [--seconds 30] [--rate 0.7] [--times 10] [--itl-target-ms 50] [--json]
+
+Starts a server on a free port of the loopback interface for each of the three rows, with the same settings but for the
+policy. Requests come at random moments (Poisson, the same ones in each row) whether or not earlier ones are answered;
+prompts are random token ids, so that none is found in a cache. The rate should be such that both keys together ask for
+more than the server can do: then somebody has to wait.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import random
+import secrets
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+
+import httpx
+from clients import free_port
+
+PATIENCE = 120
+"""Seconds for a server to start."""
+
+
+@dataclass(frozen=True)
+class Load:
+    """What one key sends."""
+
+    key: str
+    rate: float
+    prompt_tokens: int
+    output_tokens: int
+    seed: int
+
+    def arrivals(self, seconds):
+        """(moment, prompt) of each request."""
+        rng, now, arrivals = random.Random(self.seed), 0.0, []
+        while (now := now + rng.expovariate(self.rate)) < seconds:
+            arrivals.append((now, [rng.randrange(1000, 40000) for _ in range(self.prompt_tokens)]))
+        return arrivals
+
+
+@contextlib.contextmanager
+def served(model, keys, *options):
+    """A server with these keys; yields its URL."""
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    server = subprocess.Popen(
+        [sys.executable, "-m", "kvarn", "serve", model, "--port", str(port), *options],
+        env={**os.environ, "KVARN_API_KEYS": ",".join(keys)},
+        stdout=subprocess.DEVNULL,
+    )
+    try:
+        deadline = time.time() + PATIENCE
+        while not _ready(url):
+            if time.time() > deadline or server.poll() is not None:
+                raise SystemExit("the server did not start")
+            time.sleep(0.1)
+        yield url
+    finally:
+        server.terminate()
+        server.wait(timeout=30)
+
+
+def _ready(url):
+    try:
+        return httpx.get(f"{url}/health").status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+async def ask(client, key, prompt, output_tokens):
+    """Seconds to the first token and to the end of one streamed answer."""
+    body = {"prompt": prompt, "max_tokens": output_tokens, "ignore_eos": True, "temperature": 0, "stream": True}
+    started, first = time.perf_counter(), None
+    async with client.stream(
+        "POST", "/v1/completions", json=body, headers={"Authorization": f"Bearer {key}"}
+    ) as response:
+        if response.status_code != 200:
+            raise RuntimeError((await response.aread()).decode())
+        async for line in response.aiter_lines():
+            if first is None and line.startswith("data: "):
+                first = time.perf_counter() - started
+    return first, time.perf_counter() - started
+
+
+async def run(url, loads, seconds):
+    """Sends all loads; the answers of each, in order of arrival."""
+    async with httpx.AsyncClient(base_url=url, timeout=600, limits=httpx.Limits(max_connections=None)) as client:
+        for load in loads:  # so that the first measured request finds everything awake, and the cost of steps known
+            for size in (1, 2, 3):
+                await asyncio.gather(*(ask(client, load.key, [1000 + size] * 50 * size, 4) for _ in range(size)))
+
+        async def one(load, moment, prompt):
+            await asyncio.sleep(max(0.0, start + moment - time.perf_counter()))
+            return await ask(client, load.key, prompt, load.output_tokens)
+
+        start = time.perf_counter()
+        tasks = [[asyncio.create_task(one(load, *arrival)) for arrival in load.arrivals(seconds)] for load in loads]
+        answers = [await asyncio.gather(*several) for several in tasks]
+        return answers, time.perf_counter() - start
+
+
+def percentile(values, share):
+    """The smallest value that at least this share, in percent, does not exceed."""
+    ordered = sorted(values)
+    return ordered[max(0, -(-len(ordered) * share // 100) - 1)]
+
+
+def measure(options, policy, loads):
+    """One row of the table."""
+    settings = ("--policy", policy, "--itl-target-ms", str(options.itl_target_ms), "--max-num-seqs", "32")
+    with served(options.model, [load.key for load in loads], *settings) as url:
+        answers, seconds = asyncio.run(run(url, loads, options.seconds))
+    ttfts = [[first for first, _ in several] for several in answers]
+    tokens = sum(len(a) * (load.prompt_tokens + load.output_tokens) for a, load in zip(answers, loads, strict=True))
+    return {
+        "requests": [len(several) for several in answers],
+        "light_ttft_p50_s": percentile(ttfts[0], 50),
+        "light_ttft_p99_s": percentile(ttfts[0], 99),
+        "heavy_ttft_p50_s": percentile(ttfts[1], 50) if len(loads) > 1 else None,
+        "tokens_per_s": tokens / seconds,
+    }
+
+
+def report(rows):
+    """Prints the table."""
+    print(f"{'':12} {'light P50':>10} {'light P99':>10} {'to alone':>9} {'heavy P50':>10} {'tokens/s':>9}  requests")
+    alone = rows["light alone"]["light_ttft_p99_s"]
+    for name, row in rows.items():
+        heavy = "" if row["heavy_ttft_p50_s"] is None else f"{row['heavy_ttft_p50_s'] * 1e3:7.0f} ms"
+        print(
+            f"{name:12} {row['light_ttft_p50_s'] * 1e3:7.0f} ms {row['light_ttft_p99_s'] * 1e3:7.0f} ms "
+            f"{row['light_ttft_p99_s'] / alone:8.2f}× {heavy:>10} {row['tokens_per_s']:9.0f}  "
+            f"{' + '.join(map(str, row['requests']))}"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", default="smollm2-135m-instruct")
+    parser.add_argument("--seconds", type=float, default=30, help="for how long requests come, in each row")
+    parser.add_argument("--rate", type=float, default=0.7, help="requests of the light key in a second")
+    parser.add_argument("--times", type=float, default=10, help="the heavy key's load, in those of the light one")
+    parser.add_argument("--prompt-tokens", type=int, default=256)
+    parser.add_argument("--output-tokens", type=int, default=16)
+    parser.add_argument("--itl-target-ms", type=float, default=50)
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    sizes = (options.prompt_tokens, options.output_tokens)
+    light = Load(secrets.token_hex(8), options.rate, *sizes, seed=1)
+    heavy = Load(secrets.token_hex(8), options.rate * options.times, *sizes, seed=2)
+    rows = {
+        "light alone": measure(options, "fair", [light]),
+        "both, fair": measure(options, "fair", [light, heavy]),
+        "both, fcfs": measure(options, "fcfs", [light, heavy]),
+    }
+    if options.json:
+        print(json.dumps(rows))
+    else:
+        report(rows)
+
+
+if __name__ == "__main__":
+    main()
