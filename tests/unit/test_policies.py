@@ -102,7 +102,7 @@ def test_the_largest_priority_is_preempted():
 
 
 def test_the_tenant_with_the_least_service_goes_first():
-    bench = Bench(FairShare(), seqs=1)
+    bench = Bench(FairShare(burst=0), seqs=1)
     for number in range(4):
         bench.add(f"a{number}", 10, tenant="a", max_tokens=1)
     for number in range(8):
@@ -112,7 +112,7 @@ def test_the_tenant_with_the_least_service_goes_first():
 
 
 def test_an_output_token_counts_as_two_prompt_tokens():
-    bench = Bench(FairShare(), seqs=1, tokens=64)
+    bench = Bench(FairShare(burst=0), seqs=1, tokens=64)
     bench.add("a0", 1, tenant="a", max_tokens=10)
     bench.add("b0", 20, tenant="b", max_tokens=1)
     bench.add("a1", 1, tenant="a", max_tokens=1)
@@ -122,8 +122,8 @@ def test_an_output_token_counts_as_two_prompt_tokens():
     assert (PROMPT_WEIGHT, OUTPUT_WEIGHT) == (1, 2)
 
 
-def test_idleness_earns_no_credit():
-    bench = Bench(FairShare(), seqs=1)
+def test_without_a_burst_idleness_earns_no_credit():
+    bench = Bench(FairShare(burst=0), seqs=1)
     for number in range(12):
         bench.add(f"a{number}", 10, tenant="a", max_tokens=1)
     for _ in range(6):
@@ -133,8 +133,20 @@ def test_idleness_earns_no_credit():
     assert bench.firsts()[:6] == ["b0", "a6", "a7", "b1", "a8", "b2"], "first among equals, but not four times"
 
 
+def test_who_comes_back_may_have_a_burst_and_no_more():
+    bench = Bench(FairShare(burst=24), seqs=1)
+    for number in range(12):
+        bench.add(f"a{number}", 10, tenant="a", max_tokens=1)
+    for _ in range(6):
+        bench.step()
+    for number in range(8):
+        bench.add(f"b{number}", 10, tenant="b", max_tokens=1)
+    # 24 are two requests of 12.
+    assert bench.firsts()[:8] == ["b0", "b1", "a6", "b2", "a7", "b3", "a8", "b4"]
+
+
 def test_who_comes_to_an_empty_queue_is_lifted_to_who_left_it_last():
-    policy = FairShare()
+    policy = FairShare(burst=0)
     bench = Bench(policy, seqs=1)
     bench.add("a0", 30, tenant="a", max_tokens=1)
     bench.step()
@@ -164,7 +176,7 @@ def test_the_tenant_with_the_most_service_is_preempted():
 
 
 def test_a_long_prompt_does_not_hold_up_a_tenant_with_less_service():
-    bench = Bench(FairShare(), tokens=8)
+    bench = Bench(FairShare(burst=0), tokens=8)
     bench.add("short", 4, tenant="a", max_tokens=1)
     bench.add("long", 40, tenant="a", max_tokens=1)
     assert bench.step() == {"short": 4, "long": 4}
@@ -184,7 +196,7 @@ def test_counters_of_tenants_that_left_are_bounded_and_the_largest_are_kept():
         bench.add(str(number), 1, tenant=f"tenant {number}", max_tokens=1)
         bench.firsts()
     assert policy.num_tenants <= 21
-    policy = FairShare(max_tenants=10)
+    policy = FairShare(burst=0, max_tenants=10)
     for number in range(300):
         policy.open(f"tenant {number}")
         policy.charge_prompt(f"tenant {number}", 1000 if number == 5 else 1)

@@ -12,12 +12,20 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 from paged_model import VOCAB, PagedModel, expected_tokens
+from virtual_time import LinearCost
 
 from kvarn.cache import BlockPool, NullPrefixCache
 from kvarn.config import SchedulerConfig
 from kvarn.errors import QueueFullError, RequestError
 from kvarn.request import FinishReason, Request, SamplingParams
-from kvarn.scheduler import FairShare, FirstComeFirstServed, PriorityClasses, Scheduler
+from kvarn.scheduler import (
+    ConstantBudget,
+    FairShare,
+    FirstComeFirstServed,
+    ItlBudget,
+    PriorityClasses,
+    Scheduler,
+)
 
 BLOCK = 4
 ENDS = frozenset({0, 1})
@@ -57,6 +65,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     prefix_cache = NullPrefixCache
     policy = FirstComeFirstServed
+    budget = ConstantBudget
 
     @initialize(
         blocks=st.integers(4, 24), seqs=st.integers(1, 6), spare_tokens=st.integers(0, 20), queue=st.integers(1, 6)
@@ -69,7 +78,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.queue = queue
         config = SchedulerConfig(max_num_seqs=seqs, max_num_batched_tokens=tokens, max_num_queued_requests=queue)
         self.scheduler = Scheduler(
-            config, self.pool, 60, eos_token_ids=ENDS, policy=self.policy(), prefix_cache=self.cache
+            config, self.pool, 60, eos_token_ids=ENDS, policy=self.policy(), budget=self.budget(tokens),
+            prefix_cache=self.cache,
         )
         self.sequences = []
         self.said = {}
@@ -200,8 +210,16 @@ class WithTenants(WithPrefixCache):
     policy = FairShare
 
 
+class WithTargets(WithTenants):
+    """Steps are as small as they can be."""
+
+    @staticmethod
+    def budget(tokens):
+        return ItlBudget(tokens, 1e-9, LinearCost())
+
+
 @pytest.mark.parametrize(
-    "machine", [SchedulerMachine, WithPrefixCache, WithAnotherPolicy, WithPriorities, WithTenants]
+    "machine", [SchedulerMachine, WithPrefixCache, WithAnotherPolicy, WithPriorities, WithTenants, WithTargets]
 )
 def test_any_order_of_requests_aborts_and_steps(machine):
     run_state_machine_as_test(

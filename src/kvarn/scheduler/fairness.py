@@ -7,6 +7,8 @@ from kvarn.scheduler.sequence import Sequence
 
 PROMPT_WEIGHT, OUTPUT_WEIGHT = 1, 2
 """What a token counts: w_p and w_q of the paper."""
+BURST = 2048
+"""Weighted tokens of service that a tenant who comes back may have before others."""
 MAX_TENANTS = 1024
 """Tenants without waiting requests whose counters are remembered at most."""
 
@@ -15,10 +17,13 @@ class FairShare(FirstComeFirstServed):
     """The tenant that has had least service comes first; within a tenant in order of arrival.
 
     Each tenant has a counter of the service it got, in weighted tokens. One that comes back after a while without
-    waiting requests is lifted to the least counter of those that wait, so that idleness earns no credit (the paper's
-    algorithm 2); among equals it is first. Between two tenants that have requests waiting all the time, the service
-    differs by at most 2 · max(w_p · L, w_q · M), L the longest prompt and M the tokens that the cache holds (theorem
-    4.4), a prompt counted when it is complete.
+    waiting requests is lifted to the least counter of those that wait (the paper's algorithm 2), less a `burst`:
+    idleness earns no more credit than that. (In the paper it earns none; but then a light tenant that sends two
+    requests at once waits for a heavy one's between them.) Among equals who was lifted is first.
+
+    Between two tenants that have requests waiting all the time, the service differs by at most
+    2 · max(w_p · L, w_q · M), L the longest prompt and M the tokens that the cache holds (theorem 4.4), and by the
+    burst where one of them has just come back; a prompt is counted when it is complete.
 
     Only service is charged, not its repetition after preemption: so between two tokens that are sampled or prompts that
     are completed the order stands still but for arrivals, the first in it gets on, and all requests end.
@@ -26,8 +31,9 @@ class FairShare(FirstComeFirstServed):
 
     name = "fair"
 
-    def __init__(self, max_tenants: int = MAX_TENANTS) -> None:
-        """max_tenants: see `MAX_TENANTS`."""
+    def __init__(self, *, burst: int = BURST, max_tenants: int = MAX_TENANTS) -> None:
+        """burst, max_tenants: see `BURST`, `MAX_TENANTS`."""
+        self._burst = burst
         self._max_tenants = max_tenants
         self._counters: dict[str, int] = {}
         self._open: set[str] = set()
@@ -47,7 +53,7 @@ class FairShare(FirstComeFirstServed):
         return self._counter(lane) - 0.5 * (lane in self._lifted or lane not in self._counters)
 
     def open(self, lane: str) -> None:
-        """Lifts the counter to the least of those that wait, or to that of the last that did."""
+        """Lifts the counter, see above; where nobody waits, by that of the last that did."""
         level = self._level()
         if self._counters.get(lane, -1) < level:
             self._counters[lane] = level
@@ -84,9 +90,12 @@ class FairShare(FirstComeFirstServed):
         return self._level() if counter is None else counter
 
     def _level(self) -> int:
+        """What those who come are lifted to."""
         if self._open:
-            return min(self._counters[lane] for lane in self._open)
-        return self._counters.get(self._last_closed, 0)
+            least = min(self._counters[lane] for lane in self._open)
+        else:
+            least = self._counters.get(self._last_closed, 0)
+        return max(0, least - self._burst)
 
     def _forget(self) -> None:
         """Keeps the largest of the counters of tenants that do not wait.
