@@ -184,6 +184,44 @@ def test_the_queue_is_bounded(make_core):
     assert core.stats().queued == 2
 
 
+def test_each_step_that_succeeds_is_told_of_with_its_time(make_core):
+    class Recorder:
+        def __init__(self):
+            self.steps = []
+
+        def seconds(self, shape):
+            return 0.001
+
+        def observe(self, shape, seconds):
+            self.steps.append((shape, seconds))
+
+    cost = Recorder()
+    core = make_core(cost=cost, max_num_batched_tokens=8)
+    run_core(core, [request("a", "x" * 10, max_tokens=3)])
+    # The last step only tells the runner who has ended.
+    assert [shape.num_tokens for shape, _ in cost.steps] == [8, 2, 1, 1, 0]
+    assert [shape.num_attended for shape, _ in cost.steps] == [36, 19, 11, 12, 0]
+    assert [shape.num_sampled for shape, _ in cost.steps] == [0, 1, 1, 1, 0]
+    assert all(0 < seconds < 60 for _, seconds in cost.steps)
+
+
+@pytest.mark.parametrize("settings", [{"policy": "fair"}, {"policy": "priority"}, {"itl_target_ms": 0.001}])
+def test_who_is_served_first_changes_no_answer(make_core, settings):
+    """And neither does how small the chunks of a prompt are."""
+
+    def requests(priorities):
+        sampling = SamplingParams(temperature=1.0, seed=3, max_tokens=20, ignore_eos=True)
+        return [
+            Request(str(i), tuple(b"some prompt " * (i + 1)), sampling, priority=priorities * -i, tenant="ab"[i % 2])
+            for i in range(6)
+        ]
+
+    usual = run_core(make_core(), requests(0))
+    core = make_core(max_num_seqs=3, num_blocks=12, max_model_len=128, **settings)
+    other = run_core(core, requests(settings.get("policy") == "priority"))
+    assert {name: tokens_of(o) for name, o in other.items()} == {name: tokens_of(o) for name, o in usual.items()}
+
+
 def test_without_max_tokens_the_length_limit_ends_it(make_core):
     outputs = run_core(make_core(max_model_len=48), [request("a", "x" * 8, max_tokens=None)])["a"]
     assert len(tokens_of(outputs)) == 40

@@ -58,6 +58,11 @@ def test_more_prompts_than_the_queue_holds(make_llm, expected):
     assert [c.text for c in completions] == [expected["one"][1]] * 20
 
 
+def test_more_prompt_tokens_than_the_queue_holds(make_llm, expected):
+    completions = make_llm(max_num_queued_tokens=7, max_num_seqs=2, policy="fair").generate(["one"] * 20, GREEDY)
+    assert [c.text for c in completions] == [expected["one"][1]] * 20
+
+
 def test_a_wrong_prompt_is_refused_before_anything_runs(make_llm):
     llm = make_llm()
     with pytest.raises(RequestError, match="not 999"):
