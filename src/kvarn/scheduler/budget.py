@@ -9,6 +9,8 @@ from kvarn.scheduler.cost import StepCost, StepShape
 
 MIN_PROMPT_TOKENS = 16
 """Prompt tokens that a step may have whatever the target is, so that prompts get on."""
+MARGIN = 0.85
+"""Of the target that a step is planned to take: predictions err, and a token's way to its reader is not in them."""
 
 
 class StepBudget(Protocol):
@@ -72,7 +74,7 @@ class ItlBudget:
     def __init__(self, max_tokens: int, target: float, cost: StepCost) -> None:
         """target: seconds that a step with decodes may take."""
         self._max_tokens = max_tokens
-        self._target = target
+        self._target = MARGIN * target
         self._cost = cost
 
     def open(self, decodes: StepShape) -> StepBudget:
