@@ -26,10 +26,19 @@ class CacheConfig:
     """Exact number of blocks; overrides kv_cache_bytes (tests, benchmarks)."""
     memory_utilization: float = 0.8
     """Share of the memory available to the process that weights, cache and activations may take together."""
+    enable_prefix_caching: bool = True
+    """Whether what was computed for one request is kept for the next that begins with the same tokens."""
+    shared_prefixes: tuple[tuple[int, ...], ...] = ()
+    """Token ids that requests of any tenant and salt may share, such as a system prompt; never evicted. Whole blocks of
+    them: the rest is kept for each salt by itself."""
+    shared_system_prompts: tuple[str, ...] = ()
+    """The same as texts: conversations that begin with one of these as their system message share it."""
 
     def __post_init__(self) -> None:
         _check(self.block_size >= 16 and self.block_size % 16 == 0, "block_size", self.block_size, "a multiple of 16")
         _check(self.dtype in CACHE_TYPES, "kv_cache_dtype", self.dtype, f"one of {', '.join(CACHE_TYPES)}")
+        shared = self.enable_prefix_caching or not (self.shared_prefixes or self.shared_system_prompts)
+        _check(shared, "enable_prefix_caching", False, "true where there are shared prefixes")
         _check(self.kv_cache_bytes is None or self.kv_cache_bytes > 0, "kv_cache_bytes", self.kv_cache_bytes, "above 0")
         _check(self.num_blocks is None or self.num_blocks > 0, "num_blocks", self.num_blocks, "above 0")
         _check(0 < self.memory_utilization <= 1, "memory_utilization", self.memory_utilization, "above 0 and at most 1")

@@ -15,6 +15,7 @@ MAX_STOP_STRING_CHARS = 1024
 MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 1024
 SEED_LIMIT = 2**63
+MAX_CACHE_SALT_CHARS = 256
 
 
 class FinishReason(enum.Enum):
@@ -136,6 +137,10 @@ class Request:
     """Whose request it is: what fairness is between. Never in a log."""
     cache_salt: str = ""
     """With `tenant`, which cached prefixes it may use: only those computed under the same two."""
+
+    def __post_init__(self) -> None:
+        must = f"at most {MAX_CACHE_SALT_CHARS} characters"
+        _check(len(self.cache_salt) <= MAX_CACHE_SALT_CHARS, "cache_salt", f"{len(self.cache_salt)} characters", must)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 import functools
 
 from kvarn.backends import KvCacheSpec, StepLimits
-from kvarn.cache import BlockPool
+from kvarn.cache import BlockPool, NullPrefixCache, RadixPrefixCache
 from kvarn.config import CacheConfig, EngineConfig, SchedulerConfig
 from kvarn.engine import EngineCore, LoadedEngine, build_engine, make_backend
 from kvarn.request import Request, RequestOutput, SamplingParams
@@ -89,6 +89,7 @@ def handmade_engine(
     dtype="float16",
     threads=1,
     tokenizer=None,
+    prefix_caching=True,
 ) -> LoadedEngine:
     """An engine put together part by part, so that a test can get between them."""
     model = shared_model(family, 0, stored)
@@ -106,7 +107,9 @@ def handmade_engine(
     runner = Runner(wrap_executable(executable), sampler, limits, block_size)
 
     def new_scheduler():
-        return Scheduler(config.scheduler, BlockPool(num_blocks, block_size), max_model_len, eos_token_ids=(EOS,))
+        pool = BlockPool(num_blocks, block_size)
+        prefixes = RadixPrefixCache(pool) if prefix_caching else NullPrefixCache()
+        return Scheduler(config.scheduler, pool, max_model_len, eos_token_ids=(EOS,), prefix_cache=prefixes)
 
     tokenizer = tokenizer or byte_tokenizer()
     core = EngineCore(runner, new_scheduler, tokenizer, model.program.vocab_size)

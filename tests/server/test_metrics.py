@@ -31,9 +31,13 @@ def test_every_metric_has_a_kind():
         "kvarn:num_requests_running": "gauge",
         "kvarn:num_requests_waiting": "gauge",
         "kvarn:kv_cache_usage_perc": "gauge",
+        "kvarn:prefix_cache_blocks": "gauge",
         "kvarn:prompt_tokens": "counter",
         "kvarn:generation_tokens": "counter",
         "kvarn:num_preemptions": "counter",
+        "kvarn:prefix_cache_queries": "counter",
+        "kvarn:prefix_cache_hits": "counter",
+        "kvarn:prefix_cache_evicted_tokens": "counter",
         "kvarn:engine_steps": "counter",
         "kvarn:engine_failed_steps": "counter",
     }

@@ -1,7 +1,8 @@
 """A model made of a hash, for tests of the scheduler: it computes nothing, but it reads what paged attention reads.
 
-The "KV" of a token is the token. The next token is a hash of the sequence's stream and of all its tokens, read back
-from the blocks, so a lost copy, a block with two owners or a wrong table changes what comes out.
+The "KV" of a token is the token and a hash of those before it, as a real one depends on them. The next token is a hash
+of the sequence's stream and of all its tokens, read back from the blocks, so a lost copy, a block with two owners, a
+block that was computed after other tokens or a wrong table is found.
 """
 
 from collections.abc import Iterable, Sequence
@@ -31,7 +32,7 @@ class PagedModel:
     """Executes steps over real block tables, and checks what a runner may rely on."""
 
     def __init__(self, num_blocks: int, block_size: int, *, max_tokens: int, max_seqs: int) -> None:
-        self.slots: list[list[int | None]] = [[None] * block_size for _ in range(num_blocks)]
+        self.slots: list[list[tuple[int, int] | None]] = [[None] * block_size for _ in range(num_blocks)]
         self.block_size = block_size
         self.max_tokens = max_tokens
         self.max_seqs = max_seqs
@@ -55,7 +56,7 @@ class PagedModel:
                 block, offset = self._slot(part.block_table, position)
                 assert (block, offset) not in written, "two sequences write one slot"
                 written.add((block, offset))
-                self.slots[block][offset] = token
+                self.slots[block][offset] = token, self._history(part.block_table, position)
         return StepOutput(
             step.step,
             tuple(
@@ -68,8 +69,19 @@ class PagedModel:
     def _slot(self, table: Sequence[int], position: int) -> tuple[int, int]:
         return table[position // self.block_size], position % self.block_size
 
+    def _history(self, table: Sequence[int], position: int) -> int:
+        """A hash of the tokens before that position."""
+        if position == 0:
+            return 0
+        block, offset = self._slot(table, position - 1)
+        return hash(self.slots[block][offset])
+
     def _read(self, part) -> list[int]:
-        slots = (self._slot(part.block_table, position) for position in range(part.end))
-        tokens = [self.slots[block][offset] for block, offset in slots]
-        assert None not in tokens, "attention reads a slot that nobody wrote"
+        tokens = []
+        for position in range(part.end):
+            block, offset = self._slot(part.block_table, position)
+            kv = self.slots[block][offset]
+            assert kv is not None, "attention reads a slot that nobody wrote"
+            assert kv[1] == self._history(part.block_table, position), "attention reads KV of another text"
+            tokens.append(kv[0])
         return tokens

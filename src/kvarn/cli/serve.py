@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvarn.cli.options import DEFAULT_MODEL, MaxModelLen, PackedCacheBytes, Threads
+from kvarn.cli.options import DEFAULT_MODEL, MaxModelLen, PackedCacheBytes, Threads, read_text
 
 if TYPE_CHECKING:
     from kvarn.engine import AsyncLLM
@@ -50,6 +51,13 @@ def command(
     kv_cache_dtype: Annotated[
         str, typer.Option(help="Type of cached keys and values: float16, float32, or int8 (half the bytes).")
     ] = "float16",
+    prefix_cache: Annotated[
+        bool, typer.Option(help="Keep what was computed for requests that begin with the same tokens.")
+    ] = True,
+    shared_system_prompt: Annotated[
+        list[Path] | None,
+        typer.Option(help="Text file with a system prompt whose cached tokens all cache_salts share. May be repeated."),
+    ] = None,
     memory_utilization: Annotated[float, typer.Option(help="Share of available memory that may be taken.")] = 0.8,
     threads: Threads = 0,
     packed_cache_bytes: PackedCacheBytes = None,
@@ -61,12 +69,17 @@ def command(
     from kvarn.engine import model_name
     from kvarn.server import ServeOptions, serve
 
+    system_prompts = tuple(read_text(path, "--shared-system-prompt") for path in shared_system_prompt or ())
     config = EngineConfig(
         max_model_len=max_model_len,
         threads=threads,
         packed_cache_bytes=packed_cache_bytes,
         cache=CacheConfig(
-            dtype=kv_cache_dtype, kv_cache_bytes=kv_cache_bytes, memory_utilization=memory_utilization
+            dtype=kv_cache_dtype,
+            kv_cache_bytes=kv_cache_bytes,
+            memory_utilization=memory_utilization,
+            enable_prefix_caching=prefix_cache,
+            shared_system_prompts=system_prompts,
         ),
         scheduler=SchedulerConfig(max_num_seqs, max_num_batched_tokens, max_num_queued_requests),
     )

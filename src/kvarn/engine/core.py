@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import secrets
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 
 from kvarn.engine.events import EngineStats, Event, RequestFailed
 from kvarn.engine.output import RequestText
@@ -26,8 +26,21 @@ class _Counters:
     steps: int = 0
     prompt_tokens: int = 0
     generated_tokens: int = 0
-    preemptions: int = 0
     failed_steps: int = 0
+    preemptions: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+    evicted_tokens: int = 0
+
+    def plus(self, scheduler: Scheduler) -> _Counters:
+        """With what the scheduler has counted."""
+        return replace(
+            self,
+            preemptions=self.preemptions + scheduler.num_preemptions,
+            prefix_queries=self.prefix_queries + scheduler.num_prefix_queries,
+            prefix_hits=self.prefix_hits + scheduler.num_prefix_hits,
+            evicted_tokens=self.evicted_tokens + scheduler.num_evicted_tokens,
+        )
 
 
 class EngineCore:
@@ -122,24 +135,21 @@ class EngineCore:
 
     def stats(self) -> EngineStats:
         """A snapshot."""
-        scheduler, counters = self._scheduler, self._counters
+        scheduler = self._scheduler
         return EngineStats(
             running=scheduler.num_running,
             waiting=scheduler.num_waiting,
             queued=scheduler.num_queued,
             num_blocks=scheduler.num_blocks,
             free_blocks=scheduler.num_free_blocks,
-            steps=counters.steps,
-            prompt_tokens=counters.prompt_tokens,
-            generated_tokens=counters.generated_tokens,
-            preemptions=counters.preemptions + scheduler.num_preemptions,
-            failed_steps=counters.failed_steps,
+            cached_blocks=scheduler.num_cached_blocks,
+            **asdict(self._counters.plus(scheduler)),
         )
 
     def reset(self) -> None:
         """Drops all requests and starts anew, after `step` raised. Raises where the program does not run any more."""
+        self._counters = self._counters.plus(self._scheduler)
         self._counters.failed_steps += 1
-        self._counters.preemptions += self._scheduler.num_preemptions
         self._texts.clear()
         self._scheduler = self._new_scheduler()
         self._runner.reset()

@@ -13,11 +13,12 @@ from typing import Protocol
 from kvarn import __version__, _native
 from kvarn.backends import Backend, KvCacheSpec, StepLimits
 from kvarn.backends.cpu import CpuBackend, PackedSlot, memory_use
-from kvarn.cache import BlockPool
+from kvarn.cache import BlockPool, NullPrefixCache, RadixPrefixCache
 from kvarn.config import EngineConfig
 from kvarn.engine.capacity import Needs, plan_capacity
 from kvarn.engine.core import EngineCore
 from kvarn.engine.memory import available_memory
+from kvarn.engine.prefixes import shared_prefixes
 from kvarn.errors import ConfigError
 from kvarn.models import Model, ModelConfig, load_model
 from kvarn.program import Program, Rows
@@ -155,13 +156,15 @@ def build_engine(
     backend = make_backend(config.backend, config.threads, packed)
     capacity = plan_capacity(program, config, _needs(model, config, backend), available_memory())
     limits = StepLimits(steps.max_num_batched_tokens, steps.max_num_seqs, capacity.max_model_len)
+    shared = shared_prefixes(tokenizer, cache, capacity.num_blocks)
     spec = KvCacheSpec(capacity.num_blocks, cache.block_size, cache.dtype)
     executable = backend.load(program, model.weights, spec, limits)
     ends = dict.fromkeys((*model.config.eos_token_ids, *tokenizer.eos_token_ids))
 
     def new_scheduler() -> Scheduler:
         pool = BlockPool(capacity.num_blocks, cache.block_size)
-        return Scheduler(steps, pool, capacity.max_model_len, eos_token_ids=ends)
+        prefixes = RadixPrefixCache(pool, shared) if cache.enable_prefix_caching else NullPrefixCache()
+        return Scheduler(steps, pool, capacity.max_model_len, eos_token_ids=ends, prefix_cache=prefixes)
 
     sampler = NativeSampler(program.vocab_size)
     runner = Runner(executable, sampler, limits, cache.block_size, logits=program.output)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
 
-from kvarn.cache import BlockPool, BlockTable, NullPrefixCache, PrefixCache
+from kvarn.cache import BlockPool, BlockTable, NullPrefixCache, PrefixCache, common_length
 from kvarn.config import SchedulerConfig
 from kvarn.errors import QueueFullError, RequestError
 from kvarn.request import FinishReason, Request
@@ -33,6 +33,8 @@ class _Step:
     sequences: list[ScheduledSequence] = field(default_factory=list)
     new: list[NewSequence] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)
+    computing: dict[Hashable, tuple[Sequence, int]] = field(default_factory=dict)
+    """By the block they compute first: sequences with a chunk of a prompt in this step, and where it ends."""
 
 
 class Scheduler:
@@ -46,6 +48,10 @@ class Scheduler:
 
     The sequences of a request with n > 1 share the prompt's blocks: the first computes them, then the others fork
     from it one token before the prompt's end, and compute that last token each to sample from.
+
+    Blocks enter the prefix cache in the `update` after they are filled. A sequence that has more than its last token to
+    compute looks there before each chunk, so that it goes on from what another has computed meanwhile. One that waits,
+    and would compute in this step mostly what another computes in it, waits for the next.
     """
 
     def __init__(
@@ -58,15 +64,22 @@ class Scheduler:
         policy: Policy | None = None,
         prefix_cache: PrefixCache | None = None,
     ) -> None:
-        """pool: all blocks of the KV cache, owned from now on. eos_token_ids: the model's own ends of text."""
-        self.limits = Limits(max_model_len, pool.num_blocks * pool.block_size)
+        """pool: all blocks of the KV cache, owned from now on. eos_token_ids: the model's own ends of text.
+
+        prefix_cache: of that pool; owned from now on.
+        """
+        self._prefix_cache = prefix_cache or NullPrefixCache()
+        self.limits = Limits(max_model_len, (pool.num_blocks - self._prefix_cache.num_reserved) * pool.block_size)
         self.num_preemptions = 0
+        self.num_prefix_queries = 0
+        """Tokens of the sequences that were admitted with an empty table, again after a preemption included."""
+        self.num_prefix_hits = 0
+        """Those of them whose KV was found in the prefix cache."""
         self._config = config
         self._pool = pool
         self._eos_token_ids = frozenset(eos_token_ids)
         policy = policy or FirstComeFirstServed()
         self._policy = policy
-        self._prefix_cache = prefix_cache or NullPrefixCache()
         self._running = OrderedSequences(policy)
         self._waiting = OrderedSequences(policy)
         self._groups: dict[str, _Group] = {}
@@ -94,8 +107,18 @@ class Scheduler:
 
     @property
     def num_free_blocks(self) -> int:
-        """Blocks that no sequence holds."""
-        return self._pool.num_free
+        """Blocks that a sequence can have: empty ones, and those that only the prefix cache holds."""
+        return self._pool.num_available
+
+    @property
+    def num_cached_blocks(self) -> int:
+        """Those of `num_free_blocks` that the prefix cache holds."""
+        return self._pool.num_idle
+
+    @property
+    def num_evicted_tokens(self) -> int:
+        """Tokens whose KV the prefix cache has let go of."""
+        return self._prefix_cache.num_evicted_tokens
 
     @property
     def num_blocks(self) -> int:
@@ -129,6 +152,7 @@ class Scheduler:
                 max_length=self.limits.max_length_of(request),
                 eos_token_ids=frozenset() if sampling.ignore_eos else self._eos_token_ids,
                 table=BlockTable(self._pool),
+                prefix=self._prefix_cache.path((request.tenant, request.cache_salt)),
             )
             for index in range(sampling.n)
         ]
@@ -174,6 +198,7 @@ class Scheduler:
             sequence = self._sequences.get(part.sequence_id)
             if sequence is not None:
                 sequence.num_computed_tokens = part.end
+                sequence.prefix.insert(sequence.token_ids, part.end, sequence.table)
                 self._release_forks(sequence)
         sampled: list[tuple[Sequence, SampledToken]] = []
         for token in result.sampled:
@@ -187,13 +212,10 @@ class Scheduler:
                 self._end(sequence, *end)
         return sampled
 
-    def check(self, other_owners: Iterable[Iterable[int]] = ()) -> None:
-        """Raises AssertionError unless blocks, queues and groups agree with one another. For tests.
-
-        other_owners: blocks that a prefix cache holds.
-        """
+    def check(self) -> None:
+        """Raises AssertionError unless blocks, cache, queues and groups agree with one another. For tests."""
         sequences = list(self._sequences.values())
-        self._pool.check(itertools.chain((s.table.ids for s in sequences), other_owners))
+        self._pool.check([*(s.table.ids for s in sequences), self._prefix_cache.check()])
         forks = {f.sequence_id for g in self._groups.values() for f in g.forks if not f.finished}
         assert forks | {s.sequence_id for s in (*self._running, *self._waiting)} == set(self._sequences)
         assert len(forks) + len(self._running) + len(self._waiting) == len(sequences)
@@ -205,6 +227,7 @@ class Scheduler:
         index = 0
         while index < len(self._running):
             sequence = self._running[index]
+            self._count_hits(sequence, self._adopt_prefix(sequence, whole_blocks=True))
             # One token stays for each sequence after this one, so that a long prompt holds nobody up.
             after = len(self._running) - index - 1
             count = min(sequence.num_tokens - sequence.num_computed_tokens, step.budget - after)
@@ -215,8 +238,18 @@ class Scheduler:
     def _admit_waiting(self, step: _Step) -> None:
         while self._waiting and len(self._running) < self._config.max_num_seqs and step.budget > 0:
             sequence = self._waiting[0]
-            if not self._can_admit(sequence):
+            forked = len(sequence.table) > 0
+            if not self._may_fit():
                 return
+            found = self._adopt_prefix(sequence)
+            if self._repeats(step, sequence) or not self._can_admit(sequence):
+                if not forked:
+                    # What it waits with cannot be evicted for those that run.
+                    self._give_up_blocks(sequence)
+                return
+            if not forked:
+                self.num_prefix_queries += sequence.num_tokens
+                self._count_hits(sequence, min(found, sequence.num_computed_tokens))
             self._waiting.remove(sequence)
             self._running.add(sequence)
             if not sequence.announced:
@@ -229,9 +262,14 @@ class Scheduler:
             self._put(step, sequence, min(sequence.num_tokens - sequence.num_computed_tokens, step.budget))
 
     def _put(self, step: _Step, sequence: Sequence, count: int) -> None:
-        """Gives the sequence `count` tokens of the step; its blocks are known to be free."""
+        """Gives the sequence `count` tokens of the step; its blocks are known to be available."""
         start = sequence.num_computed_tokens
         end = start + count
+        if count > 1 and (block := sequence.prefix.next_block(sequence.token_ids)) is not None:
+            step.computing[block] = sequence, end
+        missing = sequence.table.blocks_needed(start, end) - self._pool.num_free
+        if missing > 0:
+            self._prefix_cache.evict(missing)
         step.copies += sequence.table.prepare_write(start, end)
         step.budget -= count
         step.sequences.append(
@@ -244,64 +282,86 @@ class Scheduler:
             )
         )
 
+    def _may_fit(self) -> bool:
+        """False where nobody can be admitted, whatever the prefix cache has."""
+        return not len(self._running) or self._pool.num_available > len(self._running)
+
     def _can_admit(self, sequence: Sequence) -> bool:
         """Whether there are blocks for all of the sequence's tokens, and one to grow by for each running one.
 
         Room for a first chunk would do, but then a long prompt would soon be preempted, its work lost. Where nothing
-        runs, sequences that wait with shared blocks give theirs up, so that the first in order always gets in.
+        runs, sequences that wait with shared blocks give theirs up, so that the first in order always gets in; so does
+        a cached block that the sequence would write into the copy of.
         """
-        if not len(sequence.table):
-            self._adopt_prefix(sequence)
-        start, end = sequence.num_computed_tokens, sequence.num_tokens
         while True:
-            missing = sequence.table.blocks_needed(start, end) + len(self._running) - self._pool.num_free
+            start, end = sequence.num_computed_tokens, sequence.num_tokens
+            missing = sequence.table.blocks_needed(start, end) + len(self._running) - self._pool.num_available
             if missing <= 0:
                 return True
-            if self._prefix_cache.evict(missing) > 0:
-                continue
             if len(self._running):
                 return False
-            self._preempt(self._last(s for s in self._waiting if len(s.table) and s is not sequence))
+            others = [s for s in self._waiting if len(s.table) and s is not sequence]
+            if others:
+                self._preempt(self._last(others))
+            else:
+                assert len(sequence.table) > sequence.prefix.num_blocks, "what fits alone does not fit"
+                sequence.table.truncate(sequence.prefix.num_blocks)
+                sequence.num_computed_tokens = sequence.prefix.num_blocks * self._pool.block_size
 
-    def _adopt_prefix(self, sequence: Sequence) -> None:
-        """Starts from cached blocks. The last token is left to compute: somebody must sample from it."""
-        blocks = self._prefix_cache.match(sequence.token_ids[:-1])
-        if blocks:
-            sequence.table.adopt(blocks)
-            sequence.num_computed_tokens = len(blocks) * self._pool.block_size
-            if not sequence.announced:
-                sequence.num_cached_tokens = sequence.num_computed_tokens
+    def _adopt_prefix(self, sequence: Sequence, *, whole_blocks: bool = False) -> int:
+        """Goes on from cached blocks where they reach beyond what the sequence has; returns how many tokens further.
+
+        The last token is left to compute. whole_blocks: takes no block of which it needs a copy, so that it never
+        needs more blocks than without.
+        """
+        known = sequence.num_computed_tokens
+        if known >= sequence.num_tokens - 1:
+            return 0
+        found = sequence.prefix.adopt(sequence.token_ids, sequence.table, known, whole_blocks=whole_blocks)
+        sequence.num_computed_tokens = found
+        return found - known
+
+    def _count_hits(self, sequence: Sequence, found: int) -> None:
+        self.num_prefix_hits += found
+        if sequence.num_preemptions == 0:
+            sequence.num_cached_tokens += found
+
+    def _repeats(self, step: _Step, sequence: Sequence) -> bool:
+        """Whether half or more of what the sequence would compute in this step is computed in it by another."""
+        leader, leader_end = step.computing.get(sequence.prefix.next_block(sequence.token_ids), (sequence, 0))
+        start = sequence.num_computed_tokens
+        end = min(sequence.num_tokens, start + step.budget)
+        same = common_length(leader.token_ids[start:leader_end], sequence.token_ids[start:end])
+        return same >= self._pool.block_size and 2 * same >= end - start
 
     def _make_room(self, index: int, count: int) -> bool:
         """Frees blocks for `count` tokens of running sequence `index`; False where that one itself was preempted."""
         sequence = self._running[index]
         start = sequence.num_computed_tokens
-        while True:
-            missing = sequence.table.blocks_needed(start, start + count) - self._pool.num_free
-            if missing <= 0:
-                return True
-            if self._prefix_cache.evict(missing) > 0:
-                continue
+        while sequence.table.blocks_needed(start, start + count) > self._pool.num_available:
             # Those before `index` are in this step already. The last of `_running` is the last in order of them.
             victim = self._last(itertools.chain((self._running[-1],), (s for s in self._waiting if len(s.table))))
             self._preempt(victim)
             if victim is sequence:
                 return False
+        return True
 
     def _last(self, sequences: Iterable[Sequence]) -> Sequence:
         return max(sequences, key=self._policy.key)
 
     def _preempt(self, sequence: Sequence) -> None:
         self._give_up_blocks(sequence)
-        sequence.num_computed_tokens = 0
+        sequence.num_preemptions += 1
         self.num_preemptions += 1
         if sequence in self._running:
             self._running.remove(sequence)
             self._waiting.add(sequence)
 
     def _give_up_blocks(self, sequence: Sequence) -> None:
-        self._prefix_cache.insert(sequence.token_ids[: sequence.num_computed_tokens], sequence.table.ids)
+        """The prefix cache keeps what it can, until somebody needs the blocks."""
+        sequence.prefix.leave(sequence.token_ids, sequence.num_computed_tokens, sequence.table)
         sequence.table.release()
+        sequence.num_computed_tokens = 0
 
     def _release_forks(self, sequence: Sequence) -> None:
         """Lets the other sequences of the request start where the first has computed what they share."""
@@ -311,7 +371,7 @@ class Scheduler:
             return
         for fork in group.forks:
             if not fork.finished:
-                fork.table = sequence.table.fork(shared)
+                fork.table, fork.prefix = sequence.table.fork(shared), sequence.prefix.fork(shared)
                 fork.num_computed_tokens = shared
                 self._waiting.add(fork)
         group.forks = []

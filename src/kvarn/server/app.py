@@ -128,7 +128,7 @@ def _generation(
 ) -> Generation:
     """What the body asks for. Raises ApiError, parameters named as the client spelt them."""
     try:
-        return Generation(llm, prompts, body.to_sampling(), new_id(kind))
+        return Generation(llm, prompts, body.to_sampling(), new_id(kind), cache_salt=body.salt)
     except RequestError as error:
         raise body.refusal(error) from None
 

@@ -56,7 +56,13 @@ class Generation:
     """The engine requests of one HTTP request. Choice index = prompt index * n + sequence index."""
 
     def __init__(
-        self, llm: AsyncLLM, prompts: Iterable[Sequence[int]], sampling: SamplingParams, answer_id: str
+        self,
+        llm: AsyncLLM,
+        prompts: Iterable[Sequence[int]],
+        sampling: SamplingParams,
+        answer_id: str,
+        *,
+        cache_salt: str = "",
     ) -> None:
         """Checks each prompt as it comes, and all before any is queued. Any thread may call. Raises RequestError."""
         self._llm = llm
@@ -64,7 +70,7 @@ class Generation:
         self.answer_id = answer_id
         self.requests: list[Request] = []
         for index, ids in enumerate(prompts):
-            request = Request(f"{answer_id}-{index}", tuple(ids), sampling)
+            request = Request(f"{answer_id}-{index}", tuple(ids), sampling, cache_salt=cache_salt)
             llm.check(request)
             self.requests.append(request)
         self.usage = Usage(prompt=sum(len(request.prompt_token_ids) for request in self.requests))

@@ -49,7 +49,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "prompt_logprobs": (),
     "truncate_prompt_tokens": (),
     "priority": (0,),
-    "cache_salt": (),
     "chat_template": (),
     "documents": ([],),
     "return_token_ids": (False,),
