@@ -35,12 +35,13 @@ def tiny_engine(
     block_size=16,
     dtype="float32",
     threads=1,
+    **cache,
 ):
     config = EngineConfig(
         max_model_len=max_model_len,
         backend=backend,
         threads=threads,
-        cache=CacheConfig(block_size=block_size, num_blocks=num_blocks, dtype=dtype),
+        cache=CacheConfig(block_size=block_size, num_blocks=num_blocks, dtype=dtype, **cache),
         scheduler=SchedulerConfig(max_num_seqs, max_num_batched_tokens, max_num_queued_requests),
     )
     return build_engine(shared_model(family, seed), byte_tokenizer(), config, name="tiny")

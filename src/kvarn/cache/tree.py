@@ -17,7 +17,7 @@ def common_length(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 class Node:
-    """A block and what is known to continue it. `tokens`: those whose KV it holds; less than a full block in leaves only.
+    """A block and what is known to continue it. `tokens`: those whose KV it holds, a full block but in leaves.
 
     Children are sorted by their tokens, and none's begin with another's. So the child with the longest common
     beginning with some tokens is next to where these would sort in: O(log n) comparisons of tuples.

@@ -329,10 +329,11 @@ class Scheduler:
     def _repeats(self, step: _Step, sequence: Sequence) -> bool:
         """Whether half or more of what the sequence would compute in this step is computed in it by another."""
         leader, leader_end = step.computing.get(sequence.prefix.next_block(sequence.token_ids), (sequence, 0))
+        if leader_end < (sequence.prefix.num_blocks + 1) * self._pool.block_size:
+            return False  # it fills no block, so there would be no more to find in the next step
         start = sequence.num_computed_tokens
         end = min(sequence.num_tokens, start + step.budget)
-        same = common_length(leader.token_ids[start:leader_end], sequence.token_ids[start:end])
-        return same >= self._pool.block_size and 2 * same >= end - start
+        return 2 * common_length(leader.token_ids[start:leader_end], sequence.token_ids[start:end]) >= end - start
 
     def _make_room(self, index: int, count: int) -> bool:
         """Frees blocks for `count` tokens of running sequence `index`; False where that one itself was preempted."""
