@@ -48,9 +48,9 @@ class Answer:
 
 
 @contextlib.contextmanager
-def served(model: str, threads: int) -> Iterator[tuple[str, int]]:
+def served(model: str, options: list[str]) -> Iterator[tuple[str, int]]:
     """A server of the model; yields its host and port."""
-    command = [sys.executable, "-m", "kvarn.cli", "serve", model, "--port", "0", "--threads", str(threads)]
+    command = [sys.executable, "-m", "kvarn.cli", "serve", model, "--port", "0", *options]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
@@ -121,7 +121,7 @@ def conversation(system: str, question: str) -> list[dict[str, str]]:
 
 def measure(model: str, rounds: int, system_tokens: int, threads: int) -> bool:
     """Prints the figures of one model; whether they are as they should be."""
-    with served(model, threads) as address:
+    with served(model, ["--threads", str(threads)]) as address:
         misses, hits = [], []
         system = system_prompt(address, system_tokens, 1)
         for round_number in range(rounds):

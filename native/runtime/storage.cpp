@@ -95,4 +95,34 @@ void KvCache::copy(const std::vector<std::pair<int64_t, int64_t>> &pairs) {
     }
 }
 
+size_t KvCache::block_bytes() const {
+    size_t bytes = 0;
+    for (const KvLayerView &layer : views_) bytes += size_t(layer.block_bytes());
+    return bytes;
+}
+
+void KvCache::read(int64_t block, uint8_t *out) const {
+    require_block(block);
+    for (const KvLayerView &layer : views_) {
+        const size_t bytes = size_t(layer.block_bytes());
+        std::memcpy(out, layer.data + size_t(block) * bytes, bytes);
+        out += bytes;
+    }
+}
+
+void KvCache::write(int64_t block, const uint8_t *in) {
+    require_block(block);
+    for (const KvLayerView &layer : views_) {
+        const size_t bytes = size_t(layer.block_bytes());
+        std::memcpy(layer.data + size_t(block) * bytes, in, bytes);
+        in += bytes;
+    }
+}
+
+void KvCache::require_block(int64_t block) const {
+    if (block < 0 || block >= num_blocks_)
+        throw std::invalid_argument("block " + std::to_string(block) + " in a cache of " +
+                                    std::to_string(num_blocks_) + " blocks");
+}
+
 }  // namespace kvarn

@@ -68,7 +68,15 @@ public:
     // Copies whole blocks in all layers, in order. Throws std::invalid_argument where a block does not exist.
     void copy(const std::vector<std::pair<int64_t, int64_t>> &pairs);
 
+    // Bytes of one block over all layers.
+    size_t block_bytes() const;
+    // A block's bytes, layer by layer. Throws where there is no such block.
+    void read(int64_t block, uint8_t *out) const;
+    void write(int64_t block, const uint8_t *in);
+
 private:
+    void require_block(int64_t block) const;
+
     int64_t num_blocks_, block_size_;
     Pages pages_;
     std::vector<KvLayerView> views_;

@@ -35,6 +35,7 @@ def tiny_engine(
     block_size=16,
     dtype="float32",
     threads=1,
+    identity="",
     **cache,
 ):
     config = EngineConfig(
@@ -44,7 +45,7 @@ def tiny_engine(
         cache=CacheConfig(block_size=block_size, num_blocks=num_blocks, dtype=dtype, **cache),
         scheduler=SchedulerConfig(max_num_seqs, max_num_batched_tokens, max_num_queued_requests),
     )
-    return build_engine(shared_model(family, seed), byte_tokenizer(), config, name="tiny")
+    return build_engine(shared_model(family, seed), byte_tokenizer(), config, name="tiny", identity=identity)
 
 
 def run_core(core: EngineCore, requests: list[Request]) -> dict[str, list[RequestOutput]]:

@@ -38,6 +38,8 @@ def test_every_metric_has_a_kind():
         "kvarn:prefix_cache_queries": "counter",
         "kvarn:prefix_cache_hits": "counter",
         "kvarn:prefix_cache_evicted_tokens": "counter",
+        "kvarn:kv_offload_saved_tokens": "counter",
+        "kvarn:kv_offload_loaded_tokens": "counter",
         "kvarn:engine_steps": "counter",
         "kvarn:engine_failed_steps": "counter",
     }

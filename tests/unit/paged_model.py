@@ -7,7 +7,7 @@ block that was computed after other tokens or a wrong table is found.
 
 from collections.abc import Iterable, Sequence
 
-from kvarn.step import SampledToken, SchedulerOutput, StepOutput
+from kvarn.step import BlockLoad, SampledToken, SchedulerOutput, StepOutput
 
 VOCAB = 50
 
@@ -31,12 +31,17 @@ def expected_tokens(
 class PagedModel:
     """Executes steps over real block tables, and checks what a runner may rely on."""
 
+    token_seconds = 1.0
+    """What it says that computing a token takes."""
+
     def __init__(self, num_blocks: int, block_size: int, *, max_tokens: int, max_seqs: int) -> None:
         self.slots: list[list[tuple[int, int] | None]] = [[None] * block_size for _ in range(num_blocks)]
         self.block_size = block_size
         self.max_tokens = max_tokens
         self.max_seqs = max_seqs
         self.streams: dict[int, int] = {}
+        self.tier: dict[int, tuple[bytes, list[tuple[int, int] | None]]] = {}
+        """By slot: name and content."""
 
     def execute(self, step: SchedulerOutput) -> StepOutput:
         for sequence_id in step.finished:
@@ -47,8 +52,11 @@ class PagedModel:
         assert step.num_tokens <= self.max_tokens
         assert len(step.sequences) <= self.max_seqs
         assert len({s.sequence_id for s in step.sequences}) == len(step.sequences)
+        for save in step.block_saves:
+            self.tier[save.slot] = save.name, list(self.slots[save.block])
         for source, destination in step.block_copies:
             self.slots[destination] = list(self.slots[source])
+        loaded = tuple(self._load(load) for load in step.block_loads)
         written: set[tuple[int, int]] = set()
         for part in step.sequences:
             assert part.token_ids, "scheduled with nothing to compute"
@@ -64,7 +72,17 @@ class PagedModel:
                 for part in step.sequences
                 if part.sample
             ),
+            loaded,
+            step.num_tokens * self.token_seconds,
         )
+
+    def _load(self, load: BlockLoad) -> int:
+        for count, (block, slot, name) in enumerate(zip(load.blocks, load.slots, load.names, strict=True)):
+            kept, content = self.tier.get(slot, (None, []))
+            if kept != name:
+                return count
+            self.slots[block] = list(content)
+        return len(load.blocks)
 
     def _slot(self, table: Sequence[int], position: int) -> tuple[int, int]:
         return table[position // self.block_size], position % self.block_size

@@ -13,11 +13,11 @@ from hypothesis.stateful import (
 )
 from paged_model import VOCAB, PagedModel, expected_tokens
 
-from kvarn.cache import BlockPool, NullPrefixCache, RadixPrefixCache
+from kvarn.cache import BlockPool, NullPrefixCache, OffloadIndex, RadixPrefixCache
 from kvarn.config import SchedulerConfig
 from kvarn.errors import QueueFullError, RequestError
 from kvarn.request import FinishReason, Request, SamplingParams
-from kvarn.scheduler import FirstComeFirstServed, Scheduler
+from kvarn.scheduler import FirstComeFirstServed, MoveCost, Scheduler
 
 BLOCK = 4
 ENDS = frozenset({0, 1})
@@ -28,6 +28,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     shared_prefixes: tuple[tuple[int, ...], ...] | None = None
     """None: no prefix cache."""
+    tier_slots = 0
     policy = FirstComeFirstServed
 
     @initialize(
@@ -37,18 +38,22 @@ class SchedulerMachine(RuleBasedStateMachine):
         tokens = seqs + spare_tokens
         self.pool = BlockPool(blocks, BLOCK)
         shared = self.shared_prefixes
-        self.cache = NullPrefixCache() if shared is None else RadixPrefixCache(self.pool, shared)
+        self.cache = NullPrefixCache() if shared is None else RadixPrefixCache(self.pool, shared, self.new_tier())
         self.model = PagedModel(blocks, BLOCK, max_tokens=tokens, max_seqs=seqs)
         self.queue = queue
         config = SchedulerConfig(max_num_seqs=seqs, max_num_batched_tokens=tokens, max_num_queued_requests=queue)
+        moves = MoveCost(BLOCK, 1.0 * BLOCK)
         self.scheduler = Scheduler(
-            config, self.pool, 60, eos_token_ids=ENDS, policy=self.policy(), prefix_cache=self.cache
+            config, self.pool, 60, eos_token_ids=ENDS, policy=self.policy(), prefix_cache=self.cache, moves=moves
         )
         self.sequences = []
         self.said = {}
         self.number = 0
         self.computed = {}
         """By salt: all beginnings of texts that its sequences have computed."""
+
+    def new_tier(self):
+        return OffloadIndex(self.tier_slots, "this model")
 
     @rule(
         # Few different prompts, so that prefixes are shared.
@@ -176,6 +181,22 @@ class WithSharedPrefixes(SchedulerMachine):
     shared_prefixes = (tuple(range(11)), tuple(range(1, 6)))
 
 
+class WithSecondTier(WithSharedPrefixes):
+    """And with a tier for evicted blocks, whose content is lost now and then, and which is not always worth it."""
+
+    tier_slots = 12
+
+    @rule(data=st.data())
+    def lose(self, data):
+        if self.model.tier:
+            slot = data.draw(st.sampled_from(sorted(self.model.tier)))
+            self.model.tier[slot] = b"another", []
+
+    @rule(seconds=st.sampled_from([0.1, 10.0]))
+    def compute_faster_or_slower(self, seconds):
+        self.model.token_seconds = seconds
+
+
 class LastComeFirstServed:
     """A policy under which a newcomer overtakes everybody."""
 
@@ -190,7 +211,10 @@ class WithAnotherPolicy(SchedulerMachine):
     policy = LastComeFirstServed
 
 
-@pytest.mark.parametrize("machine", [SchedulerMachine, WithPrefixCache, WithSharedPrefixes, WithAnotherPolicy])
+MACHINES = [SchedulerMachine, WithPrefixCache, WithSharedPrefixes, WithSecondTier, WithAnotherPolicy]
+
+
+@pytest.mark.parametrize("machine", MACHINES)
 def test_any_order_of_requests_aborts_and_steps(machine):
     run_state_machine_as_test(
         machine,

@@ -2,15 +2,18 @@
 
 `BlockPool` owns the ids of all blocks and counts references, `BlockTable` is one sequence's list of them, and
 `PrefixCache` is the seam for finding blocks that were computed before: `RadixPrefixCache` does.
+`OffloadIndex` knows which of those it evicted lie in a second tier.
 """
 
+from kvarn.cache.offload import OffloadIndex
 from kvarn.cache.pool import BlockPool, OutOfBlocksError
-from kvarn.cache.prefix import NullPrefixCache, PrefixCache, PrefixPath, Salt
+from kvarn.cache.prefix import NullPrefixCache, PrefixCache, PrefixPath
 from kvarn.cache.radix import RadixPrefixCache
+from kvarn.cache.salt import Salt
 from kvarn.cache.table import BlockTable, blocks_for
 from kvarn.cache.tree import common_length
 
 __all__ = [
-    "BlockPool", "BlockTable", "NullPrefixCache", "OutOfBlocksError", "PrefixCache", "PrefixPath", "RadixPrefixCache",
-    "Salt", "blocks_for", "common_length",
+    "BlockPool", "BlockTable", "NullPrefixCache", "OffloadIndex", "OutOfBlocksError", "PrefixCache", "PrefixPath",
+    "RadixPrefixCache", "Salt", "blocks_for", "common_length",
 ]  # fmt: skip

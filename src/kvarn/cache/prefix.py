@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable, Sequence
 from typing import Protocol, Self
 
+from kvarn.cache.offload import OffloadIndex
+from kvarn.cache.salt import Salt
 from kvarn.cache.table import BlockTable
-
-Salt = tuple[str, str]
-"""Whose prefixes: the request's (tenant, cache_salt). What one salt has computed is not there for any other."""
 
 
 class PrefixPath(Protocol):
@@ -44,6 +43,13 @@ class PrefixPath(Protocol):
         """The place of a sequence with a fork of the table that holds the first `num_tokens` tokens."""
         ...
 
+    def offloaded(self, token_ids: Sequence[int], most: int) -> list[tuple[int, bytes]]:
+        """(slot, name) in the second tier of the whole blocks that follow, up to `most` and the first that it lacks.
+
+        Of all but the last of `token_ids`. What is there is not checked: see `BlockLoad`.
+        """
+        ...
+
     def next_block(self, token_ids: Sequence[int]) -> Hashable:
         """What tells the next whole block from all others; None where there are too few tokens for one.
 
@@ -57,6 +63,8 @@ class PrefixCache(Protocol):
 
     num_evicted_tokens: int
     """Tokens whose KV was let go of."""
+    tier: OffloadIndex
+    """Where evicted blocks may go."""
 
     @property
     def num_reserved(self) -> int:
@@ -67,8 +75,15 @@ class PrefixCache(Protocol):
         """The place of a new sequence: at the start, with an empty table."""
         ...
 
-    def evict(self, count: int) -> int:
-        """Lets go of blocks that no table holds until `count` more are free, or none is left; returns how many."""
+    def evict(self, count: int, *, spill: bool = True) -> int:
+        """Lets go of blocks that no table holds until `count` more are free, or none is left; returns how many.
+
+        spill: asks the tier to save them. They must keep their values until the saves are taken and done.
+        """
+        ...
+
+    def spill_all(self) -> None:
+        """Asks the tier to save all blocks that it has room for."""
         ...
 
     def check(self) -> Iterable[int]:
@@ -97,6 +112,11 @@ class NullPrefixPath:
         del num_tokens
         return self
 
+    def offloaded(self, token_ids: Sequence[int], most: int) -> list[tuple[int, bytes]]:
+        """There is no second tier."""
+        del token_ids, most
+        return []
+
     def next_block(self, token_ids: Sequence[int]) -> Hashable:
         """Nothing will be shared."""
         del token_ids
@@ -109,15 +129,21 @@ class NullPrefixCache:
     num_evicted_tokens = 0
     num_reserved = 0
 
+    def __init__(self) -> None:
+        self.tier = OffloadIndex()
+
     def path(self, salt: Salt) -> NullPrefixPath:
         """The same for everybody."""
         del salt
         return NullPrefixPath()
 
-    def evict(self, count: int) -> int:
+    def evict(self, count: int, *, spill: bool = True) -> int:
         """There is nothing to let go."""
-        del count
+        del count, spill
         return 0
+
+    def spill_all(self) -> None:
+        """There is nothing to save."""
 
     def check(self) -> Iterable[int]:
         """It holds nothing."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import Self
 
+from kvarn.cache.offload import OffloadIndex
 from kvarn.cache.pool import BlockPool
-from kvarn.cache.prefix import Salt
+from kvarn.cache.salt import Salt
 from kvarn.cache.table import BlockTable
 from kvarn.cache.tree import Branch, CommonNode, Declared, Node, Tokens
 
@@ -33,13 +34,20 @@ class RadixPrefixCache:
     anybody has used that prefix since the start. Declare what everybody may know, such as a system prompt.
     """
 
-    def __init__(self, pool: BlockPool, shared_prefixes: Sequence[Sequence[int]] = ()) -> None:
-        """shared_prefixes: token ids that any salt's requests may begin with, and share."""
+    def __init__(
+        self,
+        pool: BlockPool,
+        shared_prefixes: Sequence[Sequence[int]] = (),
+        tier: OffloadIndex | None = None,
+    ) -> None:
+        """shared_prefixes: token ids that any salt's requests may begin with, and share. tier: for evicted blocks."""
         self.pool = pool
+        self.tier = OffloadIndex() if tier is None else tier
         self.num_evicted_tokens = 0
         declared = Declared(shared_prefixes, pool.block_size)
         self.num_reserved = declared.num_blocks
         self.root: Node = CommonNode((), -1, declared)
+        self.root.name = self.tier.root()
         self._nodes: dict[int, Node] = {}
         """By block; those of declared prefixes are not in it."""
         self._common: list[CommonNode] = []
@@ -48,15 +56,55 @@ class RadixPrefixCache:
         """The place of a new sequence."""
         return RadixPath(self, self.root, salt)
 
-    def evict(self, count: int) -> int:
-        """Lets go of the least recently used blocks that no table holds."""
+    def evict(self, count: int, *, spill: bool = True) -> int:
+        """Lets go of the least recently used blocks that no table holds; whole ones go to the tier with `spill`."""
         evicted = 0
         while evicted < count and (block := self.pool.oldest_idle) is not None:
             node = self._nodes[block]
             self.num_evicted_tokens += len(node.tokens)
+            if spill:
+                self._spill(node)
             self._remove(node)
             evicted += 1
         return evicted
+
+    def spill_all(self) -> None:
+        """Copies all that it holds to the tier, as far as there is room: the beginnings of texts first."""
+        nodes = list(self._walk())
+        for node in reversed(nodes[: self.tier.num_slots]):
+            self._spill(node)
+
+    def _spill(self, node: Node) -> None:
+        if self.tier.num_slots and len(node.tokens) == self.pool.block_size:
+            self.tier.save(self.name(node), node.block)
+
+    def name(self, node: Node) -> bytes:
+        """What the node's block goes by in the tier."""
+        unnamed: list[Node] = []
+        while (name := node.name) is None:
+            unnamed.append(node)
+            assert node.parent is not None
+            node = node.parent
+        for below in reversed(unnamed):
+            tier = self.tier
+            name = tier.branch(name, below.salt) if isinstance(below, Branch) else tier.after(name, below.tokens)
+            below.name = name
+        return name
+
+    def offloaded(self, node: Node, salt: Salt, blocks: Iterable[Tokens]) -> Iterator[tuple[int, bytes]]:
+        """(slot, name) in the tier of the blocks that follow `node`, up to the first that is not there."""
+        name = self.name(node)
+        declared = node.declared if isinstance(node, CommonNode) else None
+        for tokens in blocks:
+            if declared is not None:
+                declared = declared.following.get(tokens)
+                if declared is None:
+                    name = self.tier.branch(name, salt)
+            name = self.tier.after(name, tokens)
+            slot = self.tier.find(name)
+            if slot is None:
+                return
+            yield slot, name
 
     def find(self, node: Node, salt: Salt, tokens: Tokens) -> Node | None:
         """The block of `tokens` after `node`, for a sequence of that salt."""
@@ -101,6 +149,16 @@ class RadixPrefixCache:
             self.pool.share((block,))
         return child
 
+    def _walk(self, *, inner: bool = False) -> Iterator[Node]:
+        """All nodes that have a block, parents first; inner: the others, too."""
+        level = [self.root]
+        while level:
+            for node in level:
+                if inner or node.block >= 0:
+                    yield node
+            branches = [b for node in level if isinstance(node, CommonNode) for b in node.branches.values()]
+            level = [*branches, *(child for node in level for child in node.children)]
+
     def _remove(self, node: Node) -> None:
         parent = node.parent
         assert parent is not None and not node.children
@@ -112,21 +170,17 @@ class RadixPrefixCache:
 
     def check(self) -> Iterable[int]:
         """Walks the whole tree; returns the blocks that it holds. For tests."""
-        found: list[Node] = []
-        above: list[Node] = [self.root]
         size = self.pool.block_size
-        while above:
-            node = above.pop()
+        self.tier.check()
+        for node in self._walk(inner=True):
             assert node.keys == [child.tokens for child in node.children] == sorted(node.keys)
             for key, following in zip(node.keys, node.keys[1:], strict=False):
                 assert following[: len(key)] != key, "one child's tokens begin with another's"
             assert all(child.parent is node for child in node.children)
             assert not node.children or len(node.tokens) == (0 if node.block < 0 else size)
-            found += node.children
-            above += node.children
             if isinstance(node, CommonNode):
                 assert all(b.home is node and b.salt == salt and b.children for salt, b in node.branches.items())
-                above += node.branches.values()
+        found = list(self._walk())
         private = [node for node in found if not isinstance(node, CommonNode)]
         assert {node.block: node for node in private} == self._nodes and len(private) == len(self._nodes)
         assert len(found) == len(private) + len(self._common)
@@ -201,6 +255,16 @@ class RadixPath:
             assert node.parent is not None
             node = node.parent.home if isinstance(node.parent, Branch) else node.parent
         return type(self)(self._cache, node, self._salt, min(num_blocks, self.num_blocks))
+
+    def offloaded(self, token_ids: Sequence[int], most: int) -> list[tuple[int, bytes]]:
+        """(slot, name) of what the tier has of the whole blocks after the place, at most `most` of them."""
+        size, tier = self._cache.pool.block_size, self._cache.tier
+        start, last = self.num_blocks * size, len(token_ids) - 1
+        if not len(tier):
+            return []
+        ends = range(start + size, min(last, start + most * size) + 1, size)
+        blocks = (tuple(token_ids[end - size : end]) for end in ends)
+        return list(self._cache.offloaded(self._node, self._salt, blocks))
 
     def next_block(self, token_ids: Sequence[int]) -> Hashable:
         """The node, the tokens after it, and the salt, but for a declared prefix."""

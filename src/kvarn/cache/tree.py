@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 
-from kvarn.cache.prefix import Salt
+from kvarn.cache.salt import Salt
 
 Tokens = tuple[int, ...]
 
@@ -23,13 +23,15 @@ class Node:
     beginning with some tokens is next to where these would sort in: O(log n) comparisons of tuples.
     """
 
-    __slots__ = ("block", "children", "keys", "parent", "tokens")
+    __slots__ = ("block", "children", "keys", "name", "parent", "tokens")
 
     def __init__(self, tokens: Tokens, block: int, parent: Node | None) -> None:
         """A leaf. parent: knows of it only after `add`."""
         self.tokens = tokens
         self.block = block
         self.parent = parent
+        self.name: bytes | None = None
+        """Of its KV in the second tier, once it was asked for."""
         self.keys: list[Tokens] = []
         """Tokens of the children, sorted; the children in the same order."""
         self.children: list[Node] = []
@@ -79,7 +81,7 @@ class Branch(Node):
     __slots__ = ("home", "salt")
 
     def __init__(self, home: CommonNode, salt: Salt) -> None:
-        super().__init__((), -1, None)
+        super().__init__((), -1, home)
         self.home = home
         self.salt = salt
 

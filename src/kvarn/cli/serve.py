@@ -58,6 +58,12 @@ def command(
         list[Path] | None,
         typer.Option(help="Text file with a system prompt whose cached tokens all cache_salts share. May be repeated."),
     ] = None,
+    kv_offload_bytes: Annotated[
+        int, typer.Option(help="Size of a file for evicted parts of the KV cache, kept for the next start; 0: none.")
+    ] = 0,
+    kv_offload_dir: Annotated[
+        Path | None, typer.Option(help="Folder of that file; default: beside the pulled models.")
+    ] = None,
     memory_utilization: Annotated[float, typer.Option(help="Share of available memory that may be taken.")] = 0.8,
     threads: Threads = 0,
     packed_cache_bytes: PackedCacheBytes = None,
@@ -80,6 +86,8 @@ def command(
             memory_utilization=memory_utilization,
             enable_prefix_caching=prefix_cache,
             shared_system_prompts=system_prompts,
+            kv_offload_bytes=kv_offload_bytes,
+            kv_offload_dir=None if kv_offload_dir is None else str(kv_offload_dir),
         ),
         scheduler=SchedulerConfig(max_num_seqs, max_num_batched_tokens, max_num_queued_requests),
     )

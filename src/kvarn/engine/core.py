@@ -31,6 +31,8 @@ class _Counters:
     prefix_queries: int = 0
     prefix_hits: int = 0
     evicted_tokens: int = 0
+    saved_tokens: int = 0
+    loaded_tokens: int = 0
 
     def plus(self, scheduler: Scheduler) -> _Counters:
         """With what the scheduler has counted."""
@@ -40,6 +42,8 @@ class _Counters:
             prefix_queries=self.prefix_queries + scheduler.num_prefix_queries,
             prefix_hits=self.prefix_hits + scheduler.num_prefix_hits,
             evicted_tokens=self.evicted_tokens + scheduler.num_evicted_tokens,
+            saved_tokens=self.saved_tokens + scheduler.num_saved_tokens,
+            loaded_tokens=self.loaded_tokens + scheduler.num_loaded_tokens,
         )
 
 
@@ -71,6 +75,7 @@ class EngineCore:
         self._vocab_size = vocab_size
         self._texts: dict[str, RequestText] = {}
         self._counters = _Counters()
+        self._closed = False
 
     def check(self, request: Request) -> None:
         """Raises RequestError, naming field and limit, for a request this engine can never run. Any thread may call."""
@@ -155,9 +160,20 @@ class EngineCore:
         self._runner.reset()
 
     def close(self) -> None:
-        """Releases the model. Idempotent."""
+        """Saves the prefix cache to its second tier, where there is one, and releases the model. Idempotent."""
+        if not self._closed:
+            self._closed = True
+            self._spill()
         self._runner.close()
         self._on_close()
+
+    def _spill(self) -> None:
+        scheduled = self._scheduler.spill()
+        if scheduled.block_saves:
+            try:
+                self._runner.execute(scheduled)
+            except Exception:
+                logger.exception("the prefix cache could not be saved")
 
     def _message(self, request_id: str, outputs: tuple[SequenceOutput, ...]) -> RequestOutput:
         text = self._texts[request_id]

@@ -47,6 +47,10 @@ class EngineStats:
     """Those of them whose KV was there."""
     evicted_tokens: int = 0
     """Tokens whose KV the prefix cache let go of to make room."""
+    saved_tokens: int = 0
+    """Tokens whose KV was saved to the second tier."""
+    loaded_tokens: int = 0
+    """Those of the hits whose KV was loaded from it."""
 
 
 def merge_outputs(outputs: Sequence[RequestOutput]) -> RequestOutput:

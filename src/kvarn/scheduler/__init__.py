@@ -4,8 +4,9 @@
 """
 
 from kvarn.scheduler.admission import Limits
+from kvarn.scheduler.moves import MoveCost
 from kvarn.scheduler.policy import FirstComeFirstServed, Policy
 from kvarn.scheduler.scheduler import Scheduler
 from kvarn.scheduler.sequence import Sequence
 
-__all__ = ["FirstComeFirstServed", "Limits", "Policy", "Scheduler", "Sequence"]
+__all__ = ["FirstComeFirstServed", "Limits", "MoveCost", "Policy", "Scheduler", "Sequence"]

@@ -11,9 +11,10 @@ from kvarn.config import SchedulerConfig
 from kvarn.errors import QueueFullError, RequestError
 from kvarn.request import FinishReason, Request
 from kvarn.scheduler.admission import Limits
+from kvarn.scheduler.moves import MoveCost
 from kvarn.scheduler.policy import FirstComeFirstServed, OrderedSequences, Policy
 from kvarn.scheduler.sequence import Sequence
-from kvarn.step import NewSequence, SampledToken, ScheduledSequence, SchedulerOutput, StepOutput
+from kvarn.step import BlockLoad, NewSequence, SampledToken, ScheduledSequence, SchedulerOutput, StepOutput
 
 
 @dataclass(slots=True)
@@ -33,6 +34,7 @@ class _Step:
     sequences: list[ScheduledSequence] = field(default_factory=list)
     new: list[NewSequence] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)
+    loads: list[BlockLoad] = field(default_factory=list)
     computing: dict[Hashable, tuple[Sequence, int]] = field(default_factory=dict)
     """By the block they compute first: sequences with a chunk of a prompt in this step, and where it ends."""
 
@@ -52,6 +54,11 @@ class Scheduler:
     Blocks enter the prefix cache in the `update` after they are filled. A sequence that has more than its last token to
     compute looks there before each chunk, so that it goes on from what another has computed meanwhile. One that waits,
     and would compute in this step mostly what another computes in it, waits for the next.
+
+    What was evicted may lie in the cache's second tier. Where moving is cheaper than computing (`MoveCost`), evicted
+    blocks are saved there, and the blocks of a sequence that could be admitted are loaded in a step of their own, in
+    which it waits; what turns out to be wrong then is computed. So a preempted sequence is swapped or recomputed,
+    whichever takes less.
     """
 
     def __init__(
@@ -63,11 +70,13 @@ class Scheduler:
         eos_token_ids: Iterable[int] = (),
         policy: Policy | None = None,
         prefix_cache: PrefixCache | None = None,
+        moves: MoveCost | None = None,
     ) -> None:
         """pool: all blocks of the KV cache, owned from now on. eos_token_ids: the model's own ends of text.
 
-        prefix_cache: of that pool; owned from now on.
+        prefix_cache: of that pool; owned from now on. moves: when its second tier is used; None: always.
         """
+        self._moves = moves or MoveCost(pool.block_size, 0.0)
         self._prefix_cache = prefix_cache or NullPrefixCache()
         self.limits = Limits(max_model_len, (pool.num_blocks - self._prefix_cache.num_reserved) * pool.block_size)
         self.num_preemptions = 0
@@ -75,6 +84,8 @@ class Scheduler:
         """Tokens of the sequences that were admitted with an empty table, again after a preemption included."""
         self.num_prefix_hits = 0
         """Those of them whose KV was found in the prefix cache."""
+        self.num_loaded_tokens = 0
+        """Those of the hits that came from the second tier."""
         self._config = config
         self._pool = pool
         self._eos_token_ids = frozenset(eos_token_ids)
@@ -119,6 +130,11 @@ class Scheduler:
     def num_evicted_tokens(self) -> int:
         """Tokens whose KV the prefix cache has let go of."""
         return self._prefix_cache.num_evicted_tokens
+
+    @property
+    def num_saved_tokens(self) -> int:
+        """Tokens whose KV was saved to the second tier."""
+        return self._prefix_cache.tier.num_saved * self._pool.block_size
 
     @property
     def num_blocks(self) -> int:
@@ -184,7 +200,16 @@ class Scheduler:
         self._schedule_running(step)
         self._admit_waiting(step)
         finished, self._finished_ids = tuple(self._finished_ids), []
-        return SchedulerOutput(self._step, tuple(step.sequences), tuple(step.new), finished, tuple(step.copies))
+        return SchedulerOutput(
+            self._step, tuple(step.sequences), tuple(step.new), finished, tuple(step.copies),
+            self._prefix_cache.tier.take_saves(), tuple(step.loads),
+        )  # fmt: skip
+
+    def spill(self) -> SchedulerOutput:
+        """A step that computes nothing, but saves what the prefix cache holds to its second tier. For the end."""
+        self._step += 1
+        self._prefix_cache.spill_all()
+        return SchedulerOutput(self._step, (), block_saves=self._prefix_cache.tier.take_saves())
 
     def update(self, scheduled: SchedulerOutput, result: StepOutput) -> list[tuple[Sequence, SampledToken]]:
         """Books a step: computed tokens, sampled tokens, sequences that end by them.
@@ -194,6 +219,9 @@ class Scheduler:
         """
         if result.step != scheduled.step:
             raise ValueError(f"the result of step {result.step} for step {scheduled.step}")
+        self._moves.observe(scheduled.num_tokens, result.seconds)
+        for load, count in zip(scheduled.block_loads, result.loaded, strict=True):
+            self._book_load(load, count)
         for part in scheduled.sequences:
             sequence = self._sequences.get(part.sequence_id)
             if sequence is not None:
@@ -250,6 +278,8 @@ class Scheduler:
             if not forked:
                 self.num_prefix_queries += sequence.num_tokens
                 self._count_hits(sequence, min(found, sequence.num_computed_tokens))
+            if self._load(step, sequence):
+                return
             self._waiting.remove(sequence)
             self._running.add(sequence)
             if not sequence.announced:
@@ -267,10 +297,7 @@ class Scheduler:
         end = start + count
         if count > 1 and (block := sequence.prefix.next_block(sequence.token_ids)) is not None:
             step.computing[block] = sequence, end
-        missing = sequence.table.blocks_needed(start, end) - self._pool.num_free
-        if missing > 0:
-            self._prefix_cache.evict(missing)
-        step.copies += sequence.table.prepare_write(start, end)
+        step.copies += self._take_blocks(sequence, start, end)
         step.budget -= count
         step.sequences.append(
             ScheduledSequence(
@@ -320,6 +347,44 @@ class Scheduler:
         found = sequence.prefix.adopt(sequence.token_ids, sequence.table, known, whole_blocks=whole_blocks)
         sequence.num_computed_tokens = found
         return found - known
+
+    def _load(self, step: _Step, sequence: Sequence) -> bool:
+        """Whether blocks of the second tier are loaded for the sequence in this step; then it waits for them."""
+        size, prefix = self._pool.block_size, sequence.prefix
+        if sequence.num_computed_tokens >= sequence.num_tokens - 1 or not self._moves.worthwhile:
+            return False
+        found = prefix.offloaded(sequence.token_ids, step.budget // size)
+        start = prefix.num_blocks * size
+        end = start + len(found) * size
+        if end < sequence.num_computed_tokens + size:
+            return False
+        self._count_hits(sequence, start - sequence.num_computed_tokens)
+        sequence.table.truncate(prefix.num_blocks)
+        sequence.num_computed_tokens = start
+        self._take_blocks(sequence, start, end)
+        slots, names = zip(*found, strict=True)
+        step.loads.append(BlockLoad(sequence.sequence_id, sequence.table.ids[prefix.num_blocks :], slots, names))
+        return True
+
+    def _book_load(self, load: BlockLoad, count: int) -> None:
+        if count < len(load.names):
+            self._prefix_cache.tier.drop(load.names[count])
+        sequence = self._sequences.get(load.sequence_id)
+        if sequence is None:
+            return
+        loaded = count * self._pool.block_size
+        sequence.table.truncate(sequence.prefix.num_blocks + count)
+        sequence.num_computed_tokens += loaded
+        sequence.prefix.insert(sequence.token_ids, sequence.num_computed_tokens, sequence.table)
+        self.num_loaded_tokens += loaded
+        self._count_hits(sequence, loaded)
+
+    def _take_blocks(self, sequence: Sequence, start: int, end: int) -> list[tuple[int, int]]:
+        """Takes the blocks to write positions start … end - 1, which are known to be available; returns the copies."""
+        missing = sequence.table.blocks_needed(start, end) - self._pool.num_free
+        if missing > 0:
+            self._prefix_cache.evict(missing, spill=self._moves.worthwhile)
+        return sequence.table.prepare_write(start, end)
 
     def _count_hits(self, sequence: Sequence, found: int) -> None:
         self.num_prefix_hits += found

@@ -35,6 +35,8 @@ class EngineCollector(Collector):
             ("prefix_cache_queries", "Tokens looked up in the prefix cache.", stats.prefix_queries),
             ("prefix_cache_hits", "Tokens found in the prefix cache.", stats.prefix_hits),
             ("prefix_cache_evicted_tokens", "Tokens that the prefix cache let go of.", stats.evicted_tokens),
+            ("kv_offload_saved_tokens", "Tokens saved to the second tier of the KV cache.", stats.saved_tokens),
+            ("kv_offload_loaded_tokens", "Tokens loaded from it.", stats.loaded_tokens),
             ("engine_steps", "Steps of the engine.", stats.steps),
             ("engine_failed_steps", "Steps that failed.", stats.failed_steps),
         )

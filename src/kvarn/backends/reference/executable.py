@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import assert_never
 
 import numpy as np
@@ -70,6 +70,32 @@ class ReferenceExecutable:
         for source, destination in pairs:
             for cache in (*self._keys, *self._values):
                 cache[destination * size : (destination + 1) * size] = cache[source * size : (source + 1) * size]
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block over all layers."""
+        slots = self.kv.num_blocks * self.kv.block_size
+        return sum(cache.nbytes // slots for cache in (*self._keys, *self._values)) * self.kv.block_size
+
+    def read_block(self, block: int, out: NDArray[np.uint8]) -> None:
+        """Copies a block's keys, then its values, of all layers. Raises ValueError."""
+        for part, kept in self._parts(block, out):
+            kept[:] = part
+
+    def write_block(self, block: int, data: NDArray[np.uint8]) -> None:
+        """Sets a block to what `read_block` gave. Raises ValueError."""
+        for part, kept in self._parts(block, data):
+            part[:] = kept
+
+    def _parts(self, block: int, flat: NDArray[np.uint8]) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.uint8]]]:
+        """(bytes in the cache, bytes of `flat`) of each layer's part of a block."""
+        if not 0 <= block < self.kv.num_blocks or flat.size != self.block_bytes:
+            raise ValueError(f"block {block} of {self.kv.num_blocks}, {flat.size} bytes of {self.block_bytes}")
+        size, start = self.kv.block_size, 0
+        for cache in (*self._keys, *self._values):
+            part = cache[block * size : (block + 1) * size].reshape(-1).view(np.uint8)
+            yield part, flat[start : start + part.size]
+            start += part.size
 
     def close(self) -> None:
         """Drops weights and cache."""

@@ -1,0 +1,116 @@
+"""Evicted blocks come back from a file: the same bits, after a restart too, and never what is wrong in it."""
+
+import pytest
+from tiny_engine import request, run_core, tiny_engine, tokens_of
+
+from kvarn.engine.tier import FILE_NAME
+from kvarn.errors import ConfigError
+
+TEXTS = [letter * 90 for letter in "abcdefgh"]
+
+
+@pytest.fixture
+def engine(tmp_path):
+    """Engines over one folder; each must be closed before the next is made."""
+    made = []
+
+    def make(backend="cpu", **settings):
+        tier = {"kv_offload_bytes": 1 << 20, "kv_offload_dir": str(tmp_path), "identity": "tiny"}
+        dtype = "float32" if backend == "reference" else "float16"
+        settings = {"backend": backend, "dtype": dtype, "num_blocks": 16, "max_model_len": 160} | tier | settings
+        made.append(tiny_engine(**settings).core)
+        return made[-1]
+
+    yield make
+    for core in made:
+        core.close()
+
+
+@pytest.fixture(autouse=True)
+def always_worth_it(monkeypatch):
+    """A tiny model computes a block faster than any file gives it back."""
+    monkeypatch.setattr("kvarn.engine.tier.measure_move", lambda executable, file: 0.0)
+
+
+def answers(core, texts=TEXTS, **sampling):
+    """Tokens, and cached tokens, of requests that come one after the other."""
+    said, cached = [], []
+    for text in texts:
+        outputs = run_core(core, [request("r", text, **sampling)])["r"]
+        said.append(tokens_of(outputs))
+        cached.append(outputs[-1].num_cached_tokens)
+    return said, cached
+
+
+@pytest.mark.parametrize(("backend", "dtype"), [("cpu", "float16"), ("cpu", "int8"), ("reference", "float32")])
+def test_what_was_evicted_is_loaded_and_says_the_same(engine, backend, dtype):
+    core = engine(backend, dtype=dtype, family="gemma3_text")
+    first, _ = answers(core, logprobs=3)
+    assert core.stats().evicted_tokens > 0
+    computed = core.stats().prompt_tokens - core.stats().prefix_hits
+    again, cached = answers(core, logprobs=3)
+    assert again == first
+    assert cached == [80 if text in TEXTS[:6] else count for text, count in zip(TEXTS, cached, strict=True)]
+    assert core.stats().loaded_tokens >= 6 * 80
+    assert core.stats().prompt_tokens - core.stats().prefix_hits < computed + 8 * 16
+
+
+def test_the_next_engine_finds_what_the_last_one_had(engine):
+    core = engine()
+    first, _ = answers(core)
+    core.close()
+    core = engine()
+    again, cached = answers(core)
+    assert again == first
+    assert all(count >= 80 for count in cached)
+
+
+@pytest.mark.parametrize("change", [{"identity": "other"}, {"dtype": "int8"}, {"backend": "reference"}])
+def test_another_model_or_type_of_cache_finds_nothing(engine, change):
+    core = engine()
+    answers(core)
+    core.close()
+    core = engine(**change)
+    assert answers(core)[1][0] == 0
+
+
+def test_blocks_that_changed_on_disk_are_computed_again(engine, tmp_path):
+    core = engine()
+    first, _ = answers(core)
+    core.close()
+    path = tmp_path / FILE_NAME
+    data = bytearray(path.read_bytes())
+    for position in range(len(data) // 8, len(data), 3000):
+        data[position] ^= 1
+    path.write_bytes(data)
+    core = engine()
+    again, cached = answers(core)
+    assert again == first
+    assert min(cached) < 80
+    assert cached[0] % 16 == 0
+
+
+def test_requests_under_pressure_say_what_they_say_alone(engine):
+    requests = [request(str(i), text, max_tokens=40) for i, text in enumerate(TEXTS)]
+    crowd = run_core(engine(), requests)
+    core = engine(num_blocks=128, kv_offload_bytes=0)
+    for one in requests:
+        assert tokens_of(run_core(core, [one])[one.request_id]) == tokens_of(crowd[one.request_id])
+
+
+def test_where_computing_is_faster_nothing_is_moved(engine, monkeypatch):
+    monkeypatch.setattr("kvarn.engine.tier.measure_move", lambda executable, file: 1e9)
+    core = engine()
+    answers(core)
+    before = core.stats()
+    answers(core)
+    assert core.stats().saved_tokens == before.saved_tokens
+    assert core.stats().loaded_tokens == 0
+    assert core.stats().evicted_tokens > before.evicted_tokens
+
+
+def test_a_model_without_identity_and_a_tier_without_a_cache_are_refused(engine):
+    with pytest.raises(ConfigError, match="not read from files"):
+        engine(identity="")
+    with pytest.raises(ConfigError, match="enable_prefix_caching must be true where there is kv_offload_bytes"):
+        engine(enable_prefix_caching=False)
