@@ -3,8 +3,8 @@
     PYTHONPATH=src python bench/kv_offload.py MODEL [MODEL …] [--texts 4] [--tokens 1000] [--threads 0]
 
 For each model, a server whose cache holds about one and a half of the texts answers each of them in turn, twice: the
-second time all were evicted. TTFT of the second round, with the tier and without it; then with the tier after a restart of
-the server, which has nothing but the file. Prints a table.
+second time all were evicted. TTFT of the second round, with the tier and without it; then with the tier after a
+restart of the server, which has nothing but the file. Prints a table.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from kvarn.weights import open_model
 def rounds(model: str, options: list[str], prompts: list[str], count: int) -> list[list[Answer]]:
     """The answers to all prompts, in turn, so many times."""
     with served(model, options) as address:
-        return [[ask(address, conversation(p, "Who mends the wheel?"), "", 4) for p in prompts] for _ in range(count)]
+        talks = [conversation(prompt, "Who mends the wheel?") for prompt in prompts]
+        return [[ask(address, talk, "all", 4) for talk in talks] for _ in range(count)]
 
 
 def row(name: str, answers: list[Answer]) -> None:

@@ -90,12 +90,29 @@ def test_blocks_that_changed_on_disk_are_computed_again(engine, tmp_path):
     assert cached[0] % 16 == 0
 
 
-def test_requests_under_pressure_say_what_they_say_alone(engine):
-    requests = [request(str(i), text, max_tokens=40) for i, text in enumerate(TEXTS)]
-    crowd = run_core(engine(), requests)
-    core = engine(num_blocks=128, kv_offload_bytes=0)
+@pytest.mark.parametrize("tier_bytes", [0, 1 << 20], ids=["recompute", "swap"])
+def test_64_clients_over_a_tenth_of_their_cache_say_what_they_say_without_pressure(engine, tier_bytes):
+    """Each takes 130 tokens with some prompts alike, all together 520 blocks."""
+    texts = [TEXTS[i % 3][: 16 * (i % 5)] + f"{i:03}" + "lorem ipsum " * 8 for i in range(64)]
+    requests = [
+        request(str(i), text[:90], max_tokens=40, temperature=1.0, seed=i, n=1 + (i % 8 == 0))
+        for i, text in enumerate(texts)
+    ]
+    settings = {"max_num_seqs": 16, "max_num_queued_requests": 64, "max_num_batched_tokens": 64}
+    pressed = engine(num_blocks=52, kv_offload_bytes=tier_bytes, **settings)
+    crowd = run_core(pressed, requests)
+    assert pressed.stats().preemptions > 0
+    assert pressed.stats().evicted_tokens > 0
+    assert (pressed.stats().loaded_tokens > 0) == (tier_bytes > 0)
+    assert pressed.stats().free_blocks == 52
+    calm = engine(num_blocks=800, kv_offload_bytes=0, enable_prefix_caching=False, **settings)
+    alone = run_core(calm, requests)
+    assert calm.stats().preemptions == 0
     for one in requests:
-        assert tokens_of(run_core(core, [one])[one.request_id]) == tokens_of(crowd[one.request_id])
+        for index in range(one.sampling.n):
+            said = tokens_of(crowd[one.request_id], index)
+            assert len(said) == 40
+            assert said == tokens_of(alone[one.request_id], index)
 
 
 def test_where_computing_is_faster_nothing_is_moved(engine, monkeypatch):
