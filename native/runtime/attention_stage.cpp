@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "runtime/pool.h"
+
 namespace kvarn {
 namespace {
 
@@ -88,8 +90,10 @@ void AttentionStage::finish(const Step &step, int64_t row, int64_t rows, int64_t
 }
 
 void AttentionStage::prefill_item(const Step &step, uint32_t item, Scratch &scratch) const {
-    const QueryTile &tile = step.tiles[size_t(item / shape_.kv.heads)];
-    const int64_t kv_head = item % shape_.kv.heads, group = shape_.group();
+    // Tiles are in order of cost: dealt out like cards, every thread's share begins with costly ones.
+    const int64_t dealt = Pool::dealt(item, items(step), threads());
+    const QueryTile &tile = step.tiles[size_t(dealt / shape_.kv.heads)];
+    const int64_t kv_head = dealt % shape_.kv.heads, group = shape_.group();
     AttentionArgs args{};
     args.kv = &shape_.kv;
     args.block_table = step.batch.block_tables + tile.sequence * step.batch.table_width;
