@@ -157,7 +157,10 @@ inline __m256i broadcast_four(const int8_t *a) {
     std::memcpy(&four, a, 4);
     return _mm256_set1_epi32(four);
 }
+inline B four_times(const int8_t *a) { return {broadcast_four(a), broadcast_four(a)}; }
 inline __m256i pairs_to_int(__m256i words) { return _mm256_madd_epi16(words, _mm256_set1_epi16(1)); }
+
+constexpr int kBlockPanels = 1;  // panels that a block of rows is multiplied with at once
 
 // Sixteen integer dot products of up to 32 k, four a step. vpmaddubsw adds pairs in saturating 16 bits, so what a sum
 // may hold follows from the weights' bits (activations are within ±127): 8 bits are multiplied as 7 + 1.
@@ -182,7 +185,7 @@ struct Dot {
             hi = _mm256_add_epi32(hi, _mm256_add_epi32(h0, h1));
         }
     }
-    I finish() const { return {lo, hi}; }
+    F finish() const { return to_float(I{lo, hi}); }
 };
 
 // 4 bits: |sum| of 8 steps is at most 8 * 2 * 15 * 127 = 30480, within 16 bits.
@@ -201,9 +204,9 @@ struct Dot<4> {
         lo = _mm256_add_epi16(lo, _mm256_maddubs_epi16(w.lo, x));
         hi = _mm256_add_epi16(hi, _mm256_maddubs_epi16(w.hi, x));
     }
-    I finish() const {
+    F finish() const {
         const __m256i s = _mm256_set1_epi32(start);
-        return {_mm256_add_epi32(pairs_to_int(lo), s), _mm256_add_epi32(pairs_to_int(hi), s)};
+        return to_float(I{_mm256_add_epi32(pairs_to_int(lo), s), _mm256_add_epi32(pairs_to_int(hi), s)});
     }
 };
 
