@@ -7,6 +7,7 @@
 //
 // Many queries convert a tile to float32 once, in scratch; few read the cache as it is. A "query" below is one head of
 // one row: query i is row i / group, head i % group.
+#include "hadamard.h"
 #include "kernels_internal.h"
 #include "vec.h"
 
@@ -14,7 +15,7 @@ KVARN_KERNELS_BEGIN
 namespace {
 
 constexpr float kNoScore = -INFINITY;
-constexpr int kSub = 16;                     // keys of a sub-block
+constexpr int kSub = int(kSubBlock);         // keys of a sub-block
 constexpr int kSubs = int(kKeyTile) / kSub;  // sub-blocks of a tile
 constexpr int kBlockQueries = 6;             // register tiles: 4 vectors × 6 queries
 constexpr int64_t kFewQueries = 2 * kBlockQueries;
@@ -62,15 +63,21 @@ KVARN_INLINE F merged(F o, F old, F values, F now) { return add(fma(values, now,
 struct Work {
     const AttentionArgs &a;
     int64_t queries;
+    int64_t key_dim;      // as keys are stored: int4 fills groups up
     int64_t dim;          // value_dim rounded up to 16
     float *keys;          // [kSubs][key_dim][16]
     float *values;        // [kKeyTile][dim]
     float *weights;       // [queries][kKeyTile]: scores, then exponentials
     float *tile_m, *tile_l, *old_factor, *now_factor;
     State span, total;
+    // Of int4: queries [queries][key_dim], a tile's references [kSubs][key_dim], scales and minima of its values
+    // [kKeyTile][groups][2]. Else null.
+    float *rotated, *references, *value_scales;
 
     explicit Work(const AttentionArgs &args) : a(args) {
+        const bool int4 = a.kv->type == KvType::kInt4;
         queries = a.rows * a.group;
+        key_dim = int4 ? kv_groups(a.kv->key_dim) * kGroup : a.kv->key_dim;
         dim = (a.kv->value_dim + 15) / 16 * 16;
         const int64_t padded = (queries + 15) / 16 * 16;
         float *next = a.scratch;
@@ -79,7 +86,7 @@ struct Work {
             next += n;
             return p;
         };
-        keys = take(kKeyTile * a.kv->key_dim);
+        keys = take(kKeyTile * key_dim);
         values = take(kKeyTile * dim);
         weights = take(padded * kKeyTile);
         tile_m = take(padded);
@@ -89,6 +96,12 @@ struct Work {
         span = {take(padded), take(padded), take(padded * dim), dim};
         total = {take(padded), take(padded), take(padded * dim), dim};
         for (int64_t i = queries; i < padded; ++i) tile_m[i] = kNoScore, tile_l[i] = 0.0f;
+        rotated = references = value_scales = nullptr;
+        if (!int4) return;
+        rotated = take(padded * key_dim);
+        references = take(kSubs * key_dim);
+        value_scales = take(kKeyTile * 2 * kv_groups(a.kv->value_dim));
+        rotate_queries();
     }
 
     int64_t padded() const { return (queries + 15) / 16 * 16; }
@@ -96,8 +109,19 @@ struct Work {
     int64_t first_key(int64_t position) const {
         return a.window > 0 && position >= a.window ? position - a.window + 1 : 0;
     }
-    const float *q(int64_t query) const {
+    const float *q(int64_t query) const { return rotated ? rotated + query * key_dim : given(query); }
+
+private:
+    const float *given(int64_t query) const {
         return a.q + query / a.group * a.q_stride + query % a.group * a.kv->key_dim;
+    }
+    void rotate_queries() const {
+        for (int64_t query = 0; query < queries; ++query) {
+            float *to = rotated + query * key_dim;
+            for (int64_t i = 0; i < key_dim; ++i) to[i] = i < a.kv->key_dim ? given(query)[i] : 0.0f;
+            for (int64_t i = 0; i < key_dim; i += rotated_part(key_dim - i))
+                rotate_part(to + i, rotated_part(key_dim - i), true);
+        }
     }
 };
 
@@ -110,16 +134,18 @@ struct Tile {
     // Where the tile after this one is, to ask for it in time: its blocks lie anywhere. The tile itself at the end.
     const uint8_t *next_keys[kSubs], *next_values[kSubs];
     const float *key_scales[kSubs], *value_scales[kSubs];  // of int8 elements; else null
+    Int4Scales scales[kSubs], next_scales[kSubs];          // of int4
 };
 
 Tile cached_tile(const Work &w, int64_t start, int64_t last) {
     const KvLayerView &kv = *w.a.kv;
-    const int64_t bytes = kv.element_bytes();
-    const auto locate = [&](int64_t position, const uint8_t *&keys, const uint8_t *&values) {
+    const int64_t key_bytes = kv.vector_bytes(kv.key_dim), value_bytes = kv.vector_bytes(kv.value_dim);
+    const auto locate = [&](int64_t position, const uint8_t *&keys, const uint8_t *&values, Int4Scales &int4) {
         const int64_t offset = position % kv.block_size;
-        const uint8_t *head = kv.head(w.a.block_table[position / kv.block_size], w.a.kv_head);
-        keys = head + offset * kv.key_dim * bytes;
-        values = head + (kv.block_size * kv.key_dim + offset * kv.value_dim) * bytes;
+        uint8_t *head = kv.head(w.a.block_table[position / kv.block_size], w.a.kv_head);
+        keys = head + offset * key_bytes;
+        values = head + kv.block_size * key_bytes + offset * value_bytes;
+        if (kv.type == KvType::kInt4) int4 = kv.int4_scales(head, offset);
         return reinterpret_cast<const float *>(head + kv.vectors_bytes()) + offset;
     };
     Tile tile;
@@ -127,10 +153,75 @@ Tile cached_tile(const Work &w, int64_t start, int64_t last) {
     tile.count = last + 1 - start < kKeyTile ? last + 1 - start : kKeyTile;
     for (int64_t s = 0; s < kSubs; ++s) {
         const int64_t position = start + s * kSub, next = position + kKeyTile;
-        const float *scales = locate(position <= last ? position : start, tile.keys[s], tile.values[s]);
+        const float *scales = locate(position <= last ? position : start, tile.keys[s], tile.values[s], tile.scales[s]);
         tile.key_scales[s] = kv.type == KvType::kInt8 ? scales : nullptr;
         tile.value_scales[s] = kv.type == KvType::kInt8 ? scales + kv.block_size : nullptr;
-        locate(next <= last ? next : start, tile.next_keys[s], tile.next_values[s]);
+        locate(next <= last ? next : start, tile.next_keys[s], tile.next_values[s], tile.next_scales[s]);
+    }
+    return tile;
+}
+
+// What the elements of an int4 tile need, in float32.
+void prepare_int4(const Work &w, const Tile &tile) {
+    const int64_t groups = w.key_dim / kGroup, value_scales = kv_groups(w.a.kv->value_dim) * 2 * kSub;
+    for (int64_t s = 0; s < kSubs; ++s) {
+        const Int4Scales &from = tile.scales[s], &next = tile.next_scales[s];
+        for (int64_t i = 0; i < groups; ++i) prefetch(next.keys + i * kGroup);
+        for (int64_t i = 0; i < w.key_dim; i += kLanes) {
+            prefetch(next.reference + i);
+            store(w.references + s * w.key_dim + i, load_f16(from.reference + i));
+        }
+        for (int64_t i = 0; i < value_scales && s * kSub < tile.count; i += kLanes) {
+            prefetch(next.values + i);
+            store(w.value_scales + s * value_scales + i, load_f16(from.values + i));
+        }
+    }
+}
+
+KVARN_INLINE F int4_key(F codes, F scale, F least, float reference) {
+    return fma(codes, scale, add(least, set(reference)));
+}
+
+// Calls body(d, keys) with the keys of each dimension of a sub-block, in order.
+template <class Body>
+KVARN_INLINE void int4_keys(const Work &w, const Tile &tile, int64_t s, Body body) {
+    const float *reference = w.references + s * w.key_dim;
+    for (int64_t d = 0; d < w.key_dim; d += 2) {
+        const uint16_t *group = tile.scales[s].keys + d / kGroup * 2 * kSub;
+        const F scale = load_f16(group), least = load_f16(group + kSub);
+        const uint8_t *row = tile.keys[s] + d / 2 * kSub;
+        body(d, int4_key(load_low_u4(row), scale, least, reference[d]));
+        body(d + 1, int4_key(load_high_u4(row), scale, least, reference[d + 1]));
+    }
+}
+
+// 16 columns of the value of token t of an int4 tile. high: they are the second half of their group.
+KVARN_INLINE F int4_value(const Work &w, const uint8_t *values, int64_t t, int64_t column, bool high) {
+    const int64_t groups = kv_groups(w.a.kv->value_dim), group = column / kGroup;
+    const float *scale = w.value_scales + (t * groups + group) * 2;
+    const uint8_t *codes = values + (t % kSub * groups + group) * (kGroup / 2);
+    return fma(high ? load_high_u4(codes) : load_low_u4(codes), set(scale[0]), set(scale[1]));
+}
+
+// An int4 tile in float32, converted into scratch.
+Tile converted_int4(const Work &w, const Tile &from) {
+    Tile tile = from;
+    tile.value_stride = w.dim;
+    for (int64_t s = 0; s < kSubs; ++s) {
+        float *keys = w.keys + s * w.key_dim * kSub, *values = w.values + s * kSub * w.dim;
+        tile.keys[s] = reinterpret_cast<const uint8_t *>(s * kSub < from.count ? keys : w.keys);
+        tile.values[s] = reinterpret_cast<const uint8_t *>(values);
+        if (s * kSub >= from.count) continue;
+        int4_keys(w, from, s, [&](int64_t d, F k) {
+            prefetch(from.next_keys[s] + d / 2 * kSub);
+            store(keys + d * kSub, k);
+        });
+        const int64_t end = from.count < (s + 1) * kSub ? from.count : (s + 1) * kSub;
+        for (int64_t t = s * kSub; t < end; ++t)
+            for (int64_t i = 0; i < w.dim; i += kLanes) {
+                prefetch(from.next_values[s] + (t % kSub * w.dim + i) / 2);
+                store(values + t % kSub * w.dim + i, int4_value(w, from.values[s], t, i, i / kLanes % 2 == 1));
+            }
     }
     return tile;
 }
@@ -162,10 +253,46 @@ Tile converted_tile(const Work &w, const Tile &from) {
     return tile;
 }
 
+// Adds dimension d of the products of queries and keys.
+template <int queries>
+KVARN_INLINE void add_products(const float *const *q, int64_t d, const F *k, F (*acc)[queries]) {
+#pragma GCC unroll 6
+    for (int i = 0; i < queries; ++i) {
+        const F x = set(q[i][d]);
+#pragma GCC unroll 4
+        for (int s = 0; s < kSubs; ++s) acc[s][i] = fma(x, k[s], acc[s][i]);
+    }
+}
+
+// The dimensions of one group of an int4 tile that is read in place.
+template <int queries>
+KVARN_INLINE void add_int4_group(const Work &w, const Tile &tile, const float *const *q, int64_t start,
+                                 F (*acc)[queries]) {
+    F scale[kSubs], least[kSubs];
+#pragma GCC unroll 4
+    for (int s = 0; s < kSubs; ++s) {
+        scale[s] = load_f16(tile.scales[s].keys + start);
+        least[s] = load_f16(tile.scales[s].keys + start + kSub);
+    }
+    for (int64_t d = start; d < start + kGroup; d += 2) {
+        F even[kSubs], odd[kSubs];
+#pragma GCC unroll 4
+        for (int s = 0; s < kSubs; ++s) {
+            const uint8_t *row = tile.keys[s] + d / 2 * kSub;
+            const float *reference = w.references + s * w.key_dim + d;
+            prefetch(tile.next_keys[s] + d / 2 * kSub);
+            even[s] = int4_key(load_low_u4(row), scale[s], least[s], reference[0]);
+            odd[s] = int4_key(load_high_u4(row), scale[s], least[s], reference[1]);
+        }
+        add_products<queries>(q, d, even, acc);
+        add_products<queries>(q, d + 1, odd, acc);
+    }
+}
+
 // Scores of `queries` queries and all 64 keys: a chain over dimensions for each.
 template <KvType type, bool ahead, int queries>
 void score_block(const Work &w, const Tile &tile, int64_t query) {
-    const int64_t kd = w.a.kv->key_dim;
+    const int64_t kd = w.key_dim;
     const float *q[queries];
     F acc[kSubs][queries];
     for (int i = 0; i < queries; ++i) q[i] = w.q(query + i);
@@ -173,18 +300,17 @@ void score_block(const Work &w, const Tile &tile, int64_t query) {
     for (int s = 0; s < kSubs; ++s)
 #pragma GCC unroll 6
         for (int i = 0; i < queries; ++i) acc[s][i] = zero();
-    for (int64_t d = 0; d < kd; ++d) {
-        F k[kSubs];
+    if constexpr (type == KvType::kInt4) {
+        for (int64_t start = 0; start < kd; start += kGroup) add_int4_group<queries>(w, tile, q, start, acc);
+    } else {
+        for (int64_t d = 0; d < kd; ++d) {
+            F k[kSubs];
 #pragma GCC unroll 4
-        for (int s = 0; s < kSubs; ++s) {
-            if constexpr (ahead) prefetch(tile.next_keys[s] + d * kSub * kElementBytes<type>);
-            k[s] = load_elements<type>(tile.keys[s], d * kSub);
-        }
-#pragma GCC unroll 6
-        for (int i = 0; i < queries; ++i) {
-            const F x = set(q[i][d]);
-#pragma GCC unroll 4
-            for (int s = 0; s < kSubs; ++s) acc[s][i] = fma(x, k[s], acc[s][i]);
+            for (int s = 0; s < kSubs; ++s) {
+                if constexpr (ahead) prefetch(tile.next_keys[s] + d * kSub * kElementBytes<type>);
+                k[s] = load_elements<type>(tile.keys[s], d * kSub);
+            }
+            add_products<queries>(q, d, k, acc);
         }
     }
 #pragma GCC unroll 6
@@ -239,8 +365,13 @@ void value_block(const Work &w, const Tile &tile, int64_t query, int64_t column,
 #pragma GCC unroll 4
             for (int v = 0; v < vectors; ++v) {
                 const int64_t at = t % kSub * tile.value_stride + column + v * kLanes;
-                if constexpr (ahead) prefetch(next + at * kElementBytes<type>);
-                x[v] = load_elements<type>(values, at);
+                if constexpr (type == KvType::kInt4) {
+                    prefetch(next + at / 2);
+                    x[v] = int4_value(w, values, t, column + v * kLanes, (vectors == 1 ? column / kLanes : v) % 2);
+                } else {
+                    if constexpr (ahead) prefetch(next + at * kElementBytes<type>);
+                    x[v] = load_elements<type>(values, at);
+                }
             }
 #pragma GCC unroll 6
             for (int i = 0; i < queries; ++i) {
@@ -303,8 +434,11 @@ void visit(const Work &w, const Tile &tile, int64_t start) {
 
 template <KvType type>
 void visit_as(const Work &w, const Tile &cached, int64_t start, bool direct) {
+    if constexpr (type == KvType::kInt4) prepare_int4(w, cached);
     if (direct)
         visit<type, true>(w, cached, start);
+    else if constexpr (type == KvType::kInt4)
+        visit<KvType::kFloat32, false>(w, converted_int4(w, cached), start);
     else
         visit<KvType::kFloat32, false>(w, converted_tile<type>(w, cached), start);
 }
@@ -312,11 +446,13 @@ void visit_as(const Work &w, const Tile &cached, int64_t start, bool direct) {
 void visit_tile(const Work &w, int64_t start) {
     const int64_t last = w.a.position + w.a.rows - 1;
     const Tile cached = cached_tile(w, start, last);
-    const bool direct = w.dim == w.a.kv->value_dim && w.queries <= kFewQueries;
+    const bool whole = w.dim == w.a.kv->value_dim || w.a.kv->type == KvType::kInt4;  // no vector runs into the next row
+    const bool direct = whole && w.queries <= kFewQueries;
     switch (w.a.kv->type) {
         case KvType::kFloat32: return visit_as<KvType::kFloat32>(w, cached, start, direct);
         case KvType::kFloat16: return visit_as<KvType::kFloat16>(w, cached, start, direct);
         case KvType::kInt8: return visit_as<KvType::kInt8>(w, cached, start, direct);
+        case KvType::kInt4: return visit_as<KvType::kInt4>(w, cached, start, direct);
     }
 }
 
