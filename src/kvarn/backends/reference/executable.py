@@ -13,6 +13,7 @@ from kvarn.backends.checks import check_batch
 from kvarn.backends.reference import functions as f
 from kvarn.backends.reference.cache import layer_cache
 from kvarn.errors import ConfigError
+from kvarn.kv_types import INT4_TOKENS
 from kvarn.program import Program, ops
 from kvarn.tensors import TensorSource
 from kvarn.tensors.dequantize import dequantize
@@ -28,8 +29,11 @@ class ReferenceBackend:
     def load(self, program: Program, weights: TensorSource, kv: KvCacheSpec, limits: StepLimits) -> ReferenceExecutable:
         """Keeps the source; weights are dequantized when first used and kept, embedding rows at each use.
 
-        Raises ConfigError where the model has learned positions and fewer than limits.max_model_len.
+        Raises ConfigError where the model has learned positions and fewer than limits.max_model_len, or where blocks of
+        int4 do not hold whole groups of tokens.
         """
+        if kv.dtype == "int4" and kv.block_size % INT4_TOKENS:
+            raise ConfigError(f"block_size must be a multiple of {INT4_TOKENS} for int4, not {kv.block_size}")
         for op in program.ops:
             if isinstance(op, ops.PositionEmbed):
                 learned = program.weight(op.weight).shape[0]
