@@ -134,47 +134,55 @@ struct Tile {
     // Where the tile after this one is, to ask for it in time: its blocks lie anywhere. The tile itself at the end.
     const uint8_t *next_keys[kSubs], *next_values[kSubs];
     const float *key_scales[kSubs], *value_scales[kSubs];  // of int8 elements; else null
-    Int4Scales scales[kSubs], next_scales[kSubs];          // of int4
+    Int4Scales scales[kSubs];                              // of int4 (prepare_int4)
 };
 
 Tile cached_tile(const Work &w, int64_t start, int64_t last) {
     const KvLayerView &kv = *w.a.kv;
     const int64_t key_bytes = kv.vector_bytes(kv.key_dim), value_bytes = kv.vector_bytes(kv.value_dim);
-    const auto locate = [&](int64_t position, const uint8_t *&keys, const uint8_t *&values, Int4Scales &int4) {
+    const int64_t values_at = kv.block_size * key_bytes, scales_at = values_at + kv.block_size * value_bytes;
+    const auto locate = [&](int64_t position, const uint8_t *&keys, const uint8_t *&values) {
         const int64_t offset = position % kv.block_size;
-        uint8_t *head = kv.head(w.a.block_table[position / kv.block_size], w.a.kv_head);
+        const uint8_t *head = kv.head(w.a.block_table[position / kv.block_size], w.a.kv_head);
         keys = head + offset * key_bytes;
-        values = head + kv.block_size * key_bytes + offset * value_bytes;
-        if (kv.type == KvType::kInt4) int4 = kv.int4_scales(head, offset);
-        return reinterpret_cast<const float *>(head + kv.vectors_bytes()) + offset;
+        values = head + values_at + offset * value_bytes;
+        return reinterpret_cast<const float *>(head + scales_at) + offset;
     };
     Tile tile;
     tile.value_stride = kv.value_dim;
     tile.count = last + 1 - start < kKeyTile ? last + 1 - start : kKeyTile;
     for (int64_t s = 0; s < kSubs; ++s) {
         const int64_t position = start + s * kSub, next = position + kKeyTile;
-        const float *scales = locate(position <= last ? position : start, tile.keys[s], tile.values[s], tile.scales[s]);
+        const float *scales = locate(position <= last ? position : start, tile.keys[s], tile.values[s]);
         tile.key_scales[s] = kv.type == KvType::kInt8 ? scales : nullptr;
         tile.value_scales[s] = kv.type == KvType::kInt8 ? scales + kv.block_size : nullptr;
-        locate(next <= last ? next : start, tile.next_keys[s], tile.next_values[s], tile.next_scales[s]);
+        locate(next <= last ? next : start, tile.next_keys[s], tile.next_values[s]);
     }
     return tile;
 }
 
-// What the elements of an int4 tile need, in float32.
-void prepare_int4(const Work &w, const Tile &tile) {
-    const int64_t groups = w.key_dim / kGroup, value_scales = kv_groups(w.a.kv->value_dim) * 2 * kSub;
+// Where scales and references of an int4 tile that begins at `start` are, and those that its elements need in float32.
+// Asks for those of the next one.
+void prepare_int4(const Work &w, Tile &tile, int64_t start) {
+    const KvLayerView &kv = *w.a.kv;
+    const int64_t value_scales = kv_groups(kv.value_dim) * 2 * kSub, last = w.a.position + w.a.rows - 1;
+    const auto locate = [&](int64_t position) {
+        const int64_t seen = position <= last ? position : start;
+        uint8_t *head = kv.head(w.a.block_table[seen / kv.block_size], w.a.kv_head);
+        return kv.int4_scales(head, seen % kv.block_size);
+    };
     for (int64_t s = 0; s < kSubs; ++s) {
-        const Int4Scales &from = tile.scales[s], &next = tile.next_scales[s];
-        for (int64_t i = 0; i < groups; ++i) prefetch(next.keys + i * kGroup);
-        for (int64_t i = 0; i < w.key_dim; i += kLanes) {
+        tile.scales[s] = locate(start + s * kSub);
+        const Int4Scales next = locate(start + s * kSub + kKeyTile);
+        for (int64_t i = 0; i < w.key_dim; i += kGroup) {
+            prefetch(next.keys + i);
             prefetch(next.reference + i);
-            store(w.references + s * w.key_dim + i, load_f16(from.reference + i));
         }
-        for (int64_t i = 0; i < value_scales && s * kSub < tile.count; i += kLanes) {
-            prefetch(next.values + i);
-            store(w.value_scales + s * value_scales + i, load_f16(from.values + i));
-        }
+        for (int64_t i = 0; i < value_scales; i += kGroup) prefetch(next.values + i);
+        for (int64_t i = 0; i < w.key_dim; i += kLanes)
+            store(w.references + s * w.key_dim + i, load_f16(tile.scales[s].reference + i));
+        for (int64_t i = 0; i < value_scales && s * kSub < tile.count; i += kLanes)
+            store(w.value_scales + s * value_scales + i, load_f16(tile.scales[s].values + i));
     }
 }
 
@@ -195,16 +203,14 @@ KVARN_INLINE void int4_keys(const Work &w, const Tile &tile, int64_t s, Body bod
     }
 }
 
-// 16 columns of the value of token t of an int4 tile. high: they are the second half of their group.
-KVARN_INLINE F int4_value(const Work &w, const uint8_t *values, int64_t t, int64_t column, bool high) {
-    const int64_t groups = kv_groups(w.a.kv->value_dim), group = column / kGroup;
-    const float *scale = w.value_scales + (t * groups + group) * 2;
-    const uint8_t *codes = values + (t % kSub * groups + group) * (kGroup / 2);
+// 16 columns of an int4 value: the first or the second half of a group.
+KVARN_INLINE F int4_value(const uint8_t *codes, const float *scale, bool high) {
     return fma(high ? load_high_u4(codes) : load_low_u4(codes), set(scale[0]), set(scale[1]));
 }
 
 // An int4 tile in float32, converted into scratch.
 Tile converted_int4(const Work &w, const Tile &from) {
+    const int64_t groups = kv_groups(w.a.kv->value_dim);
     Tile tile = from;
     tile.value_stride = w.dim;
     for (int64_t s = 0; s < kSubs; ++s) {
@@ -219,8 +225,10 @@ Tile converted_int4(const Work &w, const Tile &from) {
         const int64_t end = from.count < (s + 1) * kSub ? from.count : (s + 1) * kSub;
         for (int64_t t = s * kSub; t < end; ++t)
             for (int64_t i = 0; i < w.dim; i += kLanes) {
-                prefetch(from.next_values[s] + (t % kSub * w.dim + i) / 2);
-                store(values + t % kSub * w.dim + i, int4_value(w, from.values[s], t, i, i / kLanes % 2 == 1));
+                const int64_t in_block = t % kSub * groups + i / kGroup, in_tile = t * groups + i / kGroup;
+                const uint8_t *codes = from.values[s] + in_block * (kGroup / 2);
+                prefetch(from.next_values[s] + in_block * (kGroup / 2));
+                store(values + t % kSub * w.dim + i, int4_value(codes, w.value_scales + in_tile * 2, i % kGroup > 0));
             }
     }
     return tile;
@@ -271,6 +279,7 @@ KVARN_INLINE void add_int4_group(const Work &w, const Tile &tile, const float *c
     F scale[kSubs], least[kSubs];
 #pragma GCC unroll 4
     for (int s = 0; s < kSubs; ++s) {
+        for (int64_t i = 0; i < kGroup / 2; i += 4) prefetch(tile.next_keys[s] + (start / 2 + i) * kSub);
         scale[s] = load_f16(tile.scales[s].keys + start);
         least[s] = load_f16(tile.scales[s].keys + start + kSub);
     }
@@ -280,7 +289,6 @@ KVARN_INLINE void add_int4_group(const Work &w, const Tile &tile, const float *c
         for (int s = 0; s < kSubs; ++s) {
             const uint8_t *row = tile.keys[s] + d / 2 * kSub;
             const float *reference = w.references + s * w.key_dim + d;
-            prefetch(tile.next_keys[s] + d / 2 * kSub);
             even[s] = int4_key(load_low_u4(row), scale[s], least[s], reference[0]);
             odd[s] = int4_key(load_high_u4(row), scale[s], least[s], reference[1]);
         }
@@ -357,21 +365,28 @@ void value_block(const Work &w, const Tile &tile, int64_t query, int64_t column,
 #pragma GCC unroll 6
         for (int i = 0; i < queries; ++i) acc[v][i] = zero();
     const float *weights = w.weights + query * kKeyTile;
+    // Of int4: where the columns begin. Four vectors begin with a group, one may be the second half of it.
+    const int64_t groups = kv_groups(w.a.kv->value_dim), group = column / kGroup;
+    const float *value_scales = w.value_scales;
+    const bool second = vectors == 1 && column % kGroup > 0;
     for (int64_t t = from; t < tile.count;) {
         const uint8_t *values = tile.values[t / kSub], *next = tile.next_values[t / kSub];
         const int64_t end = tile.count < (t / kSub + 1) * kSub ? tile.count : (t / kSub + 1) * kSub;
         for (; t < end; ++t) {
             F x[vectors];
+            if constexpr (type == KvType::kInt4) {
+                const int64_t row = (t % kSub * groups + group) * (kGroup / 2);
+                const float *scales = value_scales + (t * groups + group) * 2;
+                prefetch(next + row);
 #pragma GCC unroll 4
-            for (int v = 0; v < vectors; ++v) {
+                for (int v = 0; v < vectors; ++v)
+                    x[v] = int4_value(values + row + v / 2 * (kGroup / 2), scales + v / 2 * 2, second || v % 2);
+            }
+#pragma GCC unroll 4
+            for (int v = 0; v < vectors && type != KvType::kInt4; ++v) {
                 const int64_t at = t % kSub * tile.value_stride + column + v * kLanes;
-                if constexpr (type == KvType::kInt4) {
-                    prefetch(next + at / 2);
-                    x[v] = int4_value(w, values, t, column + v * kLanes, (vectors == 1 ? column / kLanes : v) % 2);
-                } else {
-                    if constexpr (ahead) prefetch(next + at * kElementBytes<type>);
-                    x[v] = load_elements<type>(values, at);
-                }
+                if constexpr (ahead) prefetch(next + at * kElementBytes<type>);
+                x[v] = load_elements<type>(values, at);
             }
 #pragma GCC unroll 6
             for (int i = 0; i < queries; ++i) {
@@ -433,8 +448,8 @@ void visit(const Work &w, const Tile &tile, int64_t start) {
 }
 
 template <KvType type>
-void visit_as(const Work &w, const Tile &cached, int64_t start, bool direct) {
-    if constexpr (type == KvType::kInt4) prepare_int4(w, cached);
+void visit_as(const Work &w, Tile &cached, int64_t start, bool direct) {
+    if constexpr (type == KvType::kInt4) prepare_int4(w, cached, start);
     if (direct)
         visit<type, true>(w, cached, start);
     else if constexpr (type == KvType::kInt4)
@@ -445,7 +460,7 @@ void visit_as(const Work &w, const Tile &cached, int64_t start, bool direct) {
 
 void visit_tile(const Work &w, int64_t start) {
     const int64_t last = w.a.position + w.a.rows - 1;
-    const Tile cached = cached_tile(w, start, last);
+    Tile cached = cached_tile(w, start, last);
     const bool whole = w.dim == w.a.kv->value_dim || w.a.kv->type == KvType::kInt4;  // no vector runs into the next row
     const bool direct = whole && w.queries <= kFewQueries;
     switch (w.a.kv->type) {
