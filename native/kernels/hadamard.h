@@ -1,8 +1,8 @@
 // The rotation of int4 keys and of the queries that meet them.
 //
 // A Hadamard matrix spreads a large element over all of a vector, so that it does not coarsen the scale of its group,
-// and leaves dot products of rotated vectors what they were (QuaRot, Ashkboos et al. 2024, section 4). A vector is cut into
-// parts of a power of two, at most kMostRotated, and each part is transformed: log2(n) times (sums, differences) of
+// and leaves dot products of rotated vectors what they were (QuaRot, Ashkboos et al. 2024, section 4). A vector is cut
+// into parts of a power of two, at most kMostRotated, and each part is transformed: log2(n) times (sums, differences) of
 // neighbours. Factors are powers of two, which round nothing: those of keys and queries make 1 / n together.
 #pragma once
 #include "vec.h"
@@ -25,7 +25,7 @@ inline void rotate_part(float *x, int64_t n, bool query) {
     float factor = 1.0f;
     int stage = 0;
     for (int64_t span = n; span > 1; span /= 2, ++stage) {
-        if (stage % 2 != int(query)) factor *= 0.5f;  // keys take the second stage's half, the fourth's…
+        if (stage % 2 != int(query)) factor *= 0.5f;  // of the stages keys halve every second, queries the others
         for (int64_t i = 0; i < n; i += 2 * kLanes) {
             F even, odd;
             deinterleave(load(from + i), load(from + i + kLanes), even, odd);

@@ -82,7 +82,9 @@ def test_the_planner_counts_the_bytes_of_the_cache(kv, key_dim, value_dim):
         assert allocated == 2 * 64 * block_size * KvLayer(3, key_dim, value_dim).bytes_per_token(KV_TYPES[kv])
 
 
-@pytest.mark.parametrize("backend", [*(CpuBackend(2, isa) for isa in ISAS), ReferenceBackend()], ids=[*ISAS, "reference"])
+@pytest.mark.parametrize(
+    "backend", [*(CpuBackend(2, isa) for isa in ISAS), ReferenceBackend()], ids=[*ISAS, "reference"]
+)
 @pytest.mark.parametrize("kv", CACHE_TYPES)
 def test_a_sequence_goes_on_in_a_copy_of_its_blocks(backend, kv):
     """All that belongs to a block is copied: going on in the middle of a block gives the bits of going on in it."""

@@ -1,14 +1,14 @@
 """Keys and values in 4 bits: the definition.
 
-A vector is filled up with zeros to groups of 32 elements. A group has a float16 scale and a float16 minimum; an element is
-a code from 0 to 15: scale * code + minimum. Values are stored so. Keys are prepared in two steps, since a few of their
-channels are far from zero in every token and would coarsen the scale of their group:
+A vector is filled up with zeros to groups of 32 elements. A group has a float16 scale and a float16 minimum; an element
+is a code from 0 to 15: scale * code + minimum. Values are stored so. Keys are prepared in two steps, since a few of
+their channels are far from zero in every token and would coarsen the scale of their group:
 
 - A Hadamard rotation spreads a large element over the vector (QuaRot, Ashkboos et al. 2024, section 4). Queries are
   rotated alike, so that dot products stay what they were.
-- Stored is the difference from the reference of 16 tokens, which is the first one's key in float16: what all tokens have
-  in common is in the reference. (KIVI, Liu et al. 2024, section 3, has the same aim with scales by channel, which a
-  cache that is written token by token cannot have.)
+- Stored is the difference from the reference of 16 tokens, which is the first one's key in float16: what all tokens
+  have in common is in the reference. (KIVI, Liu et al. 2024, section 3, has the same aim with scales by channel, which
+  a cache that is written token by token cannot have.)
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ MOST_ROTATED = 256
 
 
 def rotate(x: Floats, *, query: bool = False) -> Floats:
-    """The last axis, a multiple of 32, by Hadamard matrices: of the largest power of two up to 256 that fits, then of what
-    fits the rest.
+    """The last axis, a multiple of 32, by Hadamard matrices: of the largest power of two up to 256 that fits, then of
+    what fits the rest.
 
     log2(n) times, the sums of neighbours go before their differences. Half of these halve the keys, the others the
     queries: factors of two round nothing, and dot products of rotated keys and queries are those of the given ones.
