@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from kvarn.backends.reference import functions as f
 from kvarn.backends.reference import int4
-from kvarn.kv_types import INT4_TOKENS
+from kvarn.kv_types import INT4_GROUP, INT4_TOKENS
 from kvarn.program import KvLayer
 
 Floats = NDArray[np.float32]
@@ -49,9 +49,9 @@ class Int4LayerCache(LayerCache):
     """
 
     def __init__(self, layer: KvLayer, slots: int) -> None:
-        groups = -(-layer.key_dim // int4.GROUP)
-        super().__init__(KvLayer(layer.heads, groups * int4.GROUP, layer.value_dim), slots, "float32")
-        self._references = np.zeros((-(-slots // INT4_TOKENS), layer.heads, groups * int4.GROUP), np.float32)
+        groups = -(-layer.key_dim // INT4_GROUP)
+        super().__init__(KvLayer(layer.heads, groups * INT4_GROUP, layer.value_dim), slots, "float32")
+        self._references = np.zeros((-(-slots // INT4_TOKENS), layer.heads, groups * INT4_GROUP), np.float32)
 
     def write(self, slots: Slots, keys: Floats, values: Floats) -> None:
         """See `LayerCache.write`."""
