@@ -44,13 +44,17 @@ inline void store_f16(uint16_t *p, F a) {
     _mm_storeu_si128(reinterpret_cast<__m128i *>(p), _mm256_cvtps_ph(a.lo, _MM_FROUND_TO_NEAREST_INT));
     _mm_storeu_si128(reinterpret_cast<__m128i *>(p + 8), _mm256_cvtps_ph(a.hi, _MM_FROUND_TO_NEAREST_INT));
 }
-inline F load_u8(const uint8_t *p) {
-    const __m128i b = load_128(p);
-    return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(b)), _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128(b, 8)))};
-}
 inline F load_i8(const uint8_t *p) {
     const __m128i b = load_128(p);
     return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(b)), _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(b, 8)))};
+}
+inline F bytes_to_float(__m128i b) {
+    return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(b)), _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128(b, 8)))};
+}
+inline F load_u8(const uint8_t *p) { return bytes_to_float(load_128(p)); }
+inline F load_low_u4(const uint8_t *p) { return bytes_to_float(_mm_and_si128(load_128(p), _mm_set1_epi8(15))); }
+inline F load_high_u4(const uint8_t *p) {
+    return bytes_to_float(_mm_and_si128(_mm_srli_epi16(load_128(p), 4), _mm_set1_epi8(15)));
 }
 
 inline F add(F a, F b) { return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)}; }

@@ -35,6 +35,16 @@ inline F load_u8(const uint8_t *p) {
 inline F load_i8(const uint8_t *p) {
     return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p))))};
 }
+// A permutation looks at the low four bits of an index: it turns nibbles into floats, as a table does.
+inline F nibbles_to_float(__m512i indices) {
+    const __m512 table = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    return {_mm512_permutexvar_ps(indices, table)};
+}
+inline __m512i load_bytes(const uint8_t *p) {
+    return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p)));
+}
+inline F load_low_u4(const uint8_t *p) { return nibbles_to_float(load_bytes(p)); }
+inline F load_high_u4(const uint8_t *p) { return nibbles_to_float(_mm512_srli_epi32(load_bytes(p), 4)); }
 
 inline F add(F a, F b) { return {_mm512_add_ps(a.v, b.v)}; }
 inline F sub(F a, F b) { return {_mm512_sub_ps(a.v, b.v)}; }

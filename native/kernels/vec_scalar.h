@@ -38,6 +38,8 @@ inline void store_f16(uint16_t *p, F a) {
     for (int i = 0; i < 16; ++i) p[i] = float_to_half(a.v[i]);
 }
 inline F load_u8(const uint8_t *p) { return each<F>([=](int i) { return float(p[i]); }); }
+inline F load_low_u4(const uint8_t *p) { return each<F>([=](int i) { return float(p[i] & 15); }); }
+inline F load_high_u4(const uint8_t *p) { return each<F>([=](int i) { return float(p[i] >> 4); }); }
 inline F load_i8(const uint8_t *p) { return each<F>([=](int i) { return float(int8_t(p[i])); }); }
 
 inline F add(F a, F b) { return each<F>([&](int i) { return a.v[i] + b.v[i]; }); }

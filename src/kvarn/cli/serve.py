@@ -48,7 +48,8 @@ def command(
         typer.Option(help="Bytes for the KV cache; default: what the sequences can use, within --memory-utilization."),
     ] = None,
     kv_cache_dtype: Annotated[
-        str, typer.Option(help="Type of cached keys and values: float16, float32, or int8 (half the bytes).")
+        str,
+        typer.Option(help="Type of cached keys and values: float16, float32, int8 (half the bytes) or int4 (a third)."),
     ] = "float16",
     memory_utilization: Annotated[float, typer.Option(help="Share of available memory that may be taken.")] = 0.8,
     threads: Threads = 0,
