@@ -62,13 +62,6 @@ std::vector<KvCache::Layer> layers_of(const std::vector<LayerShape> &shapes) {
     return layers;
 }
 
-KvType kv_type_of(const std::string &name) {
-    if (name == "float32") return KvType::kFloat32;
-    if (name == "float16") return KvType::kFloat16;
-    if (name == "int8") return KvType::kInt8;
-    throw std::invalid_argument("a KV cache cannot be of type " + name);
-}
-
 void require_bytes(size_t given, const KvCache &kv) {
     if (given != kv.block_bytes())
         throw std::invalid_argument("a block has " + std::to_string(kv.block_bytes()) + " bytes, not " +

@@ -63,6 +63,14 @@ PackedWeight::PackedWeight(Format format, int64_t rows, int64_t cols, std::share
     matrix_ = {format, rows, cols, file_->data() + offset};
 }
 
+KvType kv_type_of(const std::string &name) {
+    if (name == "float32") return KvType::kFloat32;
+    if (name == "float16") return KvType::kFloat16;
+    if (name == "int8") return KvType::kInt8;
+    if (name == "int4") return KvType::kInt4;
+    throw std::invalid_argument("a KV cache cannot be of type " + name);
+}
+
 KvCache::KvCache(const std::vector<Layer> &layers, int64_t num_blocks, int64_t block_size, KvType type)
     : num_blocks_(num_blocks), block_size_(block_size), pages_(bytes(layers, num_blocks, block_size, type)) {
     uint8_t *next = pages_.data();

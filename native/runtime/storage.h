@@ -2,6 +2,7 @@
 #pragma once
 #include <cstdint>
 #include <memory>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -48,6 +49,9 @@ struct RotaryTable {
 
     const float *at(int64_t position) const { return values.data() + position * 2 * pairs; }
 };
+
+// Throws std::invalid_argument where no cache is of a type of that name.
+KvType kv_type_of(const std::string &name);
 
 // All layers' keys and values, by blocks. Layouts: KvLayerView.
 class KvCache {

@@ -163,7 +163,7 @@ def linear_own_bytes(cols: int) -> int:
     Bytes a linear that prepares its input asks of each thread for the stage.
     """
 
-def attention_scratch_bytes(group: int, key_dim: int, value_dim: int) -> int:
+def attention_scratch_bytes(group: int, key_dim: int, value_dim: int, type: str) -> int:
     """Bytes attention asks of each thread for an item."""
 
 def thread_bytes(scratch: int, own: int) -> int:

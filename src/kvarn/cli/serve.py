@@ -49,7 +49,8 @@ def command(
         typer.Option(help="Bytes for the KV cache; default: what the sequences can use, within --memory-utilization."),
     ] = None,
     kv_cache_dtype: Annotated[
-        str, typer.Option(help="Type of cached keys and values: float16, float32, or int8 (half the bytes).")
+        str,
+        typer.Option(help="Type of cached keys and values: float16, float32, int8 (half the bytes) or int4 (a third)."),
     ] = "float16",
     prefix_cache: Annotated[
         bool, typer.Option(help="Keep what was computed for requests that begin with the same tokens.")
