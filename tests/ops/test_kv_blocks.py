@@ -7,10 +7,11 @@ from op_programs import ragged
 from kvarn.backends import KvCacheSpec, StepLimits
 from kvarn.backends.cpu import CpuBackend
 from kvarn.backends.reference import ReferenceBackend
+from kvarn.kv_types import CACHE_TYPES
 from kvarn.testing import tiny_model
 
 IDS = [int(i) for i in np.random.default_rng(5).integers(0, 256, 33)]
-CASES = [(CpuBackend(threads=1), dtype) for dtype in ("float16", "float32", "int8")] + [(ReferenceBackend(), "int8")]
+CASES = [*((CpuBackend(threads=1), dtype) for dtype in CACHE_TYPES), (ReferenceBackend(), "int8")]
 
 
 @pytest.fixture(params=CASES, ids=lambda case: f"{case[0].name}-{case[1]}")
