@@ -11,7 +11,7 @@ from kvarn.kv_types import CACHE_TYPES
 from kvarn.testing import tiny_model
 
 IDS = [int(i) for i in np.random.default_rng(5).integers(0, 256, 33)]
-CASES = [*((CpuBackend(threads=1), dtype) for dtype in CACHE_TYPES), (ReferenceBackend(), "int8")]
+CASES = [(backend, dtype) for backend in (CpuBackend(threads=1), ReferenceBackend()) for dtype in CACHE_TYPES]
 
 
 @pytest.fixture(params=CASES, ids=lambda case: f"{case[0].name}-{case[1]}")

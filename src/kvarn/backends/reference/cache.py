@@ -41,6 +41,10 @@ class LayerCache:
         for array in (self._keys, self._values):
             array[destination : destination + count] = array[source : source + count]
 
+    def parts(self, start: int, count: int) -> list[NDArray[np.uint8]]:
+        """All bytes of `count` slots from slot `start` on, as views."""
+        return [_bytes(array[start : start + count]) for array in (self._keys, self._values)]
+
 
 class Int4LayerCache(LayerCache):
     """The same in 4 bits (see `int4`). Keys are kept rotated, and their dimensions filled up to groups.
@@ -73,6 +77,15 @@ class Int4LayerCache(LayerCache):
         start, to = source // INT4_TOKENS, destination // INT4_TOKENS
         blocks = -(-count // INT4_TOKENS)
         self._references[to : to + blocks] = self._references[start : start + blocks]
+
+    def parts(self, start: int, count: int) -> list[NDArray[np.uint8]]:
+        """See `LayerCache.parts`."""
+        first, blocks = start // INT4_TOKENS, -(-count // INT4_TOKENS)
+        return [*super().parts(start, count), _bytes(self._references[first : first + blocks])]
+
+
+def _bytes(array: NDArray[np.float16] | NDArray[np.float32]) -> NDArray[np.uint8]:
+    return array.reshape(-1).view(np.uint8)
 
 
 def layer_cache(layer: KvLayer, slots: int, dtype: str) -> LayerCache:

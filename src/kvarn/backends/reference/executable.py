@@ -77,11 +77,10 @@ class ReferenceExecutable:
     @property
     def block_bytes(self) -> int:
         """Bytes of one block over all layers."""
-        slots = self.kv.num_blocks * self.kv.block_size
-        return sum(cache.nbytes // slots for cache in (*self._keys, *self._values)) * self.kv.block_size
+        return sum(part.nbytes for cache in self._cache for part in cache.parts(0, self.kv.block_size))
 
     def read_block(self, block: int, out: NDArray[np.uint8]) -> None:
-        """Copies a block's keys, then its values, of all layers. Raises ValueError."""
+        """Copies a block's keys and values of all layers. Raises ValueError."""
         for part, kept in self._parts(block, out):
             kept[:] = part
 
@@ -95,8 +94,7 @@ class ReferenceExecutable:
         if not 0 <= block < self.kv.num_blocks or flat.size != self.block_bytes:
             raise ValueError(f"block {block} of {self.kv.num_blocks}, {flat.size} bytes of {self.block_bytes}")
         size, start = self.kv.block_size, 0
-        for cache in (*self._keys, *self._values):
-            part = cache[block * size : (block + 1) * size].reshape(-1).view(np.uint8)
+        for part in (part for cache in self._cache for part in cache.parts(block * size, size)):
             yield part, flat[start : start + part.size]
             start += part.size
 
