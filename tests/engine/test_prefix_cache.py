@@ -15,6 +15,7 @@ MODELS = [
     ("llama", DType.F32, "reference", "float32"),
     ("llama", DType.Q4_0, "cpu", "float16"),
     ("gemma3_text", DType.Q4_1, "cpu", "int8"),
+    ("qwen3", DType.Q8_0, "cpu", "int4"),
 ]
 
 

@@ -42,7 +42,7 @@ def answers(core, texts=TEXTS, **sampling):
     return said, cached
 
 
-@pytest.mark.parametrize(("backend", "dtype"), [("cpu", "float16"), ("cpu", "int8"), ("reference", "float32")])
+@pytest.mark.parametrize(("backend", "dtype"), [("cpu", "float16"), ("cpu", "int4"), ("reference", "float32")])
 def test_what_was_evicted_is_loaded_and_says_the_same(engine, backend, dtype):
     core = engine(backend, dtype=dtype, family="gemma3_text")
     first, _ = answers(core, logprobs=3)
