@@ -245,9 +245,9 @@ void bind_plan(nb::module_ &m) {
           "Bytes a linear asks of each thread for an item.");
     m.def("linear_own_bytes", [](int64_t cols) { return LinearStage::own_bytes(cols); }, "cols"_a,
           "Bytes a linear that prepares its input asks of each thread for the stage.");
-    m.def("attention_scratch_bytes", [](int64_t group, int64_t key_dim, int64_t value_dim) {
-        return AttentionStage::scratch_bytes(group, key_dim, value_dim);
-    }, "group"_a, "key_dim"_a, "value_dim"_a, "Bytes attention asks of each thread for an item.");
+    m.def("attention_scratch_bytes", [](int64_t group, int64_t key_dim, int64_t value_dim, const std::string &type) {
+        return AttentionStage::scratch_bytes(group, key_dim, value_dim, kv_type_of(type));
+    }, "group"_a, "key_dim"_a, "value_dim"_a, "type"_a, "Bytes attention asks of each thread for an item.");
     m.def("thread_bytes", &StepPlan::thread_bytes, "scratch"_a, "own"_a,
           "Bytes a plan takes for each thread, from the largest that its stages ask for.");
     auto plan = nb::class_<StepPlan>(m, "StepPlan", "Stages over buffers in one arena, run as one call per step.");

@@ -22,6 +22,7 @@ using namespace kvarn;
 namespace {
 
 using Bytes = nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using WritableBytes = nb::ndarray<uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using ByteView = nb::ndarray<nb::numpy, const uint8_t, nb::ndim<1>, nb::c_contig>;
 using Floats = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Table = nb::ndarray<const float, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
@@ -61,11 +62,10 @@ std::vector<KvCache::Layer> layers_of(const std::vector<LayerShape> &shapes) {
     return layers;
 }
 
-KvType kv_type_of(const std::string &name) {
-    if (name == "float32") return KvType::kFloat32;
-    if (name == "float16") return KvType::kFloat16;
-    if (name == "int8") return KvType::kInt8;
-    throw std::invalid_argument("a KV cache cannot be of type " + name);
+void require_bytes(size_t given, const KvCache &kv) {
+    if (given != kv.block_bytes())
+        throw std::invalid_argument("a block has " + std::to_string(kv.block_bytes()) + " bytes, not " +
+                                    std::to_string(given));
 }
 
 }  // namespace
@@ -126,5 +126,14 @@ void bind_storage(nb::module_ &m) {
             new (self) KvCache(layers_of(layers), num_blocks, block_size, kv_type_of(type));
         }, "layers"_a, "num_blocks"_a, "block_size"_a, "type"_a)
         .def_prop_ro("nbytes", [](const KvCache &kv) { return kv.bytes(); })
-        .def("copy", &KvCache::copy, "pairs"_a, nb::call_guard<nb::gil_scoped_release>());
+        .def_prop_ro("block_bytes", &KvCache::block_bytes)
+        .def("copy", &KvCache::copy, "pairs"_a, nb::call_guard<nb::gil_scoped_release>())
+        .def("read", [](const KvCache &kv, int64_t block, const WritableBytes &out) {
+            require_bytes(out.size(), kv);
+            kv.read(block, out.data());
+        }, "block"_a, "out"_a, nb::call_guard<nb::gil_scoped_release>())
+        .def("write", [](KvCache &kv, int64_t block, const Bytes &data) {
+            require_bytes(data.size(), kv);
+            kv.write(block, data.data());
+        }, "block"_a, "data"_a, nb::call_guard<nb::gil_scoped_release>());
 }

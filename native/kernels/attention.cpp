@@ -7,38 +7,13 @@
 //
 // Many queries convert a tile to float32 once, in scratch; few read the cache as it is. A "query" below is one head of
 // one row: query i is row i / group, head i % group.
-#include "kernels_internal.h"
-#include "vec.h"
+#include "attention_tiles.h"
 
 KVARN_KERNELS_BEGIN
 namespace {
 
-constexpr float kNoScore = -INFINITY;
-constexpr int kSub = 16;                     // keys of a sub-block
-constexpr int kSubs = int(kKeyTile) / kSub;  // sub-blocks of a tile
 constexpr int kBlockQueries = 6;             // register tiles: 4 vectors × 6 queries
 constexpr int64_t kFewQueries = 2 * kBlockQueries;
-
-template <KvType type>
-constexpr int64_t kElementBytes = type == KvType::kFloat32 ? 4 : type == KvType::kFloat16 ? 2 : 1;
-template <KvType type>
-KVARN_INLINE F load_elements(const uint8_t *p, int64_t index) {
-    if constexpr (type == KvType::kFloat16) return load_f16(reinterpret_cast<const uint16_t *>(p) + index);
-    if constexpr (type == KvType::kInt8) return load_i8(p + index);
-    return load(reinterpret_cast<const float *>(p) + index);
-}
-
-// Sums of weights l under maximum m, and weighted values o, of all queries. Factors of the last merge: old, now.
-struct State {
-    float *m, *l, *o;  // [queries], [queries], [queries][dim]
-    int64_t dim;
-
-    void reset(int64_t queries) const {
-        for (int64_t i = 0; i < queries; ++i) m[i] = kNoScore;
-        std::memset(l, 0, size_t(queries) * sizeof(float));
-        std::memset(o, 0, size_t(queries * dim) * sizeof(float));
-    }
-};
 
 // Merges maxima and sums (m, l), which come after `to` in position, 16 queries at a time; leaves the factors that the
 // values of both are to be multiplied with. A query without keys on either side gives factors 1 and 0: nothing changes.
@@ -58,114 +33,46 @@ void merge_sums(const State &to, const float *m, const float *l, int64_t queries
 // masked keys were multiplied with it.
 KVARN_INLINE F merged(F o, F old, F values, F now) { return add(fma(values, now, mul(o, old)), zero()); }
 
-// The views of one call: scratch cut into its parts.
-struct Work {
-    const AttentionArgs &a;
-    int64_t queries;
-    int64_t dim;          // value_dim rounded up to 16
-    float *keys;          // [kSubs][key_dim][16]
-    float *values;        // [kKeyTile][dim]
-    float *weights;       // [queries][kKeyTile]: scores, then exponentials
-    float *tile_m, *tile_l, *old_factor, *now_factor;
-    State span, total;
-
-    explicit Work(const AttentionArgs &args) : a(args) {
-        queries = a.rows * a.group;
-        dim = (a.kv->value_dim + 15) / 16 * 16;
-        const int64_t padded = (queries + 15) / 16 * 16;
-        float *next = a.scratch;
-        const auto take = [&](int64_t n) {
-            float *p = next;
-            next += n;
-            return p;
-        };
-        keys = take(kKeyTile * a.kv->key_dim);
-        values = take(kKeyTile * dim);
-        weights = take(padded * kKeyTile);
-        tile_m = take(padded);
-        tile_l = take(padded);
-        old_factor = take(padded);
-        now_factor = take(padded);
-        span = {take(padded), take(padded), take(padded * dim), dim};
-        total = {take(padded), take(padded), take(padded * dim), dim};
-        for (int64_t i = queries; i < padded; ++i) tile_m[i] = kNoScore, tile_l[i] = 0.0f;
+// Adds dimension d of the products of queries and keys.
+template <int queries>
+KVARN_INLINE void add_products(const float *const *q, int64_t d, const F *k, F (*acc)[queries]) {
+#pragma GCC unroll 6
+    for (int i = 0; i < queries; ++i) {
+        const F x = set(q[i][d]);
+#pragma GCC unroll 4
+        for (int s = 0; s < kSubs; ++s) acc[s][i] = fma(x, k[s], acc[s][i]);
     }
-
-    int64_t padded() const { return (queries + 15) / 16 * 16; }
-    int64_t position(int64_t query) const { return a.position + query / a.group; }
-    int64_t first_key(int64_t position) const {
-        return a.window > 0 && position >= a.window ? position - a.window + 1 : 0;
-    }
-    const float *q(int64_t query) const {
-        return a.q + query / a.group * a.q_stride + query % a.group * a.kv->key_dim;
-    }
-};
-
-// A tile's sub-blocks: keys [key_dim][16], values [16][value_stride]. Those beyond the sequence repeat the first one:
-// their scores are masked, their values not read.
-struct Tile {
-    const uint8_t *keys[kSubs], *values[kSubs];
-    int64_t value_stride;
-    int64_t count;  // tokens that the sequence has
-    // Where the tile after this one is, to ask for it in time: its blocks lie anywhere. The tile itself at the end.
-    const uint8_t *next_keys[kSubs], *next_values[kSubs];
-    const float *key_scales[kSubs], *value_scales[kSubs];  // of int8 elements; else null
-};
-
-Tile cached_tile(const Work &w, int64_t start, int64_t last) {
-    const KvLayerView &kv = *w.a.kv;
-    const int64_t bytes = kv.element_bytes();
-    const auto locate = [&](int64_t position, const uint8_t *&keys, const uint8_t *&values) {
-        const int64_t offset = position % kv.block_size;
-        const uint8_t *head = kv.head(w.a.block_table[position / kv.block_size], w.a.kv_head);
-        keys = head + offset * kv.key_dim * bytes;
-        values = head + (kv.block_size * kv.key_dim + offset * kv.value_dim) * bytes;
-        return reinterpret_cast<const float *>(head + kv.vectors_bytes()) + offset;
-    };
-    Tile tile;
-    tile.value_stride = kv.value_dim;
-    tile.count = last + 1 - start < kKeyTile ? last + 1 - start : kKeyTile;
-    for (int64_t s = 0; s < kSubs; ++s) {
-        const int64_t position = start + s * kSub, next = position + kKeyTile;
-        const float *scales = locate(position <= last ? position : start, tile.keys[s], tile.values[s]);
-        tile.key_scales[s] = kv.type == KvType::kInt8 ? scales : nullptr;
-        tile.value_scales[s] = kv.type == KvType::kInt8 ? scales + kv.block_size : nullptr;
-        locate(next <= last ? next : start, tile.next_keys[s], tile.next_values[s]);
-    }
-    return tile;
 }
 
-// The same in float32, converted into scratch; int8 elements still without their scales.
-template <KvType type>
-Tile converted_tile(const Work &w, const Tile &from) {
-    const int64_t kd = w.a.kv->key_dim, vd = w.a.kv->value_dim;
-    Tile tile = from;
-    tile.value_stride = w.dim;
-    for (int64_t s = 0; s < kSubs; ++s) {
-        float *keys = w.keys + s * kd * kSub, *values = w.values + s * kSub * w.dim;
-        tile.keys[s] = reinterpret_cast<const uint8_t *>(s * kSub < from.count ? keys : w.keys);
-        tile.values[s] = reinterpret_cast<const uint8_t *>(values);
-        if (s * kSub >= from.count) continue;
-        for (int64_t i = 0; i < kd; ++i) {
-            prefetch(from.next_keys[s] + i * kSub * kElementBytes<type>);
-            store(keys + i * kSub, load_elements<type>(from.keys[s], i * kSub));
-        }
-        const int64_t tokens = from.count - s * kSub < kSub ? from.count - s * kSub : kSub;
-        for (int64_t t = 0; t < tokens; ++t)
-            for (int64_t i = 0; i < w.dim; i += kLanes) {
-                // The last vector of a row may run into the next one, or past the cache's end, which is padded.
-                prefetch(from.next_values[s] + (t * vd + i) * kElementBytes<type>);
-                const F x = load_elements<type>(from.values[s], t * vd + i);
-                store(values + t * w.dim + i, vd - i >= kLanes ? x : select(first(vd - i), x, zero()));
-            }
+// The dimensions of one group of an int4 tile that is read in place.
+template <int queries>
+KVARN_INLINE void add_int4_group(const Work &w, const Tile &tile, const float *const *q, int64_t start,
+                                 F (*acc)[queries]) {
+    F scale[kSubs], least[kSubs];
+#pragma GCC unroll 4
+    for (int s = 0; s < kSubs; ++s) {
+        for (int64_t i = 0; i < kGroup / 2; i += 4) prefetch(tile.next_keys[s] + (start / 2 + i) * kSub);
+        scale[s] = load_f16(tile.scales[s].keys + start);
+        least[s] = load_f16(tile.scales[s].keys + start + kSub);
     }
-    return tile;
+    for (int64_t d = start; d < start + kGroup; d += 2) {
+        F even[kSubs], odd[kSubs];
+#pragma GCC unroll 4
+        for (int s = 0; s < kSubs; ++s) {
+            const uint8_t *row = tile.keys[s] + d / 2 * kSub;
+            const float *reference = w.references + s * w.key_dim + d;
+            even[s] = int4_key(load_low_u4(row), scale[s], least[s], reference[0]);
+            odd[s] = int4_key(load_high_u4(row), scale[s], least[s], reference[1]);
+        }
+        add_products<queries>(q, d, even, acc);
+        add_products<queries>(q, d + 1, odd, acc);
+    }
 }
 
 // Scores of `queries` queries and all 64 keys: a chain over dimensions for each.
 template <KvType type, bool ahead, int queries>
 void score_block(const Work &w, const Tile &tile, int64_t query) {
-    const int64_t kd = w.a.kv->key_dim;
+    const int64_t kd = w.key_dim;
     const float *q[queries];
     F acc[kSubs][queries];
     for (int i = 0; i < queries; ++i) q[i] = w.q(query + i);
@@ -173,18 +80,17 @@ void score_block(const Work &w, const Tile &tile, int64_t query) {
     for (int s = 0; s < kSubs; ++s)
 #pragma GCC unroll 6
         for (int i = 0; i < queries; ++i) acc[s][i] = zero();
-    for (int64_t d = 0; d < kd; ++d) {
-        F k[kSubs];
+    if constexpr (type == KvType::kInt4) {
+        for (int64_t start = 0; start < kd; start += kGroup) add_int4_group<queries>(w, tile, q, start, acc);
+    } else {
+        for (int64_t d = 0; d < kd; ++d) {
+            F k[kSubs];
 #pragma GCC unroll 4
-        for (int s = 0; s < kSubs; ++s) {
-            if constexpr (ahead) prefetch(tile.next_keys[s] + d * kSub * kElementBytes<type>);
-            k[s] = load_elements<type>(tile.keys[s], d * kSub);
-        }
-#pragma GCC unroll 6
-        for (int i = 0; i < queries; ++i) {
-            const F x = set(q[i][d]);
-#pragma GCC unroll 4
-            for (int s = 0; s < kSubs; ++s) acc[s][i] = fma(x, k[s], acc[s][i]);
+            for (int s = 0; s < kSubs; ++s) {
+                if constexpr (ahead) prefetch(tile.next_keys[s] + d * kSub * kElementBytes<type>);
+                k[s] = load_elements<type>(tile.keys[s], d * kSub);
+            }
+            add_products<queries>(q, d, k, acc);
         }
     }
 #pragma GCC unroll 6
@@ -231,13 +137,25 @@ void value_block(const Work &w, const Tile &tile, int64_t query, int64_t column,
 #pragma GCC unroll 6
         for (int i = 0; i < queries; ++i) acc[v][i] = zero();
     const float *weights = w.weights + query * kKeyTile;
+    // Of int4: where the columns begin. Four vectors begin with a group, one may be the second half of it.
+    const int64_t groups = kv_groups(w.a.kv->value_dim), group = column / kGroup;
+    const float *value_scales = w.value_scales;
+    const bool second = vectors == 1 && column % kGroup > 0;
     for (int64_t t = from; t < tile.count;) {
         const uint8_t *values = tile.values[t / kSub], *next = tile.next_values[t / kSub];
         const int64_t end = tile.count < (t / kSub + 1) * kSub ? tile.count : (t / kSub + 1) * kSub;
         for (; t < end; ++t) {
             F x[vectors];
+            if constexpr (type == KvType::kInt4) {
+                const int64_t row = (t % kSub * groups + group) * (kGroup / 2);
+                const float *scales = value_scales + (t * groups + group) * 2;
+                prefetch(next + row);
 #pragma GCC unroll 4
-            for (int v = 0; v < vectors; ++v) {
+                for (int v = 0; v < vectors; ++v)
+                    x[v] = int4_value(values + row + v / 2 * (kGroup / 2), scales + v / 2 * 2, second || v % 2);
+            }
+#pragma GCC unroll 4
+            for (int v = 0; v < vectors && type != KvType::kInt4; ++v) {
                 const int64_t at = t % kSub * tile.value_stride + column + v * kLanes;
                 if constexpr (ahead) prefetch(next + at * kElementBytes<type>);
                 x[v] = load_elements<type>(values, at);
@@ -302,21 +220,26 @@ void visit(const Work &w, const Tile &tile, int64_t start) {
 }
 
 template <KvType type>
-void visit_as(const Work &w, const Tile &cached, int64_t start, bool direct) {
+void visit_as(const Work &w, Tile &cached, int64_t start, bool direct) {
+    if constexpr (type == KvType::kInt4) prepare_int4(w, cached, start);
     if (direct)
         visit<type, true>(w, cached, start);
+    else if constexpr (type == KvType::kInt4)
+        visit<KvType::kFloat32, false>(w, converted_int4(w, cached), start);
     else
         visit<KvType::kFloat32, false>(w, converted_tile<type>(w, cached), start);
 }
 
 void visit_tile(const Work &w, int64_t start) {
     const int64_t last = w.a.position + w.a.rows - 1;
-    const Tile cached = cached_tile(w, start, last);
-    const bool direct = w.dim == w.a.kv->value_dim && w.queries <= kFewQueries;
+    Tile cached = cached_tile(w, start, last);
+    const bool whole = w.dim == w.a.kv->value_dim || w.a.kv->type == KvType::kInt4;  // no vector runs into the next row
+    const bool direct = whole && w.queries <= kFewQueries;
     switch (w.a.kv->type) {
         case KvType::kFloat32: return visit_as<KvType::kFloat32>(w, cached, start, direct);
         case KvType::kFloat16: return visit_as<KvType::kFloat16>(w, cached, start, direct);
         case KvType::kInt8: return visit_as<KvType::kInt8>(w, cached, start, direct);
+        case KvType::kInt4: return visit_as<KvType::kInt4>(w, cached, start, direct);
     }
 }
 

@@ -1,4 +1,5 @@
 // Stores one token's key and value of one head in its slot of the cache.
+#include "hadamard.h"
 #include "kernels_internal.h"
 #include "vec.h"
 
@@ -64,6 +65,83 @@ void write(const KvLayerView &kv, uint8_t *head, int64_t offset, const float *k,
     }
 }
 
+// fp16 of x; x becomes what that is.
+inline uint16_t to_half(float &x) {
+    uint16_t halves[kLanes];
+    float lanes[kLanes];
+    store_f16(halves, clamp(set(x), kLargestHalf));
+    store(lanes, load_f16(halves));
+    x = lanes[0];
+    return halves[0];
+}
+
+// One group of 32 floats within fp16 in int4.
+struct Int4Group {
+    uint16_t scale, minimum;
+    int8_t codes[kGroup];
+
+    explicit Int4Group(const float *x) {
+        const F a = load(x), b = load(x + kLanes);
+        const float largest = reduce_max(max(a, b));
+        float least = -reduce_max(max(sub(zero(), a), sub(zero(), b)));
+        minimum = to_half(least);
+        float step = (largest - least) / 15.0f;
+        scale = to_half(step);
+        const F base = set(least), inverse = set(step > 0 ? 1.0f / step : 0.0f);
+        const auto coded = [&](F v) { return to_int(min(max(mul(sub(v, base), inverse), zero()), set(15.0f))); };
+        store_i8(codes, coded(a));
+        store_i8(codes + kLanes, coded(b));
+    }
+};
+
+// Rotated, coded as the difference from the sub-block's first key.
+void write_int4_key(const KvLayerView &kv, uint8_t *head, int64_t offset, const float *k) {
+    const int64_t groups = kv_groups(kv.key_dim), token = offset % kSubBlock;
+    uint8_t *codes = head + (offset - token) * kv.vector_bytes(kv.key_dim) + token;
+    const Int4Scales at = kv.int4_scales(head, offset);
+    uint16_t *scales = at.keys + token, *reference = at.reference;
+    float part[kMostRotated];
+    for (int64_t start = 0; start < groups * kGroup;) {
+        const int64_t n = rotated_part(groups * kGroup - start);
+        for (int64_t i = 0; i < n; i += kLanes) {
+            const int64_t rest = kv.key_dim - start - i;
+            store(part + i, rest > 0 ? clamp(load_n(k + start + i, rest), kLargestHalf) : zero());
+        }
+        rotate_part(part, n, false);
+        for (int64_t i = 0; i < n; i += kLanes) {
+            const F x = clamp(load(part + i), kLargestHalf);
+            if (token == 0) store_f16(reference + start + i, x);
+            store(part + i, clamp(sub(x, load_f16(reference + start + i)), kLargestHalf));
+        }
+        for (int64_t i = 0; i < n; i += kGroup) {
+            const Int4Group group(part + i);
+            uint16_t *to = scales + (start + i) / kGroup * 2 * kSubBlock;
+            to[0] = group.scale;
+            to[kSubBlock] = group.minimum;
+            uint8_t *rows = codes + (start + i) / 2 * kSubBlock;
+            for (int64_t j = 0; j < kGroup / 2; ++j)
+                rows[j * kSubBlock] = uint8_t(group.codes[2 * j] | group.codes[2 * j + 1] << 4);
+        }
+        start += n;
+    }
+}
+
+void write_int4_value(const KvLayerView &kv, uint8_t *head, int64_t offset, const float *v) {
+    uint8_t *codes = head + kv.block_size * kv.vector_bytes(kv.key_dim) + offset * kv.vector_bytes(kv.value_dim);
+    uint16_t *scales = kv.int4_scales(head, offset).values + offset % kSubBlock * 2 * kv_groups(kv.value_dim);
+    for (int64_t start = 0; start < kv.value_dim; start += kGroup, codes += kGroup / 2, scales += 2) {
+        float part[kGroup];
+        for (int64_t i = 0; i < kGroup; i += kLanes) {
+            const int64_t rest = kv.value_dim - start - i;
+            store(part + i, rest > 0 ? clamp(load_n(v + start + i, rest), kLargestHalf) : zero());
+        }
+        const Int4Group group(part);
+        scales[0] = group.scale;
+        scales[1] = group.minimum;
+        for (int64_t j = 0; j < kLanes; ++j) codes[j] = uint8_t(group.codes[j] | group.codes[kLanes + j] << 4);
+    }
+}
+
 }  // namespace
 
 void kv_write(const KvLayerView &kv, int64_t slot, int64_t head, const float *k, const float *v) {
@@ -73,6 +151,9 @@ void kv_write(const KvLayerView &kv, int64_t slot, int64_t head, const float *k,
         case KvType::kFloat32: return write<ToFloat>(kv, base, offset, k, v);
         case KvType::kFloat16: return write<ToHalf>(kv, base, offset, k, v);
         case KvType::kInt8: return write<ToInt8>(kv, base, offset, k, v);
+        case KvType::kInt4:
+            write_int4_key(kv, base, offset, k);
+            return write_int4_value(kv, base, offset, v);
     }
 }
 

@@ -39,77 +39,119 @@ struct Packed {
 
 // ---- quantized weights ----
 
-// Integer sums of one group of one panel for all rows, quads in order.
-template <class P, int tile, int rows>
-KVARN_INLINE void packed_dots(const uint8_t *w, const Activations<tile> &x, int zero_point,
-                              I (&sums)[rows][P::parts]) {
+// One quad of a row against the weights of `panels` panels, dot(p) being panel p's.
+template <int panels, class Dots>
+KVARN_INLINE void step_all(const B (&w)[panels], const int8_t *quad, Dots dot) {
+    if constexpr (panels == 1) {
+        dot(0).step(w[0], quad);
+    } else {
+        const B x = four_times(quad);
+#pragma GCC unroll 2
+        for (int p = 0; p < panels; ++p) dot(p).step(w[p], x);
+    }
+}
+
+// Integer sums, as floats, of one group of `panels` panels for all rows, quads in order.
+template <class P, int tile, int panels, int rows>
+KVARN_INLINE void packed_dots(const uint8_t *const (&w)[panels], const Activations<tile> &x, int zero_point,
+                              F (&sums)[panels][rows][P::parts]) {
     const Starts<P::kind, rows> start(zero_point, x);
-    Dot<P::bits> dot[rows][P::parts];
+    Dot<P::bits> dot[panels][rows][P::parts];
 #pragma GCC unroll 8
     for (int r = 0; r < rows; ++r)
-        for (int part = 0; part < P::parts; ++part) dot[r][part].init(start.at(part, r));
+        for (int p = 0; p < panels; ++p)
+            for (int part = 0; part < P::parts; ++part) dot[p][r][part].init(start.at(part, r));
     if constexpr (P::pack_bits == 4) {
 #pragma GCC unroll 4
         for (int j = 0; j < 4; ++j) {
-            const B both = load_b(w + 64 * j);
-            const B low = low_nibbles(both), high = high_nibbles(both);
+            B low[panels], high[panels];
+            for (int p = 0; p < panels; ++p) {
+                const B both = load_b(w[p] + 64 * j);
+                low[p] = low_nibbles(both), high[p] = high_nibbles(both);
+            }
 #pragma GCC unroll 8
             for (int r = 0; r < rows; ++r) {
-                dot[r][0].step(low, x.quad(r, j));
-                dot[r][0].step(high, x.quad(r, j + 4));
+                step_all(low, x.quad(r, j), [&](int p) -> auto & { return dot[p][r][0]; });
+                step_all(high, x.quad(r, j + 4), [&](int p) -> auto & { return dot[p][r][0]; });
             }
         }
     } else {
 #pragma GCC unroll 8
         for (int j = 0; j < 8; ++j) {
-            const B line = load_b(w + 64 * j);
+            B line[panels];
+            for (int p = 0; p < panels; ++p) line[p] = load_b(w[p] + 64 * j);
 #pragma GCC unroll 8
-            for (int r = 0; r < rows; ++r) dot[r][j * P::parts / 8].step(line, x.quad(r, j));
+            for (int r = 0; r < rows; ++r)
+                step_all(line, x.quad(r, j), [&](int p) -> auto & { return dot[p][r][j * P::parts / 8]; });
         }
     }
 #pragma GCC unroll 8
     for (int r = 0; r < rows; ++r)
-        for (int part = 0; part < P::parts; ++part) sums[r][part] = dot[r][part].finish();
+        for (int p = 0; p < panels; ++p)
+            for (int part = 0; part < P::parts; ++part) sums[p][r][part] = dot[p][r][part].finish();
 }
 
-template <class P, int tile, int rows>
-void block_of_rows(const LinearArgs &a, int64_t panel_begin, int64_t panel_end, int64_t row) {
+// Panels `panel` … of rows `row` …, which lie in one tile.
+template <class P, int tile, int panels, int rows>
+void block(const LinearArgs &a, int64_t panel, int64_t row) {
     const QuantGroup<tile> *x = reinterpret_cast<const QuantGroup<tile> *>(a.xq->data) + row / tile * a.w->groups();
+    const int first_row = int(row % tile);
     const int64_t groups = a.w->groups();
     const int zero_point = traits(a.w->format).zero;
-    for (int64_t p = panel_begin; p < panel_end; ++p) {
-        F acc[rows];
-#pragma GCC unroll 8
-        for (int r = 0; r < rows; ++r) acc[r] = zero();
-        const uint8_t *panel = a.w->panel(p);
-        for (int64_t g = 0; g < groups; ++g) {
-            const uint8_t *unit = panel + uint64_t(g) / P::groups * P::unit_bytes;
-            const int i = int(uint64_t(g) % P::groups);
-            prefetch_lines<P::lines_a_group>(unit + kPrefetchAhead + 64 * i * P::lines_a_group);
-            const Activations<tile> group(x[g]);
-            I sums[rows][P::parts];
-            packed_dots<P, tile, rows>(unit + i * P::group_bytes, group, zero_point, sums);
-            const auto scales = GroupScales<P::kind>::of(unit + P::scales_at, i);
-#pragma GCC unroll 8
-            for (int r = 0; r < rows; ++r) acc[r] = scales.apply(sums[r], group, r, acc[r]);
-        }
-#pragma GCC unroll 8
-        for (int r = 0; r < rows; ++r) store_n(result(a, p, row + r), acc[r], features_from(a, p));
+    const uint64_t panel_bytes = uint64_t(a.w->panel(1) - a.w->panel(0));
+    F acc[panels][rows];
+    const uint8_t *first[panels];
+#pragma GCC unroll 2
+    for (int p = 0; p < panels; ++p) {
+        first[p] = a.w->panel(panel + p);
+        for (int r = 0; r < rows; ++r) acc[p][r] = zero();
     }
+    for (int64_t g = 0; g < groups; ++g) {
+        const uint64_t at = uint64_t(g) / P::groups * P::unit_bytes;
+        const int i = int(uint64_t(g) % P::groups);
+        const uint64_t ahead = at + kPrefetchAhead + 64 * uint64_t(i) * P::lines_a_group;
+        // What comes after the end of a panel is the next block's, not the next panel's.
+        const uint64_t skip = ahead >= panel_bytes ? (panels - 1) * panel_bytes : 0;
+        const uint8_t *w[panels];
+        for (int p = 0; p < panels; ++p) {
+            w[p] = first[p] + at + i * P::group_bytes;
+            prefetch_lines<P::lines_a_group>(first[p] + ahead + skip);
+        }
+        const Activations<tile> group(x[g], first_row);
+        F sums[panels][rows][P::parts];
+        packed_dots<P, tile, panels, rows>(w, group, zero_point, sums);
+#pragma GCC unroll 2
+        for (int p = 0; p < panels; ++p) {
+            const auto scales = GroupScales<P::kind>::of(first[p] + at + P::scales_at, i);
+#pragma GCC unroll 8
+            for (int r = 0; r < rows; ++r) acc[p][r] = scales.apply(sums[p][r], group, r, acc[p][r]);
+        }
+    }
+#pragma GCC unroll 2
+    for (int p = 0; p < panels; ++p)
+        for (int r = 0; r < rows; ++r)
+            store_n(result(a, panel + p, row + r), acc[p][r], features_from(a, panel + p));
 }
 
+// Rows of an item pass over its panels block by block while the panels stay in the nearest cache.
 template <class P, int... counts>
 void quantized_rows(const LinearArgs &a, std::integer_sequence<int, counts...>) {
-    if (a.xq->single) return block_of_rows<P, 1, 1>(a, a.panel_begin, a.panel_end, 0);
-    using Function = void (*)(const LinearArgs &, int64_t, int64_t, int64_t);
-    static constexpr Function functions[] = {block_of_rows<P, kTileTokens, counts + 1>...};
-    if (a.row_end - a.row_begin <= kTileTokens)
-        return functions[a.row_end - a.row_begin - 1](a, a.panel_begin, a.panel_end, a.row_begin);
+    if (a.xq->single) {
+        for (int64_t p = a.panel_begin; p < a.panel_end; ++p) block<P, 1, 1, 1>(a, p, 0);
+        return;
+    }
+    using Function = void (*)(const LinearArgs &, int64_t, int64_t);
+    static constexpr Function one[] = {block<P, kTileTokens, 1, counts + 1>...};
+    static constexpr Function several[] = {block<P, kTileTokens, kBlockPanels, counts + 1>...};
     const int64_t span = linear_row_span(a.w->cols);
     for (int64_t row = a.row_begin; row < a.row_end; row += span) {
         const int64_t row_end = smaller(a.row_end, row + span);
-        for (int64_t p = a.panel_begin; p < a.panel_end; ++p)
-            for (int64_t r = row; r < row_end; r += kTileTokens) functions[smaller(row_end - r, kTileTokens) - 1](a, p, p + 1, r);
+        for (int64_t p = a.panel_begin; p < a.panel_end;) {
+            const bool all = p + kBlockPanels <= a.panel_end;
+            for (int64_t r = row; r < row_end; r += kTileTokens)
+                (all ? several : one)[smaller(row_end - r, kTileTokens) - 1](a, p, r);
+            p += all ? kBlockPanels : 1;
+        }
     }
 }
 

@@ -20,8 +20,9 @@ struct Activations {
     const float *scale, *sum;
     const int32_t *half[2];
 
-    KVARN_INLINE explicit Activations(const QuantGroup<tile> &g)
-        : q(g.q[0]), scale(g.scale), sum(g.sum), half{g.half[0], g.half[1]} {}
+    KVARN_INLINE Activations(const QuantGroup<tile> &g, int first_row)
+        : q(g.q[first_row]), scale(g.scale + first_row), sum(g.sum + first_row),
+          half{g.half[0] + first_row, g.half[1] + first_row} {}
     KVARN_INLINE const int8_t *quad(int row, int j) const { return q + kGroup * row + 4 * j; }
 };
 
@@ -55,14 +56,14 @@ struct GroupScales {
 
     // acc + d * scale * sums + m * sum of activations. Products of sums and sub-scales are integers below 2^24: exact.
     template <int tile>
-    KVARN_INLINE F apply(const I (&sums)[kParts<kind>], const Activations<tile> &x, int row, F acc) const {
+    KVARN_INLINE F apply(const F (&sums)[kParts<kind>], const Activations<tile> &x, int row, F acc) const {
         const F scale = set(x.scale[row]);
         if constexpr (kParts<kind> == 1) {
-            acc = fma(mul(to_float(sums[0]), scale), d, acc);
+            acc = fma(mul(sums[0], scale), d, acc);
             if constexpr (kAffine<kind>) acc = fma(set(x.sum[row]), m, acc);
             return acc;
         } else {
-            const F scaled = fma(to_float(sums[0]), sc[0], mul(to_float(sums[1]), sc[1]));
+            const F scaled = fma(sums[0], sc[0], mul(sums[1], sc[1]));
             acc = fma(mul(scaled, scale), d, acc);
             if constexpr (kAffine<kind>) {
                 const F half0 = set(float(x.half[0][row])), half1 = set(float(x.half[1][row]));

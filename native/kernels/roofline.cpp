@@ -63,7 +63,7 @@ int64_t integer_peak(int64_t iterations, int32_t *result) {
 #pragma GCC unroll 2
     for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 6
-        for (int c = 0; c < kColumns; ++c) sum ^= reduce_max_i(dots[r][c].finish());
+        for (int c = 0; c < kColumns; ++c) sum ^= int32_t(reduce_max(dots[r][c].finish()));
     *result = sum;
     return iterations * kSums * kLine;
 }

@@ -44,13 +44,17 @@ inline void store_f16(uint16_t *p, F a) {
     _mm_storeu_si128(reinterpret_cast<__m128i *>(p), _mm256_cvtps_ph(a.lo, _MM_FROUND_TO_NEAREST_INT));
     _mm_storeu_si128(reinterpret_cast<__m128i *>(p + 8), _mm256_cvtps_ph(a.hi, _MM_FROUND_TO_NEAREST_INT));
 }
-inline F load_u8(const uint8_t *p) {
-    const __m128i b = load_128(p);
-    return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(b)), _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128(b, 8)))};
-}
 inline F load_i8(const uint8_t *p) {
     const __m128i b = load_128(p);
     return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(b)), _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(b, 8)))};
+}
+inline F bytes_to_float(__m128i b) {
+    return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(b)), _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128(b, 8)))};
+}
+inline F load_u8(const uint8_t *p) { return bytes_to_float(load_128(p)); }
+inline F load_low_u4(const uint8_t *p) { return bytes_to_float(_mm_and_si128(load_128(p), _mm_set1_epi8(15))); }
+inline F load_high_u4(const uint8_t *p) {
+    return bytes_to_float(_mm_and_si128(_mm_srli_epi16(load_128(p), 4), _mm_set1_epi8(15)));
 }
 
 inline F add(F a, F b) { return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)}; }
@@ -157,7 +161,10 @@ inline __m256i broadcast_four(const int8_t *a) {
     std::memcpy(&four, a, 4);
     return _mm256_set1_epi32(four);
 }
+inline B four_times(const int8_t *a) { return {broadcast_four(a), broadcast_four(a)}; }
 inline __m256i pairs_to_int(__m256i words) { return _mm256_madd_epi16(words, _mm256_set1_epi16(1)); }
+
+constexpr int kBlockPanels = 1;  // panels that a block of rows is multiplied with at once
 
 // Sixteen integer dot products of up to 32 k, four a step. vpmaddubsw adds pairs in saturating 16 bits, so what a sum
 // may hold follows from the weights' bits (activations are within ±127): 8 bits are multiplied as 7 + 1.
@@ -182,7 +189,7 @@ struct Dot {
             hi = _mm256_add_epi32(hi, _mm256_add_epi32(h0, h1));
         }
     }
-    I finish() const { return {lo, hi}; }
+    F finish() const { return to_float(I{lo, hi}); }
 };
 
 // 4 bits: |sum| of 8 steps is at most 8 * 2 * 15 * 127 = 30480, within 16 bits.
@@ -201,9 +208,9 @@ struct Dot<4> {
         lo = _mm256_add_epi16(lo, _mm256_maddubs_epi16(w.lo, x));
         hi = _mm256_add_epi16(hi, _mm256_maddubs_epi16(w.hi, x));
     }
-    I finish() const {
+    F finish() const {
         const __m256i s = _mm256_set1_epi32(start);
-        return {_mm256_add_epi32(pairs_to_int(lo), s), _mm256_add_epi32(pairs_to_int(hi), s)};
+        return to_float(I{_mm256_add_epi32(pairs_to_int(lo), s), _mm256_add_epi32(pairs_to_int(hi), s)});
     }
 };
 

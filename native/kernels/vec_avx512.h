@@ -35,6 +35,16 @@ inline F load_u8(const uint8_t *p) {
 inline F load_i8(const uint8_t *p) {
     return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p))))};
 }
+// A permutation looks at the low four bits of an index: it turns nibbles into floats, as a table does.
+inline F nibbles_to_float(__m512i indices) {
+    const __m512 table = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    return {_mm512_permutexvar_ps(indices, table)};
+}
+inline __m512i load_bytes(const uint8_t *p) {
+    return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p)));
+}
+inline F load_low_u4(const uint8_t *p) { return nibbles_to_float(load_bytes(p)); }
+inline F load_high_u4(const uint8_t *p) { return nibbles_to_float(_mm512_srli_epi32(load_bytes(p), 4)); }
 
 inline F add(F a, F b) { return {_mm512_add_ps(a.v, b.v)}; }
 inline F sub(F a, F b) { return {_mm512_sub_ps(a.v, b.v)}; }
@@ -95,13 +105,22 @@ inline void interleave(F even, F odd, F &a, F &b) {
 inline B load_b(const uint8_t *p) { return {_mm512_loadu_si512(p)}; }
 inline B low_nibbles(B b) { return {_mm512_and_si512(b.v, _mm512_set1_epi8(0x0f))}; }
 inline B high_nibbles(B b) { return {_mm512_and_si512(_mm512_srli_epi16(b.v, 4), _mm512_set1_epi8(0x0f))}; }
+// Four bytes sixteen times over.
+inline B four_times(const int8_t *p) {
+    int32_t four;
+    __builtin_memcpy(&four, p, 4);
+    return {_mm512_set1_epi32(four)};
+}
 inline void prefetch(const void *p) { _mm_prefetch(static_cast<const char *>(p), _MM_HINT_T0); }
+
+// Sums of 2 panels x 8 rows keep the multipliers busy through the latency of a dot product.
+constexpr int kBlockPanels = 2;
 
 // Sixteen integer dot products, four k a step. bits: how many a weight can use.
 template <int bits>
 struct Dot {
     __m512i acc;
-    void init(int32_t start) { acc = _mm512_set1_epi32(start); }
+    void init(int32_t start) { acc = _mm512_set1_epi32(start + kOffset); }
     // The broadcast is folded into the instruction; compilers make two of it.
     void step(B w, const int8_t *a) {
         asm("vpdpbusd %2%{1to16%}, %1, %0"
@@ -110,7 +129,11 @@ struct Dot {
     }
     // a: the four activations 16 times over.
     void step(B w, B a) { acc = _mm512_dpbusd_epi32(acc, w.v, a.v); }
-    I finish() const { return {acc}; }
+    F finish() const { return {_mm512_sub_ps(_mm512_castsi512_ps(acc), _mm512_set1_ps(12582912.0f))}; }
+
+    // Bits of 1.5 * 2^23: a float that has n in its last 22 bits is that number + n. Subtracting it, which is exact,
+    // leaves the units that multiply alone, as a conversion would not.
+    static constexpr int32_t kOffset = 0x4b400000;
 };
 
 KVARN_KERNELS_END

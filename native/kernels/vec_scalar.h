@@ -38,6 +38,8 @@ inline void store_f16(uint16_t *p, F a) {
     for (int i = 0; i < 16; ++i) p[i] = float_to_half(a.v[i]);
 }
 inline F load_u8(const uint8_t *p) { return each<F>([=](int i) { return float(p[i]); }); }
+inline F load_low_u4(const uint8_t *p) { return each<F>([=](int i) { return float(p[i] & 15); }); }
+inline F load_high_u4(const uint8_t *p) { return each<F>([=](int i) { return float(p[i] >> 4); }); }
 inline F load_i8(const uint8_t *p) { return each<F>([=](int i) { return float(int8_t(p[i])); }); }
 
 inline F add(F a, F b) { return each<F>([&](int i) { return a.v[i] + b.v[i]; }); }
@@ -117,7 +119,14 @@ inline B high_nibbles(B b) {
     for (auto &x : b.v) x >>= 4;
     return b;
 }
+inline B four_times(const int8_t *p) {
+    B b;
+    for (int i = 0; i < 16; ++i) std::memcpy(b.v + 4 * i, p, 4);
+    return b;
+}
 inline void prefetch(const void *) {}
+
+constexpr int kBlockPanels = 1;  // panels that a block of rows is multiplied with at once
 
 // Sixteen integer dot products, four k a step.
 template <int bits>
@@ -132,7 +141,7 @@ struct Dot {
     void step(const B &w, const B &a) {
         for (int i = 0; i < 64; ++i) acc.v[i / 4] += int32_t(w.v[i]) * int8_t(a.v[i]);
     }
-    I finish() const { return acc; }
+    F finish() const { return to_float(acc); }
 };
 
 KVARN_KERNELS_END

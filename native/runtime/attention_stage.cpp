@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "runtime/pool.h"
+
 namespace kvarn {
 namespace {
 
@@ -28,7 +30,8 @@ void HeadsStage::run(const Step &step, uint32_t item, Scratch &scratch) noexcept
     const KvLayerView &kv = shape_.kv;
     const int64_t rows = step.batch.tokens, count = items(step);
     float *key = reinterpret_cast<float *>(scratch.data);
-    for (int64_t r = rows * item / count; r < rows * (item + 1) / count; ++r) {
+    const int64_t end = sub_block_from(step.batch, rows * (item + 1) / count);
+    for (int64_t r = sub_block_from(step.batch, rows * item / count); r < end; ++r) {
         const int64_t position = step.batch.positions[r];
         for (int64_t h = 0; h < shape_.heads && input_.q.used(); ++h) {
             float *q = input_.q.x.row(r) + h * kv.key_dim;
@@ -50,9 +53,9 @@ int64_t AttentionStage::partial_elements(const AttentionShape &shape, int thread
     return most_cut_pairs(threads) * shape.max_spans * shape.group() * attention_partial_elements(shape.kv.value_dim);
 }
 
-size_t AttentionStage::scratch_bytes(int64_t group, int64_t key_dim, int64_t value_dim) {
+size_t AttentionStage::scratch_bytes(int64_t group, int64_t key_dim, int64_t value_dim, KvType type) {
     const int64_t own = (group + 1) * key_dim + 16;
-    return size_t(attention_scratch_elements(group, key_dim, value_dim) + own) * sizeof(float);
+    return size_t(attention_scratch_elements(group, key_dim, value_dim, type) + own) * sizeof(float);
 }
 
 float *AttentionStage::kernel_scratch(Scratch &scratch) const {
@@ -88,8 +91,10 @@ void AttentionStage::finish(const Step &step, int64_t row, int64_t rows, int64_t
 }
 
 void AttentionStage::prefill_item(const Step &step, uint32_t item, Scratch &scratch) const {
-    const QueryTile &tile = step.tiles[size_t(item / shape_.kv.heads)];
-    const int64_t kv_head = item % shape_.kv.heads, group = shape_.group();
+    // Tiles are in order of cost: dealt out like cards, every thread's share begins with costly ones.
+    const int64_t dealt = Pool::dealt(item, items(step), threads());
+    const QueryTile &tile = step.tiles[size_t(dealt / shape_.kv.heads)];
+    const int64_t kv_head = dealt % shape_.kv.heads, group = shape_.group();
     AttentionArgs args{};
     args.kv = &shape_.kv;
     args.block_table = step.batch.block_tables + tile.sequence * step.batch.table_width;

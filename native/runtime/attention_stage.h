@@ -55,9 +55,9 @@ public:
     uint32_t items(const Step &step) const override;
     void run(const Step &step, uint32_t item, Scratch &scratch) noexcept override;
     size_t scratch_bytes() const override {
-        return scratch_bytes(shape_.group(), shape_.kv.key_dim, shape_.kv.value_dim);
+        return scratch_bytes(shape_.group(), shape_.kv.key_dim, shape_.kv.value_dim, shape_.kv.type);
     }
-    static size_t scratch_bytes(int64_t group, int64_t key_dim, int64_t value_dim);
+    static size_t scratch_bytes(int64_t group, int64_t key_dim, int64_t value_dim, KvType type);
 
     // Elements that `partials` must hold for steps of few sequences, whose contexts are cut over threads.
     static int64_t partial_elements(const AttentionShape &shape, int threads);

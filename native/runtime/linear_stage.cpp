@@ -57,12 +57,26 @@ LinearStage::Split LinearStage::split(int64_t rows) const {
 }
 
 uint32_t LinearStage::items(const Step &step) const {
-    const int64_t rows = rows_of(step, quants_.used() ? quants_.outputs : input_.outputs);
-    if (rows == 0) return 0;
-    const Split s = split(rows);
+    const int64_t count = rows(step);
+    if (count == 0) return 0;
+    const Split s = split(count);
     int64_t blocks = 0;
     for (const LinearJob &job : jobs_) blocks += (job.weight->matrix().panels() + s.panels - 1) / s.panels;
     return uint32_t(blocks * s.row_spans);
+}
+
+LinearStage::Part LinearStage::part(int64_t rows, uint32_t item) const {
+    const Split s = split(rows);
+    int64_t block = item / s.row_spans;
+    const int64_t span = item % s.row_spans, tiles = (rows + kTileTokens - 1) / kTileTokens;
+    const LinearJob *job = jobs_.data();
+    for (;; ++job) {
+        const int64_t blocks = (job->weight->matrix().panels() + s.panels - 1) / s.panels;
+        if (block < blocks) break;
+        block -= blocks;
+    }
+    return {job, block * s.panels, std::min(job->weight->matrix().panels(), (block + 1) * s.panels),
+            tiles * span / s.row_spans * kTileTokens, std::min(rows, tiles * (span + 1) / s.row_spans * kTileTokens)};
 }
 
 size_t LinearStage::scratch_bytes_of_any() { return 2 * size_t(kTileElements) * sizeof(float); }
@@ -83,32 +97,22 @@ QuantRows LinearStage::own_rows(const Step &step, int64_t rows, Scratch &scratch
 }
 
 void LinearStage::run(const Step &step, uint32_t item, Scratch &scratch) noexcept {
-    const int64_t rows = rows_of(step, quants_.used() ? quants_.outputs : input_.outputs);
-    const Split s = split(rows);
-    const QuantRows in = own_ && rows <= kOwnRows ? own_rows(step, rows, scratch) : quants_.rows(rows);
-    int64_t block = item / s.row_spans;
-    const int64_t span = item % s.row_spans, tiles = (rows + kTileTokens - 1) / kTileTokens;
-    for (const LinearJob &job : jobs_) {
-        const int64_t panels = job.weight->matrix().panels(), blocks = (panels + s.panels - 1) / s.panels;
-        if (block >= blocks) {
-            block -= blocks;
-            continue;
-        }
-        LinearArgs args{};
-        args.w = &job.weight->matrix();
-        args.panel_begin = block * s.panels;
-        args.panel_end = std::min(panels, (block + 1) * s.panels);
-        args.xq = &in;
-        args.xf = input_.data;
-        args.x_stride = input_.stride;
-        args.row_begin = tiles * span / s.row_spans * kTileTokens;
-        args.row_end = std::min(rows, tiles * (span + 1) / s.row_spans * kTileTokens);
-        if (needs_tile(job))
-            through_tiles(job, args, rows, scratch);
-        else
-            direct(job, args);
-        return;
-    }
+    const int64_t count = rows(step);
+    const Part p = part(count, item);
+    const QuantRows in = own_ && count <= kOwnRows ? own_rows(step, count, scratch) : quants_.rows(count);
+    LinearArgs args{};
+    args.w = &p.job->weight->matrix();
+    args.panel_begin = p.panel_begin;
+    args.panel_end = p.panel_end;
+    args.xq = &in;
+    args.xf = input_.data;
+    args.x_stride = input_.stride;
+    args.row_begin = p.row_begin;
+    args.row_end = p.row_end;
+    if (needs_tile(*p.job))
+        through_tiles(*p.job, args, count, scratch);
+    else
+        direct(*p.job, args);
 }
 
 // The result goes straight to its buffer; scale, bias, function and cap are applied there.

@@ -61,7 +61,13 @@ private:
         int64_t panels;     // of an item at most; even
         int64_t row_spans;  // rows are cut into so many parts
     };
+    struct Part {
+        const LinearJob *job;
+        int64_t panel_begin, panel_end, row_begin, row_end;
+    };
     Split split(int64_t rows) const;
+    int64_t rows(const Step &step) const { return rows_of(step, quants_.used() ? quants_.outputs : input_.outputs); }
+    Part part(int64_t rows, uint32_t item) const;
     QuantRows own_rows(const Step &step, int64_t rows, Scratch &scratch) const;
     void direct(const LinearJob &job, LinearArgs args) const;
     void through_tiles(const LinearJob &job, LinearArgs args, int64_t rows, Scratch &scratch) const;

@@ -53,10 +53,19 @@ void pin(const std::vector<int> &processors) {
 }
 
 uint64_t tag(uint32_t epoch) { return uint64_t(epoch & 0xffffff) << 2 * kItemBits; }
+bool is_of(uint32_t epoch, uint64_t left) { return (left ^ tag(epoch)) >> 2 * kItemBits == 0; }
+uint32_t first_of(uint64_t left) { return uint32_t(left >> kItemBits) & kItemMask; }
+uint32_t end_of(uint64_t left) { return uint32_t(left) & kItemMask; }
+constexpr uint64_t kOneItem = uint64_t(1) << kItemBits;
 
 }  // namespace
 
-Pool::Pool(int threads, const std::vector<std::vector<int>> &pins) : threads_(threads) {
+// A line of slack between shares, so that two never meet in one.
+Pool::Table::Table(size_t n, int count)
+    : capacity(n), stride(n + 64 / sizeof(Share)), shares(new Share[size_t(count) * stride]),
+      progress(new Progress[n]) {}
+
+Pool::Pool(int threads, const std::vector<std::vector<int>> &pins) : threads_(threads), shares_(shares(threads)) {
     if (threads < 1) throw std::invalid_argument("a pool has at least one thread");
     reserve(64);
     for (int i = 1; i < threads; ++i) {
@@ -78,7 +87,7 @@ Pool::~Pool() {
 void Pool::reserve(size_t stages) {
     Table *table = table_.load();
     if (table && table->capacity >= stages) return;
-    tables_.push_back(std::make_unique<Table>(std::max<size_t>(stages, table ? 2 * table->capacity : 0)));
+    tables_.push_back(std::make_unique<Table>(std::max<size_t>(stages, table ? 2 * table->capacity : 0), shares_));
     table_.store(tables_.back().get(), std::memory_order_release);
 }
 
@@ -89,9 +98,13 @@ void Pool::run(Job &job) {
     reserve(size_t(stages));
     Table &table = *table_.load();
     for (int s = 0; s < stages; ++s) {
-        const uint64_t items = job.items(s);
-        table.counters[s].done.store(0);
-        table.counters[s].next.store(tag(before + 2) | items << kItemBits | items);
+        const uint32_t items = job.items(s);
+        table.progress[s].done.store(0, std::memory_order_relaxed);
+        table.progress[s].items.store(items, std::memory_order_relaxed);
+        for (int i = 0; i < shares_; ++i) {
+            const uint64_t first = share_begin(items, shares_, i), end = share_begin(items, shares_, i + 1);
+            table.share(i, s).store(tag(before + 2) | first << kItemBits | end, std::memory_order_relaxed);
+        }
     }
     table.stages.store(stages);
     job_.store(&job);
@@ -123,44 +136,55 @@ uint32_t Pool::wait_epoch(uint32_t seen) {
 }
 
 // False where the job has ended meanwhile and another began.
-bool Pool::wait_done(Counter &counter, uint32_t items, uint32_t epoch) {
+bool Pool::wait_done(Progress &progress, uint32_t epoch) {
     while (true) {
         uint32_t done = 0;
         bool over = false;
         const auto ready = [&] {
-            done = counter.done.load(std::memory_order_acquire);
-            if (done >= items) return true;
+            done = progress.done.load(std::memory_order_acquire);
+            if (done >= progress.items.load(std::memory_order_relaxed)) return true;
             over = epoch_.load() != epoch;
             return over;
         };
         if (spin_until(ready)) return !over;
-        counter.done.wait(done);
+        progress.done.wait(done);
     }
+}
+
+// Runs what this thread gets of a stage; returns how many items that were. kMaxItems + 1: the epoch has passed.
+uint32_t Pool::take_all(Table &table, int stage, uint32_t epoch, int thread, Job *&job) {
+    uint32_t finished = 0;
+    for (int i = 0; i < shares_; ++i) {
+        Share &share = table.share((thread + i) % shares_, stage);
+        uint64_t left = share.load(std::memory_order_acquire);
+        while (true) {
+            if (!is_of(epoch, left)) return Job::kMaxItems + 1;
+            if (first_of(left) == end_of(left)) break;
+            // Success proves that the epoch's job is running and cannot end before this item is done.
+            if (!share.compare_exchange_weak(left, i == 0 ? left + kOneItem : left - 1)) continue;
+            if (!job) job = job_.load();
+            job->run(stage, i == 0 ? first_of(left) : end_of(left) - 1, thread);
+            ++finished;
+            left = share.load(std::memory_order_acquire);
+        }
+    }
+    return finished;
 }
 
 void Pool::walk(uint32_t epoch, int thread) {
     Table &table = *table_.load(std::memory_order_acquire);
     Job *job = nullptr;
-    for (int s = 0; s < table.stages.load(); ++s) {
-        Counter &counter = table.counters[s];
-        uint64_t next = counter.next.load(std::memory_order_acquire);
-        if (next >> 2 * kItemBits != tag(epoch) >> 2 * kItemBits) return;
-        const uint32_t items = uint32_t(next >> kItemBits) & kItemMask;
-        uint32_t finished = 0;
-        while (true) {
-            if (next >> 2 * kItemBits != tag(epoch) >> 2 * kItemBits) return;
-            const uint32_t left = uint32_t(next) & kItemMask;
-            if (left == 0) break;
-            // Success proves that the epoch's job is running and cannot end before this item is done.
-            if (!counter.next.compare_exchange_weak(next, next - 1)) continue;
-            if (!job) job = job_.load();
-            job->run(s, items - left, thread);
-            ++finished;
-            next = counter.next.load(std::memory_order_acquire);
+    const int stages = table.stages.load();
+    for (int s = 0; s < stages; ++s) {
+        const uint32_t finished = take_all(table, s, epoch, thread, job);
+        if (finished > Job::kMaxItems) return;
+        Progress &progress = table.progress[s];
+        if (finished > 0) {
+            const uint32_t items = progress.items.load(std::memory_order_relaxed);
+            if (progress.done.fetch_add(finished) + finished == items) progress.done.notify_all();
         }
-        if (finished > 0 && counter.done.fetch_add(finished) + finished == items) counter.done.notify_all();
-        if (thread != 0 && s + 1 == table.stages.load()) return;
-        if (!wait_done(counter, items, epoch)) return;
+        if (thread != 0 && s + 1 == stages) return;
+        if (!wait_done(progress, epoch)) return;
     }
 }
 

@@ -1,9 +1,12 @@
 // Threads that walk the stages of a job together.
 //
-// A job is a list of stages, a stage a number of items. Threads take items one by one from a shared counter, so a
-// thread that the system has taken off its core holds up at most the item it has; a stage begins when all items of the
-// one before are done, whoever did them. Waiting spins, then yields, then sleeps. Results never depend on who runs what.
+// A job is a list of stages, a stage a number of items. Each thread has a share of a stage's items, which follow one
+// another: it takes them one by one from the front, so that it reads memory in order and nobody else's cache line, and
+// then what is left of other shares from the back. So a thread that the system has taken off its core holds up at most
+// the item it has. A stage begins when all items of the one before are done, whoever did them. Waiting spins, then
+// yields, then sleeps. Results never depend on who runs what.
 #pragma once
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <memory>
@@ -32,6 +35,19 @@ public:
 
     int threads() const { return threads_; }
 
+    // Shares of a stage's items: share i is items share_begin(items, shares, i) … share_begin(items, shares, i + 1) - 1.
+    static int shares(int threads) { return threads < kMaxShares ? threads : kMaxShares; }
+    static uint32_t share_begin(uint32_t items, int shares, int i) {
+        return items / uint32_t(shares) * uint32_t(i) + std::min(uint32_t(i), items % uint32_t(shares));
+    }
+    // A permutation of items: those of a share are every shares-th, in order.
+    static uint32_t dealt(uint32_t item, uint32_t items, int threads) {
+        const int n = shares(threads);
+        int i = n - 1;
+        while (share_begin(items, n, i) > item) --i;
+        return (item - share_begin(items, n, i)) * uint32_t(n) + uint32_t(i);
+    }
+
     // Runs all stages and returns when all are done. One caller at a time.
     void run(Job &job);
 
@@ -50,24 +66,31 @@ public:
     }
 
 private:
-    struct alignas(64) Counter {
-        std::atomic<uint64_t> next{0};  // epoch (24 bits) | items (20) | items not yet taken (20)
-        std::atomic<uint32_t> done{0};
+    static constexpr int kMaxShares = 8;  // more threads share a share: each looks at all of them
+
+    using Share = std::atomic<uint64_t>;  // epoch (24 bits) | first item not taken (20) | end of those not taken (20)
+    struct Progress {
+        std::atomic<uint32_t> done{0}, items{0};
     };
+    // Stage by stage for each share, so that a share's line is its threads' own but for what is taken from it.
     struct Table {
-        explicit Table(size_t n) : capacity(n), counters(new Counter[n]) {}
-        size_t capacity;
-        std::unique_ptr<Counter[]> counters;
+        Table(size_t stages, int shares);
+        Share &share(int i, int stage) { return shares[size_t(i) * stride + size_t(stage)]; }
+
+        const size_t capacity, stride;
+        std::unique_ptr<Share[]> shares;
+        std::unique_ptr<Progress[]> progress;
         std::atomic<int> stages{0};
     };
 
     void work(int thread);
     void walk(uint32_t epoch, int thread);
-    bool wait_done(Counter &counter, uint32_t items, uint32_t epoch);
+    uint32_t take_all(Table &table, int stage, uint32_t epoch, int thread, Job *&job);
+    bool wait_done(Progress &progress, uint32_t epoch);
     uint32_t wait_epoch(uint32_t seen);
     void reserve(size_t stages);
 
-    const int threads_;
+    const int threads_, shares_;
     std::atomic<uint32_t> epoch_{0};  // odd while counters are being set
     std::atomic<bool> stop_{false};
     std::atomic<Job *> job_{nullptr};

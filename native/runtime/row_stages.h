@@ -59,6 +59,7 @@ class KvWriteStage final : public RowStage {
 public:
     KvWriteStage(StageContext c, KvLayerView kv, FloatBuffer k, FloatBuffer v)
         : RowStage("kv_write", c, false), kv_(kv), k_(k), v_(v) {}
+    void run(const Step &step, uint32_t item, Scratch &scratch) noexcept override;
     void row(const Step &step, int64_t r) noexcept override;
 
 private:

@@ -63,6 +63,14 @@ private:
 
 inline int64_t rows_of(const Step &step, bool outputs) { return outputs ? step.batch.outputs : step.batch.tokens; }
 
+// The first row from `row` on that does not go on with the sub-block of the row before it: who writes to the cache takes
+// sub-blocks whole, since a key may be stored as its difference from their first one.
+inline int64_t sub_block_from(const Batch &batch, int64_t row) {
+    const int64_t *slots = batch.slot_mapping;
+    while (row > 0 && row < batch.tokens && slots[row] % kSubBlock != 0 && slots[row] == slots[row - 1] + 1) ++row;
+    return row;
+}
+
 // A stage whose items are spans of rows.
 class RowStage : public Stage {
 public:

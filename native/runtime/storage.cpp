@@ -63,6 +63,14 @@ PackedWeight::PackedWeight(Format format, int64_t rows, int64_t cols, std::share
     matrix_ = {format, rows, cols, file_->data() + offset};
 }
 
+KvType kv_type_of(const std::string &name) {
+    if (name == "float32") return KvType::kFloat32;
+    if (name == "float16") return KvType::kFloat16;
+    if (name == "int8") return KvType::kInt8;
+    if (name == "int4") return KvType::kInt4;
+    throw std::invalid_argument("a KV cache cannot be of type " + name);
+}
+
 KvCache::KvCache(const std::vector<Layer> &layers, int64_t num_blocks, int64_t block_size, KvType type)
     : num_blocks_(num_blocks), block_size_(block_size), pages_(bytes(layers, num_blocks, block_size, type)) {
     uint8_t *next = pages_.data();
@@ -93,6 +101,36 @@ void KvCache::copy(const std::vector<std::pair<int64_t, int64_t>> &pairs) {
             std::memcpy(layer.data + size_t(to) * bytes, layer.data + size_t(from) * bytes, bytes);
         }
     }
+}
+
+size_t KvCache::block_bytes() const {
+    size_t bytes = 0;
+    for (const KvLayerView &layer : views_) bytes += size_t(layer.block_bytes());
+    return bytes;
+}
+
+void KvCache::read(int64_t block, uint8_t *out) const {
+    require_block(block);
+    for (const KvLayerView &layer : views_) {
+        const size_t bytes = size_t(layer.block_bytes());
+        std::memcpy(out, layer.data + size_t(block) * bytes, bytes);
+        out += bytes;
+    }
+}
+
+void KvCache::write(int64_t block, const uint8_t *in) {
+    require_block(block);
+    for (const KvLayerView &layer : views_) {
+        const size_t bytes = size_t(layer.block_bytes());
+        std::memcpy(layer.data + size_t(block) * bytes, in, bytes);
+        in += bytes;
+    }
+}
+
+void KvCache::require_block(int64_t block) const {
+    if (block < 0 || block >= num_blocks_)
+        throw std::invalid_argument("block " + std::to_string(block) + " in a cache of " +
+                                    std::to_string(num_blocks_) + " blocks");
 }
 
 }  // namespace kvarn

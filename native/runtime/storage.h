@@ -2,6 +2,7 @@
 #pragma once
 #include <cstdint>
 #include <memory>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -49,6 +50,9 @@ struct RotaryTable {
     const float *at(int64_t position) const { return values.data() + position * 2 * pairs; }
 };
 
+// Throws std::invalid_argument where no cache is of a type of that name.
+KvType kv_type_of(const std::string &name);
+
 // All layers' keys and values, by blocks. Layouts: KvLayerView.
 class KvCache {
 public:
@@ -68,7 +72,15 @@ public:
     // Copies whole blocks in all layers, in order. Throws std::invalid_argument where a block does not exist.
     void copy(const std::vector<std::pair<int64_t, int64_t>> &pairs);
 
+    // Bytes of one block over all layers.
+    size_t block_bytes() const;
+    // A block's bytes, layer by layer. Throws where there is no such block.
+    void read(int64_t block, uint8_t *out) const;
+    void write(int64_t block, const uint8_t *in);
+
 private:
+    void require_block(int64_t block) const;
+
     int64_t num_blocks_, block_size_;
     Pages pages_;
     std::vector<KvLayerView> views_;

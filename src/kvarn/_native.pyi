@@ -100,7 +100,14 @@ class KvCache:
     @property
     def nbytes(self) -> int: ...
 
+    @property
+    def block_bytes(self) -> int: ...
+
     def copy(self, pairs: Sequence[tuple[int, int]]) -> None: ...
+
+    def read(self, block: int, out: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu')]) -> None: ...
+
+    def write(self, block: int, data: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> None: ...
 
 class FloatBuffer:
     """A place for float32 rows; as made by default, none."""
@@ -156,7 +163,7 @@ def linear_own_bytes(cols: int) -> int:
     Bytes a linear that prepares its input asks of each thread for the stage.
     """
 
-def attention_scratch_bytes(group: int, key_dim: int, value_dim: int) -> int:
+def attention_scratch_bytes(group: int, key_dim: int, value_dim: int, type: str) -> int:
     """Bytes attention asks of each thread for an item."""
 
 def thread_bytes(scratch: int, own: int) -> int:

@@ -24,16 +24,33 @@ class CacheConfig:
     block_size: int = 16
     """Tokens in a block; a multiple of 16."""
     dtype: str = "float16"
-    """Stored type of keys and values: one of `CACHE_TYPES`. int8 halves the cache and loses a little."""
+    """Stored type of keys and values: one of `CACHE_TYPES`. int8 halves float16's cache and loses a little, int4
+    takes a third of it and loses more: `kvarn eval kv-cache` measures how much."""
     kv_cache_bytes: int | None = None
     num_blocks: int | None = None
     """Exact number of blocks; overrides kv_cache_bytes (tests, benchmarks)."""
     memory_utilization: float = 0.8
     """Share of the memory available to the process that weights, cache and activations may take together."""
+    enable_prefix_caching: bool = True
+    """Whether what was computed for one request is kept for the next that begins with the same tokens."""
+    shared_prefixes: tuple[tuple[int, ...], ...] = ()
+    """Token ids that requests of any tenant and salt may share, such as a system prompt; never evicted. Whole blocks of
+    them: the rest is kept for each salt by itself."""
+    shared_system_prompts: tuple[str, ...] = ()
+    """The same as texts: conversations that begin with one of these as their system message share it."""
+    kv_offload_bytes: int = 0
+    """Of a file for blocks that were evicted, where loading them is faster than computing; 0: none."""
+    kv_offload_dir: str | None = None
+    """The file's folder, for one process at a time; later ones find what is in it. None: beside the pulled models."""
 
     def __post_init__(self) -> None:
         _check(self.block_size >= 16 and self.block_size % 16 == 0, "block_size", self.block_size, "a multiple of 16")
         _check(self.dtype in CACHE_TYPES, "kv_cache_dtype", self.dtype, f"one of {', '.join(CACHE_TYPES)}")
+        shared = self.enable_prefix_caching or not (self.shared_prefixes or self.shared_system_prompts)
+        _check(shared, "enable_prefix_caching", False, "true where there are shared prefixes")
+        _check(self.kv_offload_bytes >= 0, "kv_offload_bytes", self.kv_offload_bytes, "at least 0")
+        offload = self.enable_prefix_caching or not self.kv_offload_bytes
+        _check(offload, "enable_prefix_caching", False, "true where there is kv_offload_bytes")
         _check(self.kv_cache_bytes is None or self.kv_cache_bytes > 0, "kv_cache_bytes", self.kv_cache_bytes, "above 0")
         _check(self.num_blocks is None or self.num_blocks > 0, "num_blocks", self.num_blocks, "above 0")
         _check(0 < self.memory_utilization <= 1, "memory_utilization", self.memory_utilization, "above 0 and at most 1")

@@ -15,6 +15,7 @@ MAX_STOP_STRING_CHARS = 1024
 MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 1024
 SEED_LIMIT = 2**63
+MAX_CACHE_SALT_CHARS = 256
 
 
 class FinishReason(enum.Enum):
@@ -143,6 +144,8 @@ class Request:
     def __post_init__(self) -> None:
         slo = self.ttft_slo_ms
         _check(slo is None or 0 < slo < math.inf, "ttft_slo_ms", slo, "above 0")
+        must = f"at most {MAX_CACHE_SALT_CHARS} characters"
+        _check(len(self.cache_salt) <= MAX_CACHE_SALT_CHARS, "cache_salt", f"{len(self.cache_salt)} characters", must)
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,6 +48,27 @@ class NewSequence:
 
 
 @dataclass(frozen=True, slots=True)
+class BlockSave:
+    """Copy a block into a slot of the second tier, before anything writes to it."""
+
+    block: int
+    slot: int
+    name: bytes
+    """Of the block's keys and values: 32 bytes that no other values have."""
+
+
+@dataclass(frozen=True, slots=True)
+class BlockLoad:
+    """Copy slots of the second tier into consecutive blocks of one sequence, which computes nothing in this step."""
+
+    sequence_id: int
+    blocks: tuple[int, ...]
+    slots: tuple[int, ...]
+    names: tuple[bytes, ...]
+    """What the slots should hold; the first that holds something else ends the load."""
+
+
+@dataclass(frozen=True, slots=True)
 class SchedulerOutput:
     """What to run in one step. The runner mutates nothing in it."""
 
@@ -58,6 +79,10 @@ class SchedulerOutput:
     """Sequence ids the runner may forget."""
     block_copies: tuple[tuple[int, int], ...] = ()
     """(source, destination) blocks to copy before the step (copy-on-write)."""
+    block_saves: tuple[BlockSave, ...] = ()
+    """To be done before all else, in order."""
+    block_loads: tuple[BlockLoad, ...] = ()
+    """To be done after the saves and the copies, of which a block that is loaded into may be a source."""
 
     @property
     def num_tokens(self) -> int:
@@ -80,3 +105,7 @@ class StepOutput:
 
     step: int
     sampled: tuple[SampledToken, ...]
+    loaded: tuple[int, ...] = ()
+    """For each of `block_loads` how many of its blocks were loaded, from the first."""
+    seconds: float = 0.0
+    """What computing the tokens took, without saves, loads and copies; 0: not measured."""

@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/dev/adding-an-isa.md").read_text()
 KERNELS = ROOT / "native/kernels"
-DEFINED = re.compile(r"^(?:inline [\w: ]+[ *]|struct |using )(\w+)(?=[ (]|$)", re.MULTILINE)
+DEFINED = re.compile(r"^(?:inline [\w: ]+[ *]|constexpr int |struct |using )(\w+)(?=[ (]|$)", re.MULTILINE)
 
 
 def offered(isa: str) -> set[str]:

@@ -1,5 +1,7 @@
 """What an engine answers, step by step: text, stops, seeds, n, logprobs, limits."""
 
+from dataclasses import replace
+
 import pytest
 from tiny_engine import EOS, Script, Wrapper, handmade_engine, request, run_core, text_of, tokens_of
 
@@ -116,7 +118,8 @@ def test_seeds_reproduce_and_streams_differ(make_core):
 
 def test_a_seed_says_the_same_when_preempted(make_core):
     quiet, busy = make_core(), make_core(num_blocks=8, max_model_len=128)
-    wanted = [request(name, "x" * 20, temperature=1.0, seed=7, max_tokens=60, frequency_penalty=1.0) for name in "abcd"]
+    sampling = {"temperature": 1.0, "seed": 7, "max_tokens": 60, "frequency_penalty": 1.0}
+    wanted = [replace(request(name, "x" * 20, **sampling), cache_salt=name) for name in "abcd"]
     expected = run_core(quiet, wanted[:1])["a"]
     outputs = run_core(busy, wanted)
     assert busy.stats().preemptions > 0

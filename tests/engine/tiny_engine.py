@@ -3,7 +3,7 @@
 import functools
 
 from kvarn.backends import KvCacheSpec, StepLimits
-from kvarn.cache import BlockPool
+from kvarn.cache import BlockPool, NullPrefixCache, RadixPrefixCache
 from kvarn.config import CacheConfig, EngineConfig, SchedulerConfig
 from kvarn.engine import EngineCore, LoadedEngine, build_engine, make_backend
 from kvarn.request import Request, RequestOutput, SamplingParams
@@ -35,16 +35,18 @@ def tiny_engine(
     block_size=16,
     dtype="float32",
     threads=1,
-    **scheduling,
+    identity="",
+    scheduling=None,
+    **cache,
 ):
     config = EngineConfig(
         max_model_len=max_model_len,
         backend=backend,
         threads=threads,
-        cache=CacheConfig(block_size=block_size, num_blocks=num_blocks, dtype=dtype),
-        scheduler=SchedulerConfig(max_num_seqs, max_num_batched_tokens, max_num_queued_requests, **scheduling),
+        cache=CacheConfig(block_size=block_size, num_blocks=num_blocks, dtype=dtype, **cache),
+        scheduler=SchedulerConfig(max_num_seqs, max_num_batched_tokens, max_num_queued_requests, **(scheduling or {})),
     )
-    return build_engine(shared_model(family, seed), byte_tokenizer(), config, name="tiny")
+    return build_engine(shared_model(family, seed), byte_tokenizer(), config, name="tiny", identity=identity)
 
 
 def run_core(core: EngineCore, requests: list[Request]) -> dict[str, list[RequestOutput]]:
@@ -90,6 +92,7 @@ def handmade_engine(
     dtype="float16",
     threads=1,
     tokenizer=None,
+    prefix_caching=True,
     cost=None,
     **scheduling,
 ) -> LoadedEngine:
@@ -111,7 +114,10 @@ def handmade_engine(
 
     def new_scheduler():
         pool = BlockPool(num_blocks, block_size)
-        return make_scheduler(config.scheduler, pool, max_model_len, cost, eos_token_ids=(EOS,))
+        prefixes = RadixPrefixCache(pool) if prefix_caching else NullPrefixCache()
+        return make_scheduler(
+            config.scheduler, pool, max_model_len, cost, eos_token_ids=(EOS,), prefix_cache=prefixes
+        )
 
     tokenizer = tokenizer or byte_tokenizer()
     core = EngineCore(runner, new_scheduler, tokenizer, model.program.vocab_size, on_step=cost.observe)

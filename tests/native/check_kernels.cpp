@@ -246,7 +246,7 @@ struct Sequence {
         a.scratch = reinterpret_cast<float *>(scratch.data());
         return a;
     }
-    check::Bytes scratch() const { return check::Bytes(size_t(attention_scratch_elements(group, dim, dim)) * 4); }
+    check::Bytes scratch() const { return check::Bytes(size_t(attention_scratch_elements(group, dim, dim, cache.view.type)) * 4); }
 
     std::vector<float> run(const Kernels &k, int64_t first, int64_t count) const {
         std::vector<float> out(size_t(count * group * dim), NAN);
@@ -295,14 +295,14 @@ void check_attention(const Kernels &k, const Kernels &scalar) {
         const int64_t dim = round % 2 ? 16 * between(1, 6) : between(1, 70), length = between(1, 700);
         const int64_t rows = std::min(length, between(1, kQueryTile)), window = round % 3 ? 0 : between(1, 300);
         Sequence(k, length, rows, block_size, heads, group, dim, window, round % 5 ? 0.0f : 10.0f,
-                 KvType(round / 2 % 3))
+                 KvType(round / 2 % kNumKvTypes))
             .check(k, scalar);
     }
     // Lengths around the ends of sub-blocks, blocks, tiles and spans: there the next tile is asked for, or is not there.
     for (const int64_t end : {16, 48, 64, 96, 128, 192, 256, 320, 512})
         for (const int64_t length : {end - 1, end, end + 1})
             for (const int64_t block_size : {16, 48, 64, 96})
-                for (const KvType type : {KvType::kFloat32, KvType::kFloat16, KvType::kInt8}) {
+                for (const KvType type : {KvType::kFloat32, KvType::kFloat16, KvType::kInt8, KvType::kInt4}) {
                     const int64_t rows = std::min(length, between(0, 1) ? int64_t(1) : between(2, 6));
                     Sequence(k, length, rows, block_size, 1, between(1, 3), between(0, 1) ? 16 : 20, 0, 0.0f, type)
                         .check(k, scalar);

@@ -31,10 +31,23 @@ private:
     std::vector<std::vector<int>> runs_;
 };
 
+void check_shares() {
+    for (int threads : {1, 2, 3, 8, 11})
+        for (uint32_t items : {0u, 1u, 2u, 7u, 8u, 40u, 1001u}) {
+            const int shares = Pool::shares(threads);
+            require(Pool::share_begin(items, shares, 0) == 0 && Pool::share_begin(items, shares, shares) == items,
+                    "shares do not cover the items", "pool");
+            std::vector<int> seen(items);
+            for (uint32_t item = 0; item < items; ++item) ++seen[Pool::dealt(item, items, threads)];
+            for (int count : seen) require(count == 1, "dealing is no permutation", "pool");
+        }
+}
+
 }  // namespace
 
 int main() {
-    for (int threads : {1, 2, 3, 7}) {
+    check_shares();
+    for (int threads : {1, 2, 3, 7, 11}) {
         Pool pool(threads);
         for (int round = 0; round < 300; ++round) {
             Counting job(int(between(0, round % 50 ? 6 : 200)));

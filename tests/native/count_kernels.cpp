@@ -68,7 +68,7 @@ void attention(int64_t rows, int64_t position, int64_t group, int64_t dim) {
         kernels().kv_write(kv, table[size_t(t / kv.block_size)] * kv.block_size + t % kv.block_size, 0,
                            &keys[size_t(t * dim)], &values[size_t(t * dim)]);
 
-    check::Bytes scratch(size_t(attention_scratch_elements(group, dim, dim)) * sizeof(float));
+    check::Bytes scratch(size_t(attention_scratch_elements(group, dim, dim, kv.type)) * sizeof(float));
     std::vector<float> out(size_t(rows * group * dim));
     AttentionArgs a{};
     a.kv = &kv;

@@ -3,7 +3,7 @@
 machine.
 
 The models mix stored formats within a layer and have shapes that test_cpu_same_bits leaves out: three query heads to a
-KV head, heads of 64 and of 80, sliding windows beside whole contexts.
+KV head, heads of 64, 80 and 96, sliding windows beside whole contexts.
 """
 
 from __future__ import annotations
@@ -38,6 +38,11 @@ CASES = {
         "gemma3_text",
         {**SHAPE, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 80, "sliding_window": 40},
         "int8",
+    ),
+    "heads of 96 in 4 bits": (
+        "llama",
+        {**SHAPE, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 96},
+        "int4",
     ),
 }
 

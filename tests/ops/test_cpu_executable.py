@@ -157,12 +157,13 @@ def test_the_interpreter_runs_during_a_step(loaded):
 
 @pytest.mark.parametrize("family", SETTINGS)
 @pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize("dtype", [DType.F32, DType.Q5_1])
-def test_memory_is_what_was_said_before_loading(family, threads, dtype):
+@pytest.mark.parametrize(("dtype", "kv"), [(DType.F32, "float16"), (DType.Q5_1, "int4")])
+def test_memory_is_what_was_said_before_loading(family, threads, dtype, kv):
+    spec = KvCacheSpec(8, BLOCK, kv)
     tiny = tiny_model(family, dtype=dtype)
     dtypes = {name: tensor.dtype for name, tensor in tiny.tensors.items()}
-    said = memory_use(tiny.program, dtypes, KV, LIMITS, threads)
-    executable = CpuBackend(threads).load(tiny.program, tiny, KV, LIMITS)
+    said = memory_use(tiny.program, dtypes, spec, LIMITS, threads)
+    executable = CpuBackend(threads).load(tiny.program, tiny, spec, LIMITS)
     held = executable.info()
     assert held.memory == said
     assert held.threads == threads

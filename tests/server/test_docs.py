@@ -72,6 +72,7 @@ def test_limits():
     assert row("messages") == [MOST_ENTRIES["messages"]]
     assert row("`stop`") == [request.MAX_STOP_STRINGS, 1, request.MAX_STOP_STRING_CHARS]
     assert row("`stop_token_ids`, `logit_bias` entries") == [MOST_ENTRIES["stop_token_ids"], MOST_ENTRIES["logit_bias"]]
+    assert row("`cache_salt`") == [1, request.MAX_CACHE_SALT_CHARS]
     assert row("`logprobs` of a completion, `top_logprobs`") == [request.MAX_LOGPROBS, request.MAX_LOGPROBS]
 
 

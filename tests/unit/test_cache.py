@@ -148,7 +148,13 @@ def test_no_block_is_lost_or_owned_twice(data):
 
 
 def test_the_null_prefix_cache_finds_nothing():
-    cache = NullPrefixCache()
-    cache.insert([1, 2, 3], [0])
-    assert list(cache.match([1, 2, 3])) == []
+    pool = BlockPool(4, 2)
+    cache, table = NullPrefixCache(), BlockTable(pool)
+    path = cache.path(("", ""))
+    table.prepare_write(0, 3)
+    path.insert([1, 2, 3], 3, table)
+    path.leave([1, 2, 3], 3, table)
+    table.release()
+    assert path.adopt([1, 2, 3], table, 0) == 0
     assert cache.evict(3) == 0
+    assert pool.num_free == 4

@@ -85,6 +85,7 @@ def test_a_sound_program_is_accepted_and_counted():
     assert program.num_parameters == 50 * 16 + 32 * 16 + 3 * 16 + 4 + 16 * 16 + 8 * 16 + 24 * 16
     assert program.kv_bytes_per_token(KV_TYPES["float16"]) == 2 * (8 + 8)
     assert program.kv_bytes_per_token(KV_TYPES["int8"]) == 2 * (4 + 4 + 4 + 4)
+    assert program.kv_bytes_per_token(KV_TYPES["int4"]) == 2 * (16 + 4 + 4 + 16 + 4)
     assert program.buffer("gate").width == 24
     assert program.weight("wk").shape == (8, 16)
     assert [op.weight for op in program.ops_of_kind("linear")] == ["wq", "wk", "wk", "up"]

@@ -14,7 +14,7 @@ from hypothesis.stateful import (
 from paged_model import VOCAB, PagedModel, expected_tokens
 from virtual_time import LinearCost
 
-from kvarn.cache import BlockPool, NullPrefixCache
+from kvarn.cache import BlockPool, NullPrefixCache, OffloadIndex, RadixPrefixCache
 from kvarn.config import SchedulerConfig
 from kvarn.errors import QueueFullError, RequestError
 from kvarn.request import FinishReason, Request, SamplingParams
@@ -23,6 +23,7 @@ from kvarn.scheduler import (
     FairShare,
     FirstComeFirstServed,
     ItlBudget,
+    MoveCost,
     PriorityClasses,
     Scheduler,
 )
@@ -31,39 +32,12 @@ BLOCK = 4
 ENDS = frozenset({0, 1})
 
 
-class DictPrefixCache:
-    """The plainest prefix cache: a dict from the tokens up to a block's end to the block. Oldest out first."""
-
-    def __init__(self, pool):
-        self.pool = pool
-        self.blocks = {}
-
-    def match(self, token_ids):
-        found = []
-        while (block := self.blocks.get(tuple(token_ids[: BLOCK * (len(found) + 1)]))) is not None:
-            if BLOCK * (len(found) + 1) > len(token_ids):
-                break
-            found.append(block)
-        return found
-
-    def insert(self, token_ids, blocks):
-        for index in range(len(token_ids) // BLOCK):
-            key = tuple(token_ids[: BLOCK * (index + 1)])
-            if key not in self.blocks:
-                self.pool.share([blocks[index]])
-                self.blocks[key] = blocks[index]
-
-    def evict(self, count):
-        before = self.pool.num_free
-        while self.blocks and self.pool.num_free < before + count:
-            self.pool.free([self.blocks.pop(next(iter(self.blocks)))])
-        return self.pool.num_free - before
-
-
 class SchedulerMachine(RuleBasedStateMachine):
     """Adds, aborts and steps at random under random limits, and remembers what everybody must say."""
 
-    prefix_cache = NullPrefixCache
+    shared_prefixes: tuple[tuple[int, ...], ...] | None = None
+    """None: no prefix cache."""
+    tier_slots = 0
     policy = FirstComeFirstServed
     budget = ConstantBudget
 
@@ -73,17 +47,24 @@ class SchedulerMachine(RuleBasedStateMachine):
     def start(self, blocks, seqs, spare_tokens, queue):
         tokens = seqs + spare_tokens
         self.pool = BlockPool(blocks, BLOCK)
-        self.cache = DictPrefixCache(self.pool) if self.prefix_cache is DictPrefixCache else NullPrefixCache()
+        shared = self.shared_prefixes
+        self.cache = NullPrefixCache() if shared is None else RadixPrefixCache(self.pool, shared, self.new_tier())
         self.model = PagedModel(blocks, BLOCK, max_tokens=tokens, max_seqs=seqs)
         self.queue = queue
         config = SchedulerConfig(max_num_seqs=seqs, max_num_batched_tokens=tokens, max_num_queued_requests=queue)
+        moves = MoveCost(BLOCK, 1.0 * BLOCK)
         self.scheduler = Scheduler(
             config, self.pool, 60, eos_token_ids=ENDS, policy=self.policy(), budget=self.budget(tokens),
-            prefix_cache=self.cache,
+            prefix_cache=self.cache, moves=moves,
         )
         self.sequences = []
         self.said = {}
         self.number = 0
+        self.computed = {}
+        """By salt: all beginnings of texts that its sequences have computed."""
+
+    def new_tier(self):
+        return OffloadIndex(self.tier_slots, "this model")
 
     @rule(
         # Few different prompts, so that prefixes are shared.
@@ -93,12 +74,18 @@ class SchedulerMachine(RuleBasedStateMachine):
         n=st.sampled_from([1, 1, 1, 2, 3]),
         ignore_eos=st.booleans(),
         min_tokens=st.integers(0, 1),
+        turn=st.integers(0, 45),
         tenant=st.sampled_from(["", "a", "b"]),
         priority=st.integers(-2, 2),
+        data=st.data(),
     )
-    def add(self, length, first, max_tokens, n, ignore_eos, min_tokens, tenant, priority):
+    def add(self, length, first, max_tokens, n, ignore_eos, min_tokens, turn, tenant, priority, data):
         sampling = SamplingParams(max_tokens=max_tokens, n=n, ignore_eos=ignore_eos, min_tokens=min_tokens)
         prompt = tuple((first + i) % VOCAB for i in range(length))
+        if self.sequences and data.draw(st.booleans()):
+            # The next turn of a conversation, or another answer to a beginning of it.
+            prompt = tuple(data.draw(st.sampled_from(self.sequences)).token_ids[:turn]) + prompt[: max(0, 40 - turn)]
+            length = len(prompt)
         self.number += 1
         try:
             priority *= self.policy is PriorityClasses
@@ -106,7 +93,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         except QueueFullError:
             assert self.scheduler.backlog.requests == self.queue
         except RequestError:
-            limit = min(60, self.pool.num_blocks * BLOCK)
+            limit = min(60, (self.pool.num_blocks - self.cache.num_reserved) * BLOCK)
             assert length == 0 or length >= limit or length + max(max_tokens or 0, min_tokens) > limit
         else:
             self.sequences += sequences
@@ -140,14 +127,28 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.book(self.scheduler.schedule())
 
     def book(self, scheduled):
+        self.check_hits(scheduled)
         for sequence, token in self.scheduler.update(scheduled, self.model.execute(scheduled)):
             self.said[sequence.sequence_id].append(token.token_id)
         self.books_agree()
 
     @invariant()
     def books_agree(self):
-        held = [self.cache.blocks.values()] if isinstance(self.cache, DictPrefixCache) else []
-        self.scheduler.check(held)
+        self.scheduler.check()
+
+    def check_hits(self, scheduled):
+        """What a sequence starts from was computed by its own salt, or is in whole blocks of what is declared."""
+        by_id = {s.sequence_id: s for s in self.sequences}
+        tokens = {p.sequence_id: tuple(by_id[p.sequence_id].token_ids[: p.end]) for p in scheduled.sequences}
+        declared = [p[: len(p) // BLOCK * BLOCK] for p in self.shared_prefixes or ()]
+        for part in scheduled.sequences:
+            salt = by_id[part.sequence_id].request.tenant
+            if self.shared_prefixes is not None and part.start:
+                known = tokens[part.sequence_id][: part.start]
+                own = any(known == text[: part.start] for text in self.computed.get(salt, ()))
+                assert own or any(known == prefix[: part.start] for prefix in declared)
+        for part in scheduled.sequences:
+            self.computed.setdefault(by_id[part.sequence_id].request.tenant, set()).add(tokens[part.sequence_id])
 
     def teardown(self):
         if not hasattr(self, "scheduler"):
@@ -160,8 +161,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert not self.scheduler.has_work(), "somebody never ends"
         for sequence in self.sequences:
             self.check_what_was_said(sequence)
+        assert self.scheduler.num_free_blocks >= self.pool.num_blocks - self.cache.num_reserved
         self.cache.evict(self.pool.num_blocks)
-        assert self.pool.num_free == self.pool.num_blocks
+        assert self.pool.num_free >= self.pool.num_blocks - self.cache.num_reserved
+        self.books_agree()
         assert not self.model.streams, "the runner was told of every end"
 
     def check_what_was_said(self, sequence):
@@ -180,9 +183,31 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 
 class WithPrefixCache(SchedulerMachine):
-    """The same through the prefix cache's seam."""
+    """The same with a prefix cache: nobody says anything else for it, and nobody sees another's."""
 
-    prefix_cache = DictPrefixCache
+    shared_prefixes = ()
+
+
+class WithSharedPrefixes(SchedulerMachine):
+    """And with beginnings that all tenants share."""
+
+    shared_prefixes = (tuple(range(11)), tuple(range(1, 6)))
+
+
+class WithSecondTier(WithSharedPrefixes):
+    """And with a tier for evicted blocks, whose content is lost now and then, and which is not always worth it."""
+
+    tier_slots = 12
+
+    @rule(data=st.data())
+    def lose(self, data):
+        if self.model.tier:
+            slot = data.draw(st.sampled_from(sorted(self.model.tier)))
+            self.model.tier[slot] = b"another", []
+
+    @rule(seconds=st.sampled_from([0.1, 10.0]))
+    def compute_faster_or_slower(self, seconds):
+        self.model.token_seconds = seconds
 
 
 class LastComeFirstServed(FirstComeFirstServed):
@@ -195,16 +220,17 @@ class LastComeFirstServed(FirstComeFirstServed):
 class WithAnotherPolicy(SchedulerMachine):
     """The same through the policy's seam."""
 
+    shared_prefixes = ()
     policy = LastComeFirstServed
 
 
-class WithPriorities(WithPrefixCache):
+class WithPriorities(WithSharedPrefixes):
     """Some overtake others."""
 
     policy = PriorityClasses
 
 
-class WithTenants(WithPrefixCache):
+class WithTenants(WithSecondTier):
     """The order changes with every token."""
 
     policy = FairShare
@@ -218,9 +244,11 @@ class WithTargets(WithTenants):
         return ItlBudget(tokens, 1e-9, LinearCost())
 
 
-@pytest.mark.parametrize(
-    "machine", [SchedulerMachine, WithPrefixCache, WithAnotherPolicy, WithPriorities, WithTenants, WithTargets]
-)
+MACHINES = [SchedulerMachine, WithPrefixCache, WithSharedPrefixes, WithSecondTier, WithAnotherPolicy, WithPriorities,
+            WithTenants, WithTargets]  # fmt: skip
+
+
+@pytest.mark.parametrize("machine", MACHINES)
 def test_any_order_of_requests_aborts_and_steps(machine):
     run_state_machine_as_test(
         machine,

@@ -87,10 +87,24 @@ struct RopeArgs {
     bool interleaved;
 };
 
-enum class KvType : uint8_t { kFloat32, kFloat16, kInt8 };
+enum class KvType : uint8_t { kFloat32, kFloat16, kInt8, kInt4 };
+constexpr int kNumKvTypes = 4;
+constexpr int64_t kSubBlock = 16;  // tokens whose keys lie together
+
+// What goes with 16 tokens in int4, in fp16. Scales and minima of keys [group][2][16 tokens], the first key [dim], scales
+// and minima of values [token][group][2].
+struct Int4Scales {
+    uint16_t *keys, *reference, *values;
+};
+KVARN_INLINE constexpr int64_t kv_groups(int64_t dim) { return (dim + kGroup - 1) / kGroup; }
 
 // The KV cache of one layer. A block holds for each head K as sub-blocks of 16 tokens, [dim][16 tokens], then V as
 // [token][dim]. int8: then a float scale of each token's key, and of each token's value.
+//
+// int4: dims are filled up with zeros to groups of 32; x = scale * code + minimum, codes from 0 to 15. Keys are rotated
+// (kernels/hadamard.h), and what is coded is their difference from the sub-block's reference: its first key. So a token
+// is written after the first one of its sub-block. Bytes of K are [dim / 2][16 tokens], of dims 2j and 2j + 1 in the low
+// and high nibble; of V [token][group][16], of columns i and i + 16 of the group. Then Int4Scales of each sub-block.
 struct KvLayerView {
     uint8_t *data;
     int64_t block_size;     // tokens, a multiple of 16
@@ -98,8 +112,22 @@ struct KvLayerView {
     KvType type;
 
     KVARN_INLINE int64_t element_bytes() const { return type == KvType::kFloat32 ? 4 : type == KvType::kFloat16 ? 2 : 1; }
-    KVARN_INLINE int64_t vectors_bytes() const { return block_size * (key_dim + value_dim) * element_bytes(); }
-    KVARN_INLINE int64_t scales_bytes() const { return type == KvType::kInt8 ? 2 * block_size * 4 : 0; }
+    // Bytes of a vector's elements or codes.
+    KVARN_INLINE int64_t vector_bytes(int64_t dim) const {
+        return type == KvType::kInt4 ? kv_groups(dim) * kGroup / 2 : dim * element_bytes();
+    }
+    KVARN_INLINE int64_t vectors_bytes() const { return block_size * (vector_bytes(key_dim) + vector_bytes(value_dim)); }
+    KVARN_INLINE int64_t scales_bytes() const {
+        if (type == KvType::kInt8) return 2 * block_size * 4;
+        if (type == KvType::kInt4) return block_size * 4 * (2 * kv_groups(key_dim) + kv_groups(value_dim));
+        return 0;
+    }
+    KVARN_INLINE Int4Scales int4_scales(uint8_t *head, int64_t offset) const {
+        const int64_t keys = kv_groups(key_dim) * 2 * kSubBlock, reference = kv_groups(key_dim) * kGroup;
+        const int64_t each = keys + reference + kv_groups(value_dim) * 2 * kSubBlock;
+        uint16_t *at = reinterpret_cast<uint16_t *>(head + vectors_bytes()) + offset / kSubBlock * each;
+        return {at, at + keys, at + keys + reference};
+    }
     KVARN_INLINE int64_t head_bytes() const { return vectors_bytes() + scales_bytes(); }
     KVARN_INLINE int64_t block_bytes() const { return heads * head_bytes(); }
     KVARN_INLINE uint8_t *head(int64_t block, int64_t h) const { return data + block * block_bytes() + h * head_bytes(); }
@@ -128,10 +156,13 @@ struct AttentionArgs {
     float *scratch;              // attention_scratch_elements floats, 64-byte aligned
 };
 constexpr int64_t kQueryTile = 32;  // query rows of one call at most
-KVARN_INLINE constexpr int64_t attention_scratch_elements(int64_t group, int64_t key_dim, int64_t value_dim) {
+KVARN_INLINE constexpr int64_t attention_scratch_elements(int64_t group, int64_t key_dim, int64_t value_dim, KvType type) {
     const int64_t queries = kQueryTile * group;  // a multiple of 16
     const int64_t dim = (value_dim + 15) / 16 * 16;
-    return kKeyTile * (key_dim + dim) + queries * (kKeyTile + 2 * dim + 8) + 128;
+    const bool rotated = type == KvType::kInt4;  // whose queries and scales are kept
+    const int64_t key = rotated ? kv_groups(key_dim) * kGroup : key_dim;
+    const int64_t extra = rotated ? queries * key + kKeyTile * (key / kSubBlock + 2 * kv_groups(value_dim)) : 0;
+    return kKeyTile * (key + dim) + queries * (kKeyTile + 2 * dim + 8) + 128 + extra;
 }
 KVARN_INLINE constexpr int64_t attention_partial_elements(int64_t value_dim) { return (value_dim + 15) / 16 * 16 + 2; }
 

@@ -77,6 +77,19 @@ class Executable(Protocol):
         """Copies whole KV blocks (source, destination) in all layers, in order."""
         ...
 
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one KV block over all layers, as `read_block` gives them."""
+        ...
+
+    def read_block(self, block: int, out: NDArray[np.uint8]) -> None:
+        """Copies a block's keys and values of all layers to uint8[block_bytes]. Raises ValueError."""
+        ...
+
+    def write_block(self, block: int, data: NDArray[np.uint8]) -> None:
+        """Sets a block to what `read_block` gave, for this program and this type of cache. Raises ValueError."""
+        ...
+
     def close(self) -> None:
         """Releases threads and memory. Idempotent."""
         ...

@@ -15,6 +15,11 @@ class BlockPool:
 
     An owner is whoever will call `free`: a block table, or a prefix cache. A block returns to the free list when its
     last reference is freed. The block freed last is allocated first, so that a light load touches little memory.
+
+    A prefix cache owns blocks by `keep`. While nobody else holds such a block it is idle: it can be had by letting go
+    of it. Idle blocks stand in the order in which they became idle. Tables free theirs from the last to the first and
+    share whole beginnings, so a block stands before those it continues: taken in this order (`oldest_idle`), the least
+    recently used go first, and each after all that continue it, without a search.
     """
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
@@ -25,11 +30,28 @@ class BlockPool:
         self.block_size = block_size
         self._free = list(range(num_blocks - 1, -1, -1))
         self._references = [0] * num_blocks
+        self._kept = bytearray(num_blocks)
+        self._idle: dict[int, None] = {}
 
     @property
     def num_free(self) -> int:
         """Blocks that nobody holds."""
         return len(self._free)
+
+    @property
+    def num_idle(self) -> int:
+        """Blocks that only a prefix cache holds, and would let go of."""
+        return len(self._idle)
+
+    @property
+    def num_available(self) -> int:
+        """Free or idle."""
+        return len(self._free) + len(self._idle)
+
+    @property
+    def oldest_idle(self) -> int | None:
+        """The block that has been idle for longest."""
+        return next(iter(self._idle), None)
 
     def references(self, block: int) -> int:
         """How many owners hold the block."""
@@ -49,6 +71,8 @@ class BlockPool:
         for block in blocks:
             if self._references[block] == 0:
                 raise ValueError(f"block {block} is free and cannot be shared")
+            if self._references[block] == 1 and self._kept[block]:
+                del self._idle[block]
             self._references[block] += 1
 
     def free(self, blocks: Iterable[int]) -> None:
@@ -59,6 +83,19 @@ class BlockPool:
             self._references[block] -= 1
             if self._references[block] == 0:
                 self._free.append(block)
+            elif self._references[block] == 1 and self._kept[block]:
+                self._idle[block] = None
+
+    def keep(self, block: int) -> None:
+        """Adds the prefix cache's reference to a block that a table holds, until `drop`."""
+        self.share((block,))
+        self._kept[block] = True
+
+    def drop(self, block: int) -> None:
+        """Takes back what `keep` added."""
+        self._kept[block] = False
+        self._idle.pop(block, None)
+        self.free((block,))
 
     def check(self, owners: Iterable[Iterable[int]]) -> None:
         """Raises AssertionError unless `owners` (all block lists that exist) explain every count and every free block.
@@ -71,3 +108,5 @@ class BlockPool:
         free = sorted(self._free)
         expected = [block for block, count in enumerate(self._references) if count == 0]
         assert free == expected, f"free list {free}, but unreferenced are {expected}"
+        idle = [block for block, count in enumerate(self._references) if count == 1 and self._kept[block]]
+        assert sorted(self._idle) == idle, f"idle are {sorted(self._idle)}, but only the cache holds {idle}"

@@ -1,42 +1,150 @@
-"""The seam for reusing computed blocks between sequences: `PrefixCache`, and the null object that caches nothing."""
+"""The seam for reusing computed blocks between sequences: `PrefixCache`, `PrefixPath`, and the null objects."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Hashable, Iterable, Sequence
+from typing import Protocol, Self
+
+from kvarn.cache.offload import OffloadIndex
+from kvarn.cache.salt import Salt
+from kvarn.cache.table import BlockTable
 
 
-class PrefixCache(Protocol):
-    """Finds blocks whose KV is known to be that of a token prefix. Holds references on the blocks it keeps."""
+class PrefixPath(Protocol):
+    """One sequence's place in the cache. It changes the sequence's block table, and is changed by these calls only."""
 
-    def match(self, token_ids: Sequence[int]) -> Sequence[int]:
-        """Blocks with the KV of the longest cached prefix of `token_ids`, whole blocks only.
+    @property
+    def num_blocks(self) -> int:
+        """Whole blocks, from the first, that the sequence's table has in common with the cache."""
+        ...
 
-        Takes no references for the caller; they stay valid until the next `evict`.
+    def adopt(self, token_ids: Sequence[int], table: BlockTable, known: int, *, whole_blocks: bool = False) -> int:
+        """Puts cached blocks into `table`, which holds the KV of `known` tokens, where more are known then.
+
+        Returns how many are known now: at least `known`, at most all but the last of `token_ids`, which is left to
+        compute, since somebody must sample from it. The last block may be adopted for its first tokens only, unless
+        `whole_blocks`; `BlockTable.prepare_write` copies it before the rest is written.
         """
         ...
 
-    def insert(self, token_ids: Sequence[int], blocks: Sequence[int]) -> None:
-        """Told when a sequence gives its blocks up: they hold the KV of `token_ids` (only whole blocks may be kept)."""
+    def insert(self, token_ids: Sequence[int], known: int, table: BlockTable) -> None:
+        """Told when `table` holds the KV of the first `known` tokens: keeps its whole blocks.
+
+        Where the cache has a block with the same KV already, the table gets that one for its own. O(1) where no block
+        was filled since the last call.
+        """
         ...
 
-    def evict(self, count: int) -> int:
-        """Lets go of blocks until `count` more are free in the pool, or none is left to let go; returns how many."""
+    def leave(self, token_ids: Sequence[int], known: int, table: BlockTable) -> None:
+        """Told before the sequence releases `table`: keeps a partly filled last block, too. Back at the start then."""
         ...
+
+    def fork(self, num_tokens: int) -> Self:
+        """The place of a sequence with a fork of the table that holds the first `num_tokens` tokens."""
+        ...
+
+    def offloaded(self, token_ids: Sequence[int], most: int) -> list[tuple[int, bytes]]:
+        """(slot, name) in the second tier of the whole blocks that follow, up to `most` and the first that it lacks.
+
+        Of all but the last of `token_ids`. What is there is not checked: see `BlockLoad`.
+        """
+        ...
+
+    def next_block(self, token_ids: Sequence[int]) -> Hashable:
+        """What tells the next whole block from all others; None where there are too few tokens for one.
+
+        Two sequences with equal answers are about to compute the same block, and may share it.
+        """
+        ...
+
+
+class PrefixCache(Protocol):
+    """Keeps blocks whose KV is that of known tokens after known tokens. Holds a reference on each in the pool."""
+
+    num_evicted_tokens: int
+    """Tokens whose KV was let go of."""
+    tier: OffloadIndex
+    """Where evicted blocks may go."""
+
+    @property
+    def num_reserved(self) -> int:
+        """Blocks that it may keep for ever: no sequence can count on them."""
+        ...
+
+    def path(self, salt: Salt) -> PrefixPath:
+        """The place of a new sequence: at the start, with an empty table."""
+        ...
+
+    def evict(self, count: int, *, spill: bool = True) -> int:
+        """Lets go of blocks that no table holds until `count` more are free, or none is left; returns how many.
+
+        spill: asks the tier to save them. They must keep their values until the saves are taken and done.
+        """
+        ...
+
+    def spill_all(self) -> None:
+        """Asks the tier to save all blocks that it has room for."""
+        ...
+
+    def check(self) -> Iterable[int]:
+        """Raises AssertionError where it does not agree with itself; returns the blocks it holds. For tests."""
+        ...
+
+
+class NullPrefixPath:
+    """Finds nothing, keeps nothing."""
+
+    num_blocks = 0
+
+    def adopt(self, token_ids: Sequence[int], table: BlockTable, known: int, *, whole_blocks: bool = False) -> int:
+        """Nothing more is known."""
+        del token_ids, table, whole_blocks
+        return known
+
+    def insert(self, token_ids: Sequence[int], known: int, table: BlockTable) -> None:
+        """Keeps nothing."""
+
+    def leave(self, token_ids: Sequence[int], known: int, table: BlockTable) -> None:
+        """Keeps nothing."""
+
+    def fork(self, num_tokens: int) -> Self:
+        """Itself."""
+        del num_tokens
+        return self
+
+    def offloaded(self, token_ids: Sequence[int], most: int) -> list[tuple[int, bytes]]:
+        """There is no second tier."""
+        del token_ids, most
+        return []
+
+    def next_block(self, token_ids: Sequence[int]) -> Hashable:
+        """Nothing will be shared."""
+        del token_ids
+        return None
 
 
 class NullPrefixCache:
     """Caches nothing."""
 
-    def match(self, token_ids: Sequence[int]) -> Sequence[int]:
-        """Always empty."""
-        del token_ids
-        return ()
+    num_evicted_tokens = 0
+    num_reserved = 0
 
-    def insert(self, token_ids: Sequence[int], blocks: Sequence[int]) -> None:
-        """Keeps nothing."""
+    def __init__(self) -> None:
+        self.tier = OffloadIndex()
 
-    def evict(self, count: int) -> int:
+    def path(self, salt: Salt) -> NullPrefixPath:
+        """The same for everybody."""
+        del salt
+        return NullPrefixPath()
+
+    def evict(self, count: int, *, spill: bool = True) -> int:
         """There is nothing to let go."""
-        del count
+        del count, spill
         return 0
+
+    def spill_all(self) -> None:
+        """There is nothing to save."""
+
+    def check(self) -> Iterable[int]:
+        """It holds nothing."""
+        return ()

@@ -27,6 +27,9 @@ class BlockTable:
     def __len__(self) -> int:
         return len(self._blocks)
 
+    def __getitem__(self, index: int) -> int:
+        return self._blocks[index]
+
     @property
     def ids(self) -> tuple[int, ...]:
         """The blocks by position: the same tuple object until the table changes."""
@@ -67,19 +70,28 @@ class BlockTable:
         return child
 
     def adopt(self, blocks: Sequence[int]) -> None:
-        """Starts an empty table with blocks that somebody else holds, sharing them."""
-        if self._blocks:
-            raise ValueError("only an empty table adopts blocks")
+        """Appends blocks that somebody else holds, sharing them."""
         self._pool.share(blocks)
-        self._blocks = list(blocks)
+        self._blocks += blocks
+        self._ids = ()
+
+    def replace(self, index: int, block: int) -> None:
+        """Shares a block that somebody else holds in place of the one at `index`, which is given back."""
+        self._pool.share((block,))
+        self._pool.free((self._blocks[index],))
+        self._blocks[index] = block
+        self._ids = ()
+
+    def truncate(self, num_blocks: int) -> None:
+        """Gives all but the first `num_blocks` blocks back."""
+        # In reverse, so that the free list hands them out in order of position again (see BlockPool for idle ones).
+        self._pool.free(reversed(self._blocks[num_blocks:]))
+        del self._blocks[num_blocks:]
         self._ids = ()
 
     def release(self) -> None:
         """Gives all blocks back and leaves the table empty."""
-        # In reverse, so that the free list hands them out in order of position again.
-        self._pool.free(reversed(self._blocks))
-        self._blocks = []
-        self._ids = ()
+        self.truncate(0)
 
     def _shared_at(self, position: int) -> bool:
         index = position // self._pool.block_size

@@ -44,7 +44,7 @@ def perplexity_command(
     context: Context = 512,
     chunks: ChunkCount = None,
     backend: Annotated[str, typer.Option(help="cpu, or reference (plain NumPy, slow, exact weights).")] = "cpu",
-    kv_dtype: Annotated[str, typer.Option(help="KV cache type: float16, float32 or int8.")] = "float16",
+    kv_dtype: Annotated[str, typer.Option(help="KV cache type: float16, float32, int8 or int4.")] = "float16",
     threads: Threads = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:

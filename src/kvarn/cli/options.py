@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import gc
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from kvarn.errors import ConfigError
 from kvarn.request import SamplingParams
 
 if TYPE_CHECKING:
@@ -32,6 +34,15 @@ PackedCacheBytes = Annotated[
         help="Disk space for packed weights, which later starts map; 0: none. Unset: KVARN_PACKED_CACHE_BYTES or 20 GB."
     ),
 ]
+
+
+def read_text(path: Path, option: str) -> str:
+    """What a text file holds. Raises ConfigError naming the option."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise ConfigError(f"{option}: cannot read {path}: {reason}") from error
 
 
 def sampling_params(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvarn.cli.options import DEFAULT_MODEL, MaxModelLen, PackedCacheBytes, Threads
+from kvarn.cli.options import DEFAULT_MODEL, MaxModelLen, PackedCacheBytes, Threads, read_text
 
 if TYPE_CHECKING:
     from kvarn.engine import AsyncLLM
@@ -81,8 +82,22 @@ def command(
         typer.Option(help="Bytes for the KV cache; default: what the sequences can use, within --memory-utilization."),
     ] = None,
     kv_cache_dtype: Annotated[
-        str, typer.Option(help="Type of cached keys and values: float16, float32, or int8 (half the bytes).")
+        str,
+        typer.Option(help="Type of cached keys and values: float16, float32, int8 (half the bytes) or int4 (a third)."),
     ] = "float16",
+    prefix_cache: Annotated[
+        bool, typer.Option(help="Keep what was computed for requests that begin with the same tokens.")
+    ] = True,
+    shared_system_prompt: Annotated[
+        list[Path] | None,
+        typer.Option(help="Text file with a system prompt whose cached tokens all cache_salts share. May be repeated."),
+    ] = None,
+    kv_offload_bytes: Annotated[
+        int, typer.Option(help="Size of a file for evicted parts of the KV cache, kept for the next start; 0: none.")
+    ] = 0,
+    kv_offload_dir: Annotated[
+        Path | None, typer.Option(help="Folder of that file; default: beside the pulled models.")
+    ] = None,
     memory_utilization: Annotated[float, typer.Option(help="Share of available memory that may be taken.")] = 0.8,
     threads: Threads = 0,
     packed_cache_bytes: PackedCacheBytes = None,
@@ -94,12 +109,19 @@ def command(
     from kvarn.engine import model_name
     from kvarn.server import ServeOptions, serve
 
+    system_prompts = tuple(read_text(path, "--shared-system-prompt") for path in shared_system_prompt or ())
     config = EngineConfig(
         max_model_len=max_model_len,
         threads=threads,
         packed_cache_bytes=packed_cache_bytes,
         cache=CacheConfig(
-            dtype=kv_cache_dtype, kv_cache_bytes=kv_cache_bytes, memory_utilization=memory_utilization
+            dtype=kv_cache_dtype,
+            kv_cache_bytes=kv_cache_bytes,
+            memory_utilization=memory_utilization,
+            enable_prefix_caching=prefix_cache,
+            shared_system_prompts=system_prompts,
+            kv_offload_bytes=kv_offload_bytes,
+            kv_offload_dir=None if kv_offload_dir is None else str(kv_offload_dir),
         ),
         scheduler=SchedulerConfig(
             max_num_seqs=max_num_seqs,

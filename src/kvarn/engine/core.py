@@ -6,7 +6,7 @@ import logging
 import secrets
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 
 from kvarn.engine.events import EngineStats, Event, RequestFailed
 from kvarn.engine.output import RequestText
@@ -27,8 +27,25 @@ class _Counters:
     steps: int = 0
     prompt_tokens: int = 0
     generated_tokens: int = 0
-    preemptions: int = 0
     failed_steps: int = 0
+    preemptions: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+    evicted_tokens: int = 0
+    saved_tokens: int = 0
+    loaded_tokens: int = 0
+
+    def plus(self, scheduler: Scheduler) -> _Counters:
+        """With what the scheduler has counted."""
+        return replace(
+            self,
+            preemptions=self.preemptions + scheduler.num_preemptions,
+            prefix_queries=self.prefix_queries + scheduler.num_prefix_queries,
+            prefix_hits=self.prefix_hits + scheduler.num_prefix_hits,
+            evicted_tokens=self.evicted_tokens + scheduler.num_evicted_tokens,
+            saved_tokens=self.saved_tokens + scheduler.num_saved_tokens,
+            loaded_tokens=self.loaded_tokens + scheduler.num_loaded_tokens,
+        )
 
 
 class EngineCore:
@@ -62,6 +79,7 @@ class EngineCore:
         self._vocab_size = vocab_size
         self._texts: dict[str, RequestText] = {}
         self._counters = _Counters()
+        self._closed = False
 
     def check(self, request: Request) -> None:
         """Raises RequestError, naming field and limit, for a request this engine can never run. Any thread may call."""
@@ -128,7 +146,7 @@ class EngineCore:
 
     def stats(self) -> EngineStats:
         """A snapshot."""
-        scheduler, counters = self._scheduler, self._counters
+        scheduler = self._scheduler
         return EngineStats(
             running=scheduler.num_running,
             waiting=scheduler.num_waiting,
@@ -136,25 +154,33 @@ class EngineCore:
             queued_tokens=scheduler.backlog.prompt_tokens,
             num_blocks=scheduler.num_blocks,
             free_blocks=scheduler.num_free_blocks,
-            steps=counters.steps,
-            prompt_tokens=counters.prompt_tokens,
-            generated_tokens=counters.generated_tokens,
-            preemptions=counters.preemptions + scheduler.num_preemptions,
-            failed_steps=counters.failed_steps,
+            cached_blocks=scheduler.num_cached_blocks,
+            **asdict(self._counters.plus(scheduler)),
         )
 
     def reset(self) -> None:
         """Drops all requests and starts anew, after `step` raised. Raises where the program does not run any more."""
+        self._counters = self._counters.plus(self._scheduler)
         self._counters.failed_steps += 1
-        self._counters.preemptions += self._scheduler.num_preemptions
         self._texts.clear()
         self._scheduler = self._new_scheduler()
         self._runner.reset()
 
     def close(self) -> None:
-        """Releases the model. Idempotent."""
+        """Saves the prefix cache to its second tier, where there is one, and releases the model. Idempotent."""
+        if not self._closed:
+            self._closed = True
+            self._spill()
         self._runner.close()
         self._on_close()
+
+    def _spill(self) -> None:
+        scheduled = self._scheduler.spill()
+        if scheduled.block_saves:
+            try:
+                self._runner.execute(scheduled)
+            except Exception:
+                logger.exception("the prefix cache could not be saved")
 
     def _message(self, request_id: str, outputs: tuple[SequenceOutput, ...]) -> RequestOutput:
         text = self._texts[request_id]

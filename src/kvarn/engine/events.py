@@ -33,12 +33,25 @@ class EngineStats:
     queued_tokens: int = 0
     num_blocks: int = 0
     free_blocks: int = 0
+    """Blocks that a sequence can have: empty ones, and those that only the prefix cache holds."""
+    cached_blocks: int = 0
+    """Those of `free_blocks` that the prefix cache holds."""
     steps: int = 0
     prompt_tokens: int = 0
-    """Of the requests that have got their first token."""
+    """Of the requests that have got their first token; those found in the prefix cache included."""
     generated_tokens: int = 0
     preemptions: int = 0
     failed_steps: int = 0
+    prefix_queries: int = 0
+    """Tokens looked up in the prefix cache: those of each sequence when it is admitted, again after a preemption."""
+    prefix_hits: int = 0
+    """Those of them whose KV was there."""
+    evicted_tokens: int = 0
+    """Tokens whose KV the prefix cache let go of to make room."""
+    saved_tokens: int = 0
+    """Tokens whose KV was saved to the second tier."""
+    loaded_tokens: int = 0
+    """Those of the hits whose KV was loaded from it."""
     rejections: Mapping[str, int] = field(default_factory=lambda: dict.fromkeys(OverloadError.REASONS, 0))
     """Requests that were refused because there was too much to do, by `OverloadError.reason`."""
 

@@ -13,11 +13,13 @@ from typing import Protocol
 from kvarn import __version__, _native
 from kvarn.backends import Backend, KvCacheSpec, StepLimits
 from kvarn.backends.cpu import CpuBackend, PackedSlot, memory_use
-from kvarn.cache import BlockPool
+from kvarn.cache import BlockPool, NullPrefixCache, RadixPrefixCache
 from kvarn.config import EngineConfig
 from kvarn.engine.capacity import Needs, plan_capacity
 from kvarn.engine.core import EngineCore
 from kvarn.engine.memory import available_memory
+from kvarn.engine.prefixes import shared_prefixes
+from kvarn.engine.tier import open_tier
 from kvarn.errors import ConfigError
 from kvarn.models import Model, ModelConfig, load_model
 from kvarn.program import Program, Rows
@@ -101,8 +103,10 @@ def load_engine(name_or_path: str, config: EngineConfig) -> LoadedEngine:
         tokenizer = load_tokenizer(files)
         times.append(time.perf_counter())
         packed = _packed_slot(files, model, config)
-        name = model_name(name_or_path)
-        engine = build_engine(model, tokenizer, config, name=name, packed=packed, on_close=files.close)
+        name, identity = model_name(name_or_path), _model_identity(files, model)
+        engine = build_engine(
+            model, tokenizer, config, name=name, packed=packed, identity=identity, on_close=files.close
+        )
         files.release()
         _native.trim_heap()  # of what building a tokenizer takes, half is needed afterwards
         times.append(time.perf_counter())
@@ -119,14 +123,19 @@ def _packed_slot(files: ModelFiles, model: Model, config: EngineConfig) -> Packe
     if not limit or not sources or config.backend != "cpu":
         return None
     path = packed_cache.packed_path(files.path)
-    # The version stands for the code between the files and the packing, the recipe for what it does with each tensor.
-    parts = (__version__, fingerprint(sources), model.weights.recipe())
-    key = hashlib.sha256("\n".join(parts).encode()).hexdigest()
+    key = _model_identity(files, model)
 
     def admit(size: int) -> bool:
         return all(source.unchanged() for source in sources) and packed_cache.make_room(path, size, limit)
 
     return PackedSlot(path, key, admit)
+
+
+def _model_identity(files: ModelFiles, model: Model) -> str:
+    """Changes with everything between the files' bytes and the weights that are packed."""
+    # The version stands for the code between the files and the packing, the recipe for what it does with each tensor.
+    parts = (__version__, fingerprint(files.sources()), model.weights.recipe())
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def model_name(name_or_path: str) -> str:
@@ -144,10 +153,12 @@ def build_engine(
     *,
     name: str = "model",
     packed: PackedSlot | None = None,
+    identity: str = "",
     on_close: Callable[[], None] = lambda: None,
 ) -> LoadedEngine:
     """Sizes the cache, loads the program on the back-end, and puts the engine together.
 
+    identity: tells the model's weights from all others, for KV that outlives the engine; needed for kv_offload_bytes.
     The weights must stay open until `on_close` is called, when the engine is closed: a back-end may read them late.
     Raises CapacityError before any weight is read.
     """
@@ -155,18 +166,24 @@ def build_engine(
     backend = make_backend(config.backend, config.threads, packed)
     capacity = plan_capacity(program, config, _needs(model, config, backend), available_memory())
     limits = StepLimits(steps.max_num_batched_tokens, steps.max_num_seqs, capacity.max_model_len)
+    shared = shared_prefixes(tokenizer, cache, capacity.num_blocks)
     spec = KvCacheSpec(capacity.num_blocks, cache.block_size, cache.dtype)
     executable = backend.load(program, model.weights, spec, limits)
+    tier = open_tier(config, program, executable, identity)
     ends = dict.fromkeys((*model.config.eos_token_ids, *tokenizer.eos_token_ids))
 
     cost = MeasuredCost()
 
     def new_scheduler() -> Scheduler:
         pool = BlockPool(capacity.num_blocks, cache.block_size)
-        return make_scheduler(steps, pool, capacity.max_model_len, cost, eos_token_ids=ends)
+        index = tier.new_index()
+        prefixes = RadixPrefixCache(pool, shared, index) if cache.enable_prefix_caching else NullPrefixCache()
+        return make_scheduler(
+            steps, pool, capacity.max_model_len, cost, eos_token_ids=ends, prefix_cache=prefixes, moves=tier.moves
+        )
 
     sampler = NativeSampler(program.vocab_size)
-    runner = Runner(executable, sampler, limits, cache.block_size, logits=program.output)
+    runner = Runner(executable, sampler, limits, cache.block_size, logits=program.output, block_file=tier.file)
     core = EngineCore(runner, new_scheduler, tokenizer, program.vocab_size, on_step=cost.observe, on_close=on_close)
     return LoadedEngine(core, name, tokenizer, model.config, capacity.max_model_len, config)
 

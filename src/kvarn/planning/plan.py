@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from kvarn.backends.base import KvCacheSpec, StepLimits
 from kvarn.backends.cpu import CpuMemory, memory_use
 from kvarn.errors import ConfigError
-from kvarn.kv_types import KV_TYPES, KvType
+from kvarn.kv_types import CACHE_TYPES, KV_TYPES, KvType
 from kvarn.program import Program
 from kvarn.program.counts import StepShape, count_step, total
 from kvarn.tensors import DType
@@ -93,7 +93,7 @@ def plan(
     weight_bytes = sum(sizes.values())
     per_token = program.kv_bytes_per_token(kv)
     blocks = -(-length // BLOCK_SIZE)
-    cpu = _cpu_memory(program, dtypes, length, batch, max_num_batched_tokens, threads)
+    cpu = _cpu_memory(program, dtypes, kv_dtype, length, batch, max_num_batched_tokens, threads)
 
     def cost(shape: StepShape) -> StepCost:
         counts = total(count_step(program, shape, sizes.__getitem__, kv))
@@ -139,7 +139,14 @@ def _ungrouped_bytes(program: Program, kv: KvType) -> int:
 
 
 def _cpu_memory(
-    program: Program, dtypes: Mapping[str, DType], length: int, batch: int, tokens: int, threads: int
+    program: Program,
+    dtypes: Mapping[str, DType],
+    kv_dtype: str,
+    length: int,
+    batch: int,
+    tokens: int,
+    threads: int,
 ) -> CpuMemory:
     limits = StepLimits(max(tokens, batch), batch, length)
-    return memory_use(program, dtypes, KvCacheSpec(1, BLOCK_SIZE), limits, threads)
+    held = kv_dtype if kv_dtype in CACHE_TYPES else "float16"  # activations of types that the CPU does not have
+    return memory_use(program, dtypes, KvCacheSpec(1, BLOCK_SIZE, held), limits, threads)

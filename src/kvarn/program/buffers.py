@@ -57,4 +57,4 @@ class KvLayer:
 
     def bytes_per_token(self, kv: KvType) -> int:
         """Bytes that one token takes in this layer's cache."""
-        return self.heads * (kv.vector_bytes(self.key_dim) + kv.vector_bytes(self.value_dim))
+        return self.heads * kv.vector_bytes(self.key_dim, self.value_dim)

@@ -1,6 +1,8 @@
 """From a `SchedulerOutput` to arrays, through the program and the sampler, to a `StepOutput`."""
 
 from kvarn.runner.batch import BatchBuilder
+from kvarn.runner.block_file import BlockFile
+from kvarn.runner.block_mover import BlockMover, measure_move
 from kvarn.runner.runner import Runner
 
-__all__ = ["BatchBuilder", "Runner"]
+__all__ = ["BatchBuilder", "BlockFile", "BlockMover", "Runner", "measure_move"]

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import time
+
 from kvarn.backends import Executable, StepLimits
 from kvarn.runner.batch import BatchBuilder
+from kvarn.runner.block_file import BlockFile
+from kvarn.runner.block_mover import BlockMover
 from kvarn.sampling import Sampler
 from kvarn.step import ScheduledSequence, SchedulerOutput, StepOutput
 
@@ -15,9 +19,20 @@ class Runner:
     """
 
     def __init__(
-        self, executable: Executable, sampler: Sampler, limits: StepLimits, block_size: int, *, logits: str = "logits"
+        self,
+        executable: Executable,
+        sampler: Sampler,
+        limits: StepLimits,
+        block_size: int,
+        *,
+        logits: str = "logits",
+        block_file: BlockFile | None = None,
     ) -> None:
-        """limits: those the executable was loaded with. logits: the program's output buffer."""
+        """limits: those the executable was loaded with. logits: the program's output buffer.
+
+        block_file: where blocks are saved and loaded, owned from now on; None: a step must not ask for that.
+        """
+        self._blocks = BlockMover(executable, block_file)
         self._executable = executable
         self._sampler = sampler
         self._batches = BatchBuilder(limits, block_size)
@@ -25,7 +40,8 @@ class Runner:
         self._known: set[int] = set()
 
     def execute(self, scheduled: SchedulerOutput) -> StepOutput:
-        """Runs a step: forgets who finished, copies blocks, runs the program, samples. A step may be empty."""
+        """Runs a step: forgets who finished, moves blocks, runs the program, samples. A step may be empty."""
+        self._blocks.save(scheduled.block_saves)
         for sequence_id in scheduled.finished:
             self._known.discard(sequence_id)
             self._sampler.remove(sequence_id)
@@ -34,14 +50,17 @@ class Runner:
             self._known.add(new.sequence_id)
         if scheduled.block_copies:
             self._executable.copy_blocks(scheduled.block_copies)
+        loaded = self._blocks.load(scheduled.block_loads)
         if not scheduled.sequences:
-            return StepOutput(scheduled.step, ())
+            return StepOutput(scheduled.step, (), loaded)
+        started = time.perf_counter()
         logits = self._executable.execute(self._batches.build(scheduled.sequences))[self._logits]
+        seconds = time.perf_counter() - started
         rows = [s for s in scheduled.sequences if s.sample]
         if not rows:
-            return StepOutput(scheduled.step, ())
+            return StepOutput(scheduled.step, (), loaded, seconds)
         sampled = self._sampler.sample(logits, [s.sequence_id for s in rows], [s.end for s in rows])
-        return StepOutput(scheduled.step, tuple(sampled))
+        return StepOutput(scheduled.step, tuple(sampled), loaded, seconds)
 
     def reset(self) -> None:
         """Forgets all sequences, then runs one token to see that the program still runs. Raises what that raises."""
@@ -52,5 +71,6 @@ class Runner:
         self._executable.execute(self._batches.build((probe,)))
 
     def close(self) -> None:
-        """Closes the executable. Idempotent."""
+        """Closes the executable and the block file. Idempotent."""
         self._executable.close()
+        self._blocks.close()

@@ -11,12 +11,13 @@ from kvarn.scheduler.cost import StepCost, StepShape
 from kvarn.scheduler.fairness import FairShare
 from kvarn.scheduler.forecast import Forecast, QueueForecast
 from kvarn.scheduler.measured import MeasuredCost
+from kvarn.scheduler.moves import MoveCost
 from kvarn.scheduler.policy import FirstComeFirstServed, Policy, PriorityClasses
 from kvarn.scheduler.scheduler import Scheduler
 from kvarn.scheduler.sequence import Sequence
 
 __all__ = [
     "Backlog", "Budget", "ConstantBudget", "FairShare", "FirstComeFirstServed", "Forecast", "ItlBudget", "Limits",
-    "MeasuredCost", "Policy", "PriorityClasses", "QueueForecast", "Scheduler", "Sequence", "StepCost", "StepShape",
-    "make_budget", "make_policy", "make_scheduler",
+    "MeasuredCost", "MoveCost", "Policy", "PriorityClasses", "QueueForecast", "Scheduler", "Sequence", "StepCost",
+    "StepShape", "make_budget", "make_policy", "make_scheduler",
 ]  # fmt: skip

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from kvarn.cache import BlockPool
+from kvarn.cache import BlockPool, PrefixCache
 from kvarn.config import SchedulerConfig
 from kvarn.scheduler.budget import Budget, ConstantBudget, ItlBudget
 from kvarn.scheduler.cost import StepCost
 from kvarn.scheduler.fairness import FairShare
 from kvarn.scheduler.forecast import QueueForecast
+from kvarn.scheduler.moves import MoveCost
 from kvarn.scheduler.policy import FirstComeFirstServed, Policy, PriorityClasses
 from kvarn.scheduler.scheduler import Scheduler
 
@@ -37,6 +38,8 @@ def make_scheduler(
     cost: StepCost,
     *,
     eos_token_ids: Iterable[int] = (),
+    prefix_cache: PrefixCache | None = None,
+    moves: MoveCost | None = None,
 ) -> Scheduler:
     """The scheduler that the settings ask for, empty. pool: owned by it. cost: see `make_budget`."""
     budget = make_budget(config, cost)
@@ -48,4 +51,6 @@ def make_scheduler(
         policy=make_policy(config.policy),
         budget=budget,
         forecast=QueueForecast(budget, cost),
+        prefix_cache=prefix_cache,
+        moves=moves,
     )

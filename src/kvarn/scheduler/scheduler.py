@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
 
-from kvarn.cache import BlockPool, BlockTable, NullPrefixCache, PrefixCache
+from kvarn.cache import BlockPool, BlockTable, NullPrefixCache, PrefixCache, common_length
 from kvarn.config import SchedulerConfig
 from kvarn.errors import DeadlineError, RequestError
 from kvarn.request import FinishReason, Request
@@ -15,10 +15,11 @@ from kvarn.scheduler.admission import Backlog, Limits
 from kvarn.scheduler.budget import Budget, ConstantBudget, StepBudget
 from kvarn.scheduler.cost import StepShape
 from kvarn.scheduler.forecast import Crowd, Forecast, NoForecast
+from kvarn.scheduler.moves import MoveCost
 from kvarn.scheduler.policy import FirstComeFirstServed, Policy, order_key
 from kvarn.scheduler.queue import WaitingQueue
 from kvarn.scheduler.sequence import Sequence
-from kvarn.step import NewSequence, SampledToken, ScheduledSequence, SchedulerOutput, StepOutput
+from kvarn.step import BlockLoad, NewSequence, SampledToken, ScheduledSequence, SchedulerOutput, StepOutput
 
 
 @dataclass(slots=True)
@@ -40,6 +41,9 @@ class _Step:
     sequences: list[ScheduledSequence] = field(default_factory=list)
     new: list[NewSequence] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)
+    loads: list[BlockLoad] = field(default_factory=list)
+    computing: dict[Hashable, tuple[Sequence, int]] = field(default_factory=dict)
+    """By the block they compute first: sequences with a chunk of a prompt in this step, and where it ends."""
 
 
 class Scheduler:
@@ -53,6 +57,15 @@ class Scheduler:
 
     The sequences of a request with n > 1 share the prompt's blocks: the first computes them, then the others fork
     from it one token before the prompt's end, and compute that last token each to sample from.
+
+    Blocks enter the prefix cache in the `update` after they are filled. A sequence that has more than its last token to
+    compute looks there before each chunk, so that it goes on from what another has computed meanwhile. One that waits,
+    and would compute in this step mostly what another computes in it, waits for the next.
+
+    What was evicted may lie in the cache's second tier. Where moving is cheaper than computing (`MoveCost`), evicted
+    blocks are saved there, and the blocks of a sequence that could be admitted are loaded in a step of their own, in
+    which it waits; what turns out to be wrong then is computed. So a preempted sequence is swapped or recomputed,
+    whichever takes less.
     """
 
     def __init__(
@@ -66,21 +79,30 @@ class Scheduler:
         budget: Budget | None = None,
         forecast: Forecast | None = None,
         prefix_cache: PrefixCache | None = None,
+        moves: MoveCost | None = None,
     ) -> None:
         """pool: all blocks of the KV cache, owned from now on. eos_token_ids: the model's own ends of text.
 
         policy, budget, forecast: first come first served, config.max_num_batched_tokens for every step, and no requests
         refused for their deadlines, unless given.
+        prefix_cache: of that pool; owned from now on. moves: when its second tier is used; None: always.
         """
-        self.limits = Limits(max_model_len, pool.num_blocks * pool.block_size)
+        self._moves = moves or MoveCost(pool.block_size, 0.0)
+        self._prefix_cache = prefix_cache or NullPrefixCache()
+        self.limits = Limits(max_model_len, (pool.num_blocks - self._prefix_cache.num_reserved) * pool.block_size)
         self.num_preemptions = 0
+        self.num_prefix_queries = 0
+        """Tokens of the sequences that were admitted with an empty table, again after a preemption included."""
+        self.num_prefix_hits = 0
+        """Those of them whose KV was found in the prefix cache."""
+        self.num_loaded_tokens = 0
+        """Those of the hits that came from the second tier."""
         self._config = config
         self._pool = pool
         self._eos_token_ids = frozenset(eos_token_ids)
         self.policy = policy or FirstComeFirstServed()
         self._budget = budget or ConstantBudget(config.max_num_batched_tokens)
         self._forecast = forecast or NoForecast()
-        self._prefix_cache = prefix_cache or NullPrefixCache()
         self._running: dict[int, Sequence] = {}
         self._waiting = WaitingQueue(self.policy)
         self._groups: dict[str, _Group] = {}
@@ -103,8 +125,23 @@ class Scheduler:
 
     @property
     def num_free_blocks(self) -> int:
-        """Blocks that no sequence holds."""
-        return self._pool.num_free
+        """Blocks that a sequence can have: empty ones, and those that only the prefix cache holds."""
+        return self._pool.num_available
+
+    @property
+    def num_cached_blocks(self) -> int:
+        """Those of `num_free_blocks` that the prefix cache holds."""
+        return self._pool.num_idle
+
+    @property
+    def num_evicted_tokens(self) -> int:
+        """Tokens whose KV the prefix cache has let go of."""
+        return self._prefix_cache.num_evicted_tokens
+
+    @property
+    def num_saved_tokens(self) -> int:
+        """Tokens whose KV was saved to the second tier."""
+        return self._prefix_cache.tier.num_saved * self._pool.block_size
 
     @property
     def num_blocks(self) -> int:
@@ -137,6 +174,7 @@ class Scheduler:
                 max_length=self.limits.max_length_of(request),
                 eos_token_ids=frozenset() if sampling.ignore_eos else self._eos_token_ids,
                 table=BlockTable(self._pool),
+                prefix=self._prefix_cache.path((request.tenant, request.cache_salt)),
             )
             for index in range(sampling.n)
         ]
@@ -169,7 +207,16 @@ class Scheduler:
         self._schedule_running(step)
         self._admit_waiting(step)
         finished, self._finished_ids = tuple(self._finished_ids), []
-        return SchedulerOutput(self._step, tuple(step.sequences), tuple(step.new), finished, tuple(step.copies))
+        return SchedulerOutput(
+            self._step, tuple(step.sequences), tuple(step.new), finished, tuple(step.copies),
+            self._prefix_cache.tier.take_saves(), tuple(step.loads),
+        )  # fmt: skip
+
+    def spill(self) -> SchedulerOutput:
+        """A step that computes nothing, but saves what the prefix cache holds to its second tier. For the end."""
+        self._step += 1
+        self._prefix_cache.spill_all()
+        return SchedulerOutput(self._step, (), block_saves=self._prefix_cache.tier.take_saves())
 
     def update(self, scheduled: SchedulerOutput, result: StepOutput) -> list[tuple[Sequence, SampledToken]]:
         """Books a step: computed tokens, sampled tokens, sequences that end by them.
@@ -179,10 +226,14 @@ class Scheduler:
         """
         if result.step != scheduled.step:
             raise ValueError(f"the result of step {result.step} for step {scheduled.step}")
+        self._moves.observe(scheduled.num_tokens, result.seconds)
+        for load, count in zip(scheduled.block_loads, result.loaded, strict=True):
+            self._book_load(load, count)
         for part in scheduled.sequences:
             sequence = self._sequences.get(part.sequence_id)
             if sequence is not None:
                 sequence.num_computed_tokens = part.end
+                sequence.prefix.insert(sequence.token_ids, part.end, sequence.table)
                 self._release_forks(sequence)
         sampled: list[tuple[Sequence, SampledToken]] = []
         for token in result.sampled:
@@ -197,13 +248,10 @@ class Scheduler:
                 self._end(sequence, *end)
         return sampled
 
-    def check(self, other_owners: Iterable[Iterable[int]] = ()) -> None:
-        """Raises AssertionError unless blocks, queues and groups agree with one another. For tests.
-
-        other_owners: blocks that a prefix cache holds.
-        """
+    def check(self) -> None:
+        """Raises AssertionError unless blocks, cache, queues and groups agree with one another. For tests."""
         sequences = list(self._sequences.values())
-        self._pool.check(itertools.chain((s.table.ids for s in sequences), other_owners))
+        self._pool.check([*(s.table.ids for s in sequences), self._prefix_cache.check()])
         forks = {f.sequence_id for g in self._groups.values() for f in g.forks if not f.finished}
         assert forks | {s.sequence_id for s in (*self._running.values(), *self._waiting)} == set(self._sequences)
         assert len(forks) + len(self._running) + len(self._waiting) == len(sequences)
@@ -258,6 +306,7 @@ class Scheduler:
     def _chunk(self, step: _Step, sequence: Sequence) -> int:
         """Takes tokens for the first pending sequence, after those whom the policy wants before it."""
         self._admit_waiting(step, before=sequence)
+        self._count_hits(sequence, self._adopt_prefix(sequence, whole_blocks=True))
         # One token stays for each sequence after this one, so that a long prompt holds nobody up.
         after, start = self._chunked(step) - 1, sequence.num_computed_tokens
         count = max(1, step.budget.room(start, sequence.num_uncomputed_tokens, after))
@@ -275,7 +324,20 @@ class Scheduler:
             sequence = self._waiting.first()
             if before is not None and self._key(sequence) > self._key(before):
                 return
-            if not self._can_admit(sequence):
+            forked = len(sequence.table) > 0
+            if not self._may_fit():
+                return
+            found = self._adopt_prefix(sequence)
+            count = step.budget.room(sequence.num_computed_tokens, sequence.num_uncomputed_tokens, reserved)
+            if not count or self._repeats(step, sequence, count) or not self._can_admit(sequence):
+                if not forked:
+                    # What it waits with cannot be evicted for those that run.
+                    self._give_up_blocks(sequence)
+                return
+            if not forked:
+                self.num_prefix_queries += sequence.num_tokens
+                self._count_hits(sequence, min(found, sequence.num_computed_tokens))
+            if self._load(step, sequence, count):
                 return
             start = sequence.num_computed_tokens
             count = step.budget.room(start, sequence.num_uncomputed_tokens, reserved)
@@ -297,10 +359,12 @@ class Scheduler:
             self.backlog.remove(sequence.num_prompt_tokens)
 
     def _put(self, step: _Step, sequence: Sequence, count: int) -> None:
-        """Gives the sequence `count` tokens of the step; its blocks are known to be free."""
+        """Gives the sequence `count` tokens of the step; its blocks are known to be available."""
         start = sequence.num_computed_tokens
         end = start + count
-        step.copies += sequence.table.prepare_write(start, end)
+        if count > 1 and (block := sequence.prefix.next_block(sequence.token_ids)) is not None:
+            step.computing[block] = sequence, end
+        step.copies += self._take_blocks(sequence, start, end)
         if end >= sequence.num_prompt_tokens:
             self._charge_prompt(sequence, sequence.num_prompt_tokens)
         step.sequences.append(
@@ -320,48 +384,105 @@ class Scheduler:
             computed = max(0, num_tokens - sequence.num_cached_tokens)
             self.policy.charge_prompt(self.policy.lane(sequence), computed)
 
+    def _may_fit(self) -> bool:
+        """False where nobody can be admitted, whatever the prefix cache has."""
+        return not len(self._running) or self._pool.num_available > len(self._running)
+
     def _can_admit(self, sequence: Sequence) -> bool:
         """Whether there are blocks for all tokens of the sequence and of the running ones, at least one for each.
 
         Room for a first chunk would do, but then a long prompt would soon be preempted, its work lost. Where nothing
-        runs, sequences that wait with shared blocks give theirs up, so that the first in order always gets in.
+        runs, sequences that wait with shared blocks give theirs up, so that the first in order always gets in; so does
+        a cached block that the sequence would write into the copy of.
         """
-        if not len(sequence.table):
-            self._adopt_prefix(sequence)
-        wanted = self._blocks_to_catch_up(sequence)
-        wanted += sum(max(1, self._blocks_to_catch_up(running)) for running in self._running.values())
         while True:
-            missing = wanted - self._pool.num_free
-            if missing <= 0:
+            wanted = self._blocks_to_catch_up(sequence)
+            wanted += sum(max(1, self._blocks_to_catch_up(running)) for running in self._running.values())
+            if wanted <= self._pool.num_available:
                 return True
-            if self._prefix_cache.evict(missing) > 0:
-                continue
             if self._running:
                 return False
-            self._preempt(self._last(s for s in self._waiting if len(s.table) and s is not sequence))
+            others = [s for s in self._waiting if len(s.table) and s is not sequence]
+            if others:
+                self._preempt(self._last(others))
+            else:
+                assert len(sequence.table) > sequence.prefix.num_blocks, "what fits alone does not fit"
+                sequence.table.truncate(sequence.prefix.num_blocks)
+                sequence.num_computed_tokens = sequence.prefix.num_blocks * self._pool.block_size
 
     @staticmethod
     def _blocks_to_catch_up(sequence: Sequence) -> int:
         return sequence.table.blocks_needed(sequence.num_computed_tokens, sequence.num_tokens)
 
-    def _adopt_prefix(self, sequence: Sequence) -> None:
-        """Starts from cached blocks. The last token is left to compute: somebody must sample from it."""
-        blocks = self._prefix_cache.match(sequence.token_ids[:-1])
-        if blocks:
-            sequence.table.adopt(blocks)
-            sequence.num_computed_tokens = len(blocks) * self._pool.block_size
-            if not sequence.announced:
-                sequence.num_cached_tokens = sequence.num_computed_tokens
+    def _adopt_prefix(self, sequence: Sequence, *, whole_blocks: bool = False) -> int:
+        """Goes on from cached blocks where they reach beyond what the sequence has; returns how many tokens further.
+
+        The last token is left to compute. whole_blocks: takes no block of which it needs a copy, so that it never
+        needs more blocks than without.
+        """
+        known = sequence.num_computed_tokens
+        if known >= sequence.num_tokens - 1:
+            return 0
+        found = sequence.prefix.adopt(sequence.token_ids, sequence.table, known, whole_blocks=whole_blocks)
+        sequence.num_computed_tokens = found
+        return found - known
+
+    def _load(self, step: _Step, sequence: Sequence, room: int) -> bool:
+        """Whether blocks of the second tier are loaded for the sequence in this step; then it waits for them."""
+        size, prefix = self._pool.block_size, sequence.prefix
+        if sequence.num_computed_tokens >= sequence.num_tokens - 1 or not self._moves.worthwhile:
+            return False
+        found = prefix.offloaded(sequence.token_ids, room // size)
+        start = prefix.num_blocks * size
+        end = start + len(found) * size
+        if end < sequence.num_computed_tokens + size:
+            return False
+        self._count_hits(sequence, start - sequence.num_computed_tokens)
+        sequence.table.truncate(prefix.num_blocks)
+        sequence.num_computed_tokens = start
+        self._take_blocks(sequence, start, end)
+        slots, names = zip(*found, strict=True)
+        step.loads.append(BlockLoad(sequence.sequence_id, sequence.table.ids[prefix.num_blocks :], slots, names))
+        return True
+
+    def _book_load(self, load: BlockLoad, count: int) -> None:
+        if count < len(load.names):
+            self._prefix_cache.tier.drop(load.names[count])
+        sequence = self._sequences.get(load.sequence_id)
+        if sequence is None:
+            return
+        loaded = count * self._pool.block_size
+        sequence.table.truncate(sequence.prefix.num_blocks + count)
+        sequence.num_computed_tokens += loaded
+        sequence.prefix.insert(sequence.token_ids, sequence.num_computed_tokens, sequence.table)
+        self.num_loaded_tokens += loaded
+        self._count_hits(sequence, loaded)
+
+    def _take_blocks(self, sequence: Sequence, start: int, end: int) -> list[tuple[int, int]]:
+        """Takes the blocks to write positions start … end - 1, which are known to be available; returns the copies."""
+        missing = sequence.table.blocks_needed(start, end) - self._pool.num_free
+        if missing > 0:
+            self._prefix_cache.evict(missing, spill=self._moves.worthwhile)
+        return sequence.table.prepare_write(start, end)
+
+    def _count_hits(self, sequence: Sequence, found: int) -> None:
+        self.num_prefix_hits += found
+        if sequence.num_preemptions == 0:
+            sequence.num_cached_tokens += found
+
+    def _repeats(self, step: _Step, sequence: Sequence, room: int) -> bool:
+        """Whether half or more of what the sequence would compute in this step is computed in it by another."""
+        leader, leader_end = step.computing.get(sequence.prefix.next_block(sequence.token_ids), (sequence, 0))
+        if leader_end < (sequence.prefix.num_blocks + 1) * self._pool.block_size:
+            return False  # it fills no block, so there would be no more to find in the next step
+        start = sequence.num_computed_tokens
+        end = min(sequence.num_tokens, start + room)
+        return 2 * common_length(leader.token_ids[start:leader_end], sequence.token_ids[start:end]) >= end - start
 
     def _make_room(self, step: _Step, sequence: Sequence, count: int) -> bool:
         """Frees blocks for `count` tokens of the first pending sequence; False where that one itself was preempted."""
         start = sequence.num_computed_tokens
-        while True:
-            missing = sequence.table.blocks_needed(start, start + count) - self._pool.num_free
-            if missing <= 0:
-                return True
-            if self._prefix_cache.evict(missing) > 0:
-                continue
+        while sequence.table.blocks_needed(start, start + count) > self._pool.num_available:
             # Those that are not pending are in this step already.
             victim = self._last(itertools.chain((step.pending[-1],), (s for s in self._waiting if len(s.table))))
             if victim is step.pending[-1]:
@@ -369,20 +490,23 @@ class Scheduler:
             self._preempt(victim)
             if victim is sequence:
                 return False
+        return True
 
     def _last(self, sequences: Iterable[Sequence]) -> Sequence:
         return max(sequences, key=self._key)
 
     def _preempt(self, sequence: Sequence) -> None:
         self._give_up_blocks(sequence)
-        sequence.num_computed_tokens = 0
+        sequence.num_preemptions += 1
         self.num_preemptions += 1
         if self._running.pop(sequence.sequence_id, None) is not None:
             self._waiting.add(sequence)
 
     def _give_up_blocks(self, sequence: Sequence) -> None:
-        self._prefix_cache.insert(sequence.token_ids[: sequence.num_computed_tokens], sequence.table.ids)
+        """The prefix cache keeps what it can, until somebody needs the blocks."""
+        sequence.prefix.leave(sequence.token_ids, sequence.num_computed_tokens, sequence.table)
         sequence.table.release()
+        sequence.num_computed_tokens = 0
 
     def _release_forks(self, sequence: Sequence) -> None:
         """Lets the other sequences of the request start where the first has computed what they share."""
@@ -392,7 +516,7 @@ class Scheduler:
             return
         for fork in group.forks:
             if not fork.finished:
-                fork.table = sequence.table.fork(shared)
+                fork.table, fork.prefix = sequence.table.fork(shared), sequence.prefix.fork(shared)
                 fork.num_computed_tokens = shared
                 self._waiting.add(fork)
         group.forks = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from kvarn.cache import BlockTable
+from kvarn.cache import BlockTable, PrefixPath
 from kvarn.request import FinishReason, Request, SamplingParams
 from kvarn.step import NewSequence
 
@@ -29,11 +29,14 @@ class Sequence:
     eos_token_ids: frozenset[int]
     """Tokens that end the sequence as the model's own end; empty with ignore_eos."""
     table: BlockTable
+    prefix: PrefixPath
+    """Its place in the prefix cache."""
     token_ids: list[int] = field(init=False)
     """Prompt, then output."""
     num_computed_tokens: int = 0
     num_cached_tokens: int = 0
-    """Tokens whose KV was found in the prefix cache when the sequence was first admitted."""
+    """Prompt tokens whose KV was found in the prefix cache; not those found again after a preemption."""
+    num_preemptions: int = 0
     prompt_charged: bool = field(init=False)
     """Whether the policy has been told of the prompt's tokens. Only the first of a request's sequences pays them."""
     announced: bool = False

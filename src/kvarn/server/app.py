@@ -142,7 +142,9 @@ def _generation(
 ) -> Generation:
     """What the body asks for. Raises ApiError, parameters named as the client spelt them."""
     try:
-        return Generation(llm, prompts, body.to_sampling(), new_id(kind), caller, priority=body.priority or 0)
+        return Generation(
+            llm, prompts, body.to_sampling(), new_id(kind), caller, priority=body.priority or 0, cache_salt=body.salt
+        )
     except RequestError as error:
         raise body.refusal(error) from None
 

@@ -65,6 +65,7 @@ class Generation:
         caller: Caller,
         *,
         priority: int = 0,
+        cache_salt: str = "",
     ) -> None:
         """Checks each prompt as it comes, and all before any is queued. Any thread may call. Raises RequestError."""
         self._llm = llm
@@ -78,6 +79,7 @@ class Generation:
                 sampling,
                 priority=priority,
                 tenant=caller.tenant,
+                cache_salt=cache_salt,
                 ttft_slo_ms=caller.ttft_slo_ms,
             )
             llm.check(request)

@@ -26,12 +26,18 @@ class EngineCollector(Collector):
             ("num_requests_running", "Sequences that take part in the steps.", stats.running),
             ("num_requests_waiting", "Sequences that wait: new or preempted.", stats.waiting),
             ("num_tokens_queued", "Prompt tokens of the requests that have not begun.", stats.queued_tokens),
-            ("kv_cache_usage_perc", "Share of the KV cache's blocks in use, 0 to 1.", used),
+            ("kv_cache_usage_perc", "Share of the KV cache's blocks that sequences hold, 0 to 1.", used),
+            ("prefix_cache_blocks", "Blocks that only the prefix cache holds.", stats.cached_blocks),
         )
         counters = (
-            ("prompt_tokens", "Prompt tokens computed.", stats.prompt_tokens),
+            ("prompt_tokens", "Prompt tokens computed, or found in the prefix cache.", stats.prompt_tokens),
             ("generation_tokens", "Tokens generated.", stats.generated_tokens),
             ("num_preemptions", "Preemptions.", stats.preemptions),
+            ("prefix_cache_queries", "Tokens looked up in the prefix cache.", stats.prefix_queries),
+            ("prefix_cache_hits", "Tokens found in the prefix cache.", stats.prefix_hits),
+            ("prefix_cache_evicted_tokens", "Tokens that the prefix cache let go of.", stats.evicted_tokens),
+            ("kv_offload_saved_tokens", "Tokens saved to the second tier of the KV cache.", stats.saved_tokens),
+            ("kv_offload_loaded_tokens", "Tokens loaded from it.", stats.loaded_tokens),
             ("engine_steps", "Steps of the engine.", stats.steps),
             ("engine_failed_steps", "Steps that failed.", stats.failed_steps),
         )

@@ -97,9 +97,20 @@ class CpuExecutable:
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copies whole KV blocks (source, destination) in all layers, in order. Raises ValueError."""
-        if self._cache is None:
-            raise EngineError("the executable is closed")
-        self._cache.copy(list(pairs))
+        self._open_cache().copy(list(pairs))
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one KV block over all layers."""
+        return self._open_cache().block_bytes
+
+    def read_block(self, block: int, out: NDArray[np.uint8]) -> None:
+        """Copies a block's keys and values of all layers to uint8[block_bytes]. Raises ValueError."""
+        self._open_cache().read(block, out)
+
+    def write_block(self, block: int, data: NDArray[np.uint8]) -> None:
+        """Sets a block to what `read_block` gave. Raises ValueError."""
+        self._open_cache().write(block, data)
 
     def info(self) -> CpuInfo:
         """Instruction set, threads and bytes held now (activations of extra plans among them)."""
@@ -127,6 +138,11 @@ class CpuExecutable:
             self._parameters = Parameters({}, {}, {})
             self._cache = None
             self._pool = None
+
+    def _open_cache(self) -> _native.KvCache:
+        if self._cache is None:
+            raise EngineError("the executable is closed")
+        return self._cache
 
     def _plan(self, outputs: tuple[str, ...]) -> BuiltPlan:
         if self._main is None:

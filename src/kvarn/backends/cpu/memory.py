@@ -82,7 +82,7 @@ def memory_use(
         weights=weight_bytes(program, dtypes),
         tables=sum(limits.max_model_len * table.rotary_dim * 4 for table in rotary),
         kv_cache=kv_cache_bytes(program, kv),
-        activations=layout.arena_bytes + threads * _thread_bytes(stages, program),
+        activations=layout.arena_bytes + threads * _thread_bytes(stages, program, kv.dtype),
     )
 
 
@@ -136,22 +136,23 @@ def _sizes(stages: StageList, program: Program, limits: StepLimits, threads: int
     return sizes
 
 
-def _thread_bytes(stages: StageList, program: Program) -> int:
+def _thread_bytes(stages: StageList, program: Program, kv_dtype: str) -> int:
     scratch, own = 0, 0
     for stage in stages.stages:
-        scratch = max(scratch, _scratch_bytes(stage, program))
+        scratch = max(scratch, _scratch_bytes(stage, program, kv_dtype))
         if isinstance(stage, LinearStage) and stage.recipe:
             own = max(own, _native.linear_own_bytes(stage.recipe.x.width))
     return int(_native.thread_bytes(scratch, own))
 
 
-def _scratch_bytes(stage: Stage, program: Program) -> int:
+def _scratch_bytes(stage: Stage, program: Program, kv_dtype: str) -> int:
     match stage:
         case LinearStage():
             return int(_native.linear_scratch_bytes())
         case AttentionStage():
             layer = program.kv_layers[stage.layer]
-            return int(_native.attention_scratch_bytes(stage.heads // layer.heads, layer.key_dim, layer.value_dim))
+            group = stage.heads // layer.heads
+            return int(_native.attention_scratch_bytes(group, layer.key_dim, layer.value_dim, kv_dtype))
         case PositionStage():
             return 4 * stage.x.width
         case _:

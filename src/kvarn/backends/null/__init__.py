@@ -56,5 +56,16 @@ class NullExecutable:
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Nothing to copy."""
 
+    @property
+    def block_bytes(self) -> int:
+        """What a block would take."""
+        return self.program.kv_bytes_per_token(KV_TYPES[self.kv.dtype]) * self.kv.block_size
+
+    def read_block(self, block: int, out: NDArray[np.uint8]) -> None:
+        """Nothing to read."""
+
+    def write_block(self, block: int, data: NDArray[np.uint8]) -> None:
+        """Nothing to write."""
+
     def close(self) -> None:
         """Nothing to release."""

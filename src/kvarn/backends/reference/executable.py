@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import assert_never
 
 import numpy as np
@@ -11,7 +11,9 @@ from numpy.typing import NDArray
 from kvarn.backends.base import InputBatch, KvCacheSpec, StepLimits
 from kvarn.backends.checks import check_batch
 from kvarn.backends.reference import functions as f
+from kvarn.backends.reference.cache import layer_cache
 from kvarn.errors import ConfigError
+from kvarn.kv_types import INT4_TOKENS
 from kvarn.program import Program, ops
 from kvarn.tensors import TensorSource
 from kvarn.tensors.dequantize import dequantize
@@ -27,8 +29,11 @@ class ReferenceBackend:
     def load(self, program: Program, weights: TensorSource, kv: KvCacheSpec, limits: StepLimits) -> ReferenceExecutable:
         """Keeps the source; weights are dequantized when first used and kept, embedding rows at each use.
 
-        Raises ConfigError where the model has learned positions and fewer than limits.max_model_len.
+        Raises ConfigError where the model has learned positions and fewer than limits.max_model_len, or where blocks of
+        int4 do not hold whole groups of tokens.
         """
+        if kv.dtype == "int4" and kv.block_size % INT4_TOKENS:
+            raise ConfigError(f"block_size must be a multiple of {INT4_TOKENS} for int4, not {kv.block_size}")
         for op in program.ops:
             if isinstance(op, ops.PositionEmbed):
                 learned = program.weight(op.weight).shape[0]
@@ -46,10 +51,8 @@ class ReferenceExecutable:
         self.limits = limits
         self._source = weights
         self._weights: dict[str, Floats] = {}
-        dtype = np.float16 if kv.dtype == "float16" else np.float32
         slots = kv.num_blocks * kv.block_size
-        self._keys = [np.zeros((slots, layer.heads, layer.key_dim), dtype) for layer in program.kv_layers]
-        self._values = [np.zeros((slots, layer.heads, layer.value_dim), dtype) for layer in program.kv_layers]
+        self._cache = [layer_cache(layer, slots, kv.dtype) for layer in program.kv_layers]
 
     def execute(self, batch: InputBatch, outputs: Sequence[str] = ()) -> Mapping[str, Floats]:
         """Runs one step (see `Executable`). A named buffer is returned with the value it has last."""
@@ -68,14 +71,37 @@ class ReferenceExecutable:
         """Copies whole blocks (source, destination), in order."""
         size = self.kv.block_size
         for source, destination in pairs:
-            for cache in (*self._keys, *self._values):
-                cache[destination * size : (destination + 1) * size] = cache[source * size : (source + 1) * size]
+            for cache in self._cache:
+                cache.copy(source * size, destination * size, size)
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block over all layers."""
+        return sum(part.nbytes for cache in self._cache for part in cache.parts(0, self.kv.block_size))
+
+    def read_block(self, block: int, out: NDArray[np.uint8]) -> None:
+        """Copies a block's keys and values of all layers. Raises ValueError."""
+        for part, kept in self._parts(block, out):
+            kept[:] = part
+
+    def write_block(self, block: int, data: NDArray[np.uint8]) -> None:
+        """Sets a block to what `read_block` gave. Raises ValueError."""
+        for part, kept in self._parts(block, data):
+            part[:] = kept
+
+    def _parts(self, block: int, flat: NDArray[np.uint8]) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.uint8]]]:
+        """(bytes in the cache, bytes of `flat`) of each layer's part of a block."""
+        if not 0 <= block < self.kv.num_blocks or flat.size != self.block_bytes:
+            raise ValueError(f"block {block} of {self.kv.num_blocks}, {flat.size} bytes of {self.block_bytes}")
+        size, start = self.kv.block_size, 0
+        for part in (part for cache in self._cache for part in cache.parts(block * size, size)):
+            yield part, flat[start : start + part.size]
+            start += part.size
 
     def close(self) -> None:
         """Drops weights and cache."""
         self._weights.clear()
-        self._keys.clear()
-        self._values.clear()
+        self._cache.clear()
 
     def _weight(self, name: str) -> Floats:
         if name not in self._weights:
@@ -138,19 +164,18 @@ class ReferenceExecutable:
         tokens = batch.num_tokens
         keys = buffers[op.k].reshape(tokens, layer.heads, layer.key_dim)
         values = buffers[op.v].reshape(tokens, layer.heads, layer.value_dim)
-        self._keys[op.layer][batch.slot_mapping] = f.stored_vectors(keys, self.kv.dtype)
-        self._values[op.layer][batch.slot_mapping] = f.stored_vectors(values, self.kv.dtype)
+        self._cache[op.layer].write(batch.slot_mapping, keys, values)
 
     def _attention(self, op: ops.Attention, batch: InputBatch, q: Floats) -> Floats:
-        heads = q.reshape(-1, op.heads, op.head_dim)
+        cache = self._cache[op.layer]
+        heads = cache.prepared(q.reshape(-1, op.heads, op.head_dim))
         size = self.kv.block_size
         parts = []
         for index, length in enumerate(batch.seq_lens):
             rows = slice(batch.query_start[index], batch.query_start[index + 1])
             positions = np.arange(length)
             slots = batch.block_tables[index, positions // size].astype(np.int64) * size + positions % size
-            keys = self._keys[op.layer][slots].astype(np.float32)
-            values = self._values[op.layer][slots].astype(np.float32)
+            keys, values = cache.read(slots)
             parts.append(
                 f.attention(
                     heads[rows],

@@ -139,7 +139,7 @@ def stored_vectors(x: Floats, dtype: str) -> Floats:
     """Vectors (the last axis) as a cache of that type gives them back.
 
     float16 and float32: what the type cannot hold becomes the largest that it can. int8: symmetric, one scale a vector,
-    max|x| / 127.
+    max|x| / 127. (int4: `Int4LayerCache`.)
     """
     if dtype != "int8":
         limit = np.finfo(dtype).max

@@ -48,7 +48,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "allowed_token_ids": (),
     "prompt_logprobs": (),
     "truncate_prompt_tokens": (),
-    "cache_salt": (),
     "chat_template": (),
     "documents": ([],),
     "return_token_ids": (False,),

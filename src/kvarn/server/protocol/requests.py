@@ -17,7 +17,7 @@ from pydantic import (
 )  # fmt: skip
 
 from kvarn.errors import RequestError
-from kvarn.request import MAX_LOGPROBS, SamplingParams
+from kvarn.request import MAX_CACHE_SALT_CHARS, MAX_LOGPROBS, SamplingParams
 from kvarn.server.errors import ApiError
 
 DEFAULT_COMPLETION_TOKENS = 16
@@ -107,6 +107,8 @@ class SamplingRequest(BaseModel):
     skip_special_tokens: StrictBool | None = None
     include_stop_str_in_output: StrictBool | None = None
     priority: StrictInt | None = None
+    cache_salt: StrictStr | None = None
+    """Cached prefixes are shared only between requests with the same salt (vLLM has it, too)."""
 
     def _sampling(self, *, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
         self._check_stream_options()
@@ -119,6 +121,14 @@ class SamplingRequest(BaseModel):
             stop_token_ids=tuple(self.stop_token_ids or ()),
             logit_bias=self._bias(),
         )
+
+    @property
+    def salt(self) -> str:
+        """`cache_salt`, or "" without one. Raises ApiError for an empty one, by which its sender meant a secret."""
+        if self.cache_salt == "":
+            message = f"cache_salt must have 1 to {MAX_CACHE_SALT_CHARS} characters; leave it out for none"
+            raise ApiError(400, message, param="cache_salt", code="invalid_value")
+        return self.cache_salt or ""
 
     def _check_stream_options(self) -> None:
         if self.stream_options is None:

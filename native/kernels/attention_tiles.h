@@ -1,0 +1,240 @@
+// What attention works on: the views of a call, and tiles of 64 keys and values as the cache has them or in float32.
+#pragma once
+#include "hadamard.h"
+#include "kernels_internal.h"
+#include "vec.h"
+
+KVARN_KERNELS_BEGIN
+namespace {
+
+constexpr float kNoScore = -INFINITY;
+constexpr int kSub = int(kSubBlock);         // keys of a sub-block
+constexpr int kSubs = int(kKeyTile) / kSub;  // sub-blocks of a tile
+
+template <KvType type>
+constexpr int64_t kElementBytes = type == KvType::kFloat32 ? 4 : type == KvType::kFloat16 ? 2 : 1;
+template <KvType type>
+KVARN_INLINE F load_elements(const uint8_t *p, int64_t index) {
+    if constexpr (type == KvType::kFloat16) return load_f16(reinterpret_cast<const uint16_t *>(p) + index);
+    if constexpr (type == KvType::kInt8) return load_i8(p + index);
+    return load(reinterpret_cast<const float *>(p) + index);
+}
+
+// Sums of weights l under maximum m, and weighted values o, of all queries. Factors of the last merge: old, now.
+struct State {
+    float *m, *l, *o;  // [queries], [queries], [queries][dim]
+    int64_t dim;
+
+    void reset(int64_t queries) const {
+        for (int64_t i = 0; i < queries; ++i) m[i] = kNoScore;
+        std::memset(l, 0, size_t(queries) * sizeof(float));
+        std::memset(o, 0, size_t(queries * dim) * sizeof(float));
+    }
+};
+
+// The views of one call: scratch cut into its parts.
+struct Work {
+    const AttentionArgs &a;
+    int64_t queries;
+    int64_t key_dim;      // as keys are stored: int4 fills groups up
+    int64_t dim;          // value_dim rounded up to 16
+    float *keys;          // [kSubs][key_dim][16]
+    float *values;        // [kKeyTile][dim]
+    float *weights;       // [queries][kKeyTile]: scores, then exponentials
+    float *tile_m, *tile_l, *old_factor, *now_factor;
+    State span, total;
+    // Of int4: rotated queries [queries][key_dim], a tile's references [kSubs][key_dim], scales and minima of its values
+    // [kKeyTile][groups][2]. Else null.
+    float *rotated, *references, *value_scales;
+
+    explicit Work(const AttentionArgs &args) : a(args) {
+        const bool int4 = a.kv->type == KvType::kInt4;
+        queries = a.rows * a.group;
+        key_dim = int4 ? kv_groups(a.kv->key_dim) * kGroup : a.kv->key_dim;
+        dim = (a.kv->value_dim + 15) / 16 * 16;
+        const int64_t padded = (queries + 15) / 16 * 16;
+        float *next = a.scratch;
+        const auto take = [&](int64_t n) {
+            float *p = next;
+            next += n;
+            return p;
+        };
+        keys = take(kKeyTile * key_dim);
+        values = take(kKeyTile * dim);
+        weights = take(padded * kKeyTile);
+        tile_m = take(padded);
+        tile_l = take(padded);
+        old_factor = take(padded);
+        now_factor = take(padded);
+        span = {take(padded), take(padded), take(padded * dim), dim};
+        total = {take(padded), take(padded), take(padded * dim), dim};
+        for (int64_t i = queries; i < padded; ++i) tile_m[i] = kNoScore, tile_l[i] = 0.0f;
+        rotated = references = value_scales = nullptr;
+        if (!int4) return;
+        rotated = take(padded * key_dim);
+        references = take(kSubs * key_dim);
+        value_scales = take(kKeyTile * 2 * kv_groups(a.kv->value_dim));
+        rotate_queries();
+    }
+
+    int64_t padded() const { return (queries + 15) / 16 * 16; }
+    int64_t position(int64_t query) const { return a.position + query / a.group; }
+    int64_t first_key(int64_t position) const {
+        return a.window > 0 && position >= a.window ? position - a.window + 1 : 0;
+    }
+    const float *q(int64_t query) const { return rotated ? rotated + query * key_dim : given(query); }
+
+private:
+    const float *given(int64_t query) const {
+        return a.q + query / a.group * a.q_stride + query % a.group * a.kv->key_dim;
+    }
+    void rotate_queries() const {
+        for (int64_t query = 0; query < queries; ++query) {
+            float *to = rotated + query * key_dim;
+            for (int64_t i = 0; i < key_dim; ++i) to[i] = i < a.kv->key_dim ? given(query)[i] : 0.0f;
+            for (int64_t i = 0; i < key_dim; i += rotated_part(key_dim - i))
+                rotate_part(to + i, rotated_part(key_dim - i), true);
+        }
+    }
+};
+
+// A tile's sub-blocks: keys [key_dim][16], values [16][value_stride]. Those beyond the sequence repeat the first one:
+// their scores are masked, their values not read.
+struct Tile {
+    const uint8_t *keys[kSubs], *values[kSubs];
+    int64_t value_stride;
+    int64_t count;  // tokens that the sequence has
+    // Where the tile after this one is, to ask for it in time: its blocks lie anywhere. The tile itself at the end.
+    const uint8_t *next_keys[kSubs], *next_values[kSubs];
+    const float *key_scales[kSubs], *value_scales[kSubs];  // of int8 elements; else null
+    Int4Scales scales[kSubs];                              // of int4 (prepare_int4)
+};
+
+Tile cached_tile(const Work &w, int64_t start, int64_t last) {
+    const KvLayerView &kv = *w.a.kv;
+    const int64_t key_bytes = kv.vector_bytes(kv.key_dim), value_bytes = kv.vector_bytes(kv.value_dim);
+    const int64_t values_at = kv.block_size * key_bytes, scales_at = values_at + kv.block_size * value_bytes;
+    const int64_t head_bytes = scales_at + kv.scales_bytes();
+    const auto locate = [&](int64_t position, const uint8_t *&keys, const uint8_t *&values) {
+        const int64_t offset = position % kv.block_size;
+        const int64_t block = w.a.block_table[position / kv.block_size];
+        const uint8_t *head = kv.data + (block * kv.heads + w.a.kv_head) * head_bytes;
+        keys = head + offset * key_bytes;
+        values = head + values_at + offset * value_bytes;
+        return reinterpret_cast<const float *>(head + scales_at) + offset;
+    };
+    Tile tile;
+    tile.value_stride = kv.value_dim;
+    tile.count = last + 1 - start < kKeyTile ? last + 1 - start : kKeyTile;
+    for (int64_t s = 0; s < kSubs; ++s) {
+        const int64_t position = start + s * kSub, next = position + kKeyTile;
+        const float *scales = locate(position <= last ? position : start, tile.keys[s], tile.values[s]);
+        tile.key_scales[s] = kv.type == KvType::kInt8 ? scales : nullptr;
+        tile.value_scales[s] = kv.type == KvType::kInt8 ? scales + kv.block_size : nullptr;
+        locate(next <= last ? next : start, tile.next_keys[s], tile.next_values[s]);
+    }
+    return tile;
+}
+
+// Where scales and references of an int4 tile that begins at `start` are, and those that its elements need in float32.
+// Asks for those of the next one.
+void prepare_int4(const Work &w, Tile &tile, int64_t start) {
+    const KvLayerView &kv = *w.a.kv;
+    const int64_t value_scales = kv_groups(kv.value_dim) * 2 * kSub, last = w.a.position + w.a.rows - 1;
+    const auto locate = [&](int64_t position) {
+        const int64_t seen = position <= last ? position : start;
+        uint8_t *head = kv.head(w.a.block_table[seen / kv.block_size], w.a.kv_head);
+        return kv.int4_scales(head, seen % kv.block_size);
+    };
+    for (int64_t s = 0; s < kSubs; ++s) {
+        tile.scales[s] = locate(start + s * kSub);
+        const Int4Scales next = locate(start + s * kSub + kKeyTile);
+        for (int64_t i = 0; i < w.key_dim; i += kGroup) {
+            prefetch(next.keys + i);
+            prefetch(next.reference + i);
+        }
+        for (int64_t i = 0; i < value_scales; i += kGroup) prefetch(next.values + i);
+        for (int64_t i = 0; i < w.key_dim; i += kLanes)
+            store(w.references + s * w.key_dim + i, load_f16(tile.scales[s].reference + i));
+        for (int64_t i = 0; i < value_scales && s * kSub < tile.count; i += kLanes)
+            store(w.value_scales + s * value_scales + i, load_f16(tile.scales[s].values + i));
+    }
+}
+
+KVARN_INLINE F int4_key(F codes, F scale, F least, float reference) {
+    return fma(codes, scale, add(least, set(reference)));
+}
+
+// Calls body(d, keys) for each dimension of a sub-block, in order.
+template <class Body>
+KVARN_INLINE void int4_keys(const Work &w, const Tile &tile, int64_t s, Body body) {
+    const float *reference = w.references + s * w.key_dim;
+    for (int64_t d = 0; d < w.key_dim; d += 2) {
+        const uint16_t *group = tile.scales[s].keys + d / kGroup * 2 * kSub;
+        const F scale = load_f16(group), least = load_f16(group + kSub);
+        const uint8_t *row = tile.keys[s] + d / 2 * kSub;
+        body(d, int4_key(load_low_u4(row), scale, least, reference[d]));
+        body(d + 1, int4_key(load_high_u4(row), scale, least, reference[d + 1]));
+    }
+}
+
+// 16 columns of an int4 value: the first or the second half of a group.
+KVARN_INLINE F int4_value(const uint8_t *codes, const float *scale, bool high) {
+    return fma(high ? load_high_u4(codes) : load_low_u4(codes), set(scale[0]), set(scale[1]));
+}
+
+// An int4 tile in float32, converted into scratch.
+Tile converted_int4(const Work &w, const Tile &from) {
+    const int64_t groups = kv_groups(w.a.kv->value_dim);
+    Tile tile = from;
+    tile.value_stride = w.dim;
+    for (int64_t s = 0; s < kSubs; ++s) {
+        float *keys = w.keys + s * w.key_dim * kSub, *values = w.values + s * kSub * w.dim;
+        tile.keys[s] = reinterpret_cast<const uint8_t *>(s * kSub < from.count ? keys : w.keys);
+        tile.values[s] = reinterpret_cast<const uint8_t *>(values);
+        if (s * kSub >= from.count) continue;
+        int4_keys(w, from, s, [&](int64_t d, F k) {
+            prefetch(from.next_keys[s] + d / 2 * kSub);
+            store(keys + d * kSub, k);
+        });
+        const int64_t end = from.count < (s + 1) * kSub ? from.count : (s + 1) * kSub;
+        for (int64_t t = s * kSub; t < end; ++t)
+            for (int64_t i = 0; i < w.dim; i += kLanes) {
+                const int64_t in_block = t % kSub * groups + i / kGroup, in_tile = t * groups + i / kGroup;
+                const uint8_t *codes = from.values[s] + in_block * (kGroup / 2);
+                prefetch(from.next_values[s] + in_block * (kGroup / 2));
+                store(values + t % kSub * w.dim + i, int4_value(codes, w.value_scales + in_tile * 2, i % kGroup > 0));
+            }
+    }
+    return tile;
+}
+
+// The same in float32, converted into scratch; int8 elements still without their scales.
+template <KvType type>
+Tile converted_tile(const Work &w, const Tile &from) {
+    const int64_t kd = w.a.kv->key_dim, vd = w.a.kv->value_dim;
+    Tile tile = from;
+    tile.value_stride = w.dim;
+    for (int64_t s = 0; s < kSubs; ++s) {
+        float *keys = w.keys + s * kd * kSub, *values = w.values + s * kSub * w.dim;
+        tile.keys[s] = reinterpret_cast<const uint8_t *>(s * kSub < from.count ? keys : w.keys);
+        tile.values[s] = reinterpret_cast<const uint8_t *>(values);
+        if (s * kSub >= from.count) continue;
+        for (int64_t i = 0; i < kd; ++i) {
+            prefetch(from.next_keys[s] + i * kSub * kElementBytes<type>);
+            store(keys + i * kSub, load_elements<type>(from.keys[s], i * kSub));
+        }
+        const int64_t tokens = from.count - s * kSub < kSub ? from.count - s * kSub : kSub;
+        for (int64_t t = 0; t < tokens; ++t)
+            for (int64_t i = 0; i < w.dim; i += kLanes) {
+                // The last vector of a row may run into the next one, or past the cache's end, which is padded.
+                prefetch(from.next_values[s] + (t * vd + i) * kElementBytes<type>);
+                const F x = load_elements<type>(from.values[s], t * vd + i);
+                store(values + t * w.dim + i, vd - i >= kLanes ? x : select(first(vd - i), x, zero()));
+            }
+    }
+    return tile;
+}
+
+}  // namespace
+KVARN_KERNELS_END

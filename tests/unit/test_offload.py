@@ -1,0 +1,79 @@
+"""The second tier: which block is in which slot, and when it is worth it."""
+
+import pytest
+
+from kvarn.cache import BlockPool, BlockTable, OffloadIndex, RadixPrefixCache
+from kvarn.scheduler import MoveCost
+
+SIZE = 4
+ME, OTHER = ("", "mine"), ("", "other")
+
+
+def names_of(cache, tokens, salt, slots=8):
+    """The names under which the whole blocks of a text are saved when they are evicted."""
+    table, path = BlockTable(cache.pool), cache.path(salt)
+    table.prepare_write(0, len(tokens))
+    path.leave(list(tokens), len(tokens), table)
+    table.release()
+    cache.evict(slots)
+    return [save.name for save in cache.tier.take_saves()]
+
+
+def new_cache(identity="model", slots=8, prefixes=()):
+    return RadixPrefixCache(BlockPool(8, SIZE), prefixes, OffloadIndex(slots, identity))
+
+
+def test_evicted_blocks_are_found_by_what_follows_a_place():
+    cache = new_cache()
+    saved = names_of(cache, range(10), ME)
+    found = cache.path(ME).offloaded(range(12), 9)
+    assert [name for _, name in found] == saved[::-1], "the last block of a text goes first; its rest is not saved"
+    assert len(found) == 2
+    assert len(cache.path(ME).offloaded(range(12), 1)) == 1
+    assert len(cache.path(ME).offloaded(range(8), 9)) == 1, "the last token is computed"
+    assert cache.path(ME).offloaded([*range(4), 9, 9, 9, 9, 9], 9) == found[:1]
+
+
+def test_names_differ_by_tokens_before_salt_and_identity():
+    texts = [(range(8), ME), (range(8), OTHER), (range(8), ("mine", "")), ([0, 0, 0, 0, 4, 5, 6, 7], ME)]
+    names = {name for tokens, salt in texts for name in names_of(new_cache(), tokens, salt)}
+    names |= set(names_of(new_cache("another model"), range(8), ME))
+    assert len(names) == 10
+    assert names_of(new_cache(), range(8), ME) == names_of(new_cache(), range(8), ME)
+
+
+def test_a_declared_prefix_has_one_name_for_all_salts():
+    cache = new_cache(prefixes=[range(4)])
+    names_of(cache, range(8), ME)
+    cache.spill_all()
+    (common,) = cache.tier.take_saves()
+    for salt in (ME, OTHER):
+        other = new_cache(prefixes=[range(4)])
+        other.tier = OffloadIndex(8, "model", {common.name: 3})
+        assert other.path(salt).offloaded(range(12), 9) == [(3, common.name)]
+
+
+def test_what_is_there_is_not_saved_again_and_the_least_recently_used_goes():
+    tier = OffloadIndex(2)
+    for number in (1, 2, 1, 3):
+        tier.save(bytes([number]), number)
+    assert [(save.block, save.slot) for save in tier.take_saves()] == [(1, 0), (2, 1), (3, 1)]
+    assert [tier.find(bytes([number])) for number in (1, 2, 3)] == [0, None, 1]
+    tier.drop(bytes([1]))
+    assert tier.find(bytes([1])) is None
+    tier.save(bytes([4]), 4)
+    assert tier.take_saves()[0].slot == 0
+    tier.check()
+
+
+def test_a_block_is_moved_where_that_takes_less_than_computing_it():
+    cost = MoveCost(16, block_seconds=0.001)
+    assert cost.worthwhile, "nothing was measured"
+    cost.observe(1, 0.5)
+    assert cost.recompute_seconds is None, "a decode says nothing of a prompt's tokens"
+    cost.observe(100, 0.1)
+    assert cost.recompute_seconds == pytest.approx(0.016)
+    assert cost.worthwhile
+    for _ in range(100):
+        cost.observe(100, 0.001)
+    assert not cost.worthwhile
