@@ -40,11 +40,11 @@ class _Counters:
         return replace(
             self,
             preemptions=self.preemptions + scheduler.num_preemptions,
-            prefix_queries=self.prefix_queries + scheduler.num_prefix_queries,
-            prefix_hits=self.prefix_hits + scheduler.num_prefix_hits,
-            evicted_tokens=self.evicted_tokens + scheduler.num_evicted_tokens,
-            saved_tokens=self.saved_tokens + scheduler.num_saved_tokens,
-            loaded_tokens=self.loaded_tokens + scheduler.num_loaded_tokens,
+            prefix_queries=self.prefix_queries + scheduler.reuse.num_queries,
+            prefix_hits=self.prefix_hits + scheduler.reuse.num_hits,
+            evicted_tokens=self.evicted_tokens + scheduler.reuse.num_evicted_tokens,
+            saved_tokens=self.saved_tokens + scheduler.reuse.num_saved_tokens,
+            loaded_tokens=self.loaded_tokens + scheduler.reuse.num_loaded_tokens,
         )
 
 

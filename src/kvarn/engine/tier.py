@@ -50,9 +50,10 @@ def open_tier(config: EngineConfig, program: Program, executable: Executable, mo
 
 
 def _identity(config: EngineConfig, program: Program, model: str) -> str:
-    """Changes with everything that a block's bits depend on beside its tokens, the instruction set among it."""
+    """Changes with everything that a block's bits depend on beside its tokens: instruction set and build among it."""
+    build = hashlib.sha256(Path(_native.__file__).read_bytes()).hexdigest()
     isa = _native.available_isas()[0] if config.backend == "cpu" else "numpy"
-    parts = (model, repr(program), config.backend, isa, config.cache.dtype, str(config.cache.block_size))
+    parts = (model, repr(program), config.backend, build, isa, config.cache.dtype, str(config.cache.block_size))
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Hashable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from kvarn.cache import BlockPool, BlockTable, NullPrefixCache, PrefixCache, common_length
+from kvarn.cache import BlockPool, BlockTable, PrefixCache
 from kvarn.config import SchedulerConfig
 from kvarn.errors import DeadlineError, RequestError
 from kvarn.request import FinishReason, Request
@@ -18,8 +18,9 @@ from kvarn.scheduler.forecast import Crowd, Forecast, NoForecast
 from kvarn.scheduler.moves import MoveCost
 from kvarn.scheduler.policy import FirstComeFirstServed, Policy, order_key
 from kvarn.scheduler.queue import WaitingQueue
+from kvarn.scheduler.reuse import PrefixReuse
 from kvarn.scheduler.sequence import Sequence
-from kvarn.step import BlockLoad, NewSequence, SampledToken, ScheduledSequence, SchedulerOutput, StepOutput
+from kvarn.step import NewSequence, SampledToken, ScheduledSequence, SchedulerOutput, StepOutput
 
 
 @dataclass(slots=True)
@@ -41,9 +42,6 @@ class _Step:
     sequences: list[ScheduledSequence] = field(default_factory=list)
     new: list[NewSequence] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)
-    loads: list[BlockLoad] = field(default_factory=list)
-    computing: dict[Hashable, tuple[Sequence, int]] = field(default_factory=dict)
-    """By the block they compute first: sequences with a chunk of a prompt in this step, and where it ends."""
 
 
 class Scheduler:
@@ -87,16 +85,9 @@ class Scheduler:
         refused for their deadlines, unless given.
         prefix_cache: of that pool; owned from now on. moves: when its second tier is used; None: always.
         """
-        self._moves = moves or MoveCost(pool.block_size, 0.0)
-        self._prefix_cache = prefix_cache or NullPrefixCache()
-        self.limits = Limits(max_model_len, (pool.num_blocks - self._prefix_cache.num_reserved) * pool.block_size)
+        self.reuse = PrefixReuse(pool, prefix_cache, moves)
+        self.limits = Limits(max_model_len, (pool.num_blocks - self.reuse.cache.num_reserved) * pool.block_size)
         self.num_preemptions = 0
-        self.num_prefix_queries = 0
-        """Tokens of the sequences that were admitted with an empty table, again after a preemption included."""
-        self.num_prefix_hits = 0
-        """Those of them whose KV was found in the prefix cache."""
-        self.num_loaded_tokens = 0
-        """Those of the hits that came from the second tier."""
         self._config = config
         self._pool = pool
         self._eos_token_ids = frozenset(eos_token_ids)
@@ -134,16 +125,6 @@ class Scheduler:
         return self._pool.num_idle
 
     @property
-    def num_evicted_tokens(self) -> int:
-        """Tokens whose KV the prefix cache has let go of."""
-        return self._prefix_cache.num_evicted_tokens
-
-    @property
-    def num_saved_tokens(self) -> int:
-        """Tokens whose KV was saved to the second tier."""
-        return self._prefix_cache.tier.num_saved * self._pool.block_size
-
-    @property
     def num_blocks(self) -> int:
         """All blocks."""
         return self._pool.num_blocks
@@ -174,7 +155,7 @@ class Scheduler:
                 max_length=self.limits.max_length_of(request),
                 eos_token_ids=frozenset() if sampling.ignore_eos else self._eos_token_ids,
                 table=BlockTable(self._pool),
-                prefix=self._prefix_cache.path((request.tenant, request.cache_salt)),
+                prefix=self.reuse.cache.path((request.tenant, request.cache_salt)),
             )
             for index in range(sampling.n)
         ]
@@ -203,20 +184,22 @@ class Scheduler:
     def schedule(self) -> SchedulerOutput:
         """Decides the next step and takes the blocks it writes. Follow it by `update` with what came of it."""
         self._step += 1
+        for sequence in self._running.values():
+            self.reuse.count_hits(sequence, self.reuse.adopt(sequence, whole_blocks=True))
         step = _Step(self._budget.open(self._decodes()), deque(sorted(self._running.values(), key=self._key)))
         self._schedule_running(step)
         self._admit_waiting(step)
         finished, self._finished_ids = tuple(self._finished_ids), []
         return SchedulerOutput(
-            self._step, tuple(step.sequences), tuple(step.new), finished, tuple(step.copies),
-            self._prefix_cache.tier.take_saves(), tuple(step.loads),
-        )  # fmt: skip
+            self._step, tuple(step.sequences), tuple(step.new), finished, tuple(step.copies), *self.reuse.end_step()
+        )
 
     def spill(self) -> SchedulerOutput:
         """A step that computes nothing, but saves what the prefix cache holds to its second tier. For the end."""
         self._step += 1
-        self._prefix_cache.spill_all()
-        return SchedulerOutput(self._step, (), block_saves=self._prefix_cache.tier.take_saves())
+        self.reuse.cache.spill_all()
+        saves, _ = self.reuse.end_step()
+        return SchedulerOutput(self._step, (), block_saves=saves)
 
     def update(self, scheduled: SchedulerOutput, result: StepOutput) -> list[tuple[Sequence, SampledToken]]:
         """Books a step: computed tokens, sampled tokens, sequences that end by them.
@@ -226,9 +209,9 @@ class Scheduler:
         """
         if result.step != scheduled.step:
             raise ValueError(f"the result of step {result.step} for step {scheduled.step}")
-        self._moves.observe(scheduled.num_tokens, result.seconds)
+        self.reuse.moves.observe(scheduled.num_tokens, result.seconds)
         for load, count in zip(scheduled.block_loads, result.loaded, strict=True):
-            self._book_load(load, count)
+            self.reuse.book_load(load, count, self._sequences.get(load.sequence_id))
         for part in scheduled.sequences:
             sequence = self._sequences.get(part.sequence_id)
             if sequence is not None:
@@ -251,7 +234,7 @@ class Scheduler:
     def check(self) -> None:
         """Raises AssertionError unless blocks, cache, queues and groups agree with one another. For tests."""
         sequences = list(self._sequences.values())
-        self._pool.check([*(s.table.ids for s in sequences), self._prefix_cache.check()])
+        self._pool.check([*(s.table.ids for s in sequences), self.reuse.cache.check()])
         forks = {f.sequence_id for g in self._groups.values() for f in g.forks if not f.finished}
         assert forks | {s.sequence_id for s in (*self._running.values(), *self._waiting)} == set(self._sequences)
         assert len(forks) + len(self._running) + len(self._waiting) == len(sequences)
@@ -306,7 +289,6 @@ class Scheduler:
     def _chunk(self, step: _Step, sequence: Sequence) -> int:
         """Takes tokens for the first pending sequence, after those whom the policy wants before it."""
         self._admit_waiting(step, before=sequence)
-        self._count_hits(sequence, self._adopt_prefix(sequence, whole_blocks=True))
         # One token stays for each sequence after this one, so that a long prompt holds nobody up.
         after, start = self._chunked(step) - 1, sequence.num_computed_tokens
         count = max(1, step.budget.room(start, sequence.num_uncomputed_tokens, after))
@@ -327,22 +309,21 @@ class Scheduler:
             forked = len(sequence.table) > 0
             if not self._may_fit():
                 return
-            found = self._adopt_prefix(sequence)
+            found = self.reuse.adopt(sequence)
             count = step.budget.room(sequence.num_computed_tokens, sequence.num_uncomputed_tokens, reserved)
-            if not count or self._repeats(step, sequence, count) or not self._can_admit(sequence):
+            if not count or self.reuse.repeats(sequence, count) or not self._can_admit(sequence):
                 if not forked:
                     # What it waits with cannot be evicted for those that run.
-                    self._give_up_blocks(sequence)
+                    self.reuse.give_up_blocks(sequence)
                 return
             if not forked:
-                self.num_prefix_queries += sequence.num_tokens
-                self._count_hits(sequence, min(found, sequence.num_computed_tokens))
-            if self._load(step, sequence, count):
+                self.reuse.num_queries += sequence.num_tokens
+                self.reuse.count_hits(sequence, min(found, sequence.num_computed_tokens))
+            if self.reuse.load(sequence, count):
                 return
             start = sequence.num_computed_tokens
+            # It may have given up a part of a block for want of another; then it has room for no fewer tokens.
             count = step.budget.room(start, sequence.num_uncomputed_tokens, reserved)
-            if not count:
-                return
             self._admit(step, sequence)
             step.budget.take(start, count)
             self._put(step, sequence, count)
@@ -362,9 +343,8 @@ class Scheduler:
         """Gives the sequence `count` tokens of the step; its blocks are known to be available."""
         start = sequence.num_computed_tokens
         end = start + count
-        if count > 1 and (block := sequence.prefix.next_block(sequence.token_ids)) is not None:
-            step.computing[block] = sequence, end
-        step.copies += self._take_blocks(sequence, start, end)
+        self.reuse.computes(sequence, end)
+        step.copies += self.reuse.take_blocks(sequence, start, end)
         if end >= sequence.num_prompt_tokens:
             self._charge_prompt(sequence, sequence.num_prompt_tokens)
         step.sequences.append(
@@ -406,78 +386,11 @@ class Scheduler:
             if others:
                 self._preempt(self._last(others))
             else:
-                assert len(sequence.table) > sequence.prefix.num_blocks, "what fits alone does not fit"
-                sequence.table.truncate(sequence.prefix.num_blocks)
-                sequence.num_computed_tokens = sequence.prefix.num_blocks * self._pool.block_size
+                self.reuse.to_whole_blocks(sequence)
 
     @staticmethod
     def _blocks_to_catch_up(sequence: Sequence) -> int:
         return sequence.table.blocks_needed(sequence.num_computed_tokens, sequence.num_tokens)
-
-    def _adopt_prefix(self, sequence: Sequence, *, whole_blocks: bool = False) -> int:
-        """Goes on from cached blocks where they reach beyond what the sequence has; returns how many tokens further.
-
-        The last token is left to compute. whole_blocks: takes no block of which it needs a copy, so that it never
-        needs more blocks than without.
-        """
-        known = sequence.num_computed_tokens
-        if known >= sequence.num_tokens - 1:
-            return 0
-        found = sequence.prefix.adopt(sequence.token_ids, sequence.table, known, whole_blocks=whole_blocks)
-        sequence.num_computed_tokens = found
-        return found - known
-
-    def _load(self, step: _Step, sequence: Sequence, room: int) -> bool:
-        """Whether blocks of the second tier are loaded for the sequence in this step; then it waits for them."""
-        size, prefix = self._pool.block_size, sequence.prefix
-        if sequence.num_computed_tokens >= sequence.num_tokens - 1 or not self._moves.worthwhile:
-            return False
-        found = prefix.offloaded(sequence.token_ids, room // size)
-        start = prefix.num_blocks * size
-        end = start + len(found) * size
-        if end < sequence.num_computed_tokens + size:
-            return False
-        self._count_hits(sequence, start - sequence.num_computed_tokens)
-        sequence.table.truncate(prefix.num_blocks)
-        sequence.num_computed_tokens = start
-        self._take_blocks(sequence, start, end)
-        slots, names = zip(*found, strict=True)
-        step.loads.append(BlockLoad(sequence.sequence_id, sequence.table.ids[prefix.num_blocks :], slots, names))
-        return True
-
-    def _book_load(self, load: BlockLoad, count: int) -> None:
-        if count < len(load.names):
-            self._prefix_cache.tier.drop(load.names[count])
-        sequence = self._sequences.get(load.sequence_id)
-        if sequence is None:
-            return
-        loaded = count * self._pool.block_size
-        sequence.table.truncate(sequence.prefix.num_blocks + count)
-        sequence.num_computed_tokens += loaded
-        sequence.prefix.insert(sequence.token_ids, sequence.num_computed_tokens, sequence.table)
-        self.num_loaded_tokens += loaded
-        self._count_hits(sequence, loaded)
-
-    def _take_blocks(self, sequence: Sequence, start: int, end: int) -> list[tuple[int, int]]:
-        """Takes the blocks to write positions start … end - 1, which are known to be available; returns the copies."""
-        missing = sequence.table.blocks_needed(start, end) - self._pool.num_free
-        if missing > 0:
-            self._prefix_cache.evict(missing, spill=self._moves.worthwhile)
-        return sequence.table.prepare_write(start, end)
-
-    def _count_hits(self, sequence: Sequence, found: int) -> None:
-        self.num_prefix_hits += found
-        if sequence.num_preemptions == 0:
-            sequence.num_cached_tokens += found
-
-    def _repeats(self, step: _Step, sequence: Sequence, room: int) -> bool:
-        """Whether half or more of what the sequence would compute in this step is computed in it by another."""
-        leader, leader_end = step.computing.get(sequence.prefix.next_block(sequence.token_ids), (sequence, 0))
-        if leader_end < (sequence.prefix.num_blocks + 1) * self._pool.block_size:
-            return False  # it fills no block, so there would be no more to find in the next step
-        start = sequence.num_computed_tokens
-        end = min(sequence.num_tokens, start + room)
-        return 2 * common_length(leader.token_ids[start:leader_end], sequence.token_ids[start:end]) >= end - start
 
     def _make_room(self, step: _Step, sequence: Sequence, count: int) -> bool:
         """Frees blocks for `count` tokens of the first pending sequence; False where that one itself was preempted."""
@@ -496,17 +409,11 @@ class Scheduler:
         return max(sequences, key=self._key)
 
     def _preempt(self, sequence: Sequence) -> None:
-        self._give_up_blocks(sequence)
+        self.reuse.give_up_blocks(sequence)
         sequence.num_preemptions += 1
         self.num_preemptions += 1
         if self._running.pop(sequence.sequence_id, None) is not None:
             self._waiting.add(sequence)
-
-    def _give_up_blocks(self, sequence: Sequence) -> None:
-        """The prefix cache keeps what it can, until somebody needs the blocks."""
-        sequence.prefix.leave(sequence.token_ids, sequence.num_computed_tokens, sequence.table)
-        sequence.table.release()
-        sequence.num_computed_tokens = 0
 
     def _release_forks(self, sequence: Sequence) -> None:
         """Lets the other sequences of the request start where the first has computed what they share."""
@@ -527,7 +434,7 @@ class Scheduler:
             self._charge_prompt(sequence, sequence.num_computed_tokens)
         if self._running.pop(sequence.sequence_id, None) is None and sequence in self._waiting:
             self._waiting.remove(sequence)
-        self._give_up_blocks(sequence)
+        self.reuse.give_up_blocks(sequence)
         if reason in (FinishReason.STOP, FinishReason.LENGTH):
             self._forecast.ended(sequence)
         if sequence.announced:

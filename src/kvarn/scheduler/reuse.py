@@ -1,0 +1,136 @@
+"""`PrefixReuse`: what sequences take from the prefix cache and its second tier, and what they leave there."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+
+from kvarn.cache import BlockPool, NullPrefixCache, PrefixCache, common_length
+from kvarn.scheduler.moves import MoveCost
+from kvarn.scheduler.sequence import Sequence
+from kvarn.step import BlockLoad, BlockSave
+
+
+class PrefixReuse:
+    """The scheduler's side of the prefix cache. It changes tables, paths and counts of computed tokens of sequences."""
+
+    def __init__(self, pool: BlockPool, cache: PrefixCache | None, moves: MoveCost | None) -> None:
+        """cache: of that pool; owned from now on; None: none. moves: when its second tier is used; None: always."""
+        self.cache = cache or NullPrefixCache()
+        self.moves = moves or MoveCost(pool.block_size, 0.0)
+        self.num_queries = 0
+        """Tokens of the sequences that were admitted with an empty table, again after a preemption included."""
+        self.num_hits = 0
+        """Those of them whose KV was found."""
+        self.num_loaded_tokens = 0
+        """Those of the hits that came from the second tier."""
+        self._pool = pool
+        self._loads: list[BlockLoad] = []
+        self._computing: dict[Hashable, tuple[Sequence, int]] = {}
+        """By the block they compute first: sequences with a chunk of a prompt in this step, and where it ends."""
+
+    @property
+    def num_evicted_tokens(self) -> int:
+        """Tokens whose KV the cache has let go of."""
+        return self.cache.num_evicted_tokens
+
+    @property
+    def num_saved_tokens(self) -> int:
+        """Tokens whose KV was saved to the second tier."""
+        return self.cache.tier.num_saved * self._pool.block_size
+
+    def end_step(self) -> tuple[tuple[BlockSave, ...], tuple[BlockLoad, ...]]:
+        """What the step that was put together since the last call saves and loads."""
+        loads, self._loads = tuple(self._loads), []
+        self._computing.clear()
+        return self.cache.tier.take_saves(), loads
+
+    def adopt(self, sequence: Sequence, *, whole_blocks: bool = False) -> int:
+        """Goes on from cached blocks where they reach beyond what the sequence has; returns how many tokens further.
+
+        The last token is left to compute. whole_blocks: takes no block of which it needs a copy, so that it never
+        needs more blocks than without.
+        """
+        known = sequence.num_computed_tokens
+        if known >= sequence.num_tokens - 1:
+            return 0
+        found = sequence.prefix.adopt(sequence.token_ids, sequence.table, known, whole_blocks=whole_blocks)
+        sequence.num_computed_tokens = found
+        return found - known
+
+    def count_hits(self, sequence: Sequence, found: int) -> None:
+        """Books tokens that the sequence need not compute."""
+        self.num_hits += found
+        if sequence.num_preemptions == 0:
+            sequence.num_cached_tokens += found
+
+    def to_whole_blocks(self, sequence: Sequence) -> None:
+        """Gives up the block that the sequence would write into the copy of."""
+        assert len(sequence.table) > sequence.prefix.num_blocks, "what fits alone does not fit"
+        sequence.table.truncate(sequence.prefix.num_blocks)
+        sequence.num_computed_tokens = sequence.prefix.num_blocks * self._pool.block_size
+
+    def take_blocks(self, sequence: Sequence, start: int, end: int) -> list[tuple[int, int]]:
+        """Takes the blocks to write positions start … end - 1, which are known to be available; returns the copies."""
+        missing = sequence.table.blocks_needed(start, end) - self._pool.num_free
+        if missing > 0:
+            self.cache.evict(missing, spill=self.moves.worthwhile)
+        return sequence.table.prepare_write(start, end)
+
+    def give_up_blocks(self, sequence: Sequence) -> None:
+        """Empties the table. The cache keeps what it can, until somebody needs the blocks."""
+        sequence.prefix.leave(sequence.token_ids, sequence.num_computed_tokens, sequence.table)
+        sequence.table.release()
+        sequence.num_computed_tokens = 0
+
+    def computes(self, sequence: Sequence, end: int) -> None:
+        """Told that the sequence computes its tokens up to `end` in this step."""
+        if end - sequence.num_computed_tokens > 1:
+            block = sequence.prefix.next_block(sequence.token_ids)
+            if block is not None:
+                self._computing[block] = sequence, end
+
+    def repeats(self, sequence: Sequence, most: int) -> bool:
+        """Whether half or more of what the sequence would compute in this step is computed in it by another.
+
+        most: tokens that it would get.
+        """
+        leader, leader_end = self._computing.get(sequence.prefix.next_block(sequence.token_ids), (sequence, 0))
+        if leader_end < (sequence.prefix.num_blocks + 1) * self._pool.block_size:
+            return False  # it fills no block, so there would be no more to find in the next step
+        start = sequence.num_computed_tokens
+        end = min(sequence.num_tokens, start + most)
+        return 2 * common_length(leader.token_ids[start:leader_end], sequence.token_ids[start:end]) >= end - start
+
+    def load(self, sequence: Sequence, most: int) -> bool:
+        """Whether blocks of the second tier are loaded for the sequence in this step; then it waits for them.
+
+        Its blocks must be available. most: tokens to load at most.
+        """
+        size, prefix = self._pool.block_size, sequence.prefix
+        if sequence.num_computed_tokens >= sequence.num_tokens - 1 or not self.moves.worthwhile:
+            return False
+        found = prefix.offloaded(sequence.token_ids, most // size)
+        start = prefix.num_blocks * size
+        end = start + len(found) * size
+        if end < sequence.num_computed_tokens + size:
+            return False
+        self.count_hits(sequence, start - sequence.num_computed_tokens)
+        sequence.table.truncate(prefix.num_blocks)
+        sequence.num_computed_tokens = start
+        self.take_blocks(sequence, start, end)
+        slots, names = zip(*found, strict=True)
+        self._loads.append(BlockLoad(sequence.sequence_id, sequence.table.ids[prefix.num_blocks :], slots, names))
+        return True
+
+    def book_load(self, load: BlockLoad, count: int, sequence: Sequence | None) -> None:
+        """Told how many blocks of a load were right. sequence: None where it has ended."""
+        if count < len(load.names):
+            self.cache.tier.drop(load.names[count])
+        if sequence is None:
+            return
+        loaded = count * self._pool.block_size
+        sequence.table.truncate(sequence.prefix.num_blocks + count)
+        sequence.num_computed_tokens += loaded
+        sequence.prefix.insert(sequence.token_ids, sequence.num_computed_tokens, sequence.table)
+        self.num_loaded_tokens += loaded
+        self.count_hits(sequence, loaded)
