@@ -59,7 +59,8 @@ def test_more_prompts_than_the_queue_holds(make_llm, expected):
 
 
 def test_more_prompt_tokens_than_the_queue_holds(make_llm, expected):
-    completions = make_llm(max_num_seqs=2, scheduling={"max_num_queued_tokens": 7, "policy": "fair"}).generate(["one"] * 20, GREEDY)
+    llm = make_llm(max_num_seqs=2, scheduling={"max_num_queued_tokens": 7, "policy": "fair"})
+    completions = llm.generate(["one"] * 20, GREEDY)
     assert [c.text for c in completions] == [expected["one"][1]] * 20
 
 
