@@ -1,0 +1,202 @@
+"""What continuous batching is worth, over HTTP: against one request at a time, against static batches, by concurrency.
+
+    PYTHONPATH=src python bench/batching.py [MODEL] [--requests 96] [--batch 16] [--sweep 1,2,4,8,16,32,64]
+                                            [--plot docs/batching.png] [--json]
+
+Starts `kvarn serve` on a free port of the loopback interface. The same requests, whose answers have a long tail
+(lognormal lengths, seeded), run three ways: one after another (a sixth of them), in static batches (the next batch
+begins when the longest answer of the last one has ended), and continuously (as many at once, a new one whenever one
+ends). Then a closed loop of so many clients for each concurrency of the sweep. Every pass has a `cache_salt` of its
+own, so none finds what another has computed. The clients share the machine with the server, so they do as little as
+they can: they count events and read no text. `--plot` needs kvarn[plots].
+"""
+
+import argparse
+import asyncio
+import contextlib
+import itertools
+import json
+import random
+import statistics
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from prefix_cache import WORDS, served
+
+MEDIAN_TOKENS, SPREAD, MOST_TOKENS = 40, 1.1, 512
+
+
+@dataclass(frozen=True)
+class Work:
+    """A request to make."""
+
+    prompt: str
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What came of one way to run the requests. Times in seconds."""
+
+    name: str
+    requests: int
+    seconds: float
+    tokens: int
+    ttft_p50: float
+    ttft_p99: float
+    itl_p50: float
+    itl_p99: float
+
+    @property
+    def rate(self) -> float:
+        """Tokens/s of all requests together."""
+        return self.tokens / self.seconds
+
+
+def long_tailed(count: int, seed: int) -> list[Work]:
+    """Requests with few long answers among many short ones."""
+    rng, words = random.Random(seed), WORDS.split()
+    works = []
+    for number in range(count):
+        prompt = " ".join([f"({number})", *rng.choices(words, k=rng.randint(10, 200))])
+        works.append(Work(prompt, min(MOST_TOKENS, max(4, round(rng.lognormvariate(0, SPREAD) * MEDIAN_TOKENS)))))
+    return works
+
+
+def alike(count: int, seed: int) -> list[Work]:
+    """Requests of one size, for the sweep."""
+    rng, words = random.Random(seed), WORDS.split()
+    return [Work(" ".join([f"({n})", *rng.choices(words, k=60)]), 64) for n in range(count)]
+
+
+def quantile(values: list[float], share: float) -> float:
+    """The smallest value that at least that share of them does not exceed."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+
+async def ask(address, work, salt) -> list[float]:
+    """One streamed answer: seconds from the request to each piece of text."""
+    body = {
+        "messages": [{"role": "user", "content": work.prompt}], "max_tokens": work.tokens, "ignore_eos": True,
+        "temperature": 0, "cache_salt": salt, "stream": True,
+    }  # fmt: skip
+    data = json.dumps(body).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {address[0]}\r\nContent-Type: application/json\r\n"
+    started = time.perf_counter()
+    reader, writer = await asyncio.open_connection(*address)
+    writer.write(f"{head}Connection: close\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data)
+    stamps: list[float] = []
+    status = await reader.readline()
+    if b" 200 " not in status:
+        raise SystemExit((await reader.read()).decode())
+    while piece := await reader.read(1 << 16):
+        events = piece.count(b'"content":"') - piece.count(b'"content":""')
+        stamps += [time.perf_counter() - started] * events
+    writer.close()
+    return stamps
+
+
+async def run(address, name, works, at_once, static=False) -> Pass:
+    """All works, `at_once` of them at a time; static: batch by batch."""
+    free = asyncio.Semaphore(at_once)
+
+    async def one(work):
+        async with contextlib.nullcontext() if static else free:
+            return await ask(address, work, name)
+
+    started = time.perf_counter()
+    answers = []
+    for begin in range(0, len(works), at_once if static else len(works)):
+        batch = works[begin : begin + at_once] if static else works
+        answers += await asyncio.gather(*(one(work) for work in batch))
+    seconds = time.perf_counter() - started
+    ttfts = [stamps[0] for stamps in answers]
+    gaps = [late - early for stamps in answers for early, late in itertools.pairwise(stamps)] or [0.0]
+    tokens = sum(work.tokens for work in works)
+    return Pass(
+        name, len(works), seconds, tokens,
+        statistics.median(ttfts), quantile(ttfts, 0.99), statistics.median(gaps), quantile(gaps, 0.99),
+    )  # fmt: skip
+
+
+async def measure(address, requests, batch, sweep):
+    """(the three ways, the sweep)."""
+    works = long_tailed(requests, seed=1)
+    await run(address, "first", works[:1], 1)
+    ways = [
+        await run(address, "one at a time", works[:: max(1, requests // 16)], 1),
+        await run(address, f"static batches of {batch}", works, batch, static=True),
+        await run(address, f"continuous, {batch} at once", works, batch),
+    ]
+    clients = [await run(address, f"{count} clients", alike(max(12, 3 * count), seed=count), count) for count in sweep]
+    return ways, clients
+
+
+def table(passes, baseline):
+    """One line a pass; ratios to the baseline's tokens/s."""
+    print(f"{'':26}{'requests':>9}{'tokens/s':>10}{'':>8}{'TTFT p50':>11}{'p99':>9}{'ITL p50':>10}{'p99':>9}")
+    for p in passes:
+        first = f"{p.ttft_p50 * 1e3:8.0f} ms{p.ttft_p99 * 1e3:6.0f} ms"
+        gap = f"{p.itl_p50 * 1e3:7.1f} ms{p.itl_p99 * 1e3:6.1f} ms"
+        print(f"{p.name:26}{p.requests:9}{p.rate:10.1f}{p.rate / baseline.rate:7.2f}×{first}{gap}")
+    print()
+
+
+def plot(path: Path, model: str, sweep, passes) -> None:
+    """Throughput and TTFT by concurrency."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    left.plot(sweep, [p.rate for p in passes], "o-", color="#2a6f97")
+    left.set_ylabel("tokens/s, all clients together")
+    left.set_ylim(0)
+    for name, color, values in (
+        ("P50", "#7a9e3c", [p.ttft_p50 * 1e3 for p in passes]),
+        ("P99", "#c8553d", [p.ttft_p99 * 1e3 for p in passes]),
+    ):
+        right.plot(sweep, values, "o-", color=color, label=name)
+    right.set_ylabel("time to first token, ms")
+    right.set_yscale("log")
+    right.legend(frameon=False)
+    for axes in (left, right):
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(sweep, [str(count) for count in sweep])
+        axes.set_xlabel("clients, each with one request at a time")
+    figure.suptitle(f"{model}: prompts of about 90 tokens, answers of 64, no prefix hits")
+    figure.savefig(path, dpi=140)
+
+
+def numbers(text: str) -> list[int]:
+    """Numbers with commas between them."""
+    return [int(part) for part in text.split(",")]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", default="smollm2-135m-instruct")
+    parser.add_argument("--requests", type=int, default=96)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--sweep", type=numbers, default=[1, 2, 4, 8, 16, 32, 64])
+    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    with served(options.model, []) as address:
+        ways, clients = asyncio.run(measure(address, options.requests, options.batch, options.sweep))
+    if options.json:
+        print(json.dumps({"ways": [asdict(p) for p in ways], "clients": [asdict(p) for p in clients]}))
+    else:
+        table(ways, ways[0])
+        print(f"continuous against static: {ways[2].rate / ways[1].rate:.2f}×\n")
+        table(clients, clients[0])
+    if options.plot:
+        plot(options.plot, Path(options.model).stem, options.sweep, clients)
+
+
+if __name__ == "__main__":
+    main()
