@@ -35,7 +35,9 @@ def tiny_engine(
     block_size=16,
     dtype="float32",
     threads=1,
+    **options,
 ):
+    """options: passed on to `build_engine`."""
     config = EngineConfig(
         max_model_len=max_model_len,
         backend=backend,
@@ -43,7 +45,7 @@ def tiny_engine(
         cache=CacheConfig(block_size=block_size, num_blocks=num_blocks, dtype=dtype),
         scheduler=SchedulerConfig(max_num_seqs, max_num_batched_tokens, max_num_queued_requests),
     )
-    return build_engine(shared_model(family, seed), byte_tokenizer(), config, name="tiny")
+    return build_engine(shared_model(family, seed), byte_tokenizer(), config, name="tiny", **options)
 
 
 def run_core(core: EngineCore, requests: list[Request]) -> dict[str, list[RequestOutput]]:

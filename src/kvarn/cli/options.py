@@ -26,12 +26,28 @@ Seed = Annotated[int | None, typer.Option(help="Same seed, same answer.")]
 Threads = Annotated[int, typer.Option(help="Compute threads; 0: one for each physical core.")]
 MaxModelLen = Annotated[int | None, typer.Option(help="Longest prompt and answer together, in tokens.")]
 
+MemoryUtilization = Annotated[float, typer.Option(help="Share of the available memory that may be taken.")]
+KvCacheBytes = Annotated[
+    str | None,
+    typer.Option(
+        help="Size of the KV cache, as 2GiB, 500MB or plain bytes; default: what the sequences can use, within "
+        "--memory-utilization."
+    ),
+]
+
 PackedCacheBytes = Annotated[
     int | None,
     typer.Option(
         help="Disk space for packed weights, which later starts map; 0: none. Unset: KVARN_PACKED_CACHE_BYTES or 20 GB."
     ),
 ]
+
+
+def size_option(option: str, text: str | None) -> int | None:
+    """Bytes of an option that takes sizes; None where it is not given. Raises ConfigError naming the option."""
+    from kvarn.planning.sizes import parse_size
+
+    return None if text is None else parse_size(f"--{option}", text)
 
 
 def sampling_params(

@@ -7,16 +7,25 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvarn.cli.options import DEFAULT_MODEL, MaxModelLen, PackedCacheBytes, Threads
+from kvarn.cli.options import (
+    DEFAULT_MODEL,
+    KvCacheBytes,
+    MaxModelLen,
+    MemoryUtilization,
+    PackedCacheBytes,
+    Threads,
+    size_option,
+)
 
 if TYPE_CHECKING:
     from kvarn.engine import AsyncLLM
+    from kvarn.planning import MemoryPlan
 
 EPILOG = """\b
 Examples:
   kvarn serve
   kvarn serve qwen2.5-coder-0.5b-instruct --port 9000 --max-num-seqs 16
-  kvarn serve model.gguf --max-model-len 4096 --kv-cache-bytes 2000000000
+  kvarn serve model.gguf --max-model-len 4096 --kv-cache-bytes 2GiB
 \b
 Ask it:
   curl http://127.0.0.1:8000/v1/chat/completions -H "Content-Type: application/json" \\
@@ -43,14 +52,11 @@ def command(
         int, typer.Option(help="Tokens computed in one step: the budget that prompts and running answers share.")
     ] = 512,
     max_num_queued_requests: Annotated[int, typer.Option(help="Requests waiting; one more gets 429.")] = 1024,
-    kv_cache_bytes: Annotated[
-        int | None,
-        typer.Option(help="Bytes for the KV cache; default: what the sequences can use, within --memory-utilization."),
-    ] = None,
+    kv_cache_bytes: KvCacheBytes = None,
     kv_cache_dtype: Annotated[
         str, typer.Option(help="Type of cached keys and values: float16, float32, or int8 (half the bytes).")
     ] = "float16",
-    memory_utilization: Annotated[float, typer.Option(help="Share of available memory that may be taken.")] = 0.8,
+    memory_utilization: MemoryUtilization = 0.8,
     threads: Threads = 0,
     packed_cache_bytes: PackedCacheBytes = None,
     max_body_bytes: Annotated[int, typer.Option(help="Largest request body.")] = 8 << 20,
@@ -66,7 +72,9 @@ def command(
         threads=threads,
         packed_cache_bytes=packed_cache_bytes,
         cache=CacheConfig(
-            dtype=kv_cache_dtype, kv_cache_bytes=kv_cache_bytes, memory_utilization=memory_utilization
+            dtype=kv_cache_dtype,
+            kv_cache_bytes=size_option("kv-cache-bytes", kv_cache_bytes),
+            memory_utilization=memory_utilization,
         ),
         scheduler=SchedulerConfig(max_num_seqs, max_num_batched_tokens, max_num_queued_requests),
     )
@@ -79,15 +87,16 @@ def command(
         addresses.append(url)
         typer.echo(f"loading {model} …")
 
-    serve(options, on_listening=listening, on_ready=lambda llm, seconds: _tell(llm, seconds, addresses[0]))
+    def ready(llm: AsyncLLM, seconds: float) -> None:
+        config = llm.model_config
+        typer.echo(f"{config.family}, {config.num_layers} layers · ready in {seconds:.2f} s")
+        typer.secho(f"{addresses[0]}  (chat page; API under {addresses[0]}/v1)", bold=True)
+
+    serve(options, on_listening=listening, on_plan=_tell, on_ready=ready)
 
 
-def _tell(llm: AsyncLLM, seconds: float, url: str) -> None:
-    stats, cache = llm.stats(), llm.config.cache
-    tokens = stats.num_blocks * cache.block_size
-    config = llm.model_config
-    typer.echo(
-        f"{config.family}, {config.num_layers} layers · sequences of up to {llm.max_model_len} tokens · KV cache for "
-        f"{tokens} tokens in {stats.num_blocks} blocks · ready in {seconds:.2f} s"
-    )
-    typer.secho(f"{url}  (chat page; API under {url}/v1)", bold=True)
+def _tell(plan: MemoryPlan) -> None:
+    """What will be taken, before it is."""
+    from kvarn.cli.memory_table import memory_table
+
+    typer.echo(memory_table(plan))

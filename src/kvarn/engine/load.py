@@ -11,16 +11,15 @@ from pathlib import Path
 from typing import Protocol
 
 from kvarn import __version__, _native
-from kvarn.backends import Backend, KvCacheSpec, StepLimits
-from kvarn.backends.cpu import CpuBackend, PackedSlot, memory_use
+from kvarn.backends import Backend
+from kvarn.backends.cpu import CpuBackend, PackedSlot
 from kvarn.cache import BlockPool
 from kvarn.config import EngineConfig
-from kvarn.engine.capacity import Needs, plan_capacity
 from kvarn.engine.core import EngineCore
-from kvarn.engine.memory import available_memory
 from kvarn.errors import ConfigError
 from kvarn.models import Model, ModelConfig, load_model
-from kvarn.program import Program, Rows
+from kvarn.planning import Available, MemoryPlan, available_memory, plan_memory
+from kvarn.program import Program
 from kvarn.runner import Runner
 from kvarn.sampling import NativeSampler
 from kvarn.scheduler import Scheduler
@@ -70,8 +69,9 @@ class LoadedEngine:
     model_config: ModelConfig
     max_model_len: int
     config: EngineConfig
+    memory_plan: MemoryPlan | None = None
     load_times: LoadTimes | None = None
-    """None where the engine was put together by hand."""
+    """Both None where the engine was put together by hand."""
 
 
 def make_backend(name: str, threads: int = 0, packed: PackedSlot | None = None) -> Backend:
@@ -85,8 +85,13 @@ def make_backend(name: str, threads: int = 0, packed: PackedSlot | None = None) 
     raise ConfigError(f"backend must be cpu or reference, not {name!r}")
 
 
-def load_engine(name_or_path: str, config: EngineConfig) -> LoadedEngine:
+OnPlan = Callable[[MemoryPlan], None]
+
+
+def load_engine(name_or_path: str, config: EngineConfig, *, on_plan: OnPlan = lambda _plan: None) -> LoadedEngine:
     """Resolves the name (pulling the model where it is not there yet), opens its files and builds the engine.
+
+    on_plan: told what the engine will take, before weights are read.
 
     Raises ModelFileError, UnsupportedModelError, PullError, ConfigError, CapacityError.
     """
@@ -102,7 +107,9 @@ def load_engine(name_or_path: str, config: EngineConfig) -> LoadedEngine:
         times.append(time.perf_counter())
         packed = _packed_slot(files, model, config)
         name = model_name(name_or_path)
-        engine = build_engine(model, tokenizer, config, name=name, packed=packed, on_close=files.close)
+        engine = build_engine(
+            model, tokenizer, config, name=name, packed=packed, on_plan=on_plan, on_close=files.close
+        )
         files.release()
         _native.trim_heap()  # of what building a tokenizer takes, half is needed afterwards
         times.append(time.perf_counter())
@@ -144,41 +151,33 @@ def build_engine(
     *,
     name: str = "model",
     packed: PackedSlot | None = None,
+    on_plan: OnPlan = lambda _plan: None,
     on_close: Callable[[], None] = lambda: None,
 ) -> LoadedEngine:
     """Sizes the cache, loads the program on the back-end, and puts the engine together.
 
     The weights must stay open until `on_close` is called, when the engine is closed: a back-end may read them late.
-    Raises CapacityError before any weight is read.
+    on_plan: told what the engine will take, before weights are read. Raises CapacityError before any weight is read.
     """
-    program, cache, steps = model.program, config.cache, config.scheduler
+    program = model.program
     backend = make_backend(config.backend, config.threads, packed)
-    capacity = plan_capacity(program, config, _needs(model, config, backend), available_memory())
-    limits = StepLimits(steps.max_num_batched_tokens, steps.max_num_seqs, capacity.max_model_len)
-    spec = KvCacheSpec(capacity.num_blocks, cache.block_size, cache.dtype)
-    executable = backend.load(program, model.weights, spec, limits)
+    memory = engine_memory(model, config, backend, available_memory())
+    on_plan(memory)
+    executable = backend.load(program, model.weights, memory.kv, memory.limits)
     ends = dict.fromkeys((*model.config.eos_token_ids, *tokenizer.eos_token_ids))
 
     def new_scheduler() -> Scheduler:
-        pool = BlockPool(capacity.num_blocks, cache.block_size)
-        return Scheduler(steps, pool, capacity.max_model_len, eos_token_ids=ends)
+        pool = BlockPool(memory.num_blocks, memory.block_size)
+        return Scheduler(config.scheduler, pool, memory.max_model_len, eos_token_ids=ends)
 
     sampler = NativeSampler(program.vocab_size)
-    runner = Runner(executable, sampler, limits, cache.block_size, logits=program.output)
+    runner = Runner(executable, sampler, memory.limits, memory.block_size, logits=program.output)
     core = EngineCore(runner, new_scheduler, tokenizer, program.vocab_size, on_close=on_close)
-    return LoadedEngine(core, name, tokenizer, model.config, capacity.max_model_len, config)
+    return LoadedEngine(core, name, tokenizer, model.config, memory.max_model_len, config, memory)
 
 
-def _needs(model: LoadableModel, config: EngineConfig, backend: Backend) -> Needs:
-    """Bytes of weights and of the activations of the largest step, as the back-end holds them."""
-    program, steps = model.program, config.scheduler
-    if isinstance(backend, CpuBackend):
-        dtypes = {weight.name: model.weights.tensor(weight.name).dtype for weight in program.weights}
-        longest = config.max_model_len or program.max_positions
-        limits = StepLimits(steps.max_num_batched_tokens, steps.max_num_seqs, longest)
-        use = memory_use(program, dtypes, KvCacheSpec(1, config.cache.block_size), limits, backend.threads)
-        return Needs(use.weights + use.tables, use.activations)
-    # The reference holds every value as float32 and keeps all buffers of a step.
-    tokens, rows = steps.max_num_batched_tokens, steps.max_num_seqs
-    activations = sum(4 * b.width * (tokens if b.rows is Rows.TOKENS else rows) for b in program.buffers)
-    return Needs(4 * program.num_parameters, activations)
+def engine_memory(model: LoadableModel, config: EngineConfig, backend: Backend, available: Available) -> MemoryPlan:
+    """What an engine of the model takes on the back-end. Raises CapacityError, ConfigError (see `plan_memory`)."""
+    program = model.program
+    dtypes = {weight.name: model.weights.tensor(weight.name).dtype for weight in program.weights}
+    return plan_memory(program, lambda kv, limits: backend.memory_use(program, dtypes, kv, limits), config, available)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from kvarn.backends.base import KvCacheSpec, StepLimits
-from kvarn.backends.cpu import CpuMemory, memory_use
+from kvarn.backends import KvCacheSpec, MemoryUse, StepLimits
+from kvarn.backends.cpu import memory_use
 from kvarn.errors import ConfigError
 from kvarn.kv_types import KV_TYPES, KvType
 from kvarn.program import Program
@@ -140,6 +140,6 @@ def _ungrouped_bytes(program: Program, kv: KvType) -> int:
 
 def _cpu_memory(
     program: Program, dtypes: Mapping[str, DType], length: int, batch: int, tokens: int, threads: int
-) -> CpuMemory:
+) -> MemoryUse:
     limits = StepLimits(max(tokens, batch), batch, length)
     return memory_use(program, dtypes, KvCacheSpec(1, BLOCK_SIZE), limits, threads)

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import assert_never
+from typing import Any, assert_never
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kvarn.backends.base import InputBatch, KvCacheSpec, StepLimits
+from kvarn.backends.base import InputBatch, KvCacheSpec, MemoryUse, StepLimits
 from kvarn.backends.checks import check_batch
 from kvarn.backends.reference import functions as f
 from kvarn.errors import ConfigError
-from kvarn.program import Program, ops
-from kvarn.tensors import TensorSource
+from kvarn.program import Program, Rows, ops
+from kvarn.tensors import DType, TensorSource
 from kvarn.tensors.dequantize import dequantize
 
 Floats = NDArray[np.float32]
@@ -23,6 +23,21 @@ class ReferenceBackend:
     """Runs any program in NumPy float32 on dequantized weights: slow and plain. Stateless."""
 
     name = "reference"
+
+    def memory_use(
+        self, program: Program, dtypes: Mapping[str, DType], kv: KvCacheSpec, limits: StepLimits
+    ) -> MemoryUse:
+        """Every weight as float32, and all buffers of a step; an op's own intermediate results come on top."""
+        del dtypes
+        rows = {Rows.TOKENS: limits.max_num_tokens, Rows.OUTPUTS: limits.max_num_sequences}
+        element = _cache_dtype(kv).itemsize
+        per_token = sum(layer.heads * (layer.key_dim + layer.value_dim) * element for layer in program.kv_layers)
+        return MemoryUse(
+            weights=4 * program.num_parameters,
+            tables=0,
+            kv_cache=kv.num_blocks * kv.block_size * per_token,
+            activations=sum(4 * buffer.width * rows[buffer.rows] for buffer in program.buffers),
+        )
 
     def load(self, program: Program, weights: TensorSource, kv: KvCacheSpec, limits: StepLimits) -> ReferenceExecutable:
         """Keeps the source; weights are dequantized when first used and kept, embedding rows at each use.
@@ -46,7 +61,7 @@ class ReferenceExecutable:
         self.limits = limits
         self._source = weights
         self._weights: dict[str, Floats] = {}
-        dtype = np.float16 if kv.dtype == "float16" else np.float32
+        dtype = _cache_dtype(kv)
         slots = kv.num_blocks * kv.block_size
         self._keys = [np.zeros((slots, layer.heads, layer.key_dim), dtype) for layer in program.kv_layers]
         self._values = [np.zeros((slots, layer.heads, layer.value_dim), dtype) for layer in program.kv_layers]
@@ -163,3 +178,7 @@ class ReferenceExecutable:
                 ).reshape(-1, op.heads * values.shape[2])
             )
         return np.concatenate(parts)
+
+
+def _cache_dtype(kv: KvCacheSpec) -> np.dtype[Any]:
+    return np.dtype(np.float16 if kv.dtype == "float16" else np.float32)
