@@ -1,4 +1,4 @@
-"""What an engine takes is allocated at load: work, however much of it, leaves nothing behind and adds next to nothing."""
+"""What an engine takes is allocated at load: work leaves nothing behind, and adds little while it lasts."""
 
 import gc
 import tracemalloc

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import secrets
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,8 +13,8 @@ from kvarn.engine.output import RequestText
 from kvarn.errors import EngineError, RequestError
 from kvarn.request import FinishReason, Request, RequestOutput, SequenceOutput
 from kvarn.runner import Runner
-from kvarn.scheduler import Scheduler, Sequence
-from kvarn.step import SampledToken
+from kvarn.scheduler import NullObserver, Observer, Scheduler, Sequence, StepTimes
+from kvarn.step import SampledToken, SchedulerOutput, StepOutput
 from kvarn.text import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -43,10 +44,13 @@ class EngineCore:
         tokenizer: Tokenizer,
         vocab_size: int,
         *,
+        observer: Observer | None = None,
+        clock: Callable[[], float] = time.perf_counter,
         on_close: Callable[[], None] = lambda: None,
     ) -> None:
         """new_scheduler: makes an empty scheduler over the runner's blocks. vocab_size: width of the logits.
 
+        observer: told of every step, with times of `clock` in seconds; `new_scheduler` tells it of the rest.
         on_close: called after the runner is closed (the model's files, from which a back-end may still read).
         """
         self._runner = runner
@@ -58,6 +62,8 @@ class EngineCore:
         self._vocab_size = vocab_size
         self._texts: dict[str, RequestText] = {}
         self._counters = _Counters()
+        self._observer = observer or NullObserver()
+        self._clock = clock
 
     def check(self, request: Request) -> None:
         """Raises RequestError, naming field and limit, for a request this engine can never run. Any thread may call."""
@@ -99,8 +105,17 @@ class EngineCore:
 
         Raises what the runner raises: then nothing is known of the state, and only `reset` and `close` may follow.
         """
+        began = self._clock()
         scheduled = self._scheduler.schedule()
+        decided = self._clock()
         result = self._runner.execute(scheduled)
+        executed = self._clock()
+        events = self._book(scheduled, result)
+        self._observer.stepped(scheduled, StepTimes(began, decided, executed, self._clock()))
+        return events
+
+    def _book(self, scheduled: SchedulerOutput, result: StepOutput) -> list[Event]:
+        """What each request gained by a step."""
         sampled = self._scheduler.update(scheduled, result)
         self._count(sampled)
         parts: dict[str, list[SequenceOutput]] = {}

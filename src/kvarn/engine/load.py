@@ -22,7 +22,7 @@ from kvarn.planning import Available, MemoryPlan, available_memory, plan_memory
 from kvarn.program import Program
 from kvarn.runner import Runner
 from kvarn.sampling import NativeSampler
-from kvarn.scheduler import Scheduler
+from kvarn.scheduler import Observer, Scheduler
 from kvarn.tensors import TensorSource
 from kvarn.text import Tokenizer, load_tokenizer
 from kvarn.weights import ModelFiles, open_model, packed_cache
@@ -88,10 +88,16 @@ def make_backend(name: str, threads: int = 0, packed: PackedSlot | None = None) 
 OnPlan = Callable[[MemoryPlan], None]
 
 
-def load_engine(name_or_path: str, config: EngineConfig, *, on_plan: OnPlan = lambda _plan: None) -> LoadedEngine:
+def load_engine(
+    name_or_path: str,
+    config: EngineConfig,
+    *,
+    on_plan: OnPlan = lambda _plan: None,
+    observer: Observer | None = None,
+) -> LoadedEngine:
     """Resolves the name (pulling the model where it is not there yet), opens its files and builds the engine.
 
-    on_plan: told what the engine will take, before weights are read.
+    on_plan: told what the engine will take, before weights are read. observer: told of every decision and step.
 
     Raises ModelFileError, UnsupportedModelError, PullError, ConfigError, CapacityError.
     """
@@ -108,8 +114,9 @@ def load_engine(name_or_path: str, config: EngineConfig, *, on_plan: OnPlan = la
         packed = _packed_slot(files, model, config)
         name = model_name(name_or_path)
         engine = build_engine(
-            model, tokenizer, config, name=name, packed=packed, on_plan=on_plan, on_close=files.close
-        )
+            model, tokenizer, config,
+            name=name, packed=packed, on_plan=on_plan, observer=observer, on_close=files.close,
+        )  # fmt: skip
         files.release()
         _native.trim_heap()  # of what building a tokenizer takes, half is needed afterwards
         times.append(time.perf_counter())
@@ -152,12 +159,14 @@ def build_engine(
     name: str = "model",
     packed: PackedSlot | None = None,
     on_plan: OnPlan = lambda _plan: None,
+    observer: Observer | None = None,
     on_close: Callable[[], None] = lambda: None,
 ) -> LoadedEngine:
     """Sizes the cache, loads the program on the back-end, and puts the engine together.
 
     The weights must stay open until `on_close` is called, when the engine is closed: a back-end may read them late.
-    on_plan: told what the engine will take, before weights are read. Raises CapacityError before any weight is read.
+    on_plan: told what the engine will take, before weights are read. observer: told of every decision and step.
+    Raises CapacityError before any weight is read.
     """
     program = model.program
     backend = make_backend(config.backend, config.threads, packed)
@@ -168,11 +177,11 @@ def build_engine(
 
     def new_scheduler() -> Scheduler:
         pool = BlockPool(memory.num_blocks, memory.block_size)
-        return Scheduler(config.scheduler, pool, memory.max_model_len, eos_token_ids=ends)
+        return Scheduler(config.scheduler, pool, memory.max_model_len, eos_token_ids=ends, observer=observer)
 
     sampler = NativeSampler(program.vocab_size)
     runner = Runner(executable, sampler, memory.limits, memory.block_size, logits=program.output)
-    core = EngineCore(runner, new_scheduler, tokenizer, program.vocab_size, on_close=on_close)
+    core = EngineCore(runner, new_scheduler, tokenizer, program.vocab_size, observer=observer, on_close=on_close)
     return LoadedEngine(core, name, tokenizer, model.config, memory.max_model_len, config, memory)
 
 

@@ -4,8 +4,12 @@
 """
 
 from kvarn.scheduler.admission import Limits
+from kvarn.scheduler.observer import Hold, NullObserver, Observer, StepTimes
 from kvarn.scheduler.policy import FirstComeFirstServed, Policy
 from kvarn.scheduler.scheduler import Scheduler
 from kvarn.scheduler.sequence import Sequence
 
-__all__ = ["FirstComeFirstServed", "Limits", "Policy", "Scheduler", "Sequence"]
+__all__ = [
+    "FirstComeFirstServed", "Hold", "Limits", "NullObserver", "Observer", "Policy", "Scheduler", "Sequence",
+    "StepTimes",
+]  # fmt: skip

@@ -11,6 +11,7 @@ from kvarn.config import SchedulerConfig
 from kvarn.errors import QueueFullError, RequestError
 from kvarn.request import FinishReason, Request
 from kvarn.scheduler.admission import Limits
+from kvarn.scheduler.observer import Hold, NullObserver, Observer
 from kvarn.scheduler.policy import FirstComeFirstServed, OrderedSequences, Policy
 from kvarn.scheduler.sequence import Sequence
 from kvarn.step import NewSequence, SampledToken, ScheduledSequence, SchedulerOutput, StepOutput
@@ -57,8 +58,12 @@ class Scheduler:
         eos_token_ids: Iterable[int] = (),
         policy: Policy | None = None,
         prefix_cache: PrefixCache | None = None,
+        observer: Observer | None = None,
     ) -> None:
-        """pool: all blocks of the KV cache, owned from now on. eos_token_ids: the model's own ends of text."""
+        """pool: all blocks of the KV cache, owned from now on. eos_token_ids: the model's own ends of text.
+
+        observer: told of every decision.
+        """
         self.limits = Limits(max_model_len, pool.num_blocks * pool.block_size)
         self.num_preemptions = 0
         self._config = config
@@ -67,6 +72,7 @@ class Scheduler:
         policy = policy or FirstComeFirstServed()
         self._policy = policy
         self._prefix_cache = prefix_cache or NullPrefixCache()
+        self._observer = observer or NullObserver()
         self._running = OrderedSequences(policy)
         self._waiting = OrderedSequences(policy)
         self._groups: dict[str, _Group] = {}
@@ -137,6 +143,8 @@ class Scheduler:
         self._sequences.update(group.sequences)
         self._num_queued += 1
         self._waiting.add(sequences[0])
+        for sequence in sequences:
+            self._observer.queued(sequence)
         return sequences
 
     def abort(self, request_id: str) -> list[Sequence]:
@@ -213,12 +221,15 @@ class Scheduler:
                 index += 1
 
     def _admit_waiting(self, step: _Step) -> None:
-        while self._waiting and len(self._running) < self._config.max_num_seqs and step.budget > 0:
+        while self._waiting:
             sequence = self._waiting[0]
-            if not self._can_admit(sequence):
+            hold = self._hold(sequence, step)
+            if hold is not None:
+                self._observer.held(sequence, hold)
                 return
             self._waiting.remove(sequence)
             self._running.add(sequence)
+            self._observer.admitted(sequence)
             if not sequence.announced:
                 sequence.announced = True
                 step.new.append(sequence.announcement())
@@ -227,6 +238,14 @@ class Scheduler:
                 group.started = True
                 self._num_queued -= 1
             self._put(step, sequence, min(sequence.num_tokens - sequence.num_computed_tokens, step.budget))
+
+    def _hold(self, sequence: Sequence, step: _Step) -> Hold | None:
+        """What keeps a waiting sequence out of the step; None: nothing."""
+        if len(self._running) >= self._config.max_num_seqs:
+            return Hold.SEATS
+        if step.budget <= 0:
+            return Hold.BUDGET
+        return None if self._can_admit(sequence) else Hold.BLOCKS
 
     def _put(self, step: _Step, sequence: Sequence, count: int) -> None:
         """Gives the sequence `count` tokens of the step; its blocks are known to be free."""
@@ -257,7 +276,7 @@ class Scheduler:
             missing = sequence.table.blocks_needed(start, end) + len(self._running) - self._pool.num_free
             if missing <= 0:
                 return True
-            if self._prefix_cache.evict(missing) > 0:
+            if self._evict(missing) > 0:
                 continue
             if len(self._running):
                 return False
@@ -280,7 +299,7 @@ class Scheduler:
             missing = sequence.table.blocks_needed(start, start + count) - self._pool.num_free
             if missing <= 0:
                 return True
-            if self._prefix_cache.evict(missing) > 0:
+            if self._evict(missing) > 0:
                 continue
             # Those before `index` are in this step already. The last of `_running` is the last in order of them.
             victim = self._last(itertools.chain((self._running[-1],), (s for s in self._waiting if len(s.table))))
@@ -291,7 +310,14 @@ class Scheduler:
     def _last(self, sequences: Iterable[Sequence]) -> Sequence:
         return max(sequences, key=self._policy.key)
 
+    def _evict(self, count: int) -> int:
+        freed = self._prefix_cache.evict(count)
+        if freed:
+            self._observer.evicted(freed)
+        return freed
+
     def _preempt(self, sequence: Sequence) -> None:
+        self._observer.preempted(sequence)
         self._give_up_blocks(sequence)
         sequence.num_computed_tokens = 0
         self.num_preemptions += 1
@@ -318,6 +344,7 @@ class Scheduler:
 
     def _end(self, sequence: Sequence, reason: FinishReason, stop_reason: str | int | None = None) -> None:
         sequence.finish_reason, sequence.stop_reason = reason, stop_reason
+        self._observer.ended(sequence)
         if sequence in self._running:
             self._running.remove(sequence)
         elif sequence in self._waiting:
