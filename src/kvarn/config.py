@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from kvarn.errors import ConfigError
 from kvarn.kv_types import CACHE_TYPES
+
+POLICIES = ("fcfs", "priority", "fair")
+"""Orders in which requests are served; `kvarn.scheduler` says what each is."""
 
 
 def _check(ok: bool, name: str, value: object, must: str) -> None:
@@ -45,6 +49,14 @@ class SchedulerConfig:
     """Tokens in one step at most (the budget that prefill chunks and decodes share)."""
     max_num_queued_requests: int = 1024
     """Requests waiting at most; one more is refused."""
+    max_num_queued_tokens: int | None = None
+    """Prompt tokens of the waiting requests at most; one that exceeds it is refused, unless nothing waits."""
+    policy: str = "fcfs"
+    """Who is served first: one of `POLICIES`."""
+    itl_target_ms: float | None = None
+    """Prompts are computed in chunks so small that running streams get a token within this time, as far as can be."""
+    ttft_slo_ms: float | None = None
+    """Requests whose first token is not to be expected within this time are refused, unless they say otherwise."""
 
     def __post_init__(self) -> None:
         _check(self.max_num_seqs >= 1, "max_num_seqs", self.max_num_seqs, "at least 1")
@@ -55,6 +67,10 @@ class SchedulerConfig:
             f"at least max_num_seqs ({self.max_num_seqs})",
         )
         _check(self.max_num_queued_requests >= 1, "max_num_queued_requests", self.max_num_queued_requests, "at least 1")
+        _check(self.policy in POLICIES, "policy", self.policy, f"one of {', '.join(POLICIES)}")
+        for name in ("max_num_queued_tokens", "itl_target_ms", "ttft_slo_ms"):
+            value = getattr(self, name)
+            _check(value is None or 0 < value < math.inf, name, value, "above 0")
 
 
 @dataclass(frozen=True, slots=True)

@@ -171,7 +171,7 @@ def test_requests_that_cannot_run_are_refused_by_field(make_core, prompt, sampli
 
 
 def test_a_priority_is_refused_rather_than_ignored(make_core):
-    with pytest.raises(RequestError, match="first come, first served"):
+    with pytest.raises(RequestError, match="not 1: this server's scheduling policy is fcfs"):
         make_core().add(Request("a", (1,), SamplingParams(), priority=1))
 
 

@@ -17,7 +17,7 @@ from kvarn.cache import BlockPool, NullPrefixCache
 from kvarn.config import SchedulerConfig
 from kvarn.errors import QueueFullError, RequestError
 from kvarn.request import FinishReason, Request, SamplingParams
-from kvarn.scheduler import FirstComeFirstServed, Scheduler
+from kvarn.scheduler import FairShare, FirstComeFirstServed, PriorityClasses, Scheduler
 
 BLOCK = 4
 ENDS = frozenset({0, 1})
@@ -83,13 +83,16 @@ class SchedulerMachine(RuleBasedStateMachine):
         n=st.sampled_from([1, 1, 1, 2, 3]),
         ignore_eos=st.booleans(),
         min_tokens=st.integers(0, 1),
+        tenant=st.sampled_from(["", "a", "b"]),
+        priority=st.integers(-2, 2),
     )
-    def add(self, length, first, max_tokens, n, ignore_eos, min_tokens):
+    def add(self, length, first, max_tokens, n, ignore_eos, min_tokens, tenant, priority):
         sampling = SamplingParams(max_tokens=max_tokens, n=n, ignore_eos=ignore_eos, min_tokens=min_tokens)
         prompt = tuple((first + i) % VOCAB for i in range(length))
         self.number += 1
         try:
-            sequences = self.scheduler.add(Request(str(self.number), prompt, sampling))
+            priority *= self.policy is PriorityClasses
+            sequences = self.scheduler.add(Request(str(self.number), prompt, sampling, priority, tenant))
         except QueueFullError:
             assert self.scheduler.num_queued == self.queue
         except RequestError:
@@ -172,10 +175,10 @@ class WithPrefixCache(SchedulerMachine):
     prefix_cache = DictPrefixCache
 
 
-class LastComeFirstServed:
+class LastComeFirstServed(FirstComeFirstServed):
     """A policy under which a newcomer overtakes everybody."""
 
-    def key(self, sequence):
+    def place(self, sequence):
         return (-sequence.arrival, sequence.index)
 
 
@@ -185,7 +188,21 @@ class WithAnotherPolicy(SchedulerMachine):
     policy = LastComeFirstServed
 
 
-@pytest.mark.parametrize("machine", [SchedulerMachine, WithPrefixCache, WithAnotherPolicy])
+class WithPriorities(WithPrefixCache):
+    """Some overtake others."""
+
+    policy = PriorityClasses
+
+
+class WithTenants(WithPrefixCache):
+    """The order changes with every token."""
+
+    policy = FairShare
+
+
+@pytest.mark.parametrize(
+    "machine", [SchedulerMachine, WithPrefixCache, WithAnotherPolicy, WithPriorities, WithTenants]
+)
 def test_any_order_of_requests_aborts_and_steps(machine):
     run_state_machine_as_test(
         machine,

@@ -57,7 +57,7 @@ class EngineCore:
         self._on_close = on_close
         self._new_scheduler = new_scheduler
         self._scheduler = new_scheduler()
-        self._limits = self._scheduler.limits
+        self._limits, self._check_order = self._scheduler.limits, self._scheduler.policy.check
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._texts: dict[str, RequestText] = {}
@@ -68,6 +68,7 @@ class EngineCore:
     def check(self, request: Request) -> None:
         """Raises RequestError, naming field and limit, for a request this engine can never run. Any thread may call."""
         self._limits.check(request)
+        self._check_order(request)
         sampling = request.sampling
         for field, ids in (
             ("prompt", request.prompt_token_ids),
@@ -77,8 +78,6 @@ class EngineCore:
             wrong = next((token for token in ids if not 0 <= token < self._vocab_size), None)
             if wrong is not None:
                 raise RequestError(f"{field}: token ids are 0 to {self._vocab_size - 1}, not {wrong}", field=field)
-        if request.priority != 0:
-            raise RequestError("priority must be 0: requests are served first come, first served", field="priority")
 
     def add(self, request: Request) -> None:
         """Queues a request. Without a seed it gets one at random. Raises RequestError, QueueFullError."""

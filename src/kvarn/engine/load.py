@@ -22,7 +22,7 @@ from kvarn.planning import Available, MemoryPlan, available_memory, plan_memory
 from kvarn.program import Program
 from kvarn.runner import Runner
 from kvarn.sampling import NativeSampler
-from kvarn.scheduler import Observer, Scheduler
+from kvarn.scheduler import Observer, Scheduler, make_policy
 from kvarn.tensors import TensorSource
 from kvarn.text import Tokenizer, load_tokenizer
 from kvarn.weights import ModelFiles, open_model, packed_cache
@@ -177,7 +177,10 @@ def build_engine(
 
     def new_scheduler() -> Scheduler:
         pool = BlockPool(memory.num_blocks, memory.block_size)
-        return Scheduler(config.scheduler, pool, memory.max_model_len, eos_token_ids=ends, observer=observer)
+        steps = config.scheduler
+        return Scheduler(
+            steps, pool, memory.max_model_len, eos_token_ids=ends, policy=make_policy(steps.policy), observer=observer
+        )
 
     sampler = NativeSampler(program.vocab_size)
     runner = Runner(executable, sampler, memory.limits, memory.block_size, logits=program.output)

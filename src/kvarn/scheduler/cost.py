@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, Self
 
 from kvarn.step import SchedulerOutput
@@ -29,6 +29,17 @@ class StepShape:
         attended = sum(len(p.token_ids) * (p.start + p.end + 1) // 2 for p in parts)
         return cls(
             scheduled.num_tokens, len(parts), sum(p.sample for p in parts), attended, sum(p.end for p in parts)
+        )
+
+    def plus(self, start: int, count: int) -> Self:
+        """The shape with one sequence more: `count` tokens from position `start` on, the last of them sampled from."""
+        attended = count * (2 * start + count + 1) // 2
+        return replace(
+            self,
+            num_tokens=self.num_tokens + count,
+            num_sequences=self.num_sequences + 1,
+            num_sampled=self.num_sampled + 1,
+            num_attended=self.num_attended + attended,
         )
 
 

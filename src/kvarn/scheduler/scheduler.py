@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -11,8 +12,11 @@ from kvarn.config import SchedulerConfig
 from kvarn.errors import QueueFullError, RequestError
 from kvarn.request import FinishReason, Request
 from kvarn.scheduler.admission import Limits
+from kvarn.scheduler.budget import Budget, ConstantBudget, StepBudget
+from kvarn.scheduler.cost import StepShape
 from kvarn.scheduler.observer import Hold, NullObserver, Observer
-from kvarn.scheduler.policy import FirstComeFirstServed, OrderedSequences, Policy
+from kvarn.scheduler.policy import FirstComeFirstServed, Policy, order_key
+from kvarn.scheduler.queue import WaitingQueue
 from kvarn.scheduler.sequence import Sequence
 from kvarn.step import NewSequence, SampledToken, ScheduledSequence, SchedulerOutput, StepOutput
 
@@ -30,7 +34,9 @@ class _Group:
 class _Step:
     """A step while it is put together."""
 
-    budget: int
+    budget: StepBudget
+    pending: deque[Sequence]
+    """Running sequences that have no tokens of the step yet, in the policy's order."""
     sequences: list[ScheduledSequence] = field(default_factory=list)
     new: list[NewSequence] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)
@@ -39,11 +45,11 @@ class _Step:
 class Scheduler:
     """Queues, budget and blocks of one engine. Not thread-safe; `abort` and `finish` may come between any two calls.
 
-    A step first serves the running sequences, then admits waiting ones, both in the policy's order. A sequence gets
-    as many of its uncomputed tokens as the budget allows: a long prompt is computed in chunks. When blocks run out,
-    the last in the policy's order is preempted: it gives its blocks up, and later computes its tokens again, the
-    sampled ones included, so what it says does not change. The first in order is never preempted, and every request
-    is checked to fit the cache alone, so that all of them end.
+    A step has a token of every running sequence that has one to compute. Prompts get what is left of its budget, those
+    of running and of waiting sequences in the policy's order, each as many tokens as it can have: a long prompt is
+    computed in chunks. When blocks run out, the last in the policy's order is preempted: it gives its blocks up, and
+    later computes its tokens again, the sampled ones included, so what it says does not change. The first in order is
+    never preempted, and every request is checked to fit the cache alone, so that all of them end.
 
     The sequences of a request with n > 1 share the prompt's blocks: the first computes them, then the others fork
     from it one token before the prompt's end, and compute that last token each to sample from.
@@ -57,11 +63,13 @@ class Scheduler:
         *,
         eos_token_ids: Iterable[int] = (),
         policy: Policy | None = None,
+        budget: Budget | None = None,
         prefix_cache: PrefixCache | None = None,
         observer: Observer | None = None,
     ) -> None:
         """pool: all blocks of the KV cache, owned from now on. eos_token_ids: the model's own ends of text.
 
+        policy, budget: first come first served, and config.max_num_batched_tokens for every step, unless given.
         observer: told of every decision.
         """
         self.limits = Limits(max_model_len, pool.num_blocks * pool.block_size)
@@ -69,12 +77,12 @@ class Scheduler:
         self._config = config
         self._pool = pool
         self._eos_token_ids = frozenset(eos_token_ids)
-        policy = policy or FirstComeFirstServed()
-        self._policy = policy
+        self.policy = policy or FirstComeFirstServed()
+        self._budget = budget or ConstantBudget(config.max_num_batched_tokens)
         self._prefix_cache = prefix_cache or NullPrefixCache()
         self._observer = observer or NullObserver()
-        self._running = OrderedSequences(policy)
-        self._waiting = OrderedSequences(policy)
+        self._running: dict[int, Sequence] = {}
+        self._waiting = WaitingQueue(self.policy)
         self._groups: dict[str, _Group] = {}
         self._sequences: dict[int, Sequence] = {}
         self._finished_ids: list[int] = []
@@ -121,6 +129,7 @@ class Scheduler:
         if request.request_id in self._groups:
             raise RequestError(f"request_id {request.request_id!r} is in use", field="request_id")
         self.limits.check(request)
+        self.policy.check(request)
         limit = self._config.max_num_queued_requests
         if self._num_queued >= limit:
             raise QueueFullError(f"{self._num_queued} requests are waiting, the limit is {limit}; try again later")
@@ -164,9 +173,11 @@ class Scheduler:
     def schedule(self) -> SchedulerOutput:
         """Decides the next step and takes the blocks it writes. Follow it by `update` with what came of it."""
         self._step += 1
-        step = _Step(self._config.max_num_batched_tokens)
+        step = _Step(self._budget.open(self._decodes()), deque(sorted(self._running.values(), key=self._key)))
         self._schedule_running(step)
         self._admit_waiting(step)
+        if self._waiting:
+            self._observer.held(self._waiting.first(), self._hold(step))
         finished, self._finished_ids = tuple(self._finished_ids), []
         return SchedulerOutput(self._step, tuple(step.sequences), tuple(step.new), finished, tuple(step.copies))
 
@@ -189,6 +200,7 @@ class Scheduler:
             if sequence is None:
                 continue
             sequence.token_ids.append(token.token_id)
+            self.policy.charge_output(self.policy.lane(sequence))
             sampled.append((sequence, token))
             end = sequence.end_at(token.token_id)
             if end is not None:
@@ -203,56 +215,84 @@ class Scheduler:
         sequences = list(self._sequences.values())
         self._pool.check(itertools.chain((s.table.ids for s in sequences), other_owners))
         forks = {f.sequence_id for g in self._groups.values() for f in g.forks if not f.finished}
-        assert forks | {s.sequence_id for s in (*self._running, *self._waiting)} == set(self._sequences)
+        assert forks | {s.sequence_id for s in (*self._running.values(), *self._waiting)} == set(self._sequences)
         assert len(forks) + len(self._running) + len(self._waiting) == len(sequences)
         assert len(self._running) <= self._config.max_num_seqs
         assert {i for g in self._groups.values() for i in g.sequences} == set(self._sequences)
         assert self._num_queued == sum(not g.started for g in self._groups.values())
 
+    def _key(self, sequence: Sequence) -> tuple[float, ...]:
+        return order_key(self.policy, sequence)
+
+    def _decodes(self) -> StepShape:
+        """Of the running sequences that have one token to compute."""
+        lengths = [s.num_tokens for s in self._running.values() if s.num_uncomputed_tokens == 1]
+        return StepShape(len(lengths), len(lengths), len(lengths), sum(lengths))
+
     def _schedule_running(self, step: _Step) -> None:
-        index = 0
-        while index < len(self._running):
-            sequence = self._running[index]
-            # One token stays for each sequence after this one, so that a long prompt holds nobody up.
-            after = len(self._running) - index - 1
-            count = min(sequence.num_tokens - sequence.num_computed_tokens, step.budget - after)
-            if self._make_room(index, count):
+        while step.pending:
+            sequence, count = step.pending[0], 1
+            if sequence.num_uncomputed_tokens > 1:
+                count = self._chunk(step, sequence)
+            if self._make_room(step, sequence, count):
+                step.pending.popleft()
                 self._put(step, sequence, count)
-                index += 1
 
-    def _admit_waiting(self, step: _Step) -> None:
-        while self._waiting:
-            sequence = self._waiting[0]
-            hold = self._hold(sequence, step)
-            if hold is not None:
-                self._observer.held(sequence, hold)
+    def _chunk(self, step: _Step, sequence: Sequence) -> int:
+        """Takes tokens for the first pending sequence, after those whom the policy wants before it."""
+        self._admit_waiting(step, before=sequence)
+        # One token stays for each sequence after this one, so that a long prompt holds nobody up.
+        after, start = self._chunked(step) - 1, sequence.num_computed_tokens
+        count = max(1, step.budget.room(start, sequence.num_uncomputed_tokens, after))
+        step.budget.take(start, count)
+        return count
+
+    def _chunked(self, step: _Step) -> int:
+        """Pending sequences that are no decodes: one token is left for each."""
+        return sum(s.num_uncomputed_tokens > 1 for s in step.pending)
+
+    def _admit_waiting(self, step: _Step, before: Sequence | None = None) -> None:
+        """Admits waiting sequences in order, up to `before` where it is given, for as long as there is room."""
+        reserved = self._chunked(step)
+        while self._waiting and len(self._running) < self._config.max_num_seqs and step.budget.room(0, 1, reserved):
+            sequence = self._waiting.first()
+            if before is not None and self._key(sequence) > self._key(before):
                 return
-            self._waiting.remove(sequence)
-            self._running.add(sequence)
-            self._observer.admitted(sequence)
-            if not sequence.announced:
-                sequence.announced = True
-                step.new.append(sequence.announcement())
-            group = self._groups[sequence.request.request_id]
-            if not group.started:
-                group.started = True
-                self._num_queued -= 1
-            self._put(step, sequence, min(sequence.num_tokens - sequence.num_computed_tokens, step.budget))
+            if not self._can_admit(sequence):
+                return
+            start = sequence.num_computed_tokens
+            count = step.budget.room(start, sequence.num_uncomputed_tokens, reserved)
+            if not count:
+                return
+            self._admit(step, sequence)
+            step.budget.take(start, count)
+            self._put(step, sequence, count)
 
-    def _hold(self, sequence: Sequence, step: _Step) -> Hold | None:
-        """What keeps a waiting sequence out of the step; None: nothing."""
+    def _admit(self, step: _Step, sequence: Sequence) -> None:
+        self._waiting.remove(sequence)
+        self._running[sequence.sequence_id] = sequence
+        self._observer.admitted(sequence)
+        if not sequence.announced:
+            sequence.announced = True
+            step.new.append(sequence.announcement())
+        group = self._groups[sequence.request.request_id]
+        if not group.started:
+            group.started = True
+            self._num_queued -= 1
+
+    def _hold(self, step: _Step) -> Hold:
+        """What keeps the first of the waiting sequences out of a step that is complete."""
         if len(self._running) >= self._config.max_num_seqs:
             return Hold.SEATS
-        if step.budget <= 0:
-            return Hold.BUDGET
-        return None if self._can_admit(sequence) else Hold.BLOCKS
+        return Hold.BLOCKS if step.budget.room(0, 1, 0) else Hold.BUDGET
 
     def _put(self, step: _Step, sequence: Sequence, count: int) -> None:
         """Gives the sequence `count` tokens of the step; its blocks are known to be free."""
         start = sequence.num_computed_tokens
         end = start + count
         step.copies += sequence.table.prepare_write(start, end)
-        step.budget -= count
+        if end >= sequence.num_prompt_tokens:
+            self._charge_prompt(sequence, sequence.num_prompt_tokens)
         step.sequences.append(
             ScheduledSequence(
                 sequence_id=sequence.sequence_id,
@@ -263,24 +303,36 @@ class Scheduler:
             )
         )
 
+    def _charge_prompt(self, sequence: Sequence, num_tokens: int) -> None:
+        """Tells the policy once of the prompt tokens that were computed for the sequence."""
+        if not sequence.prompt_charged:
+            sequence.prompt_charged = True
+            computed = max(0, num_tokens - sequence.num_cached_tokens)
+            self.policy.charge_prompt(self.policy.lane(sequence), computed)
+
     def _can_admit(self, sequence: Sequence) -> bool:
-        """Whether there are blocks for all of the sequence's tokens, and one to grow by for each running one.
+        """Whether there are blocks for all tokens of the sequence and of the running ones, at least one for each.
 
         Room for a first chunk would do, but then a long prompt would soon be preempted, its work lost. Where nothing
         runs, sequences that wait with shared blocks give theirs up, so that the first in order always gets in.
         """
         if not len(sequence.table):
             self._adopt_prefix(sequence)
-        start, end = sequence.num_computed_tokens, sequence.num_tokens
+        wanted = self._blocks_to_catch_up(sequence)
+        wanted += sum(max(1, self._blocks_to_catch_up(running)) for running in self._running.values())
         while True:
-            missing = sequence.table.blocks_needed(start, end) + len(self._running) - self._pool.num_free
+            missing = wanted - self._pool.num_free
             if missing <= 0:
                 return True
             if self._evict(missing) > 0:
                 continue
-            if len(self._running):
+            if self._running:
                 return False
             self._preempt(self._last(s for s in self._waiting if len(s.table) and s is not sequence))
+
+    @staticmethod
+    def _blocks_to_catch_up(sequence: Sequence) -> int:
+        return sequence.table.blocks_needed(sequence.num_computed_tokens, sequence.num_tokens)
 
     def _adopt_prefix(self, sequence: Sequence) -> None:
         """Starts from cached blocks. The last token is left to compute: somebody must sample from it."""
@@ -291,9 +343,8 @@ class Scheduler:
             if not sequence.announced:
                 sequence.num_cached_tokens = sequence.num_computed_tokens
 
-    def _make_room(self, index: int, count: int) -> bool:
-        """Frees blocks for `count` tokens of running sequence `index`; False where that one itself was preempted."""
-        sequence = self._running[index]
+    def _make_room(self, step: _Step, sequence: Sequence, count: int) -> bool:
+        """Frees blocks for `count` tokens of the first pending sequence; False where that one itself was preempted."""
         start = sequence.num_computed_tokens
         while True:
             missing = sequence.table.blocks_needed(start, start + count) - self._pool.num_free
@@ -301,14 +352,16 @@ class Scheduler:
                 return True
             if self._evict(missing) > 0:
                 continue
-            # Those before `index` are in this step already. The last of `_running` is the last in order of them.
-            victim = self._last(itertools.chain((self._running[-1],), (s for s in self._waiting if len(s.table))))
+            # Those that are not pending are in this step already.
+            victim = self._last(itertools.chain((step.pending[-1],), (s for s in self._waiting if len(s.table))))
+            if victim is step.pending[-1]:
+                step.pending.pop()
             self._preempt(victim)
             if victim is sequence:
                 return False
 
     def _last(self, sequences: Iterable[Sequence]) -> Sequence:
-        return max(sequences, key=self._policy.key)
+        return max(sequences, key=self._key)
 
     def _evict(self, count: int) -> int:
         freed = self._prefix_cache.evict(count)
@@ -321,8 +374,7 @@ class Scheduler:
         self._give_up_blocks(sequence)
         sequence.num_computed_tokens = 0
         self.num_preemptions += 1
-        if sequence in self._running:
-            self._running.remove(sequence)
+        if self._running.pop(sequence.sequence_id, None) is not None:
             self._waiting.add(sequence)
 
     def _give_up_blocks(self, sequence: Sequence) -> None:
@@ -345,9 +397,9 @@ class Scheduler:
     def _end(self, sequence: Sequence, reason: FinishReason, stop_reason: str | int | None = None) -> None:
         sequence.finish_reason, sequence.stop_reason = reason, stop_reason
         self._observer.ended(sequence)
-        if sequence in self._running:
-            self._running.remove(sequence)
-        elif sequence in self._waiting:
+        if sequence.announced:
+            self._charge_prompt(sequence, sequence.num_computed_tokens)
+        if self._running.pop(sequence.sequence_id, None) is None and sequence in self._waiting:
             self._waiting.remove(sequence)
         self._give_up_blocks(sequence)
         if sequence.announced:

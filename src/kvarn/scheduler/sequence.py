@@ -34,6 +34,8 @@ class Sequence:
     num_computed_tokens: int = 0
     num_cached_tokens: int = 0
     """Tokens whose KV was found in the prefix cache when the sequence was first admitted."""
+    prompt_charged: bool = field(init=False)
+    """Whether the policy has been told of the prompt's tokens. Only the first of a request's sequences pays them."""
     announced: bool = False
     """Whether the runner has been told of it."""
     finish_reason: FinishReason | None = None
@@ -41,6 +43,7 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.request.prompt_token_ids)
+        self.prompt_charged = self.index > 0
 
     @property
     def sampling(self) -> SamplingParams:
@@ -51,6 +54,11 @@ class Sequence:
     def num_tokens(self) -> int:
         """Prompt and output."""
         return len(self.token_ids)
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        """Known tokens whose KV is not in the blocks; at least 1."""
+        return len(self.token_ids) - self.num_computed_tokens
 
     @property
     def num_prompt_tokens(self) -> int:
