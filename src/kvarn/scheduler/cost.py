@@ -40,6 +40,7 @@ class StepShape:
             num_sequences=self.num_sequences + 1,
             num_sampled=self.num_sampled + 1,
             num_attended=self.num_attended + attended,
+            num_context=self.num_context + start + count,
         )
 
 

@@ -227,7 +227,7 @@ class Scheduler:
     def _decodes(self) -> StepShape:
         """Of the running sequences that have one token to compute."""
         lengths = [s.num_tokens for s in self._running.values() if s.num_uncomputed_tokens == 1]
-        return StepShape(len(lengths), len(lengths), len(lengths), sum(lengths))
+        return StepShape(len(lengths), len(lengths), len(lengths), sum(lengths), sum(lengths))
 
     def _schedule_running(self, step: _Step) -> None:
         while step.pending:
