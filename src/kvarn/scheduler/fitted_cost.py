@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from kvarn.errors import ConfigError
@@ -44,6 +45,15 @@ class FittedStepCost:
             + self.per_attended * shape.num_attended
             + self.per_context * shape.num_context
         )
+
+    def decode_run(self, sequences: int, attended: int, steps: int) -> Iterator[float]:
+        """Seconds of steps of one token for each of so many sequences, one step after the other.
+
+        attended: keys of the first step, to which each step adds one a sequence. Each is what `seconds` says, to the bit.
+        """
+        fixed = self._of_tokens(sequences) + self.per_sampled * sequences
+        for keys in range(attended, attended + steps * sequences, sequences):
+            yield fixed + self.per_attended * keys + self.per_context * keys
 
     def _of_tokens(self, tokens: int) -> float:
         knots, values = self.knots, self.at_knots

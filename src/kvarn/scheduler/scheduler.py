@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from kvarn.cache import BlockPool, BlockTable, NullPrefixCache, PrefixCache
@@ -95,6 +95,16 @@ class Scheduler:
     def num_running(self) -> int:
         """Sequences that take part in the steps."""
         return len(self._running)
+
+    @property
+    def running_ids(self) -> Iterable[int]:
+        """Ids of the sequences that take part in the steps."""
+        return self._running.keys()
+
+    @property
+    def num_running_tokens(self) -> int:
+        """Tokens of those sequences, prompts and outputs."""
+        return sum(sequence.num_tokens for sequence in self._running.values())
 
     @property
     def num_waiting(self) -> int:
@@ -206,6 +216,43 @@ class Scheduler:
             if end is not None:
                 self._end(sequence, *end)
         return sampled
+
+    def steady_steps(self, limit: int) -> int:
+        """How many of the coming steps, at most `limit`, are sure to be alike, if no token ends a sequence.
+
+        In each of them every running sequence computes and samples one token; nobody is admitted, ends or is preempted.
+        """
+        running = self._running.values()
+        if not running or (self._waiting and len(running) < self._config.max_num_seqs):
+            return 0
+        if any(s.num_uncomputed_tokens != 1 or not s.num_output_tokens for s in running):
+            return 0
+        steps = min(limit, min(s.max_length - s.num_tokens for s in running) - 1)
+        while steps > 0 and self._blocks_to_grow(steps) > self.num_free_blocks:
+            steps //= 2
+        return max(0, steps)
+
+    def skip(self, steps: int, token_ids: Mapping[int, int]) -> None:
+        """Books `steps` steady steps at once: everything is as if they had been taken one by one.
+
+        token_ids: by sequence, what it samples in each of them. steps: at most what `steady_steps` says now.
+        """
+        missing = self._blocks_to_grow(steps) - self._pool.num_free
+        if missing > 0:
+            self._evict(missing)
+        for sequence in self._running.values():
+            start = sequence.num_computed_tokens
+            sequence.table.prepare_write(start, start + steps)
+            sequence.token_ids += [token_ids[sequence.sequence_id]] * steps
+            sequence.num_computed_tokens = start + steps
+            lane = self.policy.lane(sequence)
+            for _ in range(steps):
+                self.policy.charge_output(lane)
+        self._step += steps
+
+    def _blocks_to_grow(self, steps: int) -> int:
+        ends = ((s, s.num_computed_tokens) for s in self._running.values())
+        return sum(s.table.blocks_needed(start, start + steps) for s, start in ends)
 
     def check(self, other_owners: Iterable[Iterable[int]] = ()) -> None:
         """Raises AssertionError unless blocks, queues and groups agree with one another. For tests.

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -118,6 +119,21 @@ class Recorder:
         self._computed += tokens
         self._sequence_seconds += seconds * sequences
 
+    def skipped(self, steps: int, sequence_ids: Iterable[int], seconds: float, now: float) -> None:
+        """Steps were booked in which each of the sequences got a token; the last ended `now`. Not their gaps."""
+        ids = list(sequence_ids)
+        self.ran(steps, len(ids), steps * len(ids), seconds)
+        self._last.update(dict.fromkeys(ids, now))
+        if self._shares is not None:
+            for sequence_id in ids:
+                self._shares.serve(self._traffic[self._indexes[sequence_id]].tenant, steps)
+            self._shares.advance(now)
+
+    @property
+    def next_window(self) -> float:
+        """When the service of tenants is looked at next."""
+        return math.inf if self._shares is None else self._shares.until
+
     def gap(self, seconds: float, count: int) -> None:
         """So many tokens came so long after the one before them."""
         self._gaps.append(seconds)
@@ -223,7 +239,7 @@ class _Shares:
         self._in_flight: defaultdict[str, int] = defaultdict(int)
         self._served: defaultdict[str, int] = defaultdict(int)
         self._throughout: set[str] = set()
-        self._until = FAIRNESS_WINDOW
+        self.until = FAIRNESS_WINDOW
         self._totals: defaultdict[str, int] = defaultdict(int)
         self._indexes: list[float] = []
 
@@ -240,7 +256,7 @@ class _Shares:
         self._served[tenant] += tokens
 
     def advance(self, now: float) -> None:
-        if now < self._until:
+        if now < self.until:
             return
         if len(self._throughout) > 1:
             shares = {tenant: self._served[tenant] for tenant in self._throughout}
@@ -249,7 +265,7 @@ class _Shares:
                 self._totals[tenant] += tokens
         self._served.clear()
         self._throughout = set(self._in_flight)
-        self._until = now + FAIRNESS_WINDOW
+        self.until = now + FAIRNESS_WINDOW
 
     def fairness(self) -> Fairness | None:
         if not self._indexes:

@@ -7,7 +7,8 @@ tokens as its traffic says.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
 
 from kvarn.cache import BlockPool
 from kvarn.errors import RequestError
@@ -19,15 +20,27 @@ from kvarn.simulate.settings import Settings
 from kvarn.simulate.traffic import Arrival
 from kvarn.step import SampledToken, SchedulerOutput, StepOutput
 
+LEAST_SKIPPED, MOST_SKIPPED = 2, 1 << 20
 OWN, SHARED, FIRST_FREE = 0, 1, 2
 """Token ids: what fills a request's own tokens and its group's; from the third on ids mark a request or a group."""
 Progress = Callable[[int, int], None]
 
 
+class DecodeCost(StepCost, Protocol):
+    """A cost model that also predicts runs of decode steps quickly."""
+
+    def decode_run(self, sequences: int, attended: int, steps: int) -> Iterator[float]:
+        """Seconds of steps of one token for each of so many sequences, the same that `seconds` would say.
+
+        attended: keys of the first step, to which each step adds one a sequence.
+        """
+        ...
+
+
 def simulate(
     traffic: Sequence[Arrival],
     settings: Settings,
-    cost: StepCost,
+    cost: DecodeCost,
     *,
     observer: Observer | None = None,
     progress: Progress = lambda _done, _total: None,
@@ -75,7 +88,7 @@ class Simulation:
     """One run. `run` may be called once."""
 
     def __init__(
-        self, traffic: Sequence[Arrival], settings: Settings, cost: StepCost, observer: Observer, progress: Progress
+        self, traffic: Sequence[Arrival], settings: Settings, cost: DecodeCost, observer: Observer, progress: Progress
     ) -> None:
         self.scheduler = Scheduler(
             settings.scheduler(),
@@ -100,7 +113,8 @@ class Simulation:
         while True:
             self._take_arrivals()
             if self.scheduler.has_work():
-                self._step()
+                if not self._skip():
+                    self._step()
                 continue
             following = min(self._next_arrival(), self._gate.next_time())
             if following == NEVER:
@@ -133,6 +147,30 @@ class Simulation:
             return
         self._answers[sequence.sequence_id] = self._prompts.answer(arrival)
         self._recorder.added(index, sequence.sequence_id)
+
+    def _skip(self) -> bool:
+        """Takes steps that are sure to be alike at once, up to the next event; False where there are none.
+
+        Where each step is to be told to an observer, they are taken one by one.
+        """
+        if not isinstance(self._observer, NullObserver):
+            return False
+        steps = self.scheduler.steady_steps(MOST_SKIPPED)
+        if steps < LEAST_SKIPPED:
+            return False
+        sequences = self.scheduler.num_running
+        until = min(self._next_arrival(), self._gate.next_time(), self._recorder.next_window)
+        began, taken = self.now, 0
+        for seconds in self._cost.decode_run(sequences, self.scheduler.num_running_tokens, steps):
+            before = self.now
+            self.now += seconds
+            self._recorder.gap(self.now - before, sequences)
+            taken += 1
+            if self.now >= until:
+                break
+        self.scheduler.skip(taken, self._answers)
+        self._recorder.skipped(taken, self.scheduler.running_ids, self.now - began, self.now)
+        return True
 
     def _step(self) -> None:
         began = self.now
