@@ -27,6 +27,7 @@ COMMANDS = {
     "eval": "kvarn.cli.eval",
     "bench": "kvarn.cli.bench",
     "profile": "kvarn.cli.profile",
+    "simulate": "kvarn.cli.simulate",
 }
 """Command name to module, in the order of `--help`."""
 

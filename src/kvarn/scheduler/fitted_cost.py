@@ -49,7 +49,7 @@ class FittedStepCost:
     def decode_run(self, sequences: int, attended: int, steps: int) -> Iterator[float]:
         """Seconds of steps of one token for each of so many sequences, one step after the other.
 
-        attended: keys of the first step, to which each step adds one a sequence. Each is what `seconds` says, to the bit.
+        attended: keys of the first step, to which each step adds one a sequence. To the bit what `seconds` says.
         """
         fixed = self._of_tokens(sequences) + self.per_sampled * sequences
         for keys in range(attended, attended + steps * sequences, sequences):

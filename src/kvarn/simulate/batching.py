@@ -54,7 +54,7 @@ class Continuous:
 
 
 class Batches:
-    """A batch of `size`, or what has gathered `window` seconds after the first of it came; the next when all have ended.
+    """A batch of `size`, or what has come `window` seconds after its first; the next when all of it have ended.
 
     An infinite window is static batching: only the last batch may be smaller.
     """

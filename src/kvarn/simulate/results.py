@@ -223,7 +223,8 @@ def percentiles(values: NDArray[np.float64], counts: NDArray[np.int64] | None = 
     ordered = values[order]
     upto = np.arange(1, values.size + 1) if counts is None else np.cumsum(counts[order])
     places = np.searchsorted(upto, [share / 100 * upto[-1] for share in PERCENTILES])
-    return {share: float(ordered[min(place, values.size - 1)]) for share, place in zip(PERCENTILES, places, strict=True)}
+    found = (float(ordered[min(place, values.size - 1)]) for place in places)
+    return dict(zip(PERCENTILES, found, strict=True))
 
 
 def jain(shares: Sequence[float]) -> float:

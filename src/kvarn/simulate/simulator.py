@@ -177,8 +177,9 @@ class Simulation:
         scheduled = self.scheduler.schedule()
         if scheduled.sequences:
             self.now += self._cost.seconds(StepShape.of(scheduled))
+        answers = self._answers
         sampled = tuple(
-            SampledToken(part.sequence_id, self._answers[part.sequence_id]) for part in scheduled.sequences if part.sample
+            SampledToken(part.sequence_id, answers[part.sequence_id]) for part in scheduled.sequences if part.sample
         )
         gained = self.scheduler.update(scheduled, StepOutput(scheduled.step, sampled))
         self._recorder.stepped(scheduled, self.now - began, self.now)

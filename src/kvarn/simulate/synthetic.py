@@ -26,8 +26,8 @@ TAIL_LIMIT = 16
 class Synthetic:
     """Requests at `rate` a second on average.
 
-    poisson: at independent times, lengths log-normal. burst: `BURST` at the same time, lengths log-normal. long-tail: at
-    independent times, answers of a Pareto distribution. Raises ConfigError naming the setting.
+    poisson: at independent times, lengths log-normal. burst: `BURST` at the same time, lengths log-normal. long-tail:
+    at independent times, answers of a Pareto distribution. Raises ConfigError naming the setting.
     """
 
     kind: str

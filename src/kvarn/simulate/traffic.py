@@ -38,8 +38,8 @@ class Arrival:
 def read_traffic(path: Path) -> list[Arrival]:
     """The requests of a file, in order of time, the first at 0.
 
-    .csv: the columns TIMESTAMP, ContextTokens and GeneratedTokens of the Azure LLM inference traces. .jsonl: an object a
-    line with arrival (seconds), prompt_tokens, output_tokens and, if wanted, tenant, prefix_group and prefix_tokens.
+    .csv: the columns TIMESTAMP, ContextTokens and GeneratedTokens of the Azure LLM inference traces. .jsonl: an object
+    a line with arrival (seconds), prompt_tokens, output_tokens and, if wanted, tenant, prefix_group and prefix_tokens.
     Raises ConfigError naming file, line and field.
     """
     readers = {".csv": _read_csv, ".jsonl": _read_jsonl}
@@ -112,7 +112,8 @@ def _read_csv(name: str, lines: Iterator[str]) -> Iterator[Arrival]:
         header = [cell.strip() for cell in next(rows, [])]
         missing = [column for column in AZURE_COLUMNS if column not in header]
         if missing:
-            raise ConfigError(f"{name}, line 1: there is no column {missing[0]}; a trace has {', '.join(AZURE_COLUMNS)}")
+            wanted = ", ".join(AZURE_COLUMNS)
+            raise ConfigError(f"{name}, line 1: there is no column {missing[0]}; a trace has {wanted}")
         places = [header.index(column) for column in AZURE_COLUMNS]
         for number, row in enumerate(rows, 2):
             if not row:
