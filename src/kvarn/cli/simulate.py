@@ -85,7 +85,7 @@ def command(
             "max_num_batched_tokens": [*_integers("chunk", chunk)],
             "max_num_seqs": [*_integers("max-num-seqs", max_num_seqs)],
         }
-        base = {"block_size": [block_size], "max_model_len": [max_model_len], "window": [window]}
+        base: dict[str, list[object]] = {"block_size": [block_size], "max_model_len": [max_model_len], "window": [window]}
         runs = combinations({**base, **values})
     if trace is not None:
         arrivals = read_traffic(trace)

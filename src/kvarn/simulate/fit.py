@@ -72,7 +72,7 @@ def _step(where: str, item: Any) -> tuple[StepShape, float]:
     shape = item.get("shape") if isinstance(item, dict) else None
     if not isinstance(shape, dict):
         raise ConfigError(f"{where} has no shape")
-    counts = [shape.get(name) for name in COUNTS]
+    counts: list[Any] = [shape.get(name) for name in COUNTS]
     for name, count in zip(COUNTS, counts, strict=True):
         if type(count) is not int or not 0 <= count < 1 << 53:
             raise ConfigError(f"{where}: {name} must be a whole number of at least 0, not {count!r:.40}")

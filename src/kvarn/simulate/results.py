@@ -134,6 +134,11 @@ class Recorder:
         """When the service of tenants is looked at next."""
         return math.inf if self._shares is None else self._shares.until
 
+    def gaps(self, sequence_ids: Iterable[int], now: float) -> None:
+        """Each of the sequences got a token `now`."""
+        for sequence_id in sequence_ids:
+            self.gap(now - self._last[sequence_id], 1)
+
     def gap(self, seconds: float, count: int) -> None:
         """So many tokens came so long after the one before them."""
         self._gaps.append(seconds)
@@ -216,7 +221,7 @@ class Recorder:
 
 
 def percentiles(values: NDArray[np.float64], counts: NDArray[np.int64] | None = None) -> dict[int, float] | None:
-    """The least value that a share of all values does not exceed, by per cent. counts: how often each value is there."""
+    """The least value that a share of all values does not exceed, by per cent. counts: how often each is there."""
     if not values.size:
         return None
     order = np.argsort(values, kind="stable")

@@ -49,7 +49,7 @@ def simulate(
 
     observer: told of everything as an engine's is, at virtual times. Raises ConfigError where the settings are wrong.
     """
-    return Simulation(traffic, settings, cost, observer or NullObserver(), progress).run()
+    return Simulation(traffic, settings, cost, observer, progress).run()
 
 
 class PromptMaker:
@@ -88,7 +88,7 @@ class Simulation:
     """One run. `run` may be called once."""
 
     def __init__(
-        self, traffic: Sequence[Arrival], settings: Settings, cost: DecodeCost, observer: Observer, progress: Progress
+        self, traffic: Sequence[Arrival], settings: Settings, cost: DecodeCost, observer: Observer | None, progress: Progress
     ) -> None:
         self.scheduler = Scheduler(
             settings.scheduler(),
@@ -100,7 +100,9 @@ class Simulation:
         self._traffic = traffic
         self._cost = cost
         self._gate: Gate = make_gate(settings.batching, settings.max_num_seqs, settings.window)
-        self._observer = observer
+        self._observer = observer or NullObserver()
+        self._may_skip = observer is None
+        """Steps that somebody wants to be told of are taken one by one."""
         self._progress = progress
         self._prompts = PromptMaker()
         self._answers: dict[int, int] = {}
@@ -149,11 +151,8 @@ class Simulation:
         self._recorder.added(index, sequence.sequence_id)
 
     def _skip(self) -> bool:
-        """Takes steps that are sure to be alike at once, up to the next event; False where there are none.
-
-        Where each step is to be told to an observer, they are taken one by one.
-        """
-        if not isinstance(self._observer, NullObserver):
+        """Takes steps that are sure to be alike at once, up to the next event; False where there are none."""
+        if not self._may_skip:
             return False
         steps = self.scheduler.steady_steps(MOST_SKIPPED)
         if steps < LEAST_SKIPPED:
@@ -164,7 +163,11 @@ class Simulation:
         for seconds in self._cost.decode_run(sequences, self.scheduler.num_running_tokens, steps):
             before = self.now
             self.now += seconds
-            self._recorder.gap(self.now - before, sequences)
+            if taken:
+                self._recorder.gap(self.now - before, sequences)
+            else:
+                # One that was preempted may have got its last token long before this step.
+                self._recorder.gaps(self.scheduler.running_ids, self.now)
             taken += 1
             if self.now >= until:
                 break
