@@ -4,8 +4,8 @@
 
 The server runs on a free port of the loopback interface; every request is sent at its time, whether or not others are
 answered (open loop), with a prompt of as many tokens as the trace says, and gets exactly as many as it says. Without
---steps, steps are measured first with `kvarn bench steps`. Printed: throughput and P99 of the time to the first token of
-both, and their ratios.
+--steps, steps are measured first with `kvarn bench steps`. Printed: throughput and percentiles of the time to the first
+token of both, and their ratios.
 """
 
 import argparse
@@ -85,13 +85,15 @@ def served(options, settings, traffic):
 
 def measured_steps(options, folder):
     path = folder / "steps.json"
-    command = [sys.executable, "-m", "kvarn", "bench", "steps", options.model, "--threads", str(options.threads), "--json"]
+    threads = str(options.threads)
+    command = [sys.executable, "-m", "kvarn", "bench", "steps", options.model, "--threads", threads, "--json"]
     path.write_bytes(subprocess.run(command, check=True, capture_output=True).stdout)
     return path
 
 
 def plan_of(options):
-    command = [sys.executable, "-m", "kvarn", "plan", options.model, "--kv-cache-bytes", options.kv_cache_bytes, "--json"]
+    cache = options.kv_cache_bytes
+    command = [sys.executable, "-m", "kvarn", "plan", options.model, "--kv-cache-bytes", cache, "--json"]
     return json.loads(subprocess.run(command, check=True, capture_output=True).stdout)["served"]
 
 

@@ -91,6 +91,8 @@ def handmade_engine(
     dtype="float16",
     threads=1,
     tokenizer=None,
+    observer=None,
+    **core_options,
 ) -> LoadedEngine:
     """An engine put together part by part, so that a test can get between them."""
     model = shared_model(family, 0, stored)
@@ -108,10 +110,10 @@ def handmade_engine(
     runner = Runner(wrap_executable(executable), sampler, limits, block_size)
 
     def new_scheduler():
-        return Scheduler(config.scheduler, BlockPool(num_blocks, block_size), max_model_len, eos_token_ids=(EOS,))
+        return Scheduler(config.scheduler, BlockPool(num_blocks, block_size), max_model_len, eos_token_ids=(EOS,), observer=observer)
 
     tokenizer = tokenizer or byte_tokenizer()
-    core = EngineCore(runner, new_scheduler, tokenizer, model.program.vocab_size)
+    core = EngineCore(runner, new_scheduler, tokenizer, model.program.vocab_size, observer=observer, **core_options)
     return LoadedEngine(core, "handmade", tokenizer, model.config, max_model_len, config)
 
 

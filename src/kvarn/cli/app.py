@@ -28,6 +28,7 @@ COMMANDS = {
     "bench": "kvarn.cli.bench",
     "profile": "kvarn.cli.profile",
     "simulate": "kvarn.cli.simulate",
+    "trace": "kvarn.cli.trace",
 }
 """Command name to module, in the order of `--help`."""
 

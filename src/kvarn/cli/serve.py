@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -20,6 +23,7 @@ from kvarn.cli.options import (
 if TYPE_CHECKING:
     from kvarn.engine import AsyncLLM
     from kvarn.planning import MemoryPlan
+    from kvarn.tracing import TraceRecorder
 
 EPILOG = """\b
 Examples:
@@ -59,6 +63,10 @@ def command(
     memory_utilization: MemoryUtilization = 0.8,
     threads: Threads = 0,
     packed_cache_bytes: PackedCacheBytes = None,
+    trace_file: Annotated[
+        Path | None,
+        typer.Option(help="Record what the engine does, and write the last steps here at the end (see `kvarn trace`)."),
+    ] = None,
     max_body_bytes: Annotated[int, typer.Option(help="Largest request body.")] = 8 << 20,
 ) -> None:
     """Serve a model over an OpenAI-compatible HTTP API, with a chat page at /."""
@@ -92,7 +100,24 @@ def command(
         typer.echo(f"{config.family}, {config.num_layers} layers · ready in {seconds:.2f} s")
         typer.secho(f"{addresses[0]}  (chat page; API under {addresses[0]}/v1)", bold=True)
 
-    serve(options, on_listening=listening, on_plan=_tell, on_ready=ready)
+    with _recording(trace_file, max_num_batched_tokens) as observer:
+        serve(options, on_listening=listening, on_plan=_tell, on_ready=ready, observer=observer)
+
+
+@contextmanager
+def _recording(path: Path | None, budget: int) -> Iterator[TraceRecorder | None]:
+    """An observer whose records are written to the path in the end; None where there is no path."""
+    if path is None:
+        yield None
+        return
+    from kvarn.tracing import TraceRecorder, write_trace
+
+    recorder = TraceRecorder(budget)
+    write_trace(path, recorder)  # a path that cannot be written is told now, not after the work
+    try:
+        yield recorder
+    finally:
+        write_trace(path, recorder)
 
 
 def _tell(plan: MemoryPlan) -> None:

@@ -85,8 +85,8 @@ def command(
             "max_num_batched_tokens": [*_integers("chunk", chunk)],
             "max_num_seqs": [*_integers("max-num-seqs", max_num_seqs)],
         }
-        base: dict[str, list[object]] = {"block_size": [block_size], "max_model_len": [max_model_len], "window": [window]}
-        runs = combinations({**base, **values})
+        base = Settings(block_size=block_size, max_model_len=max_model_len, window=window)
+        runs = combinations(values, base)
     if trace is not None:
         arrivals = read_traffic(trace)
     else:

@@ -15,6 +15,7 @@ from kvarn.engine.front import EngineFront
 from kvarn.engine.load import LoadedEngine, OnPlan, load_engine
 from kvarn.engine.loop import EngineLoop
 from kvarn.request import Request, RequestOutput
+from kvarn.scheduler import Observer
 
 
 class AsyncLLM(EngineFront):
@@ -28,14 +29,19 @@ class AsyncLLM(EngineFront):
 
     @classmethod
     def from_model(
-        cls, name_or_path: str, config: EngineConfig | None = None, *, on_plan: OnPlan = lambda _plan: None
+        cls,
+        name_or_path: str,
+        config: EngineConfig | None = None,
+        *,
+        on_plan: OnPlan = lambda _plan: None,
+        observer: Observer | None = None,
     ) -> Self:
         """Loads a catalogued name, a .gguf file or a folder. Blocks for as long as loading takes; prints nothing.
 
-        on_plan: told what the engine will take, before weights are read.
+        on_plan: told what the engine will take, before weights are read. observer: told of every decision and step.
         Raises ModelFileError, UnsupportedModelError, PullError, ConfigError, CapacityError.
         """
-        return cls(load_engine(name_or_path, config or EngineConfig(), on_plan=on_plan))
+        return cls(load_engine(name_or_path, config or EngineConfig(), on_plan=on_plan, observer=observer))
 
     @property
     def is_running(self) -> bool:

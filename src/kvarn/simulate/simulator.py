@@ -88,7 +88,12 @@ class Simulation:
     """One run. `run` may be called once."""
 
     def __init__(
-        self, traffic: Sequence[Arrival], settings: Settings, cost: DecodeCost, observer: Observer | None, progress: Progress
+        self,
+        traffic: Sequence[Arrival],
+        settings: Settings,
+        cost: DecodeCost,
+        observer: Observer | None,
+        progress: Progress,
     ) -> None:
         self.scheduler = Scheduler(
             settings.scheduler(),
