@@ -110,10 +110,12 @@ def handmade_engine(
     runner = Runner(wrap_executable(executable), sampler, limits, block_size)
 
     def new_scheduler():
-        return Scheduler(config.scheduler, BlockPool(num_blocks, block_size), max_model_len, eos_token_ids=(EOS,), observer=observer)
+        pool = BlockPool(num_blocks, block_size)
+        return Scheduler(config.scheduler, pool, max_model_len, eos_token_ids=(EOS,), observer=observer)
 
     tokenizer = tokenizer or byte_tokenizer()
-    core = EngineCore(runner, new_scheduler, tokenizer, model.program.vocab_size, observer=observer, **core_options)
+    vocab_size = model.program.vocab_size
+    core = EngineCore(runner, new_scheduler, tokenizer, vocab_size, observer=observer, **core_options)
     return LoadedEngine(core, "handmade", tokenizer, model.config, max_model_len, config)
 
 

@@ -166,7 +166,7 @@ def test_an_id_may_be_cut_short_but_not_to_several(pressed):
 
 
 def test_the_summary_counts(pressed):
-    path, recorder, stats = pressed
+    path, _, stats = pressed
     text = summary(read_trace(path))
     assert f"{stats.steps:,} steps in" in text
     assert f"{stats.generated_tokens:,} sampled, for 3 requests" in text

@@ -68,7 +68,7 @@ def command(
     from kvarn.cli.progress import work_bar
     from kvarn.simulate import Synthetic, make_traffic, read_traffic, report, simulate
     from kvarn.simulate.fit import fit, read_steps
-    from kvarn.simulate.settings import combinations, read_settings
+    from kvarn.simulate.settings import Settings, combinations, read_settings
 
     if (trace is None) == (traffic is None):
         raise ConfigError("give either --trace FILE or --traffic KIND")
