@@ -73,6 +73,34 @@ def test_dynamic_batching_waits_no_longer_than_its_window():
     assert (run.ttft[99], run.ttft[50], run.duration) == (3.0, 2.0, 11.0)
 
 
+def test_what_a_group_shares_is_computed_once():
+    traffic = [Arrival(float(5 * n), 48, 1, prefix_group="g", prefix_tokens=40) for n in range(3)]
+    run = simulate(traffic, SMALL, ONE_SECOND)
+    # Two steps for the first prompt; the others have 40 of theirs in the cache, but for what is in no whole block.
+    assert run.hit_rate == pytest.approx(2 * 40 / (3 * 48))
+    assert (run.steps, run.ttft[50], run.ttft[99]) == (2 + 1 + 1 + 3, 1.0, 2.0)
+    without = simulate(traffic, dataclasses.replace(SMALL, prefix_cache=False), ONE_SECOND)
+    assert (without.hit_rate, without.ttft[50]) == (0.0, 2.0)
+    strangers = [dataclasses.replace(arrival, tenant=str(n)) for n, arrival in enumerate(traffic)]
+    assert simulate(strangers, SMALL, ONE_SECOND).hit_rate == 0.0
+
+
+def test_what_was_computed_before_a_preemption_is_found_or_counted_as_computed_again():
+    traffic = [Arrival(0.0, 16, 40), Arrival(0.0, 16, 40)]
+    kept = simulate(traffic, dataclasses.replace(SMALL, num_blocks=5), ONE_SECOND)
+    lost = simulate(traffic, dataclasses.replace(SMALL, num_blocks=5, prefix_cache=False), ONE_SECOND)
+    assert kept.preemptions == lost.preemptions == 1
+    assert kept.recomputed_tokens < lost.recomputed_tokens
+
+
+def test_a_target_between_tokens_makes_chunks_smaller():
+    traffic = [Arrival(0.0, 8, 60), Arrival(0.1, 200, 1)]
+    server = dataclasses.replace(SMALL, max_num_batched_tokens=64)
+    longest = {target: simulate(traffic, dataclasses.replace(server, itl_target_ms=target), COST).itl[99]
+               for target in (0.0, 50.0)}  # fmt: skip
+    assert longest[50.0] <= 0.05 < longest[0.0]
+
+
 def test_a_small_cache_preempts_and_computes_again():
     traffic = [Arrival(0.0, 16, 40), Arrival(0.0, 16, 40)]
     run = simulate(traffic, dataclasses.replace(SMALL, num_blocks=4), ONE_SECOND)
@@ -181,15 +209,22 @@ class Clock:
         self.now = 0.0
 
 
+@pytest.mark.parametrize("policy", ["fcfs", "fair"])
+@pytest.mark.parametrize("groups", [0, 1])
 @pytest.mark.parametrize("num_blocks", [64, 12])
-def test_the_engine_takes_the_same_steps_at_the_same_times(num_blocks):
-    traffic = make_traffic(Synthetic("burst", 30.0, 40, 30, 20, seed=5))
+def test_the_engine_takes_the_same_steps_at_the_same_times(num_blocks, groups, policy):
+    traffic = make_traffic(
+        Synthetic("burst", 30.0, 40, 30, 20, tenants=2, prefix_groups=groups, prefix_tokens=24 * (groups > 0), seed=5)
+    )
     traffic = [dataclasses.replace(a, prompt_tokens=min(a.prompt_tokens, 90), output_tokens=min(a.output_tokens, 60))
                for a in traffic]  # fmt: skip
-    server = dataclasses.replace(SMALL, num_blocks=num_blocks, max_model_len=160)
+    server = dataclasses.replace(SMALL, num_blocks=num_blocks, max_model_len=160, policy=policy)
     watch = Watching()
     run = simulate(traffic, server, COST, observer=watch)
-    engine = handmade_engine(num_blocks=num_blocks, max_model_len=160, max_num_seqs=4, max_num_batched_tokens=32)
+    engine = handmade_engine(
+        num_blocks=num_blocks, max_model_len=160, max_num_seqs=4, max_num_batched_tokens=32, policy=policy
+    )
+    prompts = PromptMaker()
     core, taken, now, left = engine.core, [], 0.0, list(enumerate(traffic))
     core._observer = watcher = Watching()
     first_tokens = {}
@@ -197,9 +232,8 @@ def test_the_engine_takes_the_same_steps_at_the_same_times(num_blocks):
         while left or core.has_work():
             while left and left[0][1].time <= now:
                 index, arrival = left.pop(0)
-                prompt = tuple((index + 3 * place) % 256 for place in range(arrival.prompt_tokens))
                 sampling = SamplingParams(temperature=0.0, max_tokens=arrival.output_tokens, ignore_eos=True)
-                core.add(Request(str(index), prompt, sampling))
+                core.add(Request(str(index), prompts.prompt(arrival), sampling, tenant=arrival.tenant))
             if not core.has_work():
                 now = max(now, left[0][1].time)
                 continue
@@ -214,6 +248,7 @@ def test_the_engine_takes_the_same_steps_at_the_same_times(num_blocks):
     waits = sorted(first_tokens[str(index)] - arrival.time for index, arrival in enumerate(traffic))
     assert run.ttft[99] == waits[-1]
     assert run.preemptions == core.stats().preemptions
+    assert (run.hit_rate > 0) == (groups > 0)
     assert (num_blocks == 12) == (run.preemptions > 0)
 
 

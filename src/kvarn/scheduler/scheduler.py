@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 
 from kvarn.cache import BlockPool, BlockTable, PrefixCache
 from kvarn.config import SchedulerConfig
-from kvarn.errors import DeadlineError, RequestError
+from kvarn.errors import RequestError
 from kvarn.request import FinishReason, Request
-from kvarn.scheduler.admission import Backlog, Limits
+from kvarn.scheduler.admission import Backlog, Limits, check_deadline
 from kvarn.scheduler.budget import Budget, ConstantBudget, StepBudget
 from kvarn.scheduler.cost import StepShape
 from kvarn.scheduler.forecast import Crowd, Forecast, NoForecast
@@ -284,16 +284,8 @@ class Scheduler:
     def _check_deadline(self, sequence: Sequence) -> None:
         """Raises DeadlineError for a sequence that does not wait yet, if it is asked to come in time and will not."""
         asked = sequence.request.ttft_slo_ms or self._config.ttft_slo_ms
-        if asked is None:
-            return
-        seconds = self._forecast.ttft(sequence, self._crowd(sequence))
-        if seconds * 1000 > asked:
-            raise DeadlineError(
-                f"the first token is to be expected in {seconds * 1000:.0f} ms, later than the {asked:g} ms of its "
-                "deadline (ttft_slo_ms); try again later",
-                reason="ttft_slo",
-                retry_after=seconds - asked / 1000,
-            )
+        if asked is not None:
+            check_deadline(asked, self._forecast.ttft(sequence, self._crowd(sequence)))
 
     def _crowd(self, sequence: Sequence) -> Crowd:
         """What a sequence finds that does not wait yet."""
