@@ -48,8 +48,9 @@ def test_nothing_is_left_after_the_work(core):
     wave(core, 0, 30)
     tracemalloc.start()
     try:
-        wave(core, 1, 30)
-        left, _ = traced(lambda: [wave(core, n, 30) for n in range(2, 26)])
+        for number in range(1, 6):
+            wave(core, number, 30)  # until the prefix cache has as many nodes as there are blocks
+        left, _ = traced(lambda: [wave(core, number, 30) for number in range(6, 30)])
     finally:
         tracemalloc.stop()
     # NumPy keeps small freed blocks for reuse, which come and go; one forgotten object a request would be 40 kB.

@@ -214,6 +214,8 @@ def test_the_command_says_what_the_engine_takes(tmp_path):
         memory = engine_memory(load_model(files), config, CpuBackend(threads=1), Available(64 << 20, "--memory"))
     assert said["use"] == asdict(memory.use)
     assert (said["num_blocks"], said["max_model_len"]) == (memory.num_blocks, memory.max_model_len)
+    tier = CliRunner().invoke(app, ["plan", str(path), *settings, "--kv-offload-bytes", "100MiB"]).output
+    assert "to know what is in 100.0 MiB of disk" in tier
     table = CliRunner().invoke(app, ["plan", str(path), *settings]).output
     assert f"{memory.num_blocks:,} blocks of 16" in table
     assert "50 % of it may be taken" in table

@@ -179,6 +179,12 @@ def test_every_request_ends_with_all_its_tokens_skipping_or_not(traffic, server)
     assert run.prompt_tokens == sum(arrival.prompt_tokens for arrival in traffic)
     assert run.recomputed_tokens >= 0
     assert (run.preemptions == 0) <= (run.recomputed_tokens == 0)
+    watch = same_one_by_one(run, traffic, server)
+    assert max(step.num_tokens for step in watch.steps) <= server.max_num_batched_tokens
+
+
+def same_one_by_one(run, traffic, server):
+    """Asserts that a run is what it is without skipping; returns who watched that."""
     watch = Watching()
     one_by_one = simulate(traffic, server, COST, observer=watch)
     rounded = {"utilization": 0, "mean_batch": 0}
@@ -186,7 +192,27 @@ def test_every_request_ends_with_all_its_tokens_skipping_or_not(traffic, server)
     assert run.utilization == pytest.approx(one_by_one.utilization)
     assert run.mean_batch == pytest.approx(one_by_one.mean_batch)
     assert len(watch.steps) == run.steps
-    assert max(step.num_tokens for step in watch.steps) <= server.max_num_batched_tokens
+    return watch
+
+
+turns = st.lists(
+    st.tuples(st.floats(0, 2), st.integers(1, 60), st.integers(10, 80), st.sampled_from("gggh")),
+    min_size=3,
+    max_size=20,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(turns, st.integers(24, 50), st.integers(2, 6))
+def test_answers_that_others_find_are_found_as_early_when_skipping(turns, num_blocks, seqs):
+    """All is shared, and little fits: blocks become one with others', and what is evicted depends on when."""
+    traffic = [Arrival(time, prompt, output, "", group, prompt) for time, prompt, output, group in sorted(turns)]
+    server = Settings(
+        num_blocks=num_blocks, block_size=6, max_model_len=144, max_num_seqs=seqs, max_num_batched_tokens=32
+    )
+    run = simulate(traffic, server, COST)
+    assert run.finished == len(traffic)
+    same_one_by_one(run, traffic, server)
 
 
 def test_long_decodes_are_skipped():

@@ -36,6 +36,10 @@ KvCacheBytes = Annotated[
         "--memory-utilization."
     ),
 ]
+KvOffloadBytes = Annotated[
+    str,
+    typer.Option(help="Size of a file for evicted parts of the KV cache, as 2GiB; kept for the next start; 0: none."),
+]
 
 PackedCacheBytes = Annotated[
     int | None,
@@ -54,11 +58,16 @@ def read_text(path: Path, option: str) -> str:
         raise ConfigError(f"{option}: cannot read {path}: {reason}") from error
 
 
-def size_option(option: str, text: str | None) -> int | None:
-    """Bytes of an option that takes sizes; None where it is not given. Raises ConfigError naming the option."""
+def size_option(option: str, text: str) -> int:
+    """Bytes of an option that takes sizes. Raises ConfigError naming the option."""
     from kvarn.planning.sizes import parse_size
 
-    return None if text is None else parse_size(f"--{option}", text)
+    return parse_size(f"--{option}", text)
+
+
+def optional_size(option: str, text: str | None) -> int | None:
+    """The same; None where it is not given."""
+    return None if text is None else size_option(option, text)
 
 
 def sampling_params(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvarn.cli.options import KvCacheBytes, MemoryUtilization, Threads, size_option
+from kvarn.cli.options import KvCacheBytes, KvOffloadBytes, MemoryUtilization, Threads, optional_size, size_option
 from kvarn.config import CacheConfig, EngineConfig, SchedulerConfig
 from kvarn.errors import CapacityError, ConfigError
 from kvarn.kv_types import CACHE_TYPES
@@ -50,6 +50,7 @@ def command(
     max_num_seqs: Annotated[int, typer.Option(help="Served: sequences computed at the same time.")] = 64,
     max_num_batched_tokens: Annotated[int, typer.Option(help="Served: tokens computed in one step.")] = 512,
     kv_cache_bytes: KvCacheBytes = None,
+    kv_offload_bytes: KvOffloadBytes = "0",
     memory_utilization: MemoryUtilization = 0.8,
     memory: Annotated[
         str | None, typer.Option(help="Memory to serve in, as 16GiB; default: what this machine has now.")
@@ -77,12 +78,13 @@ def command(
             threads=threads,
             cache=CacheConfig(
                 dtype=kv_dtype if kv_dtype in CACHE_TYPES else "float16",
-                kv_cache_bytes=size_option("kv-cache-bytes", kv_cache_bytes),
+                kv_cache_bytes=optional_size("kv-cache-bytes", kv_cache_bytes),
                 memory_utilization=memory_utilization,
+                kv_offload_bytes=size_option("kv-offload-bytes", kv_offload_bytes),
             ),
             scheduler=SchedulerConfig(max_num_seqs, max_num_batched_tokens),
         ),
-        size_option("memory", memory),
+        optional_size("memory", memory),
     )
     if as_json:
         print(json.dumps({"model": model, "family": config.family, **dataclasses.asdict(result), **_json(served)}))

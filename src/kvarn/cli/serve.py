@@ -14,10 +14,12 @@ import typer
 from kvarn.cli.options import (
     DEFAULT_MODEL,
     KvCacheBytes,
+    KvOffloadBytes,
     MaxModelLen,
     MemoryUtilization,
     PackedCacheBytes,
     Threads,
+    optional_size,
     read_text,
     size_option,
 )
@@ -102,9 +104,7 @@ def command(
         list[Path] | None,
         typer.Option(help="Text file with a system prompt whose cached tokens all cache_salts share. May be repeated."),
     ] = None,
-    kv_offload_bytes: Annotated[
-        int, typer.Option(help="Size of a file for evicted parts of the KV cache, kept for the next start; 0: none.")
-    ] = 0,
+    kv_offload_bytes: KvOffloadBytes = "0",
     kv_offload_dir: Annotated[
         Path | None, typer.Option(help="Folder of that file; default: beside the pulled models.")
     ] = None,
@@ -130,11 +130,11 @@ def command(
         packed_cache_bytes=packed_cache_bytes,
         cache=CacheConfig(
             dtype=kv_cache_dtype,
-            kv_cache_bytes=size_option("kv-cache-bytes", kv_cache_bytes),
+            kv_cache_bytes=optional_size("kv-cache-bytes", kv_cache_bytes),
             memory_utilization=memory_utilization,
             enable_prefix_caching=prefix_cache,
             shared_system_prompts=system_prompts,
-            kv_offload_bytes=kv_offload_bytes,
+            kv_offload_bytes=size_option("kv-offload-bytes", kv_offload_bytes),
             kv_offload_dir=None if kv_offload_dir is None else str(kv_offload_dir),
         ),
         scheduler=SchedulerConfig(
