@@ -1,6 +1,7 @@
 """Engines over tiny random models whose tokens are bytes, and the way to watch what they do."""
 
 import functools
+import time
 
 from kvarn.backends import KvCacheSpec, StepLimits
 from kvarn.cache import BlockPool, NullPrefixCache, RadixPrefixCache
@@ -35,10 +36,13 @@ def tiny_engine(
     block_size=16,
     dtype="float32",
     threads=1,
-    identity="",
     scheduling=None,
+    identity="",
+    on_plan=lambda plan: None,
+    observer=None,
     **cache,
 ):
+    """cache: more of `CacheConfig`; scheduling: of `SchedulerConfig`; identity and what follows: of `build_engine`."""
     config = EngineConfig(
         max_model_len=max_model_len,
         backend=backend,
@@ -46,7 +50,10 @@ def tiny_engine(
         cache=CacheConfig(block_size=block_size, num_blocks=num_blocks, dtype=dtype, **cache),
         scheduler=SchedulerConfig(max_num_seqs, max_num_batched_tokens, max_num_queued_requests, **(scheduling or {})),
     )
-    return build_engine(shared_model(family, seed), byte_tokenizer(), config, name="tiny", identity=identity)
+    model = shared_model(family, seed)
+    return build_engine(
+        model, byte_tokenizer(), config, name="tiny", identity=identity, on_plan=on_plan, observer=observer
+    )
 
 
 def run_core(core: EngineCore, requests: list[Request]) -> dict[str, list[RequestOutput]]:
@@ -94,6 +101,8 @@ def handmade_engine(
     tokenizer=None,
     prefix_caching=True,
     cost=None,
+    observer=None,
+    clock=time.perf_counter,
     **scheduling,
 ) -> LoadedEngine:
     """An engine put together part by part, so that a test can get between them. scheduling: of `SchedulerConfig`."""
@@ -116,11 +125,12 @@ def handmade_engine(
         pool = BlockPool(num_blocks, block_size)
         prefixes = RadixPrefixCache(pool) if prefix_caching else NullPrefixCache()
         return make_scheduler(
-            config.scheduler, pool, max_model_len, cost, eos_token_ids=(EOS,), prefix_cache=prefixes
+            config.scheduler, pool, max_model_len, cost, eos_token_ids=(EOS,), prefix_cache=prefixes, observer=observer
         )
 
     tokenizer = tokenizer or byte_tokenizer()
-    core = EngineCore(runner, new_scheduler, tokenizer, model.program.vocab_size, on_step=cost.observe)
+    vocab_size = model.program.vocab_size
+    core = EngineCore(runner, new_scheduler, tokenizer, vocab_size, cost=cost, observer=observer, clock=clock)
     return LoadedEngine(core, "handmade", tokenizer, model.config, max_model_len, config)
 
 

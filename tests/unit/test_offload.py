@@ -1,9 +1,12 @@
 """The second tier: which block is in which slot, and when it is worth it."""
 
 import pytest
+from paged_model import PagedModel
 
 from kvarn.cache import BlockPool, BlockTable, OffloadIndex, RadixPrefixCache
-from kvarn.scheduler import MoveCost
+from kvarn.config import SchedulerConfig
+from kvarn.request import Request, SamplingParams
+from kvarn.scheduler import MoveCost, PriorityClasses, Scheduler
 
 SIZE = 4
 ME, OTHER = ("", "mine"), ("", "other")
@@ -77,3 +80,36 @@ def test_a_block_is_moved_where_that_takes_less_than_computing_it():
     for _ in range(100):
         cost.observe(100, 0.001)
     assert not cost.worthwhile
+
+
+def test_a_sequence_is_loaded_once_a_step_however_often_it_is_looked_at():
+    """What is before a running prompt in order is looked at before each of its chunks, and at the end."""
+    pool = BlockPool(24, 4)
+    cache = RadixPrefixCache(pool, (), OffloadIndex(40, "model"))
+    config = SchedulerConfig(max_num_seqs=4, max_num_batched_tokens=12)
+    scheduler = Scheduler(config, pool, 60, policy=PriorityClasses(), prefix_cache=cache)
+    model = PagedModel(24, 4, max_tokens=12, max_seqs=4)
+
+    def step():
+        scheduled = scheduler.schedule()
+        scheduler.update(scheduled, model.execute(scheduled))
+        scheduler.check()
+        return scheduled
+
+    def serve(name, text, priority=0):
+        return scheduler.add(Request(name, tuple(text), SamplingParams(max_tokens=2), priority))[0]
+
+    for name in range(5):
+        serve(str(name), range(name, name + 40))
+        while scheduler.has_work():
+            step()
+    assert pool.num_free < 10
+    low = serve("low", range(20, 60), priority=1)
+    step()
+    again = serve("again", range(40))
+    loads = step().block_loads
+    assert [load.sequence_id for load in loads] == [again.sequence_id]
+    while scheduler.has_work():
+        step()
+    assert again.num_cached_tokens >= 4 * len(loads[0].blocks)
+    assert low.num_output_tokens == again.num_output_tokens == 2

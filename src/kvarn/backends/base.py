@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvarn.program import Program
-from kvarn.tensors import TensorSource
+from kvarn.tensors import DType, TensorSource
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -61,6 +61,29 @@ class StepLimits:
     max_model_len: int
 
 
+@dataclass(frozen=True, slots=True)
+class MemoryUse:
+    """Bytes an executable holds. `total` leaves out the interpreter and the mapped file."""
+
+    weights: int
+    """Matrices, tables and vectors, in the form that kernels read."""
+    tables: int
+    """Rotary tables, for every position up to max_model_len."""
+    kv_cache: int
+    activations: int
+    """Buffers of the largest step, and the threads' working storage."""
+
+    @property
+    def without_cache(self) -> int:
+        """What is held whatever the cache's size is."""
+        return self.weights + self.tables + self.activations
+
+    @property
+    def total(self) -> int:
+        """Sum of all parts."""
+        return self.without_cache + self.kv_cache
+
+
 class Executable(Protocol):
     """A loaded program. Owns its packed weights, KV cache and activations. Not thread-safe: one caller at a time."""
 
@@ -99,6 +122,13 @@ class Backend(Protocol):
     """A way to run programs. Stateless: all state lives in the executables it loads."""
 
     name: str
+
+    def memory_use(
+        self, program: Program, dtypes: Mapping[str, DType], kv: KvCacheSpec, limits: StepLimits
+    ) -> MemoryUse:
+        """What `load` will allocate, all of it; a step allocates nothing. dtypes: stored type of each weight by name.
+        Reads no weight."""
+        ...
 
     def load(self, program: Program, weights: TensorSource, kv: KvCacheSpec, limits: StepLimits) -> Executable:
         """Reads and packs the weights, allocates cache and activations. Raises UnsupportedModelError where an op, a

@@ -18,6 +18,7 @@ from kvarn.bench.machine import Machine
 from kvarn.bench.profile import REST, StepProfile, slowest
 from kvarn.bench.roofline import Roof, Rooflines
 from kvarn.bench.statistics import Spread
+from kvarn.bench.steps import MeasuredStep, by_shape
 
 GIGA = 1e9
 
@@ -122,6 +123,16 @@ def latency_text(model: str, machine: Machine, isa: str, result: Latency) -> str
             table(columns, rows),
         )
     )
+
+
+def steps_text(model: str, machine: Machine, isa: str, measured: Sequence[MeasuredStep]) -> str:
+    """The table of `kvarn bench steps`: a step of each size; all of them are in its JSON."""
+    rows = [
+        (name, number(1e3 * step.seconds), number(step.shape.num_tokens / step.seconds))
+        for name, step in by_shape(measured)
+    ]
+    head = f"{model}: {machine_line(machine, isa)}\n{len(measured)} steps"
+    return f"{head}\n{table(('step', 'ms', 'tokens/s'), rows)}"
 
 
 def comparison_text(model: str, machine: Machine, isa: str, result: Comparison) -> str:

@@ -27,6 +27,8 @@ COMMANDS = {
     "eval": "kvarn.cli.eval",
     "bench": "kvarn.cli.bench",
     "profile": "kvarn.cli.profile",
+    "simulate": "kvarn.cli.simulate",
+    "trace": "kvarn.cli.trace",
 }
 """Command name to module, in the order of `--help`."""
 

@@ -27,6 +27,12 @@ Examples:
   kvarn bench latency model.gguf --plot latency.png
 """
 
+STEPS_EPILOG = """\b
+Examples:
+  kvarn bench steps smollm2-135m-instruct
+  kvarn bench steps model.gguf --json > steps.json      what `kvarn simulate --cost` takes
+"""
+
 COMPARE_EPILOG = """\b
 Examples:
   python -m venv peer && peer/bin/pip install llama-cpp-python      builds it for this machine, about ten minutes
@@ -138,6 +144,37 @@ def latency_command(
         print(report.to_json({**about, "rounds": rounds, "latency": result}))
     else:
         print(report.latency_text(title, this, backend.isa, result))
+
+
+@app.command("steps", epilog=STEPS_EPILOG)
+def steps_command(
+    model: ModelArgument,
+    tokens: Annotated[int, typer.Option(help="Tokens of the largest step.")] = 512,
+    seqs: Annotated[int, typer.Option(help="Sequences of the largest batch.")] = 64,
+    rounds: Rounds = 3,
+    threads: Threads = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Time steps of many shapes in the engine itself, for a cost model: see `kvarn simulate`."""
+    from kvarn.backends.cpu import CpuBackend
+    from kvarn.bench import report, steps
+    from kvarn.bench.machine import machine
+    from kvarn.cli.progress import resolve_with_progress, work_bar
+
+    for option, value, least in (("tokens", tokens, 2), ("seqs", seqs, 1), ("rounds", rounds, 1)):
+        at_least(option, value, least)
+    backend = CpuBackend(threads=threads)
+    this = machine()
+    path = resolve_with_progress(model, quiet=as_json or not sys.stderr.isatty())
+    with work_bar("steps") as progress:
+        measured = steps.measure_steps(
+            path, threads=threads, max_num_tokens=tokens, max_num_seqs=seqs, rounds=rounds, progress=progress
+        )
+    if as_json:
+        about = report.about(this, path, backend.isa, backend.threads)
+        print(report.to_json({**about, "rounds": rounds, "steps": measured}))
+    else:
+        print(report.steps_text(f"{path.name}, {backend.threads} threads", this, backend.isa, measured))
 
 
 @app.command("compare", epilog=COMPARE_EPILOG)

@@ -28,6 +28,19 @@ Seed = Annotated[int | None, typer.Option(help="Same seed, same answer.")]
 Threads = Annotated[int, typer.Option(help="Compute threads; 0: one for each physical core.")]
 MaxModelLen = Annotated[int | None, typer.Option(help="Longest prompt and answer together, in tokens.")]
 
+MemoryUtilization = Annotated[float, typer.Option(help="Share of the available memory that may be taken.")]
+KvCacheBytes = Annotated[
+    str | None,
+    typer.Option(
+        help="Size of the KV cache, as 2GiB, 500MB or plain bytes; default: what the sequences can use, within "
+        "--memory-utilization."
+    ),
+]
+KvOffloadBytes = Annotated[
+    str,
+    typer.Option(help="Size of a file for evicted parts of the KV cache, as 2GiB; kept for the next start; 0: none."),
+]
+
 PackedCacheBytes = Annotated[
     int | None,
     typer.Option(
@@ -43,6 +56,18 @@ def read_text(path: Path, option: str) -> str:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise ConfigError(f"{option}: cannot read {path}: {reason}") from error
+
+
+def size_option(option: str, text: str) -> int:
+    """Bytes of an option that takes sizes. Raises ConfigError naming the option."""
+    from kvarn.planning.sizes import parse_size
+
+    return parse_size(f"--{option}", text)
+
+
+def optional_size(option: str, text: str | None) -> int | None:
+    """The same; None where it is not given."""
+    return None if text is None else size_option(option, text)
 
 
 def sampling_params(

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvarn.errors import ConfigError
+from kvarn.cli.options import KvCacheBytes, KvOffloadBytes, MemoryUtilization, Threads, optional_size, size_option
+from kvarn.config import CacheConfig, EngineConfig, SchedulerConfig
+from kvarn.errors import CapacityError, ConfigError
+from kvarn.kv_types import CACHE_TYPES
 
 if TYPE_CHECKING:
     from kvarn.models import ModelConfig
-    from kvarn.planning import Plan
+    from kvarn.planning import MemoryPlan, Plan
     from kvarn.program import Program
     from kvarn.tensors import DType
 
@@ -22,6 +26,7 @@ Examples:
   kvarn plan smollm2-135m-instruct
   kvarn plan config.json --max-model-len 8192 --batch 32      a config alone is enough
   kvarn plan model.gguf --batch 16 --kv-dtype float32 --json
+  kvarn plan model.gguf --memory 4GiB --max-num-seqs 16       would `kvarn serve` start there, and with what cache?
   kvarn plan smollm2-135m-instruct --program                  the program itself, op by op
 """
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -42,6 +47,15 @@ def command(
         ),
     ] = None,
     prefill: Annotated[int | None, typer.Option(help="Length of the prompt whose prefill is counted.")] = None,
+    max_num_seqs: Annotated[int, typer.Option(help="Served: sequences computed at the same time.")] = 64,
+    max_num_batched_tokens: Annotated[int, typer.Option(help="Served: tokens computed in one step.")] = 512,
+    kv_cache_bytes: KvCacheBytes = None,
+    kv_offload_bytes: KvOffloadBytes = "0",
+    memory_utilization: MemoryUtilization = 0.8,
+    memory: Annotated[
+        str | None, typer.Option(help="Memory to serve in, as 16GiB; default: what this machine has now.")
+    ] = None,
+    threads: Threads = 0,
     program: Annotated[bool, typer.Option("--program", help="Print the program, op by op, and nothing else.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -56,10 +70,60 @@ def command(
         return
     prompt = min(512, parsed.max_positions) if prefill is None else prefill
     result = plan(parsed, dtypes, batch=batch, max_model_len=max_model_len, kv_dtype=kv_dtype, prefill_tokens=prompt)
+    served = _served(
+        parsed,
+        dtypes,
+        EngineConfig(
+            max_model_len=max_model_len,
+            threads=threads,
+            cache=CacheConfig(
+                dtype=kv_dtype if kv_dtype in CACHE_TYPES else "float16",
+                kv_cache_bytes=optional_size("kv-cache-bytes", kv_cache_bytes),
+                memory_utilization=memory_utilization,
+                kv_offload_bytes=size_option("kv-offload-bytes", kv_offload_bytes),
+            ),
+            scheduler=SchedulerConfig(max_num_seqs, max_num_batched_tokens),
+        ),
+        optional_size("memory", memory),
+    )
     if as_json:
-        print(json.dumps({"model": model, "family": config.family, **dataclasses.asdict(result)}))
+        print(json.dumps({"model": model, "family": config.family, **dataclasses.asdict(result), **_json(served)}))
     else:
         _print(model, config, result)
+        _print_served(served)
+
+
+def _served(
+    program: Program, dtypes: Mapping[str, DType], config: EngineConfig, memory: int | None
+) -> MemoryPlan | CapacityError:
+    """What `kvarn serve` would take with these settings, or why it would refuse."""
+    from kvarn.backends.cpu import CpuBackend
+    from kvarn.planning import Available, available_memory, plan_memory
+
+    backend = CpuBackend(threads=config.threads)
+    available = available_memory() if memory is None else Available(memory, "--memory")
+    try:
+        return plan_memory(
+            program, lambda kv, limits: backend.memory_use(program, dtypes, kv, limits), config, available
+        )
+    except CapacityError as error:
+        return error
+
+
+def _json(served: MemoryPlan | CapacityError) -> dict[str, object]:
+    if isinstance(served, CapacityError):
+        return {"served": None, "refused": str(served)}
+    derived = {name: getattr(served, name) for name in ("budget", "cache_tokens", "full_sequences")}
+    return {"served": {**dataclasses.asdict(served), "total": served.total, **derived}, "refused": None}
+
+
+def _print_served(served: MemoryPlan | CapacityError) -> None:
+    from kvarn.cli.memory_table import memory_table
+
+    if isinstance(served, CapacityError):
+        print(f"kvarn serve would refuse these settings: {served}")
+    else:
+        print(f"kvarn serve with these settings:\n{memory_table(served)}")
 
 
 def _read(model: str, dtype: str | None) -> tuple[ModelConfig, Program, dict[str, DType]]:

@@ -4,21 +4,36 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvarn.cli.options import DEFAULT_MODEL, MaxModelLen, PackedCacheBytes, Threads, read_text
+from kvarn.cli.options import (
+    DEFAULT_MODEL,
+    KvCacheBytes,
+    KvOffloadBytes,
+    MaxModelLen,
+    MemoryUtilization,
+    PackedCacheBytes,
+    Threads,
+    optional_size,
+    read_text,
+    size_option,
+)
 
 if TYPE_CHECKING:
     from kvarn.engine import AsyncLLM
+    from kvarn.planning import MemoryPlan
+    from kvarn.tracing import TraceRecorder
 
 EPILOG = """\b
 Examples:
   kvarn serve
   kvarn serve qwen2.5-coder-0.5b-instruct --port 9000 --max-num-seqs 16
-  kvarn serve model.gguf --max-model-len 4096 --kv-cache-bytes 2000000000
+  kvarn serve model.gguf --max-model-len 4096 --kv-cache-bytes 2GiB
   kvarn serve --host 0.0.0.0 --policy fair --api-key KEY-OF-ANN --api-key KEY-OF-BOB --itl-target-ms 50
 \b
 Ask it:
@@ -77,10 +92,7 @@ def command(
             "milliseconds; a request's header x-slo-ttft-ms goes before it."
         ),
     ] = None,
-    kv_cache_bytes: Annotated[
-        int | None,
-        typer.Option(help="Bytes for the KV cache; default: what the sequences can use, within --memory-utilization."),
-    ] = None,
+    kv_cache_bytes: KvCacheBytes = None,
     kv_cache_dtype: Annotated[
         str,
         typer.Option(help="Type of cached keys and values: float16, float32, int8 (half the bytes) or int4 (a third)."),
@@ -92,15 +104,17 @@ def command(
         list[Path] | None,
         typer.Option(help="Text file with a system prompt whose cached tokens all cache_salts share. May be repeated."),
     ] = None,
-    kv_offload_bytes: Annotated[
-        int, typer.Option(help="Size of a file for evicted parts of the KV cache, kept for the next start; 0: none.")
-    ] = 0,
+    kv_offload_bytes: KvOffloadBytes = "0",
     kv_offload_dir: Annotated[
         Path | None, typer.Option(help="Folder of that file; default: beside the pulled models.")
     ] = None,
-    memory_utilization: Annotated[float, typer.Option(help="Share of available memory that may be taken.")] = 0.8,
+    memory_utilization: MemoryUtilization = 0.8,
     threads: Threads = 0,
     packed_cache_bytes: PackedCacheBytes = None,
+    trace_file: Annotated[
+        Path | None,
+        typer.Option(help="Record what the engine does, and write the last steps here at the end (see `kvarn trace`)."),
+    ] = None,
     max_body_bytes: Annotated[int, typer.Option(help="Largest request body.")] = 8 << 20,
 ) -> None:
     """Serve a model over an OpenAI-compatible HTTP API, with a chat page at /."""
@@ -116,11 +130,11 @@ def command(
         packed_cache_bytes=packed_cache_bytes,
         cache=CacheConfig(
             dtype=kv_cache_dtype,
-            kv_cache_bytes=kv_cache_bytes,
+            kv_cache_bytes=optional_size("kv-cache-bytes", kv_cache_bytes),
             memory_utilization=memory_utilization,
             enable_prefix_caching=prefix_cache,
             shared_system_prompts=system_prompts,
-            kv_offload_bytes=kv_offload_bytes,
+            kv_offload_bytes=size_option("kv-offload-bytes", kv_offload_bytes),
             kv_offload_dir=None if kv_offload_dir is None else str(kv_offload_dir),
         ),
         scheduler=SchedulerConfig(
@@ -143,7 +157,13 @@ def command(
         addresses.append(url)
         typer.echo(f"loading {model} …")
 
-    serve(options, on_listening=listening, on_ready=lambda llm, seconds: _tell(llm, seconds, addresses[0]))
+    def ready(llm: AsyncLLM, seconds: float) -> None:
+        config = llm.model_config
+        typer.echo(f"{config.family}, {config.num_layers} layers · ready in {seconds:.2f} s")
+        typer.secho(f"{addresses[0]}  (chat page; API under {addresses[0]}/v1)", bold=True)
+
+    with _recording(trace_file, max_num_batched_tokens) as observer:
+        serve(options, on_listening=listening, on_plan=_tell, on_ready=ready, observer=observer)
 
 
 def _keys_of(listed: str) -> list[str]:
@@ -151,12 +171,24 @@ def _keys_of(listed: str) -> list[str]:
     return [key.strip() for key in listed.split(",")] if listed.strip() else []
 
 
-def _tell(llm: AsyncLLM, seconds: float, url: str) -> None:
-    stats, cache = llm.stats(), llm.config.cache
-    tokens = stats.num_blocks * cache.block_size
-    config = llm.model_config
-    typer.echo(
-        f"{config.family}, {config.num_layers} layers · sequences of up to {llm.max_model_len} tokens · KV cache for "
-        f"{tokens} tokens in {stats.num_blocks} blocks · ready in {seconds:.2f} s"
-    )
-    typer.secho(f"{url}  (chat page; API under {url}/v1)", bold=True)
+@contextmanager
+def _recording(path: Path | None, budget: int) -> Iterator[TraceRecorder | None]:
+    """An observer whose records are written to the path in the end; None where there is no path."""
+    if path is None:
+        yield None
+        return
+    from kvarn.tracing import TraceRecorder, write_trace
+
+    recorder = TraceRecorder(budget)
+    write_trace(path, recorder)  # a path that cannot be written is told now, not after the work
+    try:
+        yield recorder
+    finally:
+        write_trace(path, recorder)
+
+
+def _tell(plan: MemoryPlan) -> None:
+    """What will be taken, before it is."""
+    from kvarn.cli.memory_table import memory_table
+
+    typer.echo(memory_table(plan))

@@ -12,9 +12,10 @@ from typing import Self
 from kvarn.config import EngineConfig
 from kvarn.engine.events import Event, RequestFailed, merge_outputs
 from kvarn.engine.front import EngineFront
-from kvarn.engine.load import LoadedEngine, load_engine
+from kvarn.engine.load import LoadedEngine, OnPlan, load_engine
 from kvarn.engine.loop import EngineLoop
 from kvarn.request import Request, RequestOutput
+from kvarn.scheduler import Observer
 
 
 class AsyncLLM(EngineFront):
@@ -27,12 +28,20 @@ class AsyncLLM(EngineFront):
         self._lock = threading.Lock()
 
     @classmethod
-    def from_model(cls, name_or_path: str, config: EngineConfig | None = None) -> Self:
+    def from_model(
+        cls,
+        name_or_path: str,
+        config: EngineConfig | None = None,
+        *,
+        on_plan: OnPlan = lambda _plan: None,
+        observer: Observer | None = None,
+    ) -> Self:
         """Loads a catalogued name, a .gguf file or a folder. Blocks for as long as loading takes; prints nothing.
 
+        on_plan: told what the engine will take, before weights are read. observer: told of every decision and step.
         Raises ModelFileError, UnsupportedModelError, PullError, ConfigError, CapacityError.
         """
-        return cls(load_engine(name_or_path, config or EngineConfig()))
+        return cls(load_engine(name_or_path, config or EngineConfig(), on_plan=on_plan, observer=observer))
 
     @property
     def is_running(self) -> bool:

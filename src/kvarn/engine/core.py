@@ -13,8 +13,8 @@ from kvarn.engine.output import RequestText
 from kvarn.errors import EngineError, RequestError
 from kvarn.request import FinishReason, Request, RequestOutput, SequenceOutput
 from kvarn.runner import Runner
-from kvarn.scheduler import Scheduler, Sequence, StepShape
-from kvarn.step import SampledToken
+from kvarn.scheduler import MeasuredCost, NullObserver, Observer, Scheduler, Sequence, StepShape, StepTimes
+from kvarn.step import SampledToken, SchedulerOutput, StepOutput
 from kvarn.text import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -61,16 +61,18 @@ class EngineCore:
         tokenizer: Tokenizer,
         vocab_size: int,
         *,
-        on_step: Callable[[StepShape, float], None] = lambda _shape, _seconds: None,
+        cost: MeasuredCost | None = None,
+        observer: Observer | None = None,
+        clock: Callable[[], float] = time.perf_counter,
         on_close: Callable[[], None] = lambda: None,
     ) -> None:
         """new_scheduler: makes an empty scheduler over the runner's blocks. vocab_size: width of the logits.
 
-        on_step: told of each step that succeeded and how many seconds it took, scheduling and texts included.
+        cost: learns from every step that succeeds, scheduling and texts included.
+        observer: told of every step, with times of `clock` in seconds; `new_scheduler` tells it of the rest.
         on_close: called after the runner is closed (the model's files, from which a back-end may still read).
         """
         self._runner = runner
-        self._on_step = on_step
         self._on_close = on_close
         self._new_scheduler = new_scheduler
         self._scheduler = new_scheduler()
@@ -79,6 +81,9 @@ class EngineCore:
         self._vocab_size = vocab_size
         self._texts: dict[str, RequestText] = {}
         self._counters = _Counters()
+        self._cost = cost or MeasuredCost()
+        self._observer = observer or NullObserver()
+        self._clock = clock
         self._closed = False
 
     def check(self, request: Request) -> None:
@@ -120,9 +125,19 @@ class EngineCore:
 
         Raises what the runner raises: then nothing is known of the state, and only `reset` and `close` may follow.
         """
-        started = time.perf_counter()
+        began = self._clock()
         scheduled = self._scheduler.schedule()
+        decided = self._clock()
         result = self._runner.execute(scheduled)
+        executed = self._clock()
+        events = self._book(scheduled, result)
+        times = StepTimes(began, decided, executed, self._clock())
+        self._cost.observe(StepShape.of(scheduled), times.ended - times.began)
+        self._observer.stepped(scheduled, times)
+        return events
+
+    def _book(self, scheduled: SchedulerOutput, result: StepOutput) -> list[Event]:
+        """What each request gained by a step."""
         sampled = self._scheduler.update(scheduled, result)
         self._count(sampled)
         parts: dict[str, list[SequenceOutput]] = {}
@@ -140,9 +155,7 @@ class EngineCore:
             parts.setdefault(request_id, []).append(output)
             if output.finish_reason is FinishReason.STOP:
                 self._scheduler.finish(sequence.sequence_id, FinishReason.STOP, output.stop_reason)
-        events = failed + [self._message(i, tuple(outputs)) for i, outputs in parts.items() if i in self._texts]
-        self._on_step(StepShape.of(scheduled), time.perf_counter() - started)
-        return events
+        return failed + [self._message(i, tuple(outputs)) for i, outputs in parts.items() if i in self._texts]
 
     def stats(self) -> EngineStats:
         """A snapshot."""

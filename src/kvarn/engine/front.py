@@ -9,6 +9,7 @@ from kvarn.engine.events import EngineStats
 from kvarn.engine.load import LoadedEngine, LoadTimes
 from kvarn.engine.loop import EngineLoop
 from kvarn.models import ModelConfig
+from kvarn.planning import MemoryPlan
 from kvarn.text import Tokenizer
 
 
@@ -46,6 +47,11 @@ class EngineFront:
     def max_model_len(self) -> int:
         """Most tokens of one sequence, prompt and output together."""
         return self._engine.max_model_len
+
+    @property
+    def memory_plan(self) -> MemoryPlan | None:
+        """What the engine takes, all allocated at load; None where the engine was put together by hand."""
+        return self._engine.memory_plan
 
     @property
     def load_times(self) -> LoadTimes | None:

@@ -11,21 +11,20 @@ from pathlib import Path
 from typing import Protocol
 
 from kvarn import __version__, _native
-from kvarn.backends import Backend, KvCacheSpec, StepLimits
-from kvarn.backends.cpu import CpuBackend, PackedSlot, memory_use
+from kvarn.backends import Backend
+from kvarn.backends.cpu import CpuBackend, PackedSlot
 from kvarn.cache import BlockPool, NullPrefixCache, RadixPrefixCache
 from kvarn.config import EngineConfig
-from kvarn.engine.capacity import Needs, plan_capacity
 from kvarn.engine.core import EngineCore
-from kvarn.engine.memory import available_memory
 from kvarn.engine.prefixes import shared_prefixes
 from kvarn.engine.tier import open_tier
 from kvarn.errors import ConfigError
 from kvarn.models import Model, ModelConfig, load_model
-from kvarn.program import Program, Rows
+from kvarn.planning import Available, MemoryPlan, available_memory, plan_memory
+from kvarn.program import Program
 from kvarn.runner import Runner
 from kvarn.sampling import NativeSampler
-from kvarn.scheduler import MeasuredCost, Scheduler, make_scheduler
+from kvarn.scheduler import MeasuredCost, Observer, Scheduler, make_scheduler
 from kvarn.tensors import TensorSource
 from kvarn.text import Tokenizer, load_tokenizer
 from kvarn.weights import ModelFiles, open_model, packed_cache
@@ -72,8 +71,9 @@ class LoadedEngine:
     model_config: ModelConfig
     max_model_len: int
     config: EngineConfig
+    memory_plan: MemoryPlan | None = None
     load_times: LoadTimes | None = None
-    """None where the engine was put together by hand."""
+    """Both None where the engine was put together by hand."""
 
 
 def make_backend(name: str, threads: int = 0, packed: PackedSlot | None = None) -> Backend:
@@ -87,8 +87,19 @@ def make_backend(name: str, threads: int = 0, packed: PackedSlot | None = None) 
     raise ConfigError(f"backend must be cpu or reference, not {name!r}")
 
 
-def load_engine(name_or_path: str, config: EngineConfig) -> LoadedEngine:
+OnPlan = Callable[[MemoryPlan], None]
+
+
+def load_engine(
+    name_or_path: str,
+    config: EngineConfig,
+    *,
+    on_plan: OnPlan = lambda _plan: None,
+    observer: Observer | None = None,
+) -> LoadedEngine:
     """Resolves the name (pulling the model where it is not there yet), opens its files and builds the engine.
+
+    on_plan: told what the engine will take, before weights are read. observer: told of every decision and step.
 
     Raises ModelFileError, UnsupportedModelError, PullError, ConfigError, CapacityError.
     """
@@ -105,8 +116,9 @@ def load_engine(name_or_path: str, config: EngineConfig) -> LoadedEngine:
         packed = _packed_slot(files, model, config)
         name, identity = model_name(name_or_path), _model_identity(files, model)
         engine = build_engine(
-            model, tokenizer, config, name=name, packed=packed, identity=identity, on_close=files.close
-        )
+            model, tokenizer, config, name=name, packed=packed, identity=identity,
+            on_plan=on_plan, observer=observer, on_close=files.close,
+        )  # fmt: skip
         files.release()
         _native.trim_heap()  # of what building a tokenizer takes, half is needed afterwards
         times.append(time.perf_counter())
@@ -154,50 +166,49 @@ def build_engine(
     name: str = "model",
     packed: PackedSlot | None = None,
     identity: str = "",
+    on_plan: OnPlan = lambda _plan: None,
+    observer: Observer | None = None,
     on_close: Callable[[], None] = lambda: None,
 ) -> LoadedEngine:
     """Sizes the cache, loads the program on the back-end, and puts the engine together.
 
     identity: tells the model's weights from all others, for KV that outlives the engine; needed for kv_offload_bytes.
     The weights must stay open until `on_close` is called, when the engine is closed: a back-end may read them late.
+    on_plan: told what the engine will take, before weights are read. observer: told of every decision and step.
     Raises CapacityError before any weight is read.
     """
-    program, cache, steps = model.program, config.cache, config.scheduler
+    program = model.program
     backend = make_backend(config.backend, config.threads, packed)
-    capacity = plan_capacity(program, config, _needs(model, config, backend), available_memory())
-    limits = StepLimits(steps.max_num_batched_tokens, steps.max_num_seqs, capacity.max_model_len)
-    shared = shared_prefixes(tokenizer, cache, capacity.num_blocks)
-    spec = KvCacheSpec(capacity.num_blocks, cache.block_size, cache.dtype)
-    executable = backend.load(program, model.weights, spec, limits)
+    memory = engine_memory(model, config, backend, available_memory())
+    shared = shared_prefixes(tokenizer, config.cache, memory.num_blocks)
+    on_plan(memory)
+    executable = backend.load(program, model.weights, memory.kv, memory.limits)
     tier = open_tier(config, program, executable, identity)
     ends = dict.fromkeys((*model.config.eos_token_ids, *tokenizer.eos_token_ids))
 
     cost = MeasuredCost()
 
     def new_scheduler() -> Scheduler:
-        pool = BlockPool(capacity.num_blocks, cache.block_size)
-        index = tier.new_index()
-        prefixes = RadixPrefixCache(pool, shared, index) if cache.enable_prefix_caching else NullPrefixCache()
+        pool = BlockPool(memory.num_blocks, memory.block_size)
+        caching = config.cache.enable_prefix_caching
+        prefixes = RadixPrefixCache(pool, shared, tier.new_index()) if caching else NullPrefixCache()
         return make_scheduler(
-            steps, pool, capacity.max_model_len, cost, eos_token_ids=ends, prefix_cache=prefixes, moves=tier.moves
-        )
+            config.scheduler, pool, memory.max_model_len, cost,
+            eos_token_ids=ends, prefix_cache=prefixes, moves=tier.moves, observer=observer,
+        )  # fmt: skip
 
     sampler = NativeSampler(program.vocab_size)
-    runner = Runner(executable, sampler, limits, cache.block_size, logits=program.output, block_file=tier.file)
-    core = EngineCore(runner, new_scheduler, tokenizer, program.vocab_size, on_step=cost.observe, on_close=on_close)
-    return LoadedEngine(core, name, tokenizer, model.config, capacity.max_model_len, config)
+    runner = Runner(
+        executable, sampler, memory.limits, memory.block_size, logits=program.output, block_file=tier.file
+    )
+    core = EngineCore(
+        runner, new_scheduler, tokenizer, program.vocab_size, cost=cost, observer=observer, on_close=on_close
+    )
+    return LoadedEngine(core, name, tokenizer, model.config, memory.max_model_len, config, memory)
 
 
-def _needs(model: LoadableModel, config: EngineConfig, backend: Backend) -> Needs:
-    """Bytes of weights and of the activations of the largest step, as the back-end holds them."""
-    program, steps = model.program, config.scheduler
-    if isinstance(backend, CpuBackend):
-        dtypes = {weight.name: model.weights.tensor(weight.name).dtype for weight in program.weights}
-        longest = config.max_model_len or program.max_positions
-        limits = StepLimits(steps.max_num_batched_tokens, steps.max_num_seqs, longest)
-        use = memory_use(program, dtypes, KvCacheSpec(1, config.cache.block_size), limits, backend.threads)
-        return Needs(use.weights + use.tables, use.activations)
-    # The reference holds every value as float32 and keeps all buffers of a step.
-    tokens, rows = steps.max_num_batched_tokens, steps.max_num_seqs
-    activations = sum(4 * b.width * (tokens if b.rows is Rows.TOKENS else rows) for b in program.buffers)
-    return Needs(4 * program.num_parameters, activations)
+def engine_memory(model: LoadableModel, config: EngineConfig, backend: Backend, available: Available) -> MemoryPlan:
+    """What an engine of the model takes on the back-end. Raises CapacityError, ConfigError (see `plan_memory`)."""
+    program = model.program
+    dtypes = {weight.name: model.weights.tensor(weight.name).dtype for weight in program.weights}
+    return plan_memory(program, lambda kv, limits: backend.memory_use(program, dtypes, kv, limits), config, available)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from kvarn.backends.base import KvCacheSpec, StepLimits
-from kvarn.backends.cpu import CpuMemory, memory_use
+from kvarn.backends import KvCacheSpec, MemoryUse, StepLimits
+from kvarn.backends.cpu import memory_use
 from kvarn.errors import ConfigError
 from kvarn.kv_types import CACHE_TYPES, KV_TYPES, KvType
 from kvarn.program import Program
@@ -146,7 +146,7 @@ def _cpu_memory(
     batch: int,
     tokens: int,
     threads: int,
-) -> CpuMemory:
+) -> MemoryUse:
     limits = StepLimits(max(tokens, batch), batch, length)
     held = kv_dtype if kv_dtype in CACHE_TYPES else "float16"  # activations of types that the CPU does not have
     return memory_use(program, dtypes, KvCacheSpec(1, BLOCK_SIZE, held), limits, threads)

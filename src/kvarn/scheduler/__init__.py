@@ -12,12 +12,13 @@ from kvarn.scheduler.fairness import FairShare
 from kvarn.scheduler.forecast import Forecast, QueueForecast
 from kvarn.scheduler.measured import MeasuredCost
 from kvarn.scheduler.moves import MoveCost
+from kvarn.scheduler.observer import Hold, NullObserver, Observer, StepTimes
 from kvarn.scheduler.policy import FirstComeFirstServed, Policy, PriorityClasses
 from kvarn.scheduler.scheduler import Scheduler
 from kvarn.scheduler.sequence import Sequence
 
 __all__ = [
-    "Backlog", "Budget", "ConstantBudget", "FairShare", "FirstComeFirstServed", "Forecast", "ItlBudget", "Limits",
-    "MeasuredCost", "MoveCost", "Policy", "PriorityClasses", "QueueForecast", "Scheduler", "Sequence", "StepCost",
-    "StepShape", "make_budget", "make_policy", "make_scheduler",
+    "Backlog", "Budget", "ConstantBudget", "FairShare", "FirstComeFirstServed", "Forecast", "Hold", "ItlBudget",
+    "Limits", "MeasuredCost", "MoveCost", "NullObserver", "Observer", "Policy", "PriorityClasses", "QueueForecast",
+    "Scheduler", "Sequence", "StepCost", "StepShape", "StepTimes", "make_budget", "make_policy", "make_scheduler",
 ]  # fmt: skip

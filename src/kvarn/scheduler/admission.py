@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvarn.config import SchedulerConfig
-from kvarn.errors import QueueFullError, RequestError
+from kvarn.errors import DeadlineError, QueueFullError, RequestError
 from kvarn.request import Request
 
 
@@ -90,3 +90,14 @@ class Backlog:
         """One of them has been admitted, or has ended."""
         self.requests -= 1
         self.prompt_tokens -= prompt_tokens
+
+
+def check_deadline(asked: float, expected: float) -> None:
+    """Raises DeadlineError for a first token that is asked for in milliseconds `asked`, and `expected` in seconds."""
+    if expected * 1000 > asked:
+        raise DeadlineError(
+            f"the first token is to be expected in {expected * 1000:.0f} ms, later than the {asked:g} ms of its "
+            "deadline (ttft_slo_ms); try again later",
+            reason="ttft_slo",
+            retry_after=expected - asked / 1000,
+        )

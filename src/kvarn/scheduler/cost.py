@@ -19,13 +19,17 @@ class StepShape:
     """Rows that go through the output layer and the sampler."""
     num_attended: int
     """Keys that the queries look at: for each token its position + 1, summed."""
+    num_context: int = 0
+    """Keys that are read, each once a sequence, however many of its queries look at them."""
 
     @classmethod
     def of(cls, scheduled: SchedulerOutput) -> Self:
         """The shape of a step that was decided."""
         parts = scheduled.sequences
         attended = sum(len(p.token_ids) * (p.start + p.end + 1) // 2 for p in parts)
-        return cls(scheduled.num_tokens, len(parts), sum(p.sample for p in parts), attended)
+        return cls(
+            scheduled.num_tokens, len(parts), sum(p.sample for p in parts), attended, sum(p.end for p in parts)
+        )
 
     def plus(self, start: int, count: int) -> Self:
         """The shape with one sequence more: `count` tokens from position `start` on, the last of them sampled from."""
@@ -36,6 +40,7 @@ class StepShape:
             num_sequences=self.num_sequences + 1,
             num_sampled=self.num_sampled + 1,
             num_attended=self.num_attended + attended,
+            num_context=self.num_context + start + count,
         )
 
 

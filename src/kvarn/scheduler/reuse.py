@@ -6,6 +6,7 @@ from collections.abc import Hashable
 
 from kvarn.cache import BlockPool, NullPrefixCache, PrefixCache, common_length
 from kvarn.scheduler.moves import MoveCost
+from kvarn.scheduler.observer import Observer
 from kvarn.scheduler.sequence import Sequence
 from kvarn.step import BlockLoad, BlockSave
 
@@ -13,8 +14,13 @@ from kvarn.step import BlockLoad, BlockSave
 class PrefixReuse:
     """The scheduler's side of the prefix cache. It changes tables, paths and counts of computed tokens of sequences."""
 
-    def __init__(self, pool: BlockPool, cache: PrefixCache | None, moves: MoveCost | None) -> None:
-        """cache: of that pool; owned from now on; None: none. moves: when its second tier is used; None: always."""
+    def __init__(
+        self, pool: BlockPool, cache: PrefixCache | None, moves: MoveCost | None, observer: Observer
+    ) -> None:
+        """cache: of that pool; owned from now on; None: none. moves: when its second tier is used; None: always.
+
+        observer: told of hits of running sequences, of loads, and of evictions.
+        """
         self.cache = cache or NullPrefixCache()
         self.moves = moves or MoveCost(pool.block_size, 0.0)
         self.num_queries = 0
@@ -24,6 +30,7 @@ class PrefixReuse:
         self.num_loaded_tokens = 0
         """Those of the hits that came from the second tier."""
         self._pool = pool
+        self._observer = observer
         self._loads: list[BlockLoad] = []
         self._computing: dict[Hashable, tuple[Sequence, int]] = {}
         """By the block they compute first: sequences with a chunk of a prompt in this step, and where it ends."""
@@ -57,6 +64,13 @@ class PrefixReuse:
         sequence.num_computed_tokens = found
         return found - known
 
+    def catch_up(self, sequence: Sequence) -> None:
+        """Lets a running sequence go on from what another has computed meanwhile."""
+        found = self.adopt(sequence, whole_blocks=True)
+        if found:
+            self.count_hits(sequence, found)
+            self._observer.found(sequence, found)
+
     def count_hits(self, sequence: Sequence, found: int) -> None:
         """Books tokens that the sequence need not compute."""
         self.num_hits += found
@@ -73,7 +87,7 @@ class PrefixReuse:
         """Takes the blocks to write positions start … end - 1, which are known to be available; returns the copies."""
         missing = sequence.table.blocks_needed(start, end) - self._pool.num_free
         if missing > 0:
-            self.cache.evict(missing, spill=self.moves.worthwhile)
+            self._observer.evicted(self.cache.evict(missing, spill=self.moves.worthwhile))
         return sequence.table.prepare_write(start, end)
 
     def give_up_blocks(self, sequence: Sequence) -> None:
@@ -100,6 +114,15 @@ class PrefixReuse:
         start = sequence.num_computed_tokens
         end = min(sequence.num_tokens, start + most)
         return 2 * common_length(leader.token_ids[start:leader_end], sequence.token_ids[start:end]) >= end - start
+
+    def computed(self, sequence: Sequence, end: int) -> None:
+        """Told that the KV of the sequence's tokens up to `end` is in its blocks; files those that are filled."""
+        sequence.num_computed_tokens = end
+        sequence.prefix.insert(sequence.token_ids, end, sequence.table)
+
+    def loads(self, sequence: Sequence) -> bool:
+        """Whether blocks are loaded for the sequence in this step already."""
+        return any(load.sequence_id == sequence.sequence_id for load in self._loads)
 
     def load(self, sequence: Sequence, most: int) -> bool:
         """Whether blocks of the second tier are loaded for the sequence in this step; then it waits for them.
@@ -130,7 +153,7 @@ class PrefixReuse:
             return
         loaded = count * self._pool.block_size
         sequence.table.truncate(sequence.prefix.num_blocks + count)
-        sequence.num_computed_tokens += loaded
-        sequence.prefix.insert(sequence.token_ids, sequence.num_computed_tokens, sequence.table)
+        self.computed(sequence, sequence.num_computed_tokens + loaded)
         self.num_loaded_tokens += loaded
         self.count_hits(sequence, loaded)
+        self._observer.loaded(sequence, loaded)

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from kvarn.cache import BlockPool, BlockTable, PrefixCache
 from kvarn.config import SchedulerConfig
-from kvarn.errors import DeadlineError, RequestError
+from kvarn.errors import RequestError
 from kvarn.request import FinishReason, Request
-from kvarn.scheduler.admission import Backlog, Limits
+from kvarn.scheduler.admission import Backlog, Limits, check_deadline
 from kvarn.scheduler.budget import Budget, ConstantBudget, StepBudget
 from kvarn.scheduler.cost import StepShape
 from kvarn.scheduler.forecast import Crowd, Forecast, NoForecast
 from kvarn.scheduler.moves import MoveCost
+from kvarn.scheduler.observer import Hold, NullObserver, Observer
 from kvarn.scheduler.policy import FirstComeFirstServed, Policy, order_key
 from kvarn.scheduler.queue import WaitingQueue
 from kvarn.scheduler.reuse import PrefixReuse
 from kvarn.scheduler.sequence import Sequence
+from kvarn.scheduler.steady import SteadySteps
 from kvarn.step import NewSequence, SampledToken, ScheduledSequence, SchedulerOutput, StepOutput
 
 
@@ -42,6 +44,8 @@ class _Step:
     sequences: list[ScheduledSequence] = field(default_factory=list)
     new: list[NewSequence] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)
+    held: tuple[Sequence, Hold] | None = None
+    """The first of those that wait, and why it was not admitted."""
 
 
 class Scheduler:
@@ -78,20 +82,24 @@ class Scheduler:
         forecast: Forecast | None = None,
         prefix_cache: PrefixCache | None = None,
         moves: MoveCost | None = None,
+        observer: Observer | None = None,
     ) -> None:
         """pool: all blocks of the KV cache, owned from now on. eos_token_ids: the model's own ends of text.
 
         policy, budget, forecast: first come first served, config.max_num_batched_tokens for every step, and no requests
         refused for their deadlines, unless given.
         prefix_cache: of that pool; owned from now on. moves: when its second tier is used; None: always.
+        observer: told of every decision.
         """
-        self.reuse = PrefixReuse(pool, prefix_cache, moves)
+        self._observer = observer or NullObserver()
+        self.reuse = PrefixReuse(pool, prefix_cache, moves, self._observer)
         self.limits = Limits(max_model_len, (pool.num_blocks - self.reuse.cache.num_reserved) * pool.block_size)
         self.num_preemptions = 0
         self._config = config
         self._pool = pool
         self._eos_token_ids = frozenset(eos_token_ids)
         self.policy = policy or FirstComeFirstServed()
+        self._steady = SteadySteps(pool, self.policy, self.reuse)
         self._budget = budget or ConstantBudget(config.max_num_batched_tokens)
         self._forecast = forecast or NoForecast()
         self._running: dict[int, Sequence] = {}
@@ -108,6 +116,16 @@ class Scheduler:
     def num_running(self) -> int:
         """Sequences that take part in the steps."""
         return len(self._running)
+
+    @property
+    def running_ids(self) -> Iterable[int]:
+        """Ids of the sequences that take part in the steps."""
+        return self._running.keys()
+
+    @property
+    def num_running_tokens(self) -> int:
+        """Tokens of those sequences, prompts and outputs."""
+        return sum(sequence.num_tokens for sequence in self._running.values())
 
     @property
     def num_waiting(self) -> int:
@@ -165,6 +183,8 @@ class Scheduler:
         self._sequences.update(group.sequences)
         self.backlog.add(len(request.prompt_token_ids))
         self._waiting.add(sequences[0])
+        for sequence in sequences:
+            self._observer.queued(sequence)
         return sequences
 
     def abort(self, request_id: str) -> list[Sequence]:
@@ -185,10 +205,12 @@ class Scheduler:
         """Decides the next step and takes the blocks it writes. Follow it by `update` with what came of it."""
         self._step += 1
         for sequence in self._running.values():
-            self.reuse.count_hits(sequence, self.reuse.adopt(sequence, whole_blocks=True))
+            self.reuse.catch_up(sequence)
         step = _Step(self._budget.open(self._decodes()), deque(sorted(self._running.values(), key=self._key)))
         self._schedule_running(step)
         self._admit_waiting(step)
+        if step.held is not None:
+            self._observer.held(*step.held)
         finished, self._finished_ids = tuple(self._finished_ids), []
         return SchedulerOutput(
             self._step, tuple(step.sequences), tuple(step.new), finished, tuple(step.copies), *self.reuse.end_step()
@@ -215,8 +237,7 @@ class Scheduler:
         for part in scheduled.sequences:
             sequence = self._sequences.get(part.sequence_id)
             if sequence is not None:
-                sequence.num_computed_tokens = part.end
-                sequence.prefix.insert(sequence.token_ids, part.end, sequence.table)
+                self.reuse.computed(sequence, part.end)
                 self._release_forks(sequence)
         sampled: list[tuple[Sequence, SampledToken]] = []
         for token in result.sampled:
@@ -230,6 +251,23 @@ class Scheduler:
             if end is not None:
                 self._end(sequence, *end)
         return sampled
+
+    def steady_steps(self, limit: int) -> int:
+        """How many of the coming steps, at most `limit`, are sure to be alike, if no token ends a sequence.
+
+        In each of them every running sequence computes and samples one token; nobody is admitted, ends or is preempted.
+        """
+        if self._waiting and len(self._running) < self._config.max_num_seqs:
+            return 0
+        return self._steady.count(self._running.values(), limit)
+
+    def skip(self, steps: int, token_ids: Mapping[int, int]) -> None:
+        """Books `steps` steady steps at once: everything is as if they had been taken one by one.
+
+        token_ids: by sequence, what it samples in each of them. steps: at most what `steady_steps` says now.
+        """
+        self._steady.take(sorted(self._running.values(), key=self._key), steps, token_ids)
+        self._step += steps
 
     def check(self) -> None:
         """Raises AssertionError unless blocks, cache, queues and groups agree with one another. For tests."""
@@ -246,16 +284,8 @@ class Scheduler:
     def _check_deadline(self, sequence: Sequence) -> None:
         """Raises DeadlineError for a sequence that does not wait yet, if it is asked to come in time and will not."""
         asked = sequence.request.ttft_slo_ms or self._config.ttft_slo_ms
-        if asked is None:
-            return
-        seconds = self._forecast.ttft(sequence, self._crowd(sequence))
-        if seconds * 1000 > asked:
-            raise DeadlineError(
-                f"the first token is to be expected in {seconds * 1000:.0f} ms, later than the {asked:g} ms of its "
-                "deadline (ttft_slo_ms); try again later",
-                reason="ttft_slo",
-                retry_after=seconds - asked / 1000,
-            )
+        if asked is not None:
+            check_deadline(asked, self._forecast.ttft(sequence, self._crowd(sequence)))
 
     def _crowd(self, sequence: Sequence) -> Crowd:
         """What a sequence finds that does not wait yet."""
@@ -275,7 +305,7 @@ class Scheduler:
     def _decodes(self) -> StepShape:
         """Of the running sequences that have one token to compute."""
         lengths = [s.num_tokens for s in self._running.values() if s.num_uncomputed_tokens == 1]
-        return StepShape(len(lengths), len(lengths), len(lengths), sum(lengths))
+        return StepShape(len(lengths), len(lengths), len(lengths), sum(lengths), sum(lengths))
 
     def _schedule_running(self, step: _Step) -> None:
         while step.pending:
@@ -301,36 +331,61 @@ class Scheduler:
 
     def _admit_waiting(self, step: _Step, before: Sequence | None = None) -> None:
         """Admits waiting sequences in order, up to `before` where it is given, for as long as there is room."""
+        step.held = None
         reserved = self._chunked(step)
-        while self._waiting and len(self._running) < self._config.max_num_seqs and step.budget.room(0, 1, reserved):
+        while self._waiting:
             sequence = self._waiting.first()
             if before is not None and self._key(sequence) > self._key(before):
                 return
-            forked = len(sequence.table) > 0
-            if not self._may_fit():
+            hold = self._try_to_admit(step, sequence, reserved)
+            if hold is not None:
+                step.held = sequence, hold
                 return
-            found = self.reuse.adopt(sequence)
-            count = step.budget.room(sequence.num_computed_tokens, sequence.num_uncomputed_tokens, reserved)
-            if not count or self.reuse.repeats(sequence, count) or not self._can_admit(sequence):
-                if not forked:
-                    # What it waits with cannot be evicted for those that run.
-                    self.reuse.give_up_blocks(sequence)
-                return
+
+    def _try_to_admit(self, step: _Step, sequence: Sequence, reserved: int) -> Hold | None:
+        """Admits the first of the waiting sequences; or says why not."""
+        if len(self._running) >= self._config.max_num_seqs:
+            return Hold.SEATS
+        if not step.budget.room(0, 1, reserved):
+            return Hold.BUDGET
+        if self.reuse.loads(sequence):
+            return Hold.LOADING
+        if not self._may_fit():
+            return Hold.BLOCKS
+        forked = len(sequence.table) > 0
+        found = self.reuse.adopt(sequence)
+        count = step.budget.room(sequence.num_computed_tokens, sequence.num_uncomputed_tokens, reserved)
+        hold = self._hold(sequence, count)
+        if hold is not None:
             if not forked:
-                self.reuse.num_queries += sequence.num_tokens
-                self.reuse.count_hits(sequence, min(found, sequence.num_computed_tokens))
-            if self.reuse.load(sequence, count):
-                return
-            start = sequence.num_computed_tokens
-            # It may have given up a part of a block for want of another; then it has room for no fewer tokens.
-            count = step.budget.room(start, sequence.num_uncomputed_tokens, reserved)
-            self._admit(step, sequence)
-            step.budget.take(start, count)
-            self._put(step, sequence, count)
+                # What it waits with cannot be evicted for those that run.
+                self.reuse.give_up_blocks(sequence)
+            return hold
+        if not forked:
+            self.reuse.num_queries += sequence.num_tokens
+            self.reuse.count_hits(sequence, min(found, sequence.num_computed_tokens))
+        if self.reuse.load(sequence, count):
+            return Hold.LOADING
+        start = sequence.num_computed_tokens
+        # It may have given up a part of a block for want of another; then it has room for no fewer tokens.
+        count = step.budget.room(start, sequence.num_uncomputed_tokens, reserved)
+        self._admit(step, sequence)
+        step.budget.take(start, count)
+        self._put(step, sequence, count)
+        return None
+
+    def _hold(self, sequence: Sequence, count: int) -> Hold | None:
+        """What keeps a sequence that would compute `count` tokens out of the step."""
+        if not count:
+            return Hold.BUDGET
+        if self.reuse.repeats(sequence, count):
+            return Hold.REPEATS
+        return None if self._can_admit(sequence) else Hold.BLOCKS
 
     def _admit(self, step: _Step, sequence: Sequence) -> None:
         self._waiting.remove(sequence)
         self._running[sequence.sequence_id] = sequence
+        self._observer.admitted(sequence)
         if not sequence.announced:
             sequence.announced = True
             step.new.append(sequence.announcement())
@@ -409,6 +464,7 @@ class Scheduler:
         return max(sequences, key=self._key)
 
     def _preempt(self, sequence: Sequence) -> None:
+        self._observer.preempted(sequence)
         self.reuse.give_up_blocks(sequence)
         sequence.num_preemptions += 1
         self.num_preemptions += 1
@@ -430,6 +486,7 @@ class Scheduler:
 
     def _end(self, sequence: Sequence, reason: FinishReason, stop_reason: str | int | None = None) -> None:
         sequence.finish_reason, sequence.stop_reason = reason, stop_reason
+        self._observer.ended(sequence)
         if sequence.announced:
             self._charge_prompt(sequence, sequence.num_computed_tokens)
         if self._running.pop(sequence.sequence_id, None) is None and sequence in self._waiting:

@@ -17,6 +17,8 @@ import uvicorn
 from kvarn.config import EngineConfig
 from kvarn.engine import AsyncLLM
 from kvarn.errors import ConfigError, KvarnError
+from kvarn.planning import MemoryPlan
+from kvarn.scheduler import Observer
 from kvarn.server.app import DEFAULT_MAX_BODY_BYTES, create_app
 from kvarn.server.auth import ApiKeys
 from kvarn.server.state import ServerState
@@ -79,6 +81,7 @@ class _Server(uvicorn.Server):
 
 
 OnListening = Callable[[str], None]
+OnPlan = Callable[[MemoryPlan], None]
 OnReady = Callable[[AsyncLLM, float], None]
 
 
@@ -94,12 +97,20 @@ def _listen(host: str, port: int) -> socket.socket:
         raise ConfigError(f"cannot listen on {host} port {port}: {reason}") from error
 
 
-def serve(options: ServeOptions, *, on_listening: OnListening | None = None, on_ready: OnReady | None = None) -> None:
+def serve(
+    options: ServeOptions,
+    *,
+    on_listening: OnListening | None = None,
+    on_plan: OnPlan = lambda _plan: None,
+    on_ready: OnReady | None = None,
+    observer: Observer | None = None,
+) -> None:
     """Serves until SIGINT or SIGTERM; streams in flight get a few seconds to finish.
 
     While the model loads, everything but the pages answers 503. on_listening(url) is called when the port is open,
-    on_ready(engine, seconds since start) when requests are answered. Raises ConfigError where the port is taken, and
-    what loading raises (KvarnError), after the server has stopped.
+    on_plan(plan) in another thread before weights are read, on_ready(engine, seconds since start) when requests are
+    answered. Raises ConfigError where the port is taken, and what loading raises (KvarnError), after the server has
+    stopped. observer: told of every decision and step of the engine, in its thread.
     """
     listener = _listen(options.host, options.port)
     app = create_app(None, max_body_bytes=options.max_body_bytes, api_keys=options.api_keys)
@@ -116,7 +127,7 @@ def serve(options: ServeOptions, *, on_listening: OnListening | None = None, on_
     if on_listening is not None:
         on_listening(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        failure = runner.run(_run(server, listener, app.state.server, options, on_ready))
+        failure = runner.run(_run(server, listener, app.state.server, options, on_plan, on_ready, observer))
     if failure is not None:
         raise failure
 
@@ -135,12 +146,16 @@ async def _run(
     listener: socket.socket,
     state: ServerState,
     options: ServeOptions,
+    on_plan: OnPlan,
     on_ready: OnReady | None,
+    observer: Observer | None,
 ) -> Exception | None:
     started = time.perf_counter()
 
     async def load() -> None:
-        llm = await asyncio.to_thread(AsyncLLM.from_model, options.model, options.engine)
+        llm = await asyncio.to_thread(
+            AsyncLLM.from_model, options.model, options.engine, on_plan=on_plan, observer=observer
+        )
         state.open(llm, options.served_model_names)
         if on_ready is not None and not server.should_exit:
             on_ready(llm, time.perf_counter() - started)

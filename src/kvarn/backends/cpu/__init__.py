@@ -3,7 +3,7 @@
 from kvarn.backends.cpu.backend import CpuBackend, available_isas
 from kvarn.backends.cpu.costs import Cost, StageCost, stage_costs, step_cost
 from kvarn.backends.cpu.executable import CpuExecutable, CpuInfo, StageCounter
-from kvarn.backends.cpu.memory import CpuMemory, memory_use
+from kvarn.backends.cpu.memory import memory_use
 from kvarn.backends.cpu.packed_slot import PackedSlot
 
 __all__ = [
@@ -11,7 +11,6 @@ __all__ = [
     "CpuBackend",
     "CpuExecutable",
     "CpuInfo",
-    "CpuMemory",
     "PackedSlot",
     "StageCost",
     "StageCounter",

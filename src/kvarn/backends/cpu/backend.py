@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 
 from kvarn import _native
-from kvarn.backends.base import KvCacheSpec, StepLimits
+from kvarn.backends.base import KvCacheSpec, MemoryUse, StepLimits
 from kvarn.backends.cpu.build import Parameters, rotary_table
 from kvarn.backends.cpu.executable import CpuExecutable
-from kvarn.backends.cpu.memory import kv_layers
+from kvarn.backends.cpu.memory import kv_layers, memory_use
 from kvarn.backends.cpu.packed_file import PackedWeights
 from kvarn.backends.cpu.packed_slot import PackedSlot, PackedWriter
 from kvarn.backends.cpu.topology import physical_cores
@@ -40,6 +41,12 @@ class CpuBackend:
         self._cores = physical_cores()
         self.threads = threads or len(self._cores)
         self._packed = packed
+
+    def memory_use(
+        self, program: Program, dtypes: Mapping[str, DType], kv: KvCacheSpec, limits: StepLimits
+    ) -> MemoryUse:
+        """What `load` will hold, to the byte."""
+        return memory_use(program, dtypes, kv, limits, self.threads)
 
     def load(self, program: Program, weights: TensorSource, kv: KvCacheSpec, limits: StepLimits) -> CpuExecutable:
         """Packs every weight, or maps what was packed before; allocates cache and activations.

@@ -9,10 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvarn import _native
-from kvarn.backends.base import InputBatch, KvCacheSpec, StepLimits
+from kvarn.backends.base import InputBatch, KvCacheSpec, MemoryUse, StepLimits
 from kvarn.backends.cpu.build import BuiltPlan, Parameters, build_plan
 from kvarn.backends.cpu.compile import compile_program
-from kvarn.backends.cpu.memory import CpuMemory, assign, weight_bytes
+from kvarn.backends.cpu.memory import assign, weight_bytes
 from kvarn.backends.cpu.packed_slot import PackedWriter
 from kvarn.errors import EngineError
 from kvarn.program import Program, Rows
@@ -32,7 +32,7 @@ class CpuInfo:
 
     isa: str
     threads: int
-    memory: CpuMemory
+    memory: MemoryUse
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +118,7 @@ class CpuExecutable:
             raise EngineError("the executable is closed")
         plans = [built.plan for built in (self._main, *self._variants.values()) if built is not None]
         tables = sum(self.limits.max_model_len * table.rotary_dim * 4 for table in self._parameters.rotary)
-        memory = CpuMemory(
+        memory = MemoryUse(
             weights=weight_bytes(self.program, self._dtypes),
             tables=tables,
             kv_cache=self._cache.nbytes,

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from kvarn import _native
-from kvarn.backends.base import KvCacheSpec, StepLimits
+from kvarn.backends.base import KvCacheSpec, MemoryUse, StepLimits
 from kvarn.backends.cpu.compile import compile_program
 from kvarn.backends.cpu.stages import (
     AttentionStage,
@@ -22,24 +22,6 @@ from kvarn.program import Program, Rope, Rows, Weight
 from kvarn.tensors import DType
 
 ALIGNMENT = 64
-
-
-@dataclass(frozen=True, slots=True)
-class CpuMemory:
-    """Bytes an executable of the CPU back-end holds. `total` leaves out the interpreter and the mapped file."""
-
-    weights: int
-    """Packed matrices and tables, vectors."""
-    tables: int
-    """Rotary tables, for every position up to max_model_len."""
-    kv_cache: int
-    activations: int
-    """Buffers of the largest step, and the threads' working storage."""
-
-    @property
-    def total(self) -> int:
-        """Sum of all parts."""
-        return self.weights + self.tables + self.kv_cache + self.activations
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,12 +55,12 @@ def assign(stages: StageList, program: Program, limits: StepLimits, threads: int
 
 def memory_use(
     program: Program, dtypes: Mapping[str, DType], kv: KvCacheSpec, limits: StepLimits, threads: int
-) -> CpuMemory:
+) -> MemoryUse:
     """What `CpuBackend(threads).load(...)` will hold, to the byte. dtypes: stored type of each of the weights."""
     stages = compile_program(program, dtypes)
     layout = assign(stages, program, limits, threads)
     rotary = {op.table for op in program.ops if isinstance(op, Rope)}
-    return CpuMemory(
+    return MemoryUse(
         weights=weight_bytes(program, dtypes),
         tables=sum(limits.max_model_len * table.rotary_dim * 4 for table in rotary),
         kv_cache=kv_cache_bytes(program, kv),

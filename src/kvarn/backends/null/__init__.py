@@ -7,18 +7,25 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from kvarn.backends.base import InputBatch, KvCacheSpec, StepLimits
+from kvarn.backends.base import InputBatch, KvCacheSpec, MemoryUse, StepLimits
 from kvarn.backends.checks import check_batch
 from kvarn.kv_types import KV_TYPES
 from kvarn.program import Program
 from kvarn.program.counts import Counts, StepShape, count_step
-from kvarn.tensors import TensorSource
+from kvarn.tensors import DType, TensorSource
 
 
 class NullBackend:
     """A back-end without arithmetic. Stateless."""
 
     name = "null"
+
+    def memory_use(
+        self, program: Program, dtypes: Mapping[str, DType], kv: KvCacheSpec, limits: StepLimits
+    ) -> MemoryUse:
+        """Its zero logits."""
+        del dtypes, kv
+        return MemoryUse(0, 0, 0, 4 * limits.max_num_tokens * program.vocab_size)
 
     def load(self, program: Program, weights: TensorSource, kv: KvCacheSpec, limits: StepLimits) -> NullExecutable:
         """Looks at the sizes of the weights, reads none."""

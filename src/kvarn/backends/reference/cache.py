@@ -91,3 +91,12 @@ def _bytes(array: NDArray[np.float16] | NDArray[np.float32]) -> NDArray[np.uint8
 def layer_cache(layer: KvLayer, slots: int, dtype: str) -> LayerCache:
     """An empty cache of that type."""
     return Int4LayerCache(layer, slots) if dtype == "int4" else LayerCache(layer, slots, dtype)
+
+
+def cache_bytes(layer: KvLayer, slots: int, dtype: str) -> int:
+    """What `layer_cache` takes: for types that CPUs do not compute with, float32 of the same values."""
+    if dtype != "int4":
+        return slots * layer.heads * (layer.key_dim + layer.value_dim) * (2 if dtype == "float16" else 4)
+    key_dim = -(-layer.key_dim // INT4_GROUP) * INT4_GROUP
+    references = -(-slots // INT4_TOKENS) * key_dim
+    return 4 * layer.heads * (slots * (key_dim + layer.value_dim) + references)

@@ -8,14 +8,14 @@ from typing import assert_never
 import numpy as np
 from numpy.typing import NDArray
 
-from kvarn.backends.base import InputBatch, KvCacheSpec, StepLimits
+from kvarn.backends.base import InputBatch, KvCacheSpec, MemoryUse, StepLimits
 from kvarn.backends.checks import check_batch
 from kvarn.backends.reference import functions as f
-from kvarn.backends.reference.cache import layer_cache
+from kvarn.backends.reference.cache import cache_bytes, layer_cache
 from kvarn.errors import ConfigError
 from kvarn.kv_types import INT4_TOKENS
-from kvarn.program import Program, ops
-from kvarn.tensors import TensorSource
+from kvarn.program import Program, Rows, ops
+from kvarn.tensors import DType, TensorSource
 from kvarn.tensors.dequantize import dequantize
 
 Floats = NDArray[np.float32]
@@ -25,6 +25,20 @@ class ReferenceBackend:
     """Runs any program in NumPy float32 on dequantized weights: slow and plain. Stateless."""
 
     name = "reference"
+
+    def memory_use(
+        self, program: Program, dtypes: Mapping[str, DType], kv: KvCacheSpec, limits: StepLimits
+    ) -> MemoryUse:
+        """Every weight as float32, and all buffers of a step; an op's own intermediate results come on top."""
+        del dtypes
+        rows = {Rows.TOKENS: limits.max_num_tokens, Rows.OUTPUTS: limits.max_num_sequences}
+        slots = kv.num_blocks * kv.block_size
+        return MemoryUse(
+            weights=4 * program.num_parameters,
+            tables=0,
+            kv_cache=sum(cache_bytes(layer, slots, kv.dtype) for layer in program.kv_layers),
+            activations=sum(4 * buffer.width * rows[buffer.rows] for buffer in program.buffers),
+        )
 
     def load(self, program: Program, weights: TensorSource, kv: KvCacheSpec, limits: StepLimits) -> ReferenceExecutable:
         """Keeps the source; weights are dequantized when first used and kept, embedding rows at each use.

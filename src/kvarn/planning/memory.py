@@ -1,0 +1,248 @@
+"""The plan before the load: what an engine will take, how long sequences may be, how many KV blocks there are.
+
+One computation for whoever asks: `kvarn plan` prints it, the engine loads by it, and what does not fit is refused here,
+before any weight is read.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from kvarn.backends import KvCacheSpec, MemoryUse, StepLimits
+from kvarn.config import CacheConfig, EngineConfig
+from kvarn.errors import CapacityError, ConfigError
+from kvarn.kv_types import KV_TYPES
+from kvarn.planning.available import Available
+from kvarn.planning.sizes import size_text
+from kvarn.program import Program
+
+DEFAULT_CACHE_BYTES = 4 << 30
+OFFLOAD_ENTRY_BYTES = 256
+"""Memory for what is known of a block in the second tier; 150 to 170 were measured."""
+
+Uses = Callable[[KvCacheSpec, StepLimits], MemoryUse]
+"""What a back-end takes for a model with such a cache and such steps: `Backend.memory_use` of that model."""
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """What an engine takes when it is loaded, all of it allocated then. Bytes unless said otherwise."""
+
+    use: MemoryUse
+    num_blocks: int
+    block_size: int
+    """Tokens in a block."""
+    kv_dtype: str
+    max_model_len: int
+    """Tokens of the longest sequence."""
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    available: Available
+    memory_utilization: float
+    offload_bytes: int = 0
+    """Of the second tier's file: on disk, not in memory."""
+    offload_index: int = 0
+    """Memory for what is known of that file's blocks."""
+
+    @property
+    def total(self) -> int:
+        """All that is taken of the memory."""
+        return self.use.total + self.offload_index
+
+    @property
+    def budget(self) -> int:
+        """What may be taken of the available memory."""
+        return int(self.available.num_bytes * self.memory_utilization)
+
+    @property
+    def cache_tokens(self) -> int:
+        """Tokens that all blocks hold."""
+        return self.num_blocks * self.block_size
+
+    @property
+    def full_sequences(self) -> int:
+        """How many sequences of max_model_len tokens fit the cache together."""
+        return self.num_blocks // _blocks(self.max_model_len, self.block_size)
+
+    @property
+    def kv(self) -> KvCacheSpec:
+        """The cache as a back-end wants it."""
+        return KvCacheSpec(self.num_blocks, self.block_size, self.kv_dtype)
+
+    @property
+    def limits(self) -> StepLimits:
+        """The largest step, as a back-end wants it."""
+        return StepLimits(self.max_num_batched_tokens, self.max_num_seqs, self.max_model_len)
+
+
+def block_bytes(program: Program, cache: CacheConfig) -> int:
+    """Bytes of one block over all layers."""
+    return program.kv_bytes_per_token(KV_TYPES[cache.dtype]) * cache.block_size
+
+
+def plan_memory(program: Program, uses: Uses, config: EngineConfig, available: Available) -> MemoryPlan:
+    """Sizes the cache within the available memory, of which the engine takes its share.
+
+    Where neither blocks nor bytes are given, there is room for as many of the longest sequences as may run at once,
+    but no more than 4 GiB (or one sequence), and no more than fits. Where max_model_len is not given it is what the
+    model was made for, or the longest that fits. Raises CapacityError with the numbers and the nearest setting that
+    fits, ConfigError where max_model_len exceeds what the model was made for.
+    """
+    limit = program.max_positions
+    if config.max_model_len is not None and config.max_model_len > limit:
+        raise ConfigError(
+            f"max_model_len must be at most {limit}, what the model was made for, not {config.max_model_len}"
+        )
+    return _Planner(program, uses, config, available).plan()
+
+
+class _Planner:
+    def __init__(self, program: Program, uses: Uses, config: EngineConfig, available: Available) -> None:
+        self._program = program
+        self._uses = uses
+        self._config = config
+        self._available = available
+        self._block_size = config.cache.block_size
+        self._block_bytes = block_bytes(program, config.cache)
+        self._budget = int(available.num_bytes * config.cache.memory_utilization)
+        self._offload_index = config.cache.kv_offload_bytes // self._block_bytes * OFFLOAD_ENTRY_BYTES
+        self._known: dict[StepLimits, MemoryUse] = {}
+
+    def plan(self) -> MemoryPlan:
+        config = self._config
+        length = config.max_model_len or self._program.max_positions
+        if self._fitting(length) < 1 or config.max_model_len is None:
+            length = self._longest(length, _MANY)
+        asked = self._asked_blocks(length)
+        num_blocks = self._default_blocks(length) if asked is None else asked
+        wanted = config.max_model_len
+        if wanted is not None and wanted > min(length, num_blocks * self._block_size):
+            raise self._too_long(wanted, asked)
+        length = self._longest(length, num_blocks)
+        use = self._uses(KvCacheSpec(num_blocks, self._block_size, config.cache.dtype), self._limits(length))
+        steps = config.scheduler
+        return MemoryPlan(
+            use=use,
+            num_blocks=num_blocks,
+            block_size=self._block_size,
+            kv_dtype=config.cache.dtype,
+            max_model_len=length,
+            max_num_seqs=steps.max_num_seqs,
+            max_num_batched_tokens=steps.max_num_batched_tokens,
+            available=self._available,
+            memory_utilization=config.cache.memory_utilization,
+            offload_bytes=config.cache.kv_offload_bytes,
+            offload_index=self._offload_index,
+        )
+
+    def _limits(self, length: int, tokens: int | None = None) -> StepLimits:
+        steps = self._config.scheduler
+        return StepLimits(tokens or steps.max_num_batched_tokens, steps.max_num_seqs, length)
+
+    def _fixed(self, length: int, tokens: int | None = None) -> MemoryUse:
+        """What is taken beside the cache; its `kv_cache` is of one block."""
+        limits = self._limits(length, tokens)
+        if limits not in self._known:
+            self._known[limits] = self._uses(KvCacheSpec(1, self._block_size, self._config.cache.dtype), limits)
+        return self._known[limits]
+
+    def _fitting(self, length: int, tokens: int | None = None) -> int:
+        """Blocks that fit beside weights, tables and activations where sequences have up to `length` tokens."""
+        taken = self._fixed(length, tokens).without_cache + self._offload_index
+        return max(0, self._budget - taken) // self._block_bytes
+
+    def _longest(self, length: int, num_blocks: int) -> int:
+        """The longest up to `length` that `num_blocks` hold, and that fits: longer sequences need larger tables.
+
+        Raises CapacityError where not even one block fits.
+        """
+        if num_blocks * self._block_size >= length and self._fitting(length) * self._block_size >= length:
+            return length
+        low, high = 0, min(_blocks(length, self._block_size), num_blocks)
+        while low < high:
+            middle = (low + high + 1) // 2
+            if self._fitting(min(length, middle * self._block_size)) >= middle:
+                low = middle
+            else:
+                high = middle - 1
+        if low == 0:
+            raise self._nothing_fits()
+        return min(length, low * self._block_size)
+
+    def _default_blocks(self, length: int) -> int:
+        longest = _blocks(length, self._block_size)
+        modest = max(longest, DEFAULT_CACHE_BYTES // self._block_bytes)
+        return min(self._fitting(length), modest, longest * self._config.scheduler.max_num_seqs)
+
+    def _asked_blocks(self, length: int) -> int | None:
+        """The number of blocks that the settings ask for. Raises CapacityError where it does not fit."""
+        cache, per_block = self._config.cache, self._block_bytes
+        if cache.num_blocks is not None:
+            name, asked, num_blocks = "num_blocks", cache.num_blocks, cache.num_blocks
+        elif cache.kv_cache_bytes is not None:
+            name, asked, num_blocks = "kv_cache_bytes", cache.kv_cache_bytes, cache.kv_cache_bytes // per_block
+        else:
+            return None
+        if num_blocks == 0:
+            raise CapacityError(f"kv_cache_bytes {asked} is less than one block; it must be at least {per_block}")
+        if self._config.max_model_len is None:
+            length = min(length, num_blocks * self._block_size)
+        fitting = self._fitting(length)
+        if num_blocks > fitting:
+            most = fitting if name == "num_blocks" else fitting * per_block
+            raise CapacityError(
+                f"{name} {asked} makes a KV cache of {size_text(num_blocks * per_block)}, but "
+                f"{size_text(fitting * per_block)} fit beside the weights; {name} may be at most {most} "
+                f"({self._allowed()})"
+            )
+        return num_blocks
+
+    def _too_long(self, wanted: int, asked: int | None) -> CapacityError:
+        needed = _blocks(wanted, self._block_size)
+        fits = self._longest(wanted, asked or _MANY)
+        num_blocks = asked or self._fitting(fits)
+        return CapacityError(
+            f"max_model_len {wanted} needs {needed} blocks of KV cache ({size_text(needed * self._block_bytes)}), but "
+            f"there is room for {num_blocks} ({size_text(num_blocks * self._block_bytes)}); it may be at most "
+            f"{fits} ({self._allowed()})"
+        )
+
+    def _nothing_fits(self) -> CapacityError:
+        use = self._fixed(self._block_size)
+        index = f"kv_offload_bytes {size_text(self._offload_index)}, " if self._offload_index else ""
+        return CapacityError(
+            f"the model takes {size_text(use.weights + use.tables)} of weights and {size_text(use.activations)} of "
+            f"activations, {index}and a block of KV cache {size_text(self._block_bytes)}, but only "
+            f"{size_text(self._budget)} may be used: {self._allowed()}; "
+            f"{self._nearest(use.without_cache + self._offload_index + self._block_bytes)}"
+        )
+
+    def _nearest(self, needed: int) -> str:
+        """What to change, least first: the share of memory, the size of a step, the memory itself."""
+        share = math.ceil(1000 * needed / max(1, self._available.num_bytes)) / 1000
+        if share <= 1:
+            return f"memory_utilization must be at least {share:g}"
+        steps = self._config.scheduler
+        tokens = steps.max_num_batched_tokens // 2
+        while tokens >= steps.max_num_seqs:
+            if self._fitting(self._block_size, tokens) > 0:
+                return f"max_num_batched_tokens may be at most {tokens}"
+            tokens //= 2
+        needed_here = math.ceil(needed / self._config.cache.memory_utilization)
+        return f"at least {size_text(needed_here)} must be available"
+
+    def _allowed(self) -> str:
+        share = self._config.cache.memory_utilization
+        return (
+            f"{size_text(self._available.num_bytes)} are available ({self._available.source}), memory_utilization is "
+            f"{share:g}"
+        )
+
+
+_MANY = 1 << 60
+
+
+def _blocks(num_tokens: int, block_size: int) -> int:
+    return -(-num_tokens // block_size)

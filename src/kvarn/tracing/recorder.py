@@ -1,0 +1,168 @@
+"""`TraceRecorder`: an observer that keeps the last steps, with what was decided in each."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from kvarn.scheduler import Hold, Sequence, StepShape, StepTimes
+from kvarn.step import SchedulerOutput
+
+MAX_ENTRIES = 200_000
+"""Shares of sequences in steps, and steps, that are kept at most: some tens of megabytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Happened:
+    """Something that a sequence went through. kind: queued, admitted, found, loaded, preempted or ended."""
+
+    kind: str
+    time: float
+    sequence_id: int
+    request_id: str
+    index: int
+    """0 … n-1 of its request."""
+    tokens: int
+    """queued: of its prompt. admitted: in the cache already. found: of another, beyond its own. loaded: from the second
+    tier. preempted: computed until then. ended: sampled."""
+    reason: str = ""
+    """ended: why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A sequence's share of a step."""
+
+    sequence_id: int
+    request_id: str
+    start: int
+    count: int
+    sampled: bool
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """One step, and what happened since the one before."""
+
+    number: int
+    times: StepTimes
+    shape: StepShape
+    budget: int
+    """Tokens that the step might have had at most."""
+    parts: tuple[Part, ...]
+    happened: tuple[Happened, ...] = ()
+    held: tuple[str, str] | None = None
+    """(request, reason) of the first waiting sequence, where it was not admitted."""
+    waiting: int = 0
+    """Sequences that wait, after the step."""
+    evicted_blocks: int = 0
+
+
+@dataclass(slots=True)
+class _Gathered:
+    """What has been told since the last step."""
+
+    happened: list[Happened] = field(default_factory=list)
+    held: tuple[str, str] | None = None
+    evicted_blocks: int = 0
+
+
+class TraceRecorder:
+    """See `kvarn.scheduler.Observer`. Keeps the last steps; of older ones only that there were some.
+
+    Called in the engine's thread; `steps` may be read when that has ended, or between two steps.
+    """
+
+    def __init__(
+        self, budget: int, *, max_entries: int = MAX_ENTRIES, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        """budget: the engine's max_num_batched_tokens. clock: the engine's."""
+        self.steps: deque[StepRecord] = deque()
+        self.num_dropped = 0
+        """Steps that are not kept any more."""
+        self._budget = budget
+        self._max_entries = max_entries
+        self._clock = clock
+        self._entries = 0
+        self._gathered = _Gathered()
+        self._requests: dict[int, str] = {}
+        self._waiting: set[int] = set()
+
+    def queued(self, sequence: Sequence) -> None:
+        """See `Observer`."""
+        self._requests[sequence.sequence_id] = sequence.request.request_id
+        self._waiting.add(sequence.sequence_id)
+        self._happened("queued", sequence, sequence.num_prompt_tokens)
+
+    def admitted(self, sequence: Sequence) -> None:
+        """See `Observer`."""
+        self._waiting.discard(sequence.sequence_id)
+        self._happened("admitted", sequence, sequence.num_computed_tokens)
+
+    def held(self, sequence: Sequence, reason: Hold) -> None:
+        """See `Observer`."""
+        self._gathered.held = (sequence.request.request_id, reason.value)
+
+    def preempted(self, sequence: Sequence) -> None:
+        """See `Observer`."""
+        self._waiting.add(sequence.sequence_id)
+        self._happened("preempted", sequence, sequence.num_computed_tokens)
+
+    def found(self, sequence: Sequence, num_tokens: int) -> None:
+        """See `Observer`."""
+        self._happened("found", sequence, num_tokens)
+
+    def loaded(self, sequence: Sequence, num_tokens: int) -> None:
+        """See `Observer`."""
+        self._happened("loaded", sequence, num_tokens)
+
+    def evicted(self, num_blocks: int) -> None:
+        """See `Observer`."""
+        self._gathered.evicted_blocks += num_blocks
+
+    def ended(self, sequence: Sequence) -> None:
+        """See `Observer`."""
+        self._waiting.discard(sequence.sequence_id)
+        reason = "" if sequence.finish_reason is None else sequence.finish_reason.value
+        self._happened("ended", sequence, sequence.num_output_tokens, reason)
+
+    def stepped(self, scheduled: SchedulerOutput, times: StepTimes) -> None:
+        """See `Observer`."""
+        parts = tuple(
+            Part(p.sequence_id, self._requests.get(p.sequence_id, ""), p.start, len(p.token_ids), p.sample)
+            for p in scheduled.sequences
+        )
+        gathered, self._gathered = self._gathered, _Gathered()
+        for event in gathered.happened:
+            if event.kind == "ended":
+                self._requests.pop(event.sequence_id, None)
+        self.steps.append(
+            StepRecord(
+                number=scheduled.step,
+                times=times,
+                shape=StepShape.of(scheduled),
+                budget=self._budget,
+                parts=parts,
+                happened=tuple(gathered.happened),
+                held=gathered.held,
+                waiting=len(self._waiting),
+                evicted_blocks=gathered.evicted_blocks,
+            )
+        )
+        self._entries += _entries(self.steps[-1])
+        while self._entries > self._max_entries and len(self.steps) > 1:
+            self._entries -= _entries(self.steps.popleft())
+            self.num_dropped += 1
+
+    def _happened(self, kind: str, sequence: Sequence, tokens: int, reason: str = "") -> None:
+        self._gathered.happened.append(
+            Happened(
+                kind, self._clock(), sequence.sequence_id, sequence.request.request_id, sequence.index, tokens, reason
+            )
+        )
+
+
+def _entries(step: StepRecord) -> int:
+    return 1 + len(step.parts) + len(step.happened)
