@@ -146,13 +146,25 @@ inline B load_b(const uint8_t *p) {
     return {_mm256_loadu_si256(reinterpret_cast<const __m256i *>(p)),
             _mm256_loadu_si256(reinterpret_cast<const __m256i *>(p + 32))};
 }
-inline B low_nibbles(B b) {
-    const __m256i mask = _mm256_set1_epi8(0x0f);
-    return {_mm256_and_si256(b.lo, mask), _mm256_and_si256(b.hi, mask)};
+// Bytes shifted by n, to the left where it is positive; bits beyond a byte's end come from its neighbour.
+template <int n>
+inline __m256i shift(__m256i bytes) {
+    if constexpr (n > 0) return _mm256_slli_epi16(bytes, n);
+    if constexpr (n < 0) return _mm256_srli_epi16(bytes, -n);
+    return bytes;
 }
-inline B high_nibbles(B b) {
-    const __m256i mask = _mm256_set1_epi8(0x0f);
-    return {_mm256_and_si256(_mm256_srli_epi16(b.lo, 4), mask), _mm256_and_si256(_mm256_srli_epi16(b.hi, 4), mask)};
+// Bits from … from + count - 1 of each byte, moved to bit `to`; all others 0.
+template <int from, int count, int to>
+inline B field(B b) {
+    if constexpr (count == 8) return b;
+    const __m256i mask = _mm256_set1_epi8(int8_t(((1 << count) - 1) << to));
+    return {_mm256_and_si256(shift<to - from>(b.lo), mask), _mm256_and_si256(shift<to - from>(b.hi), mask)};
+}
+// a, and the field of b, in which a is 0.
+template <int from, int count, int to>
+inline B with_field(B a, B b) {
+    const B added = field<from, count, to>(b);
+    return {_mm256_or_si256(a.lo, added.lo), _mm256_or_si256(a.hi, added.hi)};
 }
 inline void prefetch(const void *p) { _mm_prefetch(static_cast<const char *>(p), _MM_HINT_T0); }
 
@@ -192,9 +204,10 @@ struct Dot {
     F finish() const { return to_float(I{lo, hi}); }
 };
 
-// 4 bits: |sum| of 8 steps is at most 8 * 2 * 15 * 127 = 30480, within 16 bits.
-template <>
-struct Dot<4> {
+// Up to 4 bits: |sum| of 8 steps is at most 8 * 2 * 15 * 127 = 30480, within 16 bits.
+template <int bits>
+    requires(bits <= 4)
+struct Dot<bits> {
     __m256i lo, hi;
     int32_t start;
     void init(int32_t value) {
