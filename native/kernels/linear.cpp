@@ -61,29 +61,37 @@ KVARN_INLINE void step_all(const B (&w)[panels], const int8_t *quad, Dots dot) {
     }
 }
 
-// Quad q of one group of `panels` panels for all rows.
-template <class P, int q, int tile, int panels, int rows>
-KVARN_INLINE void quad_dots(const uint8_t *const (&w)[panels], const Activations<tile> &x,
+// Two quads of one group of `panels` panels for all rows.
+template <class P, int q0, int q1, int tile, int panels, int rows>
+KVARN_INLINE void two_quads(const uint8_t *const (&w)[panels], const Activations<tile> &x,
                             Dot<P::pack_bits> (&dot)[panels][rows][P::parts]) {
-    B weights[panels];
-    for (int p = 0; p < panels; ++p) weights[p] = quad<P::pack_bits, q>(w[p]);
+    B first[panels], second[panels];
+    for (int p = 0; p < panels; ++p) {
+        first[p] = quad<P::pack_bits, q0>(w[p]);
+        second[p] = quad<P::pack_bits, q1>(w[p]);
+    }
 #pragma GCC unroll 8
-    for (int r = 0; r < rows; ++r)
-        step_all(weights, x.quad(r, q), [&](int p) -> auto & { return dot[p][r][q * P::parts / kQuads]; });
+    for (int r = 0; r < rows; ++r) {
+        step_all(first, x.quad(r, q0), [&](int p) -> auto & { return dot[p][r][q0 * P::parts / kQuads]; });
+        step_all(second, x.quad(r, q1), [&](int p) -> auto & { return dot[p][r][q1 * P::parts / kQuads]; });
+    }
 }
 
-// Integer sums, as floats, of one group of `panels` panels for all rows. Quads that share lines follow each other where
-// they belong to one sum.
-template <class P, int tile, int panels, int rows, int... i>
+// Integer sums, as floats, of one group of `panels` panels for all rows. Quads j and j + 4, which share a line, are
+// taken together where they belong to one sum.
+template <class P, int tile, int panels, int rows, int... j>
 KVARN_INLINE void packed_dots(const uint8_t *const (&w)[panels], const Activations<tile> &x, int zero_point,
-                              F (&sums)[panels][rows][P::parts], std::integer_sequence<int, i...>) {
+                              F (&sums)[panels][rows][P::parts], std::integer_sequence<int, j...>) {
     const Starts<P::kind, rows> start(zero_point, x);
     Dot<P::pack_bits> dot[panels][rows][P::parts];
 #pragma GCC unroll 8
     for (int r = 0; r < rows; ++r)
         for (int p = 0; p < panels; ++p)
             for (int part = 0; part < P::parts; ++part) dot[p][r][part].init(start.at(part, r));
-    (quad_dots<P, P::parts == 1 ? i / 2 + i % 2 * 4 : i>(w, x, dot), ...);
+    if constexpr (P::parts == 1)
+        (two_quads<P, j, j + 4>(w, x, dot), ...);
+    else
+        (two_quads<P, 2 * j, 2 * j + 1>(w, x, dot), ...);
 #pragma GCC unroll 8
     for (int r = 0; r < rows; ++r)
         for (int p = 0; p < panels; ++p)
@@ -118,7 +126,7 @@ void block(const LinearArgs &a, int64_t panel, int64_t row) {
         }
         const Activations<tile> group(x[g], first_row);
         F sums[panels][rows][P::parts];
-        packed_dots<P>(w, group, zero_point, sums, std::make_integer_sequence<int, kQuads>());
+        packed_dots<P>(w, group, zero_point, sums, std::make_integer_sequence<int, kQuads / 2>());
 #pragma GCC unroll 2
         for (int p = 0; p < panels; ++p) {
             const auto scales = GroupScales<P::kind>::of(first[p] + at + P::scales_at, i);

@@ -178,7 +178,7 @@ inline __m256i pairs_to_int(__m256i words) { return _mm256_madd_epi16(words, _mm
 
 constexpr int kBlockPanels = 1;  // panels that a block of rows is multiplied with at once
 
-// Sixteen integer dot products of up to 32 k, four a step. vpmaddubsw adds pairs in saturating 16 bits, so what a sum
+// Sixteen integer dot products of 16 or 32 k, four a step. vpmaddubsw adds pairs in saturating 16 bits, so what a sum
 // may hold follows from the weights' bits (activations are within ±127): 8 bits are multiplied as 7 + 1.
 template <int bits>
 struct Dot {
@@ -188,18 +188,39 @@ struct Dot {
     // a: the four activations 16 times over.
     void step(B w, B a) { step(w, a.lo); }
     void step(B w, __m256i x) {
-        if constexpr (bits < 8) {
-            lo = _mm256_add_epi32(lo, pairs_to_int(_mm256_maddubs_epi16(w.lo, x)));
-            hi = _mm256_add_epi32(hi, pairs_to_int(_mm256_maddubs_epi16(w.hi, x)));
-        } else {
-            const __m256i top = _mm256_set1_epi8(int8_t(0x80));
-            const __m256i l0 = pairs_to_int(_mm256_maddubs_epi16(_mm256_andnot_si256(top, w.lo), x));
-            const __m256i l1 = pairs_to_int(_mm256_maddubs_epi16(_mm256_and_si256(top, w.lo), x));
-            const __m256i h0 = pairs_to_int(_mm256_maddubs_epi16(_mm256_andnot_si256(top, w.hi), x));
-            const __m256i h1 = pairs_to_int(_mm256_maddubs_epi16(_mm256_and_si256(top, w.hi), x));
-            lo = _mm256_add_epi32(lo, _mm256_add_epi32(l0, l1));
-            hi = _mm256_add_epi32(hi, _mm256_add_epi32(h0, h1));
-        }
+        const __m256i top = _mm256_set1_epi8(int8_t(0x80));
+        const __m256i l0 = pairs_to_int(_mm256_maddubs_epi16(_mm256_andnot_si256(top, w.lo), x));
+        const __m256i l1 = pairs_to_int(_mm256_maddubs_epi16(_mm256_and_si256(top, w.lo), x));
+        const __m256i h0 = pairs_to_int(_mm256_maddubs_epi16(_mm256_andnot_si256(top, w.hi), x));
+        const __m256i h1 = pairs_to_int(_mm256_maddubs_epi16(_mm256_and_si256(top, w.hi), x));
+        lo = _mm256_add_epi32(lo, _mm256_add_epi32(l0, l1));
+        hi = _mm256_add_epi32(hi, _mm256_add_epi32(h0, h1));
+    }
+    F finish() const { return to_float(I{lo, hi}); }
+};
+
+// 5 and 6 bits: 16 bits hold the sums of 4 steps (4 * 2 * 31 * 127 = 31496) and of 2 (2 * 2 * 63 * 127 = 32004).
+template <int bits>
+    requires(bits == 5 || bits == 6)
+struct Dot<bits> {
+    static constexpr int kSteps = bits == 5 ? 4 : 2;
+    __m256i lo, hi, words_lo, words_hi;
+    int steps;
+    void init(int32_t start) {
+        lo = hi = _mm256_set1_epi32(start);
+        words_lo = words_hi = _mm256_setzero_si256();
+        steps = 0;
+    }
+    void step(B w, const int8_t *a) { step(w, broadcast_four(a)); }
+    // a: the four activations 16 times over.
+    void step(B w, B a) { step(w, a.lo); }
+    void step(B w, __m256i x) {
+        words_lo = _mm256_add_epi16(words_lo, _mm256_maddubs_epi16(w.lo, x));
+        words_hi = _mm256_add_epi16(words_hi, _mm256_maddubs_epi16(w.hi, x));
+        if (++steps % kSteps > 0) return;
+        lo = _mm256_add_epi32(lo, pairs_to_int(words_lo));
+        hi = _mm256_add_epi32(hi, pairs_to_int(words_hi));
+        words_lo = words_hi = _mm256_setzero_si256();
     }
     F finish() const { return to_float(I{lo, hi}); }
 };

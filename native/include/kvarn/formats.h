@@ -8,8 +8,8 @@
 //   quants  A quad is 4 consecutive k of 16 rows, byte 4 * row + k % 4; a group has 8. With b bits a quant it is b lines,
 //           and each byte of a line holds bits of quants in the same place of their quads, from its lowest bit up:
 //             2, 4  line j: quads j, j + b, j + 2b…
-//             5, 6  line j < 4: quad j, then the lowest 8 - b bits of quad j + 4. Lines from 4 on: the upper bits of
-//                   quads 4…7, side by side, in pairs for 5 bits and in nibbles for 6.
+//             5, 6  line j < 4: quad j, then the highest 8 - b bits of quad j + 4. Lines from 4 on: what is left of
+//                   quads 4…7, pairs of bits for b = 5 and nibbles for b = 6.
 //             8     line j: quad j.
 //           All quants are unsigned; `zero` is what a signed format subtracts.
 //   scales  kSym32      2 groups: d fp16[2][16]                                   w = d * (q - zero)
@@ -107,8 +107,8 @@ struct QuadPlaces {
 KVARN_INLINE constexpr QuadPlaces quad_places(int pack_bits, int quad) {
     if (pack_bits <= 4) return {{quad % pack_bits, quad / pack_bits * pack_bits, pack_bits, 0}, {0, 0, 0, 0}};
     if (quad < 4 || pack_bits == 8) return {{quad, 0, pack_bits, 0}, {0, 0, 0, 0}};
-    const int j = quad - 4, lower = 8 - pack_bits, upper = pack_bits - lower, in_a_line = 8 / upper;
-    return {{j, pack_bits, lower, 0}, {4 + j / in_a_line, j % in_a_line * upper, upper, lower}};
+    const int j = quad - 4, upper = 8 - pack_bits, lower = pack_bits - upper, in_a_line = 8 / lower;
+    return {{4 + j / in_a_line, j % in_a_line * lower, lower, 0}, {j, pack_bits, upper, lower}};
 }
 
 KVARN_INLINE constexpr size_t unit_bytes(Format f) {
