@@ -257,7 +257,7 @@ def test_the_layout_has_a_number():
 
 
 def test_packed_weights_take_few_bits():
-    """Bits a weight, scales counted: the file's own for most; k-quants have a padded line of scales, Q3_K 4-bit quants."""
+    """Bits a weight, scales counted: the file's own for most; k-quants have wider scales, Q3_K quants of 4 bits."""
     bits = {dtype.name: _native.packed_bytes(dtype.name, 64, 1024) * 8 / (64 * 1024) for dtype in DType}
     assert bits == {
         "F32": 32, "F16": 16, "BF16": 16, "Q4_0": 4.5, "Q4_1": 5, "Q5_0": 5.5, "Q5_1": 6, "Q8_0": 8.5,
