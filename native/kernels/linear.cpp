@@ -25,11 +25,10 @@ inline float *result(const LinearArgs &a, int64_t panel, int64_t row) {
 }
 inline int64_t features_from(const LinearArgs &a, int64_t panel) { return a.w->rows - panel * kPanelRows; }
 
-// A packed quantized format as the kernels are instantiated for it. bits: how many a quant can use, 7 standing for
-// "fewer than 8" in bytes (see Dot).
-template <int pack_bits_, int bits_, Scales kind_>
+// A packed quantized format as the kernels are instantiated for it.
+template <int pack_bits_, Scales kind_>
 struct Packed {
-    static constexpr int pack_bits = pack_bits_, bits = bits_, parts = kParts<kind_>;
+    static constexpr int pack_bits = pack_bits_, parts = kParts<kind_>;
     static constexpr Scales kind = kind_;
     static constexpr uint64_t groups = unit_groups(kind);  // of a unit
     static constexpr int64_t group_bytes = quant_group_bytes(pack_bits), scales_at = groups * group_bytes;
@@ -38,6 +37,17 @@ struct Packed {
 };
 
 // ---- quantized weights ----
+
+// Quad q of a packed group.
+template <int pack_bits, int q>
+KVARN_INLINE B quad(const uint8_t *group) {
+    constexpr QuadBits lower = quad_places(pack_bits, q).lower, upper = quad_places(pack_bits, q).upper;
+    const B quants = field<lower.at, lower.count, 0>(load_b(group + 64 * lower.line));
+    if constexpr (upper.count == 0)
+        return quants;
+    else
+        return with_field<upper.at, upper.count, upper.from>(quants, load_b(group + 64 * upper.line));
+}
 
 // One quad of a row against the weights of `panels` panels, dot(p) being panel p's.
 template <int panels, class Dots>
@@ -51,40 +61,37 @@ KVARN_INLINE void step_all(const B (&w)[panels], const int8_t *quad, Dots dot) {
     }
 }
 
-// Integer sums, as floats, of one group of `panels` panels for all rows, quads in order.
-template <class P, int tile, int panels, int rows>
+// Two quads of one group of `panels` panels for all rows.
+template <class P, int q0, int q1, int tile, int panels, int rows>
+KVARN_INLINE void two_quads(const uint8_t *const (&w)[panels], const Activations<tile> &x,
+                            Dot<P::pack_bits> (&dot)[panels][rows][P::parts]) {
+    B first[panels], second[panels];
+    for (int p = 0; p < panels; ++p) {
+        first[p] = quad<P::pack_bits, q0>(w[p]);
+        second[p] = quad<P::pack_bits, q1>(w[p]);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; ++r) {
+        step_all(first, x.quad(r, q0), [&](int p) -> auto & { return dot[p][r][q0 * P::parts / kQuads]; });
+        step_all(second, x.quad(r, q1), [&](int p) -> auto & { return dot[p][r][q1 * P::parts / kQuads]; });
+    }
+}
+
+// Integer sums, as floats, of one group of `panels` panels for all rows. Quads j and j + 4, which share a line, are
+// taken together where they belong to one sum.
+template <class P, int tile, int panels, int rows, int... j>
 KVARN_INLINE void packed_dots(const uint8_t *const (&w)[panels], const Activations<tile> &x, int zero_point,
-                              F (&sums)[panels][rows][P::parts]) {
+                              F (&sums)[panels][rows][P::parts], std::integer_sequence<int, j...>) {
     const Starts<P::kind, rows> start(zero_point, x);
-    Dot<P::bits> dot[panels][rows][P::parts];
+    Dot<P::pack_bits> dot[panels][rows][P::parts];
 #pragma GCC unroll 8
     for (int r = 0; r < rows; ++r)
         for (int p = 0; p < panels; ++p)
             for (int part = 0; part < P::parts; ++part) dot[p][r][part].init(start.at(part, r));
-    if constexpr (P::pack_bits == 4) {
-#pragma GCC unroll 4
-        for (int j = 0; j < 4; ++j) {
-            B low[panels], high[panels];
-            for (int p = 0; p < panels; ++p) {
-                const B both = load_b(w[p] + 64 * j);
-                low[p] = low_nibbles(both), high[p] = high_nibbles(both);
-            }
-#pragma GCC unroll 8
-            for (int r = 0; r < rows; ++r) {
-                step_all(low, x.quad(r, j), [&](int p) -> auto & { return dot[p][r][0]; });
-                step_all(high, x.quad(r, j + 4), [&](int p) -> auto & { return dot[p][r][0]; });
-            }
-        }
-    } else {
-#pragma GCC unroll 8
-        for (int j = 0; j < 8; ++j) {
-            B line[panels];
-            for (int p = 0; p < panels; ++p) line[p] = load_b(w[p] + 64 * j);
-#pragma GCC unroll 8
-            for (int r = 0; r < rows; ++r)
-                step_all(line, x.quad(r, j), [&](int p) -> auto & { return dot[p][r][j * P::parts / 8]; });
-        }
-    }
+    if constexpr (P::parts == 1)
+        (two_quads<P, j, j + 4>(w, x, dot), ...);
+    else
+        (two_quads<P, 2 * j, 2 * j + 1>(w, x, dot), ...);
 #pragma GCC unroll 8
     for (int r = 0; r < rows; ++r)
         for (int p = 0; p < panels; ++p)
@@ -119,7 +126,7 @@ void block(const LinearArgs &a, int64_t panel, int64_t row) {
         }
         const Activations<tile> group(x[g], first_row);
         F sums[panels][rows][P::parts];
-        packed_dots<P, tile, panels, rows>(w, group, zero_point, sums);
+        packed_dots<P>(w, group, zero_point, sums, std::make_integer_sequence<int, kQuads / 2>());
 #pragma GCC unroll 2
         for (int p = 0; p < panels; ++p) {
             const auto scales = GroupScales<P::kind>::of(first[p] + at + P::scales_at, i);
@@ -155,10 +162,10 @@ void quantized_rows(const LinearArgs &a, std::integer_sequence<int, counts...>) 
     }
 }
 
-template <int pack_bits, int bits, Scales kind>
+template <Format format>
 void quantized(const LinearArgs &a) {
-    if (a.row_begin < a.row_end)
-        quantized_rows<Packed<pack_bits, bits, kind>>(a, std::make_integer_sequence<int, kTileTokens>());
+    using P = Packed<traits(format).pack_bits, traits(format).scales>;
+    if (a.row_begin < a.row_end) quantized_rows<P>(a, std::make_integer_sequence<int, kTileTokens>());
 }
 
 // ---- float weights ----
@@ -211,16 +218,16 @@ void linear(const LinearArgs &a) {
         case Format::F32: return floating<Format::F32>(a);
         case Format::F16: return floating<Format::F16>(a);
         case Format::BF16: return floating<Format::BF16>(a);
-        case Format::Q4_0: return quantized<4, 4, Scales::kSym32>(a);
-        case Format::Q4_1: return quantized<4, 4, Scales::kAffine32>(a);
-        case Format::Q5_0: return quantized<8, 7, Scales::kSym32>(a);
-        case Format::Q5_1: return quantized<8, 7, Scales::kAffine32>(a);
-        case Format::Q8_0: return quantized<8, 8, Scales::kSym32>(a);
-        case Format::Q2_K: return quantized<8, 7, Scales::kSuper16>(a);
-        case Format::Q3_K: return quantized<8, 7, Scales::kSuperSym16>(a);
-        case Format::Q4_K: return quantized<4, 4, Scales::kSuper32>(a);
-        case Format::Q5_K: return quantized<8, 7, Scales::kSuper32>(a);
-        case Format::Q6_K: return quantized<8, 7, Scales::kSuperSym16>(a);
+        case Format::Q4_0: return quantized<Format::Q4_0>(a);
+        case Format::Q4_1: return quantized<Format::Q4_1>(a);
+        case Format::Q5_0: return quantized<Format::Q5_0>(a);
+        case Format::Q5_1: return quantized<Format::Q5_1>(a);
+        case Format::Q8_0: return quantized<Format::Q8_0>(a);
+        case Format::Q2_K: return quantized<Format::Q2_K>(a);
+        case Format::Q3_K: return quantized<Format::Q3_K>(a);
+        case Format::Q4_K: return quantized<Format::Q4_K>(a);
+        case Format::Q5_K: return quantized<Format::Q5_K>(a);
+        case Format::Q6_K: return quantized<Format::Q6_K>(a);
     }
 }
 

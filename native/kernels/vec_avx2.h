@@ -146,13 +146,25 @@ inline B load_b(const uint8_t *p) {
     return {_mm256_loadu_si256(reinterpret_cast<const __m256i *>(p)),
             _mm256_loadu_si256(reinterpret_cast<const __m256i *>(p + 32))};
 }
-inline B low_nibbles(B b) {
-    const __m256i mask = _mm256_set1_epi8(0x0f);
-    return {_mm256_and_si256(b.lo, mask), _mm256_and_si256(b.hi, mask)};
+// Bytes shifted by n, to the left where it is positive; bits beyond a byte's end come from its neighbour.
+template <int n>
+inline __m256i shift(__m256i bytes) {
+    if constexpr (n > 0) return _mm256_slli_epi16(bytes, n);
+    if constexpr (n < 0) return _mm256_srli_epi16(bytes, -n);
+    return bytes;
 }
-inline B high_nibbles(B b) {
-    const __m256i mask = _mm256_set1_epi8(0x0f);
-    return {_mm256_and_si256(_mm256_srli_epi16(b.lo, 4), mask), _mm256_and_si256(_mm256_srli_epi16(b.hi, 4), mask)};
+// Bits from … from + count - 1 of each byte, moved to bit `to`; all others 0.
+template <int from, int count, int to>
+inline B field(B b) {
+    if constexpr (count == 8) return b;
+    const __m256i mask = _mm256_set1_epi8(int8_t(((1 << count) - 1) << to));
+    return {_mm256_and_si256(shift<to - from>(b.lo), mask), _mm256_and_si256(shift<to - from>(b.hi), mask)};
+}
+// a, and the field of b, in which a is 0.
+template <int from, int count, int to>
+inline B with_field(B a, B b) {
+    const B added = field<from, count, to>(b);
+    return {_mm256_or_si256(a.lo, added.lo), _mm256_or_si256(a.hi, added.hi)};
 }
 inline void prefetch(const void *p) { _mm_prefetch(static_cast<const char *>(p), _MM_HINT_T0); }
 
@@ -166,7 +178,7 @@ inline __m256i pairs_to_int(__m256i words) { return _mm256_madd_epi16(words, _mm
 
 constexpr int kBlockPanels = 1;  // panels that a block of rows is multiplied with at once
 
-// Sixteen integer dot products of up to 32 k, four a step. vpmaddubsw adds pairs in saturating 16 bits, so what a sum
+// Sixteen integer dot products of 16 or 32 k, four a step. vpmaddubsw adds pairs in saturating 16 bits, so what a sum
 // may hold follows from the weights' bits (activations are within ±127): 8 bits are multiplied as 7 + 1.
 template <int bits>
 struct Dot {
@@ -176,25 +188,47 @@ struct Dot {
     // a: the four activations 16 times over.
     void step(B w, B a) { step(w, a.lo); }
     void step(B w, __m256i x) {
-        if constexpr (bits < 8) {
-            lo = _mm256_add_epi32(lo, pairs_to_int(_mm256_maddubs_epi16(w.lo, x)));
-            hi = _mm256_add_epi32(hi, pairs_to_int(_mm256_maddubs_epi16(w.hi, x)));
-        } else {
-            const __m256i top = _mm256_set1_epi8(int8_t(0x80));
-            const __m256i l0 = pairs_to_int(_mm256_maddubs_epi16(_mm256_andnot_si256(top, w.lo), x));
-            const __m256i l1 = pairs_to_int(_mm256_maddubs_epi16(_mm256_and_si256(top, w.lo), x));
-            const __m256i h0 = pairs_to_int(_mm256_maddubs_epi16(_mm256_andnot_si256(top, w.hi), x));
-            const __m256i h1 = pairs_to_int(_mm256_maddubs_epi16(_mm256_and_si256(top, w.hi), x));
-            lo = _mm256_add_epi32(lo, _mm256_add_epi32(l0, l1));
-            hi = _mm256_add_epi32(hi, _mm256_add_epi32(h0, h1));
-        }
+        const __m256i top = _mm256_set1_epi8(int8_t(0x80));
+        const __m256i l0 = pairs_to_int(_mm256_maddubs_epi16(_mm256_andnot_si256(top, w.lo), x));
+        const __m256i l1 = pairs_to_int(_mm256_maddubs_epi16(_mm256_and_si256(top, w.lo), x));
+        const __m256i h0 = pairs_to_int(_mm256_maddubs_epi16(_mm256_andnot_si256(top, w.hi), x));
+        const __m256i h1 = pairs_to_int(_mm256_maddubs_epi16(_mm256_and_si256(top, w.hi), x));
+        lo = _mm256_add_epi32(lo, _mm256_add_epi32(l0, l1));
+        hi = _mm256_add_epi32(hi, _mm256_add_epi32(h0, h1));
     }
     F finish() const { return to_float(I{lo, hi}); }
 };
 
-// 4 bits: |sum| of 8 steps is at most 8 * 2 * 15 * 127 = 30480, within 16 bits.
-template <>
-struct Dot<4> {
+// 5 and 6 bits: 16 bits hold the sums of 4 steps (4 * 2 * 31 * 127 = 31496) and of 2 (2 * 2 * 63 * 127 = 32004).
+template <int bits>
+    requires(bits == 5 || bits == 6)
+struct Dot<bits> {
+    static constexpr int kSteps = bits == 5 ? 4 : 2;
+    __m256i lo, hi, words_lo, words_hi;
+    int steps;
+    void init(int32_t start) {
+        lo = hi = _mm256_set1_epi32(start);
+        words_lo = words_hi = _mm256_setzero_si256();
+        steps = 0;
+    }
+    void step(B w, const int8_t *a) { step(w, broadcast_four(a)); }
+    // a: the four activations 16 times over.
+    void step(B w, B a) { step(w, a.lo); }
+    void step(B w, __m256i x) {
+        words_lo = _mm256_add_epi16(words_lo, _mm256_maddubs_epi16(w.lo, x));
+        words_hi = _mm256_add_epi16(words_hi, _mm256_maddubs_epi16(w.hi, x));
+        if (++steps % kSteps > 0) return;
+        lo = _mm256_add_epi32(lo, pairs_to_int(words_lo));
+        hi = _mm256_add_epi32(hi, pairs_to_int(words_hi));
+        words_lo = words_hi = _mm256_setzero_si256();
+    }
+    F finish() const { return to_float(I{lo, hi}); }
+};
+
+// Up to 4 bits: |sum| of 8 steps is at most 8 * 2 * 15 * 127 = 30480, within 16 bits.
+template <int bits>
+    requires(bits <= 4)
+struct Dot<bits> {
     __m256i lo, hi;
     int32_t start;
     void init(int32_t value) {

@@ -103,8 +103,25 @@ inline void interleave(F even, F odd, F &a, F &b) {
 }
 
 inline B load_b(const uint8_t *p) { return {_mm512_loadu_si512(p)}; }
-inline B low_nibbles(B b) { return {_mm512_and_si512(b.v, _mm512_set1_epi8(0x0f))}; }
-inline B high_nibbles(B b) { return {_mm512_and_si512(_mm512_srli_epi16(b.v, 4), _mm512_set1_epi8(0x0f))}; }
+// Bytes shifted by n, to the left where it is positive; bits beyond a byte's end come from its neighbour.
+template <int n>
+inline __m512i shift(__m512i bytes) {
+    if constexpr (n > 0) return _mm512_slli_epi16(bytes, n);
+    if constexpr (n < 0) return _mm512_srli_epi16(bytes, -n);
+    return bytes;
+}
+// Bits from … from + count - 1 of each byte, moved to bit `to`; all others 0.
+template <int from, int count, int to>
+inline B field(B b) {
+    if constexpr (count == 8) return b;
+    return {_mm512_and_si512(shift<to - from>(b.v), _mm512_set1_epi8(int8_t(((1 << count) - 1) << to)))};
+}
+// a, and the field of b, in which a is 0.
+template <int from, int count, int to>
+inline B with_field(B a, B b) {
+    const __m512i mask = _mm512_set1_epi8(int8_t(((1 << count) - 1) << to));
+    return {_mm512_ternarylogic_epi32(a.v, shift<to - from>(b.v), mask, 0xf8)};  // a | (b & mask)
+}
 // Four bytes sixteen times over.
 inline B four_times(const int8_t *p) {
     int32_t four;
@@ -116,7 +133,7 @@ inline void prefetch(const void *p) { _mm_prefetch(static_cast<const char *>(p),
 // Sums of 2 panels x 8 rows keep the multipliers busy through the latency of a dot product.
 constexpr int kBlockPanels = 2;
 
-// Sixteen integer dot products, four k a step. bits: how many a weight can use.
+// Sixteen integer dot products, four k a step. bits: of a packed quant.
 template <int bits>
 struct Dot {
     __m512i acc;

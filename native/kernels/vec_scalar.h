@@ -111,13 +111,18 @@ inline B load_b(const uint8_t *p) {
     std::memcpy(b.v, p, 64);
     return b;
 }
-inline B low_nibbles(B b) {
-    for (auto &x : b.v) x &= 0x0f;
+// Bits from … from + count - 1 of each byte, moved to bit `to`; all others 0.
+template <int from, int count, int to>
+inline B field(B b) {
+    for (auto &x : b.v) x = uint8_t((x >> from & ((1 << count) - 1)) << to);
     return b;
 }
-inline B high_nibbles(B b) {
-    for (auto &x : b.v) x >>= 4;
-    return b;
+// a, and the field of b, in which a is 0.
+template <int from, int count, int to>
+inline B with_field(B a, const B &b) {
+    const B added = field<from, count, to>(b);
+    for (int i = 0; i < 64; ++i) a.v[i] |= added.v[i];
+    return a;
 }
 inline B four_times(const int8_t *p) {
     B b;

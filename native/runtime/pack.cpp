@@ -1,6 +1,7 @@
 #include "runtime/pack.h"
 
 #include <cstring>
+#include <initializer_list>
 
 #include "kvarn/half.h"
 
@@ -61,17 +62,48 @@ void read_group(Format f, const uint8_t *row, int64_t g, uint8_t *q) {
     }
 }
 
-// Writes 32 quants of one row into its places of a packed group: each quad is 4 adjacent bytes.
-void place_group(int pack_bits, const uint8_t *q, int lane, uint8_t *group) {
-    for (int j = 0; j < (pack_bits == 4 ? 4 : 8); ++j) {
+// Writes 32 quants of one row into their places of a packed group: each quad is 4 adjacent bytes of a line.
+template <int bits>
+void place_group(const uint8_t *q, int lane, uint8_t *group) {
+    uint32_t lines[bits] = {};
+#pragma GCC unroll 8
+    for (int i = 0; i < kQuads; ++i) {
         uint32_t quad;
-        std::memcpy(&quad, q + 4 * j, 4);
-        if (pack_bits == 4) {
-            uint32_t upper;
-            std::memcpy(&upper, q + 4 * j + 16, 4);
-            quad |= upper << 4;
-        }
-        std::memcpy(group + 64 * j + 4 * lane, &quad, 4);
+        std::memcpy(&quad, q + 4 * i, 4);
+        const QuadPlaces places = quad_places(bits, i);
+        for (const QuadBits &p : {places.lower, places.upper})
+            lines[p.line] |= (quad >> p.from & 0x01010101u * ((1u << p.count) - 1)) << p.at;
+    }
+    for (int j = 0; j < bits; ++j) std::memcpy(group + 64 * j + 4 * lane, &lines[j], 4);
+}
+
+// The other way.
+template <int bits>
+void take_group(const uint8_t *group, int lane, uint8_t *q) {
+    uint32_t lines[bits];
+    for (int j = 0; j < bits; ++j) std::memcpy(&lines[j], group + 64 * j + 4 * lane, 4);
+#pragma GCC unroll 8
+    for (int i = 0; i < kQuads; ++i) {
+        uint32_t quad = 0;
+        const QuadPlaces places = quad_places(bits, i);
+        for (const QuadBits &p : {places.lower, places.upper})
+            quad |= (lines[p.line] >> p.at & 0x01010101u * ((1u << p.count) - 1)) << p.from;
+        std::memcpy(q + 4 * i, &quad, 4);
+    }
+}
+
+struct Groups {
+    void (*place)(const uint8_t *q, int lane, uint8_t *group);
+    void (*take)(const uint8_t *group, int lane, uint8_t *q);
+};
+
+Groups groups_of(int pack_bits) {
+    switch (pack_bits) {
+        case 2: return {place_group<2>, take_group<2>};
+        case 4: return {place_group<4>, take_group<4>};
+        case 5: return {place_group<5>, take_group<5>};
+        case 6: return {place_group<6>, take_group<6>};
+        default: return {place_group<8>, take_group<8>};
     }
 }
 
@@ -157,19 +189,13 @@ void pack_float_row(const uint8_t *row, int64_t cols, int lane, uint8_t *panel) 
 }
 
 void pack_quantized_row(Format f, const uint8_t *row, int64_t cols, int lane, uint8_t *panel) {
-    const int bits = traits(f).pack_bits;
+    const Groups groups = groups_of(traits(f).pack_bits);
     for (int64_t g = 0; g < cols / kGroup; ++g) {
         uint8_t q[kGroup];
         read_group(f, row, g, q);
-        place_group(bits, q, lane, quants_of(f, panel, g));
+        groups.place(q, lane, quants_of(f, panel, g));
     }
     place_scales(f, row, cols, lane, panel);
-}
-
-uint8_t quant_at(int pack_bits, const uint8_t *group, int lane, int k) {
-    const int quad = k / 4;
-    if (pack_bits == 8) return group[64 * quad + 4 * lane + k % 4];
-    return uint8_t(group[64 * (quad % 4) + 4 * lane + k % 4] >> (quad >= 4 ? 4 : 0) & 15);
 }
 
 float half_at(const uint8_t *p, int lane) {
@@ -234,13 +260,16 @@ void unpack_row(const PackedMatrix &w, int64_t row, float *out) {
         return;
     }
     const bool affine = t.scales != Scales::kSym32 && t.scales != Scales::kSuperSym16;
+    const Groups groups = groups_of(t.pack_bits);
     for (int64_t g = 0; g < w.groups(); ++g) {
-        const uint8_t *group = quants_of(w.format, panel, g), *scales = scales_of(w.format, panel, g);
+        const uint8_t *scales = scales_of(w.format, panel, g);
+        uint8_t q[kGroup];
+        groups.take(quants_of(w.format, panel, g), lane, q);
         for (int half = 0; half < 2; ++half) {
             float scale, minimum;
             scales_at(t.scales, scales, int(g % unit_groups(t.scales)), half, lane, scale, minimum);
             for (int k = 16 * half; k < 16 * half + 16; ++k)
-                out[g * kGroup + k] = scale * float(quant_at(t.pack_bits, group, lane, k) - t.zero);
+                out[g * kGroup + k] = scale * float(q[k] - t.zero);
             if (affine)
                 for (int k = 16 * half; k < 16 * half + 16; ++k) out[g * kGroup + k] += minimum;
         }

@@ -92,6 +92,7 @@ struct Counted {
 };
 constexpr Counted kCounted[] = {
     {"linear Q4_K 1x1536x1536", [] { linear(Format::Q4_K, 1, 1536, 1536); }},
+    {"linear Q6_K 1x1536x1536", [] { linear(Format::Q6_K, 1, 1536, 1536); }},
     {"linear Q4_1 64x1536x576", [] { linear(Format::Q4_1, 64, 1536, 576); }},
     {"attention decode at 1023", [] { attention(1, 1023, 3, 64); }},
     {"attention prefill 32 at 480", [] { attention(32, 480, 3, 64); }},

@@ -253,4 +253,13 @@ def test_the_layout_has_a_number():
     for dtype in DType:
         stored = np.frombuffer(hashlib.shake_128(b"weights").digest(33 * dtype.row_bytes(512)), dtype=np.uint8)
         digest.update(_native.pack(dtype.name, 33, 512, stored, pool).data.tobytes())
-    assert (_native.PACKED_LAYOUT, digest.hexdigest()[:16]) == (2, "702e6a7c3286e5ef")
+    assert (_native.PACKED_LAYOUT, digest.hexdigest()[:16]) == (3, "c5b9a526bdc89684")
+
+
+def test_packed_weights_take_few_bits():
+    """Bits a weight, scales counted: the file's own for most; k-quants have wider scales, Q3_K quants of 4 bits."""
+    bits = {dtype.name: _native.packed_bytes(dtype.name, 64, 1024) * 8 / (64 * 1024) for dtype in DType}
+    assert bits == {
+        "F32": 32, "F16": 16, "BF16": 16, "Q4_0": 4.5, "Q4_1": 5, "Q5_0": 5.5, "Q5_1": 6, "Q8_0": 8.5,
+        "Q2_K": 3.125, "Q3_K": 4.625, "Q4_K": 4.625, "Q5_K": 5.625, "Q6_K": 6.625,
+    }  # fmt: skip

@@ -5,8 +5,12 @@
 //
 // Quantized panel = units, one after the other, so that a kernel reads memory in one direction. A unit is the quants of
 // its groups, then their scales, in whole lines of 64 bytes:
-//   quants  4-bit: a group is 4 lines; line j holds quad j in the low and quad j + 4 in the high nibbles.
-//           8-bit: a group is 8 lines; line j holds quad j. A quad is 4 consecutive k of 16 rows: byte 4 * row + k % 4.
+//   quants  A quad is 4 consecutive k of 16 rows, byte 4 * row + k % 4; a group has 8. With b bits a quant it is b lines,
+//           and each byte of a line holds bits of quants in the same place of their quads, from its lowest bit up:
+//             2, 4  line j: quads j, j + b, j + 2b…
+//             5, 6  line j < 4: quad j, then the highest 8 - b bits of quad j + 4. Lines from 4 on: what is left of
+//                   quads 4…7, pairs of bits for b = 5 and nibbles for b = 6.
+//             8     line j: quad j.
 //           All quants are unsigned; `zero` is what a signed format subtracts.
 //   scales  kSym32      2 groups: d fp16[2][16]                                   w = d * (q - zero)
 //           kAffine32   1 group: d fp16[16], m fp16[16]                           w = d * q + m
@@ -31,7 +35,7 @@
 
 namespace kvarn {
 
-constexpr int kPackedLayout = 2;
+constexpr int kPackedLayout = 3;
 
 // Same names and numbers as kvarn.tensors.DType's order in bindings/formats.cpp.
 enum class Format : uint8_t { F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K };
@@ -44,19 +48,18 @@ struct FormatTraits {
     int block_size;   // elements of a stored block
     int block_bytes;  // bytes of a stored block
     int pack_bits;    // bits of a packed quant; of a packed element for floats
-    int value_bits;   // bits that a quant can use: bounds intermediate sums in ISAs with saturating products
     Scales scales;
     int zero;
 };
 
 constexpr FormatTraits kTraits[kNumFormats] = {
-    {"F32", 1, 4, 32, 32, Scales::kFloat, 0},        {"F16", 1, 2, 16, 16, Scales::kFloat, 0},
-    {"BF16", 1, 2, 16, 16, Scales::kFloat, 0},       {"Q4_0", 32, 18, 4, 4, Scales::kSym32, 8},
-    {"Q4_1", 32, 20, 4, 4, Scales::kAffine32, 0},    {"Q5_0", 32, 22, 8, 5, Scales::kSym32, 16},
-    {"Q5_1", 32, 24, 8, 5, Scales::kAffine32, 0},    {"Q8_0", 32, 34, 8, 8, Scales::kSym32, 128},
-    {"Q2_K", 256, 84, 8, 2, Scales::kSuper16, 0},    {"Q3_K", 256, 110, 8, 3, Scales::kSuperSym16, 4},
-    {"Q4_K", 256, 144, 4, 4, Scales::kSuper32, 0},   {"Q5_K", 256, 176, 8, 5, Scales::kSuper32, 0},
-    {"Q6_K", 256, 210, 8, 6, Scales::kSuperSym16, 32},
+    {"F32", 1, 4, 32, Scales::kFloat, 0},         {"F16", 1, 2, 16, Scales::kFloat, 0},
+    {"BF16", 1, 2, 16, Scales::kFloat, 0},        {"Q4_0", 32, 18, 4, Scales::kSym32, 8},
+    {"Q4_1", 32, 20, 4, Scales::kAffine32, 0},    {"Q5_0", 32, 22, 5, Scales::kSym32, 16},
+    {"Q5_1", 32, 24, 5, Scales::kAffine32, 0},    {"Q8_0", 32, 34, 8, Scales::kSym32, 128},
+    {"Q2_K", 256, 84, 2, Scales::kSuper16, 0},    {"Q3_K", 256, 110, 4, Scales::kSuperSym16, 4},
+    {"Q4_K", 256, 144, 4, Scales::kSuper32, 0},   {"Q5_K", 256, 176, 5, Scales::kSuper32, 0},
+    {"Q6_K", 256, 210, 6, Scales::kSuperSym16, 32},
 };
 
 KVARN_INLINE constexpr const FormatTraits &traits(Format f) { return kTraits[static_cast<int>(f)]; }
@@ -64,6 +67,7 @@ KVARN_INLINE constexpr const FormatTraits &traits(Format f) { return kTraits[sta
 constexpr int kPanelRows = 16;
 constexpr int kGroup = 32;
 constexpr int kSuperGroups = 8;  // groups of 32 in a super-block of 256
+constexpr int kQuads = 8;        // quads in a group
 
 KVARN_INLINE constexpr size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
 
@@ -89,6 +93,23 @@ KVARN_INLINE constexpr size_t scale_unit_bytes(Scales s) {
 }
 
 KVARN_INLINE constexpr size_t quant_group_bytes(int pack_bits) { return size_t(kPanelRows) * kGroup * pack_bits / 8; }
+
+// Bits from … from + count - 1 of quants, which lie in the bytes of a line from bit `at` on.
+struct QuadBits {
+    int line, at, count, from;
+};
+
+// Where a quad has its bits: in one place, or in two.
+struct QuadPlaces {
+    QuadBits lower, upper;  // upper.count is 0 where there is one
+};
+
+KVARN_INLINE constexpr QuadPlaces quad_places(int pack_bits, int quad) {
+    if (pack_bits <= 4) return {{quad % pack_bits, quad / pack_bits * pack_bits, pack_bits, 0}, {0, 0, 0, 0}};
+    if (quad < 4 || pack_bits == 8) return {{quad, 0, pack_bits, 0}, {0, 0, 0, 0}};
+    const int j = quad - 4, upper = 8 - pack_bits, lower = pack_bits - upper, in_a_line = 8 / lower;
+    return {{4 + j / in_a_line, j % in_a_line * lower, lower, 0}, {j, pack_bits, upper, lower}};
+}
 
 KVARN_INLINE constexpr size_t unit_bytes(Format f) {
     return unit_groups(traits(f).scales) * quant_group_bytes(traits(f).pack_bits) + scale_unit_bytes(traits(f).scales);
