@@ -24,6 +24,8 @@ from pathlib import Path
 
 from prefix_cache import WORDS, served
 
+from kvarn import figures
+
 MEDIAN_TOKENS, SPREAD, MOST_TOKENS = 40, 1.1, 512
 
 
@@ -146,13 +148,7 @@ def table(passes, baseline):
 
 def plot(path: Path, model: str, sweep, passes) -> None:
     """Throughput and TTFT by concurrency."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    figure, (left, right) = figures.pyplot().subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     left.plot(sweep, [p.rate for p in passes], "o-", color="#2a6f97")
     left.set_ylabel("tokens/s, all clients together")
     left.set_ylim(0)
@@ -169,7 +165,7 @@ def plot(path: Path, model: str, sweep, passes) -> None:
         axes.set_xticks(sweep, [str(count) for count in sweep])
         axes.set_xlabel("clients, each with one request at a time")
     figure.suptitle(f"{model}: prompts of about 90 tokens, answers of 64, no prefix hits")
-    figure.savefig(path, dpi=140)
+    figures.save(figure, path)
 
 
 def numbers(text: str) -> list[int]:
@@ -186,6 +182,8 @@ def main() -> None:
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
+    if options.plot:
+        figures.check(options.plot)
     with served(options.model, []) as address:
         ways, clients = asyncio.run(measure(address, options.requests, options.batch, options.sweep))
     if options.json:

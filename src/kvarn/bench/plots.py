@@ -4,51 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from kvarn import figures
 from kvarn.bench.latency import Latency
 from kvarn.bench.limits import Limit
 from kvarn.bench.machine import Machine
 from kvarn.bench.profile import REST as REST_NAME
 from kvarn.bench.profile import StepProfile
 from kvarn.bench.roofline import Rooflines
-from kvarn.errors import ConfigError
 
-DPI = 140
 READ, INTEGER, FLOAT, REST = "#2a6f97", "#c8553d", "#7a9e3c", "#c9c9c9"
-
-
-def check(path: Path) -> None:
-    """Raises ConfigError where no plot could be written to `path`: before the work, not after it."""
-    if path.suffix.lower() != ".png":
-        raise ConfigError(f"--plot must name a .png file, not {path.name!r}")
-    if not path.absolute().parent.is_dir():
-        raise ConfigError(f"--plot: there is no folder {path.absolute().parent}")
-    _pyplot()
-
-
-def _pyplot() -> Any:
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        raise ConfigError("--plot needs matplotlib: pip install 'kvarn[plots]'") from None
-    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
-    return plt
-
-
-def _save(figure: Any, path: Path) -> None:
-    try:
-        figure.savefig(path, dpi=DPI)
-    except OSError as error:
-        raise ConfigError(f"--plot: {path} cannot be written: {error.strerror}") from error
 
 
 def rooflines(path: Path, machine: Machine, result: Rooflines) -> None:
     """Bars of the three limits by number of threads."""
-    plt = _pyplot()
+    plt = figures.pyplot()
     figure, axes = plt.subplots(1, 3, figsize=(9, 3.2), layout="constrained")
     names = [str(roof.threads) for roof in result.roofs]
     series = (
@@ -63,12 +33,12 @@ def rooflines(path: Path, machine: Machine, result: Rooflines) -> None:
         ax.set_xlabel("threads")
         ax.margins(y=0.12)
     figure.suptitle(f"{machine.cpu}, {result.isa}: {machine.sharing}", x=0.01, ha="left", fontsize=10)
-    _save(figure, path)
+    figures.save(figure, path)
 
 
 def latency(path: Path, title: str, result: Latency) -> None:
     """For each task the share of the roof, coloured by which limit it is of, with its tokens a second."""
-    plt = _pyplot()
+    plt = figures.pyplot()
     rows = result.rows
     figure, ax = plt.subplots(figsize=(8, 1.2 + 0.42 * len(rows)), layout="constrained")
     colors = {Limit.MEMORY: READ, Limit.ARITHMETIC: INTEGER}
@@ -85,12 +55,12 @@ def latency(path: Path, title: str, result: Latency) -> None:
     ax.legend(handles, [f"limit: {limit.value}" for limit in colors], frameon=False, loc="upper right",
               bbox_to_anchor=(1, 1.22), ncols=2)  # fmt: skip
     ax.set_title(title, loc="left", fontsize=10)
-    _save(figure, path)
+    figures.save(figure, path)
 
 
 def profiles(path: Path, title: str, results: Sequence[StepProfile]) -> None:
     """For each task a bar for each op: its time, and in full colour the time that its limit asks for."""
-    plt = _pyplot()
+    plt = figures.pyplot()
     colors = {Limit.MEMORY: READ, Limit.ARITHMETIC: INTEGER}
     heights = [len(result.rows) + 2 for result in results]
     figure, axes = plt.subplots(
@@ -118,4 +88,4 @@ def profiles(path: Path, title: str, results: Sequence[StepProfile]) -> None:
     handles = [plt.Rectangle((0, 0), 1, 1, color=color) for color in shown.values()]
     figure.legend(handles, list(shown), frameon=False, loc="outside upper right", ncols=3, fontsize=8)
     figure.suptitle(title, x=0.01, ha="left", fontsize=10)
-    _save(figure, path)
+    figures.save(figure, path)

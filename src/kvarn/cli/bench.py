@@ -80,9 +80,10 @@ def roofline_command(
     chosen = CpuBackend(isa=isa).isa
     counts = default_threads(this) if threads is None else _numbers("threads", threads, MAX_THREADS)
     if plot is not None:
+        from kvarn import figures
         from kvarn.bench import plots
 
-        plots.check(plot)
+        figures.check(plot)
     with work_bar("roofline") as progress:
         result = measure_rooflines(chosen, counts, buffer_bytes(this), progress)
     if plot is not None:
@@ -123,9 +124,10 @@ def latency_command(
     batches = _numbers("batch", batch, MOST_SEQUENCES)
     backend = CpuBackend(threads=threads, isa=isa)
     if plot is not None:
+        from kvarn import figures
         from kvarn.bench import plots
 
-        plots.check(plot)
+        figures.check(plot)
     this = machine()
     path = resolve_with_progress(model, quiet=as_json or not sys.stderr.isatty())
     sizes = latency.read_sizes(path)

@@ -58,9 +58,10 @@ def command(
         raise ConfigError(f"--by must be op or layer, not {by!r}")
     backend = CpuBackend(threads=threads, isa=isa)
     if plot is not None:
+        from kvarn import figures
         from kvarn.bench import plots
 
-        plots.check(plot)
+        figures.check(plot)
     this = machine()
     path = resolve_with_progress(model, quiet=as_json or not sys.stderr.isatty())
     sizes = read_sizes(path)

@@ -69,6 +69,7 @@ def command(
 
     Says what throughput, waiting times, hits, preemptions and fairness would be, for each combination of settings.
     """
+    from kvarn import figures
     from kvarn.cli.progress import work_bar
     from kvarn.simulate import Synthetic, make_traffic, read_traffic, report, simulate
     from kvarn.simulate.fit import fit, read_steps
@@ -77,7 +78,7 @@ def command(
     if (trace is None) == (traffic is None):
         raise ConfigError("give either --trace FILE or --traffic KIND")
     if plot is not None:
-        report.check_plot(plot)
+        figures.check(plot)
     model = fit(read_steps(cost))
     if config is not None:
         runs = read_settings(config)

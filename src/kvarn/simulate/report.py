@@ -9,14 +9,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvarn.errors import ConfigError
+from kvarn import figures
 from kvarn.simulate.results import Results
 from kvarn.simulate.settings import label
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-DPI = 140
 COLORS = ("#2a6f97", "#c8553d", "#7a9e3c", "#8d6a9f", "#d1a04e", "#4f5d75", "#5aa9a3", "#b56576")
 
 
@@ -70,18 +69,9 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def check_plot(path: Path) -> None:
-    """Raises ConfigError where no plot could be written to `path`: before the work, not after it."""
-    if path.suffix.lower() != ".png":
-        raise ConfigError(f"--plot must name a .png file, not {path.name!r}")
-    if not path.absolute().parent.is_dir():
-        raise ConfigError(f"--plot: there is no folder {path.absolute().parent}")
-    _pyplot()
-
-
 def plot(path: Path, title: str, runs: Sequence[Results]) -> None:
     """Bars for each run: throughput, and P50, P95 and P99 of the times to the first token and between tokens."""
-    plt = _pyplot()
+    plt = figures.pyplot()
     names = [label(run.settings, [other.settings for other in runs]) for run in runs]
     height = 1.5 + 0.5 * len(runs)
     figure, axes = plt.subplots(1, 3, figsize=(12, height), layout="constrained", sharey=True)
@@ -100,12 +90,7 @@ def plot(path: Path, title: str, runs: Sequence[Results]) -> None:
         ax.set_title(heading, loc="left")
     figure.legend(*axes[1].get_legend_handles_labels(), frameon=False, loc="outside upper right", ncols=3)
     figure.suptitle(title, x=0.01, ha="left", fontsize=10)
-    try:
-        figure.savefig(path, dpi=DPI)
-    except OSError as error:
-        raise ConfigError(f"--plot: {path} cannot be written: {error.strerror}") from error
-    finally:
-        plt.close(figure)
+    figures.save(figure, path)
 
 
 def _percentile_bars(ax: Any, values: Sequence[Mapping[int, float] | None], unit: float) -> None:
@@ -118,15 +103,3 @@ def _percentile_bars(ax: Any, values: Sequence[Mapping[int, float] | None], unit
     if positive and max(positive) > 50 * min(positive):
         ax.set_xscale("log")
     ax.margins(x=0.15)
-
-
-def _pyplot() -> Any:
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        raise ConfigError("--plot needs matplotlib: pip install 'kvarn[plots]'") from None
-    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
-    return plt
