@@ -62,7 +62,7 @@ def long_tailed(count: int, seed: int) -> list[Work]:
     rng, words = random.Random(seed), WORDS.split()
     works = []
     for number in range(count):
-        prompt = " ".join([f"({number})", *rng.choices(words, k=rng.randint(5, 60))])
+        prompt = " ".join([f"({number})", *rng.choices(words, k=rng.randint(5, 20))])
         works.append(Work(prompt, min(MOST_TOKENS, max(4, round(rng.lognormvariate(0, SPREAD) * MEDIAN_TOKENS)))))
     return works
 
@@ -70,7 +70,7 @@ def long_tailed(count: int, seed: int) -> list[Work]:
 def alike(count: int, seed: int) -> list[Work]:
     """Requests of one size, for the sweep."""
     rng, words = random.Random(seed), WORDS.split()
-    return [Work(" ".join([f"({n})", *rng.choices(words, k=60)]), 64) for n in range(count)]
+    return [Work(" ".join([f"({n})", *rng.choices(words, k=20)]), 256) for n in range(count)]
 
 
 def quantile(values: list[float], share: float) -> float:
@@ -165,7 +165,7 @@ def plot(path: Path, model: str, sweep, passes) -> None:
         axes.set_xscale("log", base=2)
         axes.set_xticks(sweep, [str(count) for count in sweep])
         axes.set_xlabel("clients, each with one request at a time")
-    figure.suptitle(f"{model}: prompts of about 90 tokens, answers of 64, no prefix hits")
+    figure.suptitle(f"{model}: prompts of about 50 tokens, answers of 256, no prefix hits")
     figures.save(figure, path)
 
 
