@@ -107,5 +107,5 @@ class StepOutput:
     sampled: tuple[SampledToken, ...]
     loaded: tuple[int, ...] = ()
     """For each of `block_loads` how many of its blocks were loaded, from the first."""
-    seconds: float = 0.0
-    """What computing the tokens took, without saves, loads and copies; 0: not measured."""
+    move_seconds: float = 0.0
+    """What saves and loads took, which the step's shape does not tell."""

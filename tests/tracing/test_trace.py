@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from kvarn.cli.app import app
 from kvarn.errors import ConfigError
+from kvarn.runner import MoveSeconds
 from kvarn.tracing import TraceRecorder, read_trace, write_trace
 from kvarn.tracing.explain import explain
 from kvarn.tracing.summary import summary
@@ -187,7 +188,7 @@ def test_who_goes_on_from_what_another_has_computed_says_so(tmp_path):
 
 
 def test_loads_from_the_second_tier_are_told(tmp_path, monkeypatch):
-    monkeypatch.setattr("kvarn.engine.tier.measure_move", lambda executable, file: 0.0)
+    monkeypatch.setattr("kvarn.engine.tier.measure_move", lambda executable, file: MoveSeconds(0.0, 0.0))
     recorder = TraceRecorder(128)
     core = tiny_engine(
         num_blocks=8, max_model_len=120, max_num_batched_tokens=128, observer=recorder, identity="tiny",

@@ -52,7 +52,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.model = PagedModel(blocks, BLOCK, max_tokens=tokens, max_seqs=seqs)
         self.queue = queue
         config = SchedulerConfig(max_num_seqs=seqs, max_num_batched_tokens=tokens, max_num_queued_requests=queue)
-        moves = MoveCost(BLOCK, 1.0 * BLOCK)
+        self.cost = LinearCost()
+        moves = MoveCost(BLOCK, self.cost.token * BLOCK, self.cost.token * BLOCK, self.cost)
         self.scheduler = Scheduler(
             config, self.pool, 60, eos_token_ids=ENDS, policy=self.policy(), budget=self.budget(tokens),
             prefix_cache=self.cache, moves=moves,
@@ -205,9 +206,9 @@ class WithSecondTier(WithSharedPrefixes):
             slot = data.draw(st.sampled_from(sorted(self.model.tier)))
             self.model.tier[slot] = b"another", []
 
-    @rule(seconds=st.sampled_from([0.1, 10.0]))
+    @rule(seconds=st.sampled_from([1e-4, 1e-2]))
     def compute_faster_or_slower(self, seconds):
-        self.model.token_seconds = seconds
+        self.cost.token = seconds
 
 
 class LastComeFirstServed(FirstComeFirstServed):
