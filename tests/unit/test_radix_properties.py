@@ -63,7 +63,13 @@ class CacheMachine(RuleBasedStateMachine):
     @rule(target=live, salt=SALTS, tokens=TOKENS)
     def come(self, salt, tokens):
         table, path = BlockTable(self.pool), self.cache.path(salt)
+        available, order = self.pool.num_available, list(self.pool._idle)
+        hit = path.peek(tokens)
+        assert list(self.pool._idle) == order, "to look is not to use"
         known = path.adopt(tokens, table, 0)
+        assert hit.num_tokens == known
+        taken = known // SIZE - hit.num_held_blocks
+        assert taken <= available - self.pool.num_available <= taken + (known % SIZE > 0)
         assert known <= self.known_to(salt, tokens)
         if not self.cache.num_evicted_tokens:
             assert known == self.known_to(salt, tokens), "nothing was evicted, so all is there"

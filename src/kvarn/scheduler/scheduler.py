@@ -177,6 +177,7 @@ class Scheduler:
             )
             for index in range(sampling.n)
         ]
+        sequences[0].expected_hit = sequences[0].prefix.peek(sequences[0].token_ids)
         self._check_deadline(sequences[0])
         group = _Group({s.sequence_id: s for s in sequences}, forks=sequences[1:])
         self._groups[request.request_id] = group
@@ -294,7 +295,7 @@ class Scheduler:
             prompts=[s for s in running if s.num_uncomputed_tokens > 1 and self._key(s) < key],
             ahead=list(self._waiting.ahead(sequence)),
             max_num_seqs=self._config.max_num_seqs,
-            free_blocks=self._pool.num_blocks - sum(len(s.table) for s in running),
+            free_blocks=self._pool.num_available,
             block_size=self._pool.block_size,
         )
 
