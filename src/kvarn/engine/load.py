@@ -74,6 +74,8 @@ class LoadedEngine:
     memory_plan: MemoryPlan | None = None
     load_times: LoadTimes | None = None
     """Both None where the engine was put together by hand."""
+    move_seconds: MoveSeconds | None = None
+    """What moving a block to and from the second tier takes; None where there is none."""
 
 
 def make_backend(name: str, threads: int = 0, packed: PackedSlot | None = None) -> Backend:
@@ -205,7 +207,10 @@ def build_engine(
     core = EngineCore(
         runner, new_scheduler, tokenizer, program.vocab_size, cost=cost, observer=observer, on_close=on_close
     )
-    return LoadedEngine(core, name, tokenizer, model.config, memory.max_model_len, config, memory)
+    moving = tier.move_seconds if tier.file is not None else None
+    return LoadedEngine(
+        core, name, tokenizer, model.config, memory.max_model_len, config, memory, move_seconds=moving
+    )
 
 
 def engine_memory(model: LoadableModel, config: EngineConfig, backend: Backend, available: Available) -> MemoryPlan:
