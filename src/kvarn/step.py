@@ -17,7 +17,7 @@ class ScheduledSequence:
     """One sequence's share of a step: compute tokens `start … start + len(token_ids)`."""
 
     sequence_id: int
-    """Unique in the engine's lifetime."""
+    """Unique until the engine is reset."""
     token_ids: tuple[int, ...]
     """The tokens whose KV is computed in this step."""
     start: int

@@ -176,6 +176,7 @@ class EngineCore:
         self._counters = self._counters.plus(self._scheduler)
         self._counters.failed_steps += 1
         self._texts.clear()
+        self._observer.reset()
         self._scheduler = self._new_scheduler()
         self._runner.reset()
 
