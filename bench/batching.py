@@ -22,7 +22,8 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from prefix_cache import WORDS, served
+from prefix_cache import WORDS
+from serving import served
 
 from kvarn import figures
 
@@ -185,8 +186,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.plot:
         figures.check(options.plot)
-    with served(options.model, []) as address:
-        ways, clients = asyncio.run(measure(address, options.requests, options.batch, options.sweep))
+    with served(options.model) as server:
+        ways, clients = asyncio.run(measure(server.address, options.requests, options.batch, options.sweep))
     if options.json:
         print(json.dumps({"ways": [asdict(p) for p in ways], "clients": [asdict(p) for p in clients]}))
     else:

@@ -14,12 +14,8 @@ from kvarn.text import IncrementalDetokenizer, load_tokenizer
 from kvarn.weights import open_model
 
 
-def one_prompt(ids, blocks=8):
-    positions = np.arange(len(ids), dtype=np.int32)
-    return InputBatch(
-        np.asarray(ids, np.int32), positions, positions.astype(np.int64), np.array([0, len(ids)], np.int32),
-        np.array([len(ids)], np.int32), np.arange(blocks, dtype=np.int32)[None], positions,
-    )  # fmt: skip
+def one_prompt(ids):
+    return InputBatch.of_one(ids, num_outputs=len(ids))
 
 
 @pytest.mark.parametrize("family", SETTINGS)
@@ -42,7 +38,7 @@ def test_random_tensors_have_about_the_scale_asked_for(dtype):
 def test_a_batch_that_names_what_is_not_there_is_refused():
     model = tiny_model()
     executable = ReferenceBackend().load(model.program, model, KvCacheSpec(2), StepLimits(32, 1, 32))
-    good = one_prompt(range(20), blocks=2)
+    good = one_prompt(range(20))
     executable.execute(good)
     for field, value in {
         "token_ids": np.full(20, 259, np.int32),

@@ -31,9 +31,6 @@ def expected_tokens(
 class PagedModel:
     """Executes steps over real block tables, and checks what a runner may rely on."""
 
-    token_seconds = 1.0
-    """What it says that computing a token takes."""
-
     def __init__(self, num_blocks: int, block_size: int, *, max_tokens: int, max_seqs: int) -> None:
         self.slots: list[list[tuple[int, int] | None]] = [[None] * block_size for _ in range(num_blocks)]
         self.block_size = block_size
@@ -73,7 +70,6 @@ class PagedModel:
                 if part.sample
             ),
             loaded,
-            step.num_tokens * self.token_seconds,
         )
 
     def _load(self, load: BlockLoad) -> int:

@@ -1,17 +1,8 @@
 """The radix cache against the plainest one: a list of all texts, of which the longest common beginning counts."""
 
 import hypothesis.strategies as st
-from hypothesis import HealthCheck, settings
-from hypothesis.stateful import (
-    Bundle,
-    RuleBasedStateMachine,
-    consumes,
-    initialize,
-    invariant,
-    multiple,
-    rule,
-    run_state_machine_as_test,
-)
+from hypothesis.stateful import Bundle, consumes, initialize, invariant, multiple, rule
+from state_machines import CountedMachine, run_machine
 
 from kvarn.cache import BlockPool, BlockTable, RadixPrefixCache, common_length
 
@@ -35,7 +26,7 @@ class Live:
         self.salt, self.tokens, self.table, self.path, self.known = salt, tokens, table, path, known
 
 
-class CacheMachine(RuleBasedStateMachine):
+class CacheMachine(CountedMachine):
     """Sequences of few different tokens come, grow, fork and go over a small pool, blocks being evicted at random."""
 
     live = Bundle("live")
@@ -63,7 +54,13 @@ class CacheMachine(RuleBasedStateMachine):
     @rule(target=live, salt=SALTS, tokens=TOKENS)
     def come(self, salt, tokens):
         table, path = BlockTable(self.pool), self.cache.path(salt)
+        available, order = self.pool.num_available, list(self.pool._idle)
+        hit = path.peek(tokens)
+        assert list(self.pool._idle) == order, "to look is not to use"
         known = path.adopt(tokens, table, 0)
+        assert hit.num_tokens == known
+        taken = known // SIZE - hit.num_held_blocks
+        assert taken <= available - self.pool.num_available <= taken + (known % SIZE > 0)
         assert known <= self.known_to(salt, tokens)
         if not self.cache.num_evicted_tokens:
             assert known == self.known_to(salt, tokens), "nothing was evicted, so all is there"
@@ -145,6 +142,7 @@ class CacheMachine(RuleBasedStateMachine):
     def books_agree(self):
         if not hasattr(self, "pool"):
             return
+        self.count_step()
         held = list(self.cache.check())
         self.pool.check([*(s.table.ids for s in self.tables), held])
         assert len(held) == len(set(held)) <= self.pool.num_blocks
@@ -161,9 +159,4 @@ class CacheMachine(RuleBasedStateMachine):
 
 
 def test_any_order_of_sequences_that_come_grow_fork_and_go():
-    run_state_machine_as_test(
-        CacheMachine,
-        settings=settings(
-            max_examples=150, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
-        ),
-    )
+    run_machine(CacheMachine, length=60)

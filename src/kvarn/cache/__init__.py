@@ -7,13 +7,13 @@
 
 from kvarn.cache.offload import OffloadIndex
 from kvarn.cache.pool import BlockPool, OutOfBlocksError
-from kvarn.cache.prefix import NullPrefixCache, PrefixCache, PrefixPath
+from kvarn.cache.prefix import NullPrefixCache, PrefixCache, PrefixHit, PrefixPath
 from kvarn.cache.radix import RadixPrefixCache
 from kvarn.cache.salt import Salt
 from kvarn.cache.table import BlockTable, blocks_for
 from kvarn.cache.tree import common_length
 
 __all__ = [
-    "BlockPool", "BlockTable", "NullPrefixCache", "OffloadIndex", "OutOfBlocksError", "PrefixCache", "PrefixPath",
-    "RadixPrefixCache", "Salt", "blocks_for", "common_length",
+    "BlockPool", "BlockTable", "NullPrefixCache", "OffloadIndex", "OutOfBlocksError", "PrefixCache", "PrefixHit",
+    "PrefixPath", "RadixPrefixCache", "Salt", "blocks_for", "common_length",
 ]  # fmt: skip

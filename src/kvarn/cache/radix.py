@@ -7,6 +7,7 @@ from typing import Self
 
 from kvarn.cache.offload import OffloadIndex
 from kvarn.cache.pool import BlockPool
+from kvarn.cache.prefix import PrefixHit
 from kvarn.cache.salt import Salt
 from kvarn.cache.table import BlockTable
 from kvarn.cache.tree import Branch, CommonNode, Declared, Node, Tokens
@@ -205,27 +206,39 @@ class RadixPath:
 
     def adopt(self, token_ids: Sequence[int], table: BlockTable, known: int, *, whole_blocks: bool = False) -> int:
         """Walks on as far as the tree knows the tokens. See `PrefixPath.adopt`."""
+        nodes, inside, part = self._following(token_ids, whole_blocks)
+        found = (self.num_blocks + len(nodes)) * self._cache.pool.block_size + inside
+        if found <= known:
+            return known
+        blocks = [node.block for node in nodes]
+        table.truncate(self.num_blocks)
+        table.adopt(blocks if part is None else [*blocks, part.block])
+        self._node = nodes[-1] if nodes else self._node
+        self.num_blocks += len(nodes)
+        return found
+
+    def peek(self, token_ids: Sequence[int]) -> PrefixHit:
+        """See `PrefixPath.peek`."""
+        nodes, inside, _ = self._following(token_ids, whole_blocks=False)
+        pool = self._cache.pool
+        held = sum(isinstance(node, CommonNode) or pool.references(node.block) > 1 for node in nodes)
+        return PrefixHit(len(nodes) * pool.block_size + inside, held)
+
+    def _following(self, token_ids: Sequence[int], whole_blocks: bool) -> tuple[list[Node], int, Node | None]:
+        """The nodes of whole blocks that follow, and how much of the next block which node has, of all but the last."""
         cache, salt, size = self._cache, self._salt, self._cache.pool.block_size
-        last = len(token_ids) - 1
-        node, start = self._node, self.num_blocks * size
-        blocks: list[int] = []
+        node, start, last = self._node, self.num_blocks * size, len(token_ids) - 1
+        nodes: list[Node] = []
         for end in range(start + size, last + 1, size):
             child = cache.find(node, salt, tuple(token_ids[end - size : end]))
             if child is None:
                 break
             node = child
-            blocks.append(child.block)
-        whole = start + len(blocks) * size
-        inside, part = 0, None
-        if not whole_blocks:
-            inside, part = cache.nearest(node, salt, tuple(token_ids[whole : min(whole + size, last)]))
-        if whole + inside <= known:
-            return known
-        table.truncate(self.num_blocks)
-        table.adopt(blocks if part is None else [*blocks, part.block])
-        self._node = node
-        self.num_blocks += len(blocks)
-        return whole + inside
+            nodes.append(child)
+        if whole_blocks:
+            return nodes, 0, None
+        whole = start + len(nodes) * size
+        return nodes, *cache.nearest(node, salt, tuple(token_ids[whole : min(whole + size, last)]))
 
     def insert(self, token_ids: Sequence[int], known: int, table: BlockTable) -> None:
         """Files the whole blocks since the last call."""
