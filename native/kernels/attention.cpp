@@ -69,9 +69,9 @@ KVARN_INLINE void add_int4_group(const Work &w, const Tile &tile, const float *c
     }
 }
 
-// Scores of `queries` queries and all 64 keys: a chain over dimensions for each.
+// Scores of `queries` queries and all 64 keys: a chain over dimensions for each. By itself: inlined, compilers spill.
 template <KvType type, bool ahead, int queries>
-void score_block(const Work &w, const Tile &tile, int64_t query) {
+[[gnu::noinline]] void score_block(const Work &w, const Tile &tile, int64_t query) {
     const int64_t kd = w.key_dim;
     const float *q[queries];
     F acc[kSubs][queries];
@@ -130,7 +130,7 @@ void softmax_tile(const Work &w, const Tile &tile, int64_t query, int64_t from, 
 
 // Merges into the span, for some columns: sums over tokens, in order, of weight * value.
 template <KvType type, bool ahead, int queries, int vectors>
-void value_block(const Work &w, const Tile &tile, int64_t query, int64_t column, int64_t from) {
+[[gnu::noinline]] void value_block(const Work &w, const Tile &tile, int64_t query, int64_t column, int64_t from) {
     F acc[vectors][queries];
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; ++v)

@@ -132,19 +132,30 @@ struct Tile {
     Int4Scales scales[kSubs], next_scales[kSubs];          // of int4
 };
 
-// The tile of keys at positions from `start` to `last` and no further; those after it are asked for up to `last`, too.
+void locate_int4(const Work &w, int64_t start, int64_t last, Tile &tile) {
+    const KvLayerView &kv = *w.a.kv;
+    const auto locate = [&](int64_t position) {
+        const int64_t seen = position <= last ? position : start;
+        return kv.int4_scales(kv.head(w.a.block_table[seen / kv.block_size], w.a.kv_head), seen % kv.block_size);
+    };
+    for (int64_t s = 0; s < kSubs; ++s) {
+        tile.scales[s] = locate(start + s * kSub);
+        tile.next_scales[s] = locate(start + s * kSub + kKeyTile);
+    }
+}
+
+// Keys and values from position `start` on, as far as `last`.
 Tile cached_tile(const Work &w, int64_t start, int64_t last) {
     const KvLayerView &kv = *w.a.kv;
     const int64_t key_bytes = kv.vector_bytes(kv.key_dim), value_bytes = kv.vector_bytes(kv.value_dim);
     const int64_t values_at = kv.block_size * key_bytes, scales_at = values_at + kv.block_size * value_bytes;
     const int64_t head_bytes = scales_at + kv.scales_bytes();
-    const auto locate = [&](int64_t position, const uint8_t *&keys, const uint8_t *&values, Int4Scales &scales) {
+    const auto locate = [&](int64_t position, const uint8_t *&keys, const uint8_t *&values) {
         const int64_t offset = position % kv.block_size;
         const int64_t block = w.a.block_table[position / kv.block_size];
-        uint8_t *head = kv.data + (block * kv.heads + w.a.kv_head) * head_bytes;
+        const uint8_t *head = kv.data + (block * kv.heads + w.a.kv_head) * head_bytes;
         keys = head + offset * key_bytes;
         values = head + values_at + offset * value_bytes;
-        if (kv.type == KvType::kInt4) scales = kv.int4_scales(head, offset);
         return reinterpret_cast<const float *>(head + scales_at) + offset;
     };
     Tile tile;
@@ -152,11 +163,12 @@ Tile cached_tile(const Work &w, int64_t start, int64_t last) {
     tile.count = last + 1 - start < kKeyTile ? last + 1 - start : kKeyTile;
     for (int64_t s = 0; s < kSubs; ++s) {
         const int64_t position = start + s * kSub, next = position + kKeyTile;
-        const float *scales = locate(position <= last ? position : start, tile.keys[s], tile.values[s], tile.scales[s]);
+        const float *scales = locate(position <= last ? position : start, tile.keys[s], tile.values[s]);
         tile.key_scales[s] = kv.type == KvType::kInt8 ? scales : nullptr;
         tile.value_scales[s] = kv.type == KvType::kInt8 ? scales + kv.block_size : nullptr;
-        locate(next <= last ? next : start, tile.next_keys[s], tile.next_values[s], tile.next_scales[s]);
+        locate(next <= last ? next : start, tile.next_keys[s], tile.next_values[s]);
     }
+    if (kv.type == KvType::kInt4) locate_int4(w, start, last, tile);
     return tile;
 }
 
