@@ -25,6 +25,7 @@ namespace {
 using Ints = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Longs = nb::ndarray<const int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Rows = nb::ndarray<nb::numpy, float, nb::ndim<2>>;
+using OptionalInts = std::optional<Ints>;
 using IntTable = nb::ndarray<const int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 
 void require(bool ok, const char *what) {
@@ -40,24 +41,27 @@ Function function_of(const std::string &name) {
 }
 
 Batch make_batch(const Ints &token_ids, const Ints &positions, const Longs &slot_mapping, const Ints &query_start,
-                 const Ints &seq_lens, const IntTable &block_tables, const Ints &output_rows) {
+                 const Ints &seq_lens, const IntTable &block_tables, const Ints &output_rows,
+                 const OptionalInts &tree_parents) {
     const size_t tokens = token_ids.size(), sequences = seq_lens.size();
     require(positions.size() == tokens, "positions must have as many elements as token_ids");
     require(slot_mapping.size() == tokens, "slot_mapping must have as many elements as token_ids");
     require(query_start.size() == sequences + 1, "query_start must have one element more than seq_lens");
     require(block_tables.shape(0) == sequences, "block_tables must have a row for each of seq_lens");
+    require(!tree_parents || tree_parents->size() == tokens, "tree_parents must have as many elements as token_ids");
     return {int64_t(tokens), int64_t(sequences), int64_t(output_rows.size()), int64_t(block_tables.shape(1)),
             token_ids.data(), positions.data(), slot_mapping.data(), query_start.data(), seq_lens.data(),
-            block_tables.data(), output_rows.data()};
+            block_tables.data(), output_rows.data(), tree_parents ? tree_parents->data() : nullptr};
 }
 
 // Raw arrays of a batch, kept by reference while a step runs without the GIL.
 template <class Run>
 auto with_batch(Run run) {
     return [run](StepPlan &plan, const Ints &token_ids, const Ints &positions, const Longs &slot_mapping,
-                 const Ints &query_start, const Ints &seq_lens, const IntTable &block_tables, const Ints &output_rows) {
-        const Batch batch =
-            make_batch(token_ids, positions, slot_mapping, query_start, seq_lens, block_tables, output_rows);
+                 const Ints &query_start, const Ints &seq_lens, const IntTable &block_tables, const Ints &output_rows,
+                 const OptionalInts &tree_parents) {
+        const Batch batch = make_batch(token_ids, positions, slot_mapping, query_start, seq_lens, block_tables,
+                                       output_rows, tree_parents);
         nb::gil_scoped_release release;
         return run(plan, batch);
     };
@@ -269,7 +273,7 @@ void bind_plan(nb::module_ &m) {
         .def_prop_ro("scratch_bytes", &StepPlan::scratch_bytes)
         .def_prop_ro("labels", &StepPlan::labels)
         .def("run", with_batch([](StepPlan &p, const Batch &b) { p.run(b); }), "token_ids"_a.noconvert(), "positions"_a.noconvert(),
-             "slot_mapping"_a.noconvert(), "query_start"_a.noconvert(), "seq_lens"_a.noconvert(), "block_tables"_a.noconvert(), "output_rows"_a.noconvert(),
+             "slot_mapping"_a.noconvert(), "query_start"_a.noconvert(), "seq_lens"_a.noconvert(), "block_tables"_a.noconvert(), "output_rows"_a.noconvert(), "tree_parents"_a.noconvert().none(),
              "Runs a step with the GIL released. Raises ValueError where the batch is out of range.")
         .def("count", &StepPlan::count, "on"_a, "Switches the counting of stages' times on or off, from zero.")
         .def("counters", [](const StepPlan &p) {

@@ -128,6 +128,7 @@ void bind_storage(nb::module_ &m) {
         .def_prop_ro("nbytes", [](const KvCache &kv) { return kv.bytes(); })
         .def_prop_ro("block_bytes", &KvCache::block_bytes)
         .def("copy", &KvCache::copy, "pairs"_a, nb::call_guard<nb::gil_scoped_release>())
+        .def("move", &KvCache::move, "pairs"_a, nb::call_guard<nb::gil_scoped_release>())
         .def("read", [](const KvCache &kv, int64_t block, const WritableBytes &out) {
             require_bytes(out.size(), kv);
             kv.read(block, out.data());

@@ -69,9 +69,9 @@ KVARN_INLINE void add_int4_group(const Work &w, const Tile &tile, const float *c
     }
 }
 
-// Scores of `queries` queries and all 64 keys: a chain over dimensions for each.
+// Scores of `queries` queries and all 64 keys: a chain over dimensions for each. By itself: inlined, compilers spill.
 template <KvType type, bool ahead, int queries>
-void score_block(const Work &w, const Tile &tile, int64_t query) {
+[[gnu::noinline]] void score_block(const Work &w, const Tile &tile, int64_t query) {
     const int64_t kd = w.key_dim;
     const float *q[queries];
     F acc[kSubs][queries];
@@ -130,7 +130,7 @@ void softmax_tile(const Work &w, const Tile &tile, int64_t query, int64_t from, 
 
 // Merges into the span, for some columns: sums over tokens, in order, of weight * value.
 template <KvType type, bool ahead, int queries, int vectors>
-void value_block(const Work &w, const Tile &tile, int64_t query, int64_t column, int64_t from) {
+[[gnu::noinline]] void value_block(const Work &w, const Tile &tile, int64_t query, int64_t column, int64_t from) {
     F acc[vectors][queries];
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; ++v)
@@ -220,8 +220,8 @@ void visit(const Work &w, const Tile &tile, int64_t start) {
 }
 
 template <KvType type>
-void visit_as(const Work &w, Tile &cached, int64_t start, bool direct) {
-    if constexpr (type == KvType::kInt4) prepare_int4(w, cached, start);
+void visit_as(const Work &w, const Tile &cached, int64_t start, bool direct) {
+    if constexpr (type == KvType::kInt4) prepare_int4(w, cached);
     if (direct)
         visit<type, true>(w, cached, start);
     else if constexpr (type == KvType::kInt4)
@@ -230,9 +230,7 @@ void visit_as(const Work &w, Tile &cached, int64_t start, bool direct) {
         visit<KvType::kFloat32, false>(w, converted_tile<type>(w, cached), start);
 }
 
-void visit_tile(const Work &w, int64_t start) {
-    const int64_t last = w.a.position + w.a.rows - 1;
-    Tile cached = cached_tile(w, start, last);
+void visit_tile(const Work &w, const Tile &cached, int64_t start) {
     const bool whole = w.dim == w.a.kv->value_dim || w.a.kv->type == KvType::kInt4;  // no vector runs into the next row
     const bool direct = whole && w.queries <= kFewQueries;
     switch (w.a.kv->type) {
@@ -259,9 +257,53 @@ void write_result(const State &state, int64_t query, int64_t value_dim, float *o
     for (int64_t i = 0; i < value_dim; i += kLanes) store_n(out + i, mul(load(o + i), inverse), value_dim - i);
 }
 
+// The rest of one row of a tree, of whose keys those before the tile at `start` are in w's sums: the tiles of its own.
+void finish_path(const Work &w, const TreeRows &tree, int64_t row, int64_t start) {
+    float *gathered = reinterpret_cast<float *>((reinterpret_cast<uintptr_t>(w.rest) + 63) / 64 * 64);
+    const int64_t position = w.a.position;
+    for (; start <= position; start += kKeyTile) {
+        if (start + kKeyTile > w.first_key(position)) visit_tile(w, tile_of_path(w, tree, row, start, gathered), start);
+        if ((start + kKeyTile) % kKeySpan != 0) continue;
+        merge_span(w.total, w.span, w.queries, w.old_factor, w.now_factor);
+        w.span.reset(w.padded());
+    }
+    merge_span(w.total, w.span, w.queries, w.old_factor, w.now_factor);
+    for (int64_t i = 0; i < w.queries; ++i) write_result(w.total, i, w.a.kv->value_dim, w.a.out + i * w.a.kv->value_dim);
+}
+
+// Rows of a tree: tiles that lie before it are the same for all rows and visited once, each further one row by row.
+void attention_of_tree(const AttentionArgs &a) {
+    const TreeRows &tree = *a.tree;
+    const Work w(a);
+    const int64_t common = tree.begin / kKeyTile * kKeyTile;
+    int64_t first_key = common;
+    for (int64_t i = 0; i < w.queries; i += a.group) {
+        const int64_t key = w.first_key(w.position(i));
+        first_key = key < first_key ? key : first_key;
+    }
+    w.total.reset(w.padded());
+    w.span.reset(w.padded());
+    for (int64_t start = first_key / kKeyTile * kKeyTile; start < common; start += kKeyTile) {
+        visit_tile(w, cached_tile(w, start, common - 1), start);
+        if ((start + kKeyTile) % kKeySpan != 0) continue;
+        merge_span(w.total, w.span, w.queries, w.old_factor, w.now_factor);
+        w.span.reset(w.padded());
+    }
+    for (int64_t r = 0; r < a.rows; ++r) {
+        AttentionArgs own = a;
+        own.rows = 1;
+        own.tree = nullptr;
+        own.q = a.q + r * a.q_stride;
+        own.position = tree.positions[tree.row + r];
+        own.out = a.out + r * a.out_stride;
+        finish_path(Work(own, w, r), tree, tree.row + r, common);
+    }
+}
+
 }  // namespace
 
 void attention(const AttentionArgs &a) {
+    if (a.tree) return attention_of_tree(a);
     const Work w(a);
     const int64_t last = a.position + a.rows - 1, first_key = w.first_key(a.position);
     const int64_t begin = a.span_begin > first_key / kKeySpan ? a.span_begin : first_key / kKeySpan;
@@ -271,7 +313,7 @@ void attention(const AttentionArgs &a) {
         w.span.reset(w.padded());
         for (int64_t tile = span * kSpanTiles; tile < (span + 1) * kSpanTiles; ++tile) {
             const int64_t start = tile * kKeyTile;
-            if (start <= last && start + kKeyTile > first_key) visit_tile(w, start);
+            if (start <= last && start + kKeyTile > first_key) visit_tile(w, cached_tile(w, start, last), start);
         }
         if (!a.partial) {
             merge_span(w.total, w.span, w.queries, w.old_factor, w.now_factor);

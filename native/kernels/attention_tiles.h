@@ -2,6 +2,7 @@
 #pragma once
 #include "hadamard.h"
 #include "kernels_internal.h"
+#include "kvarn/kv_token.h"
 #include "vec.h"
 
 KVARN_KERNELS_BEGIN
@@ -30,6 +31,13 @@ struct State {
         std::memset(l, 0, size_t(queries) * sizeof(float));
         std::memset(o, 0, size_t(queries * dim) * sizeof(float));
     }
+    // The first `count` queries become those of `from` from query `first` on.
+    void copy(const State &from, int64_t first, int64_t count) const {
+        reset((count + 15) / 16 * 16);
+        std::memcpy(m, from.m + first, size_t(count) * sizeof(float));
+        std::memcpy(l, from.l + first, size_t(count) * sizeof(float));
+        std::memcpy(o, from.o + first * dim, size_t(count * dim) * sizeof(float));
+    }
 };
 
 // The views of one call: scratch cut into its parts.
@@ -46,45 +54,59 @@ struct Work {
     // Of int4: rotated queries [queries][key_dim], a tile's references [kSubs][key_dim], scales and minima of its values
     // [kKeyTile][groups][2]. Else null.
     float *rotated, *references, *value_scales;
+    float *rest;  // of scratch: what one row of a tree needs beside
 
-    explicit Work(const AttentionArgs &args) : a(args) {
+    explicit Work(const AttentionArgs &args) : a(args), rest(args.scratch) {
         const bool int4 = a.kv->type == KvType::kInt4;
         queries = a.rows * a.group;
         key_dim = int4 ? kv_groups(a.kv->key_dim) * kGroup : a.kv->key_dim;
         dim = (a.kv->value_dim + 15) / 16 * 16;
-        const int64_t padded = (queries + 15) / 16 * 16;
-        float *next = a.scratch;
-        const auto take = [&](int64_t n) {
-            float *p = next;
-            next += n;
-            return p;
-        };
         keys = take(kKeyTile * key_dim);
         values = take(kKeyTile * dim);
-        weights = take(padded * kKeyTile);
-        tile_m = take(padded);
-        tile_l = take(padded);
-        old_factor = take(padded);
-        now_factor = take(padded);
-        span = {take(padded), take(padded), take(padded * dim), dim};
-        total = {take(padded), take(padded), take(padded * dim), dim};
-        for (int64_t i = queries; i < padded; ++i) tile_m[i] = kNoScore, tile_l[i] = 0.0f;
+        take_states();
         rotated = references = value_scales = nullptr;
         if (!int4) return;
-        rotated = take(padded * key_dim);
+        rotated = take(padded() * key_dim);
         references = take(kSubs * key_dim);
         value_scales = take(kKeyTile * 2 * kv_groups(a.kv->value_dim));
         rotate_queries();
     }
 
+    // One row of `all`, with its sums so far. args: that row's. Shares the scratch in which tiles are converted.
+    Work(const AttentionArgs &args, const Work &all, int64_t row)
+        : a(args), queries(a.group), key_dim(all.key_dim), dim(all.dim), keys(all.keys), values(all.values),
+          rotated(all.rotated ? all.rotated + row * a.group * key_dim : nullptr), references(all.references),
+          value_scales(all.value_scales), rest(all.rest) {
+        take_states();
+        span.copy(all.span, row * queries, queries);
+        total.copy(all.total, row * queries, queries);
+    }
+
     int64_t padded() const { return (queries + 15) / 16 * 16; }
-    int64_t position(int64_t query) const { return a.position + query / a.group; }
+    int64_t position(int64_t query) const {
+        return a.tree ? a.tree->positions[a.tree->row + query / a.group] : a.position + query / a.group;
+    }
     int64_t first_key(int64_t position) const {
         return a.window > 0 && position >= a.window ? position - a.window + 1 : 0;
     }
     const float *q(int64_t query) const { return rotated ? rotated + query * key_dim : given(query); }
 
 private:
+    float *take(int64_t n) { return (rest += n) - n; }
+    State take_state() {
+        float *m = take(padded()), *l = take(padded());
+        return {m, l, take(padded() * dim), dim};
+    }
+    void take_states() {
+        weights = take(padded() * kKeyTile);
+        tile_m = take(padded());
+        tile_l = take(padded());
+        old_factor = take(padded());
+        now_factor = take(padded());
+        span = take_state();
+        total = take_state();
+        for (int64_t i = queries; i < padded(); ++i) tile_m[i] = kNoScore, tile_l[i] = 0.0f;
+    }
     const float *given(int64_t query) const {
         return a.q + query / a.group * a.q_stride + query % a.group * a.kv->key_dim;
     }
@@ -107,9 +129,22 @@ struct Tile {
     // Where the tile after this one is, to ask for it in time: its blocks lie anywhere. The tile itself at the end.
     const uint8_t *next_keys[kSubs], *next_values[kSubs];
     const float *key_scales[kSubs], *value_scales[kSubs];  // of int8 elements; else null
-    Int4Scales scales[kSubs];                              // of int4 (prepare_int4)
+    Int4Scales scales[kSubs], next_scales[kSubs];          // of int4
 };
 
+void locate_int4(const Work &w, int64_t start, int64_t last, Tile &tile) {
+    const KvLayerView &kv = *w.a.kv;
+    const auto locate = [&](int64_t position) {
+        const int64_t seen = position <= last ? position : start;
+        return kv.int4_scales(kv.head(w.a.block_table[seen / kv.block_size], w.a.kv_head), seen % kv.block_size);
+    };
+    for (int64_t s = 0; s < kSubs; ++s) {
+        tile.scales[s] = locate(start + s * kSub);
+        tile.next_scales[s] = locate(start + s * kSub + kKeyTile);
+    }
+}
+
+// Keys and values from position `start` on, as far as `last`.
 Tile cached_tile(const Work &w, int64_t start, int64_t last) {
     const KvLayerView &kv = *w.a.kv;
     const int64_t key_bytes = kv.vector_bytes(kv.key_dim), value_bytes = kv.vector_bytes(kv.value_dim);
@@ -133,22 +168,38 @@ Tile cached_tile(const Work &w, int64_t start, int64_t last) {
         tile.value_scales[s] = kv.type == KvType::kInt8 ? scales + kv.block_size : nullptr;
         locate(next <= last ? next : start, tile.next_keys[s], tile.next_values[s]);
     }
+    if (kv.type == KvType::kInt4) locate_int4(w, start, last, tile);
     return tile;
 }
 
-// Where scales and references of an int4 tile that begins at `start` are, and those that its elements need in float32.
-// Asks for those of the next one.
-void prepare_int4(const Work &w, Tile &tile, int64_t start) {
+// The same for one row of a tree (`row` of the step), whose keys from tree.begin on are where its ancestors were written:
+// gathered in `scratch`, sub-blocks whole, since what the tree begins in has known tokens and an int4 reference.
+Tile tile_of_path(const Work &w, const TreeRows &tree, int64_t row, int64_t start, float *scratch) {
     const KvLayerView &kv = *w.a.kv;
-    const int64_t value_scales = kv_groups(kv.value_dim) * 2 * kSub, last = w.a.position + w.a.rows - 1;
-    const auto locate = [&](int64_t position) {
-        const int64_t seen = position <= last ? position : start;
-        uint8_t *head = kv.head(w.a.block_table[seen / kv.block_size], w.a.kv_head);
-        return kv.int4_scales(head, seen % kv.block_size);
-    };
+    const KvLayerView own{reinterpret_cast<uint8_t *>(scratch), kSub, 1, kv.key_dim, kv.value_dim, kv.type};
+    const int64_t last = w.a.position;
+    Tile tile = cached_tile(w, start, last);
+    const int64_t begin = tree.begin > start ? tree.begin : start;
+    for (int64_t s = (begin - start) / kSub; s < kSubs && start + s * kSub <= last; ++s) {
+        const int64_t position = start + s * kSub, block = w.a.block_table[position / kv.block_size];
+        copy_sub_block(kv, block * kv.block_size + position % kv.block_size, w.a.kv_head, own, s * kSub, 0);
+        const KvToken at(own, s * kSub, 0);
+        tile.keys[s] = at.key;
+        tile.values[s] = at.value;
+        if (kv.type == KvType::kInt8) tile.key_scales[s] = at.key_scale, tile.value_scales[s] = at.value_scale;
+        if (kv.type == KvType::kInt4) tile.scales[s] = at.scales;
+    }
+    for (int64_t position; (position = tree.positions[row]) >= begin; row = tree.parents[row])
+        if (position < start + kKeyTile) copy_token(kv, tree.slots[row], w.a.kv_head, own, position - start, 0);
+    return tile;
+}
+
+// What the elements of an int4 tile need of scales and references, in float32. Asks for those of the next one.
+void prepare_int4(const Work &w, const Tile &tile) {
+    const KvLayerView &kv = *w.a.kv;
+    const int64_t value_scales = kv_groups(kv.value_dim) * 2 * kSub;
     for (int64_t s = 0; s < kSubs; ++s) {
-        tile.scales[s] = locate(start + s * kSub);
-        const Int4Scales next = locate(start + s * kSub + kKeyTile);
+        const Int4Scales &next = tile.next_scales[s];
         for (int64_t i = 0; i < w.key_dim; i += kGroup) {
             prefetch(next.keys + i);
             prefetch(next.reference + i);

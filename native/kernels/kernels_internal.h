@@ -15,7 +15,7 @@ void linear(const LinearArgs &a);
 void quantize(const QuantizeArgs &a);
 void norm(const NormArgs &a);
 void rope(const RopeArgs &a);
-void kv_write(const KvLayerView &kv, int64_t slot, int64_t head, const float *k, const float *v);
+void kv_write(const KvLayerView &kv, int64_t slot, int64_t place, int64_t head, const float *k, const float *v);
 void attention(const AttentionArgs &a);
 void attention_merge(const float *partial, int64_t spans, int64_t span_stride, int64_t value_dim, float *scratch,
                      float *out);

@@ -94,12 +94,13 @@ struct Int4Group {
     }
 };
 
-// Rotated, coded as the difference from the sub-block's first key.
-void write_int4_key(const KvLayerView &kv, uint8_t *head, int64_t offset, const float *k) {
+// Rotated, coded as the difference from the first key of the sub-block of `place`.
+void write_int4_key(const KvLayerView &kv, uint8_t *head, int64_t offset, uint8_t *place_head, int64_t place,
+                    const float *k) {
     const int64_t groups = kv_groups(kv.key_dim), token = offset % kSubBlock;
     uint8_t *codes = head + (offset - token) * kv.vector_bytes(kv.key_dim) + token;
-    const Int4Scales at = kv.int4_scales(head, offset);
-    uint16_t *scales = at.keys + token, *reference = at.reference;
+    uint16_t *scales = kv.int4_scales(head, offset).keys + token;
+    uint16_t *reference = kv.int4_scales(place_head, place).reference;
     float part[kMostRotated];
     for (int64_t start = 0; start < groups * kGroup;) {
         const int64_t n = rotated_part(groups * kGroup - start);
@@ -110,7 +111,7 @@ void write_int4_key(const KvLayerView &kv, uint8_t *head, int64_t offset, const 
         rotate_part(part, n, false);
         for (int64_t i = 0; i < n; i += kLanes) {
             const F x = clamp(load(part + i), kLargestHalf);
-            if (token == 0) store_f16(reference + start + i, x);
+            if (place % kSubBlock == 0) store_f16(reference + start + i, x);
             store(part + i, clamp(sub(x, load_f16(reference + start + i)), kLargestHalf));
         }
         for (int64_t i = 0; i < n; i += kGroup) {
@@ -144,7 +145,7 @@ void write_int4_value(const KvLayerView &kv, uint8_t *head, int64_t offset, cons
 
 }  // namespace
 
-void kv_write(const KvLayerView &kv, int64_t slot, int64_t head, const float *k, const float *v) {
+void kv_write(const KvLayerView &kv, int64_t slot, int64_t place, int64_t head, const float *k, const float *v) {
     const int64_t offset = slot % kv.block_size;
     uint8_t *base = kv.head(slot / kv.block_size, head);
     switch (kv.type) {
@@ -152,7 +153,7 @@ void kv_write(const KvLayerView &kv, int64_t slot, int64_t head, const float *k,
         case KvType::kFloat16: return write<ToHalf>(kv, base, offset, k, v);
         case KvType::kInt8: return write<ToInt8>(kv, base, offset, k, v);
         case KvType::kInt4:
-            write_int4_key(kv, base, offset, k);
+            write_int4_key(kv, base, offset, kv.head(place / kv.block_size, head), place % kv.block_size, k);
             return write_int4_value(kv, base, offset, v);
     }
 }

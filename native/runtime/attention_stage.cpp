@@ -11,6 +11,7 @@ namespace {
 // (sequence, KV head) pairs of a decode step up to which contexts are cut over threads: beyond, there is enough to do.
 int64_t most_cut_pairs(int threads) { return threads > 1 ? 2 * int64_t(threads) : 0; }
 constexpr int64_t kMaxParts = 16;
+constexpr int64_t kItemsPerThread = 2;  // of other steps, at least, where there are rows enough
 
 }  // namespace
 
@@ -30,8 +31,8 @@ void HeadsStage::run(const Step &step, uint32_t item, Scratch &scratch) noexcept
     const KvLayerView &kv = shape_.kv;
     const int64_t rows = step.batch.tokens, count = items(step);
     float *key = reinterpret_cast<float *>(scratch.data);
-    const int64_t end = sub_block_from(step.batch, rows * (item + 1) / count);
-    for (int64_t r = sub_block_from(step.batch, rows * item / count); r < end; ++r) {
+    const int64_t end = sub_block_from(step.batch, rows * (item + 1) / count, kv.type);
+    for (int64_t r = sub_block_from(step.batch, rows * item / count, kv.type); r < end; ++r) {
         const int64_t position = step.batch.positions[r];
         for (int64_t h = 0; h < shape_.heads && input_.q.used(); ++h) {
             float *q = input_.q.x.row(r) + h * kv.key_dim;
@@ -39,7 +40,8 @@ void HeadsStage::run(const Step &step, uint32_t item, Scratch &scratch) noexcept
         }
         for (int64_t h = 0; h < kv.heads; ++h) {
             input_.k.apply(kernels(), input_.k.x.row(r) + h * kv.key_dim, key, kv.key_dim, position);
-            kernels().kv_write(kv, step.batch.slot_mapping[r], h, key, input_.v.row(r) + h * kv.value_dim);
+            kernels().kv_write(kv, step.batch.slot_mapping[r], step.places[r], h, key,
+                               input_.v.row(r) + h * kv.value_dim);
         }
     }
 }
@@ -71,7 +73,14 @@ int64_t AttentionStage::parts(const Step &step) const {
 
 uint32_t AttentionStage::items(const Step &step) const {
     if (step.decode) return uint32_t(step.batch.sequences * shape_.kv.heads * parts(step));
-    return uint32_t(int64_t(step.tiles.size()) * shape_.kv.heads);
+    return uint32_t(int64_t(step.tiles.size()) * shape_.kv.heads * cuts(step));
+}
+
+// Into how many parts the rows of a tile are cut, for where tiles and KV heads are too few to keep threads busy: all
+// parts read the same keys, so as few as will do.
+int64_t AttentionStage::cuts(const Step &step) const {
+    const int64_t items = int64_t(step.tiles.size()) * shape_.kv.heads;
+    return items >= kItemsPerThread * threads() ? 1 : (kItemsPerThread * threads() + items - 1) / items;
 }
 
 void AttentionStage::run(const Step &step, uint32_t item, Scratch &scratch) noexcept {
@@ -93,8 +102,14 @@ void AttentionStage::finish(const Step &step, int64_t row, int64_t rows, int64_t
 void AttentionStage::prefill_item(const Step &step, uint32_t item, Scratch &scratch) const {
     // Tiles are in order of cost: dealt out like cards, every thread's share begins with costly ones.
     const int64_t dealt = Pool::dealt(item, items(step), threads());
-    const QueryTile &tile = step.tiles[size_t(dealt / shape_.kv.heads)];
-    const int64_t kv_head = dealt % shape_.kv.heads, group = shape_.group();
+    const int64_t count = cuts(step), part = dealt % count, pair = dealt / count;
+    const int64_t kv_head = pair % shape_.kv.heads, group = shape_.group();
+    QueryTile tile = step.tiles[size_t(pair / shape_.kv.heads)];
+    const int64_t skipped = tile.rows * part / count;
+    tile.rows = tile.rows * (part + 1) / count - skipped;
+    if (tile.rows == 0) return;
+    tile.row += skipped;
+    tile.position += skipped;
     AttentionArgs args{};
     args.kv = &shape_.kv;
     args.block_table = step.batch.block_tables + tile.sequence * step.batch.table_width;
@@ -102,7 +117,9 @@ void AttentionStage::prefill_item(const Step &step, uint32_t item, Scratch &scra
     args.group = group;
     args.q = input_.q.x.row(tile.row) + kv_head * group * shape_.kv.key_dim;
     args.q_stride = input_.q.x.stride;
+    const TreeRows tree{step.batch.tree_parents, step.batch.positions, step.batch.slot_mapping, tile.row, tile.tree};
     args.rows = tile.rows;
+    args.tree = tile.tree < 0 ? nullptr : &tree;
     args.position = tile.position;
     args.window = shape_.window;
     args.scale = shape_.scale;
@@ -133,7 +150,8 @@ void AttentionStage::decode_item(const Step &step, uint32_t item, Scratch &scrat
     }
     if (input_.write && part == count - 1) {  // the part that has the newest key
         input_.k.apply(kernels(), input_.k.x.row(s) + kv_head * kd, key, kd, position);
-        kernels().kv_write(shape_.kv, step.batch.slot_mapping[s], kv_head, key, input_.v.row(s) + kv_head * vd);
+        const int64_t slot = step.batch.slot_mapping[s];
+        kernels().kv_write(shape_.kv, slot, slot, kv_head, key, input_.v.row(s) + kv_head * vd);
     }
     const int64_t entry = attention_partial_elements(vd);
     float *partial = count > 1 ? partials_ + pair * shape_.max_spans * group * entry : nullptr;

@@ -64,6 +64,7 @@ public:
 
 private:
     int64_t parts(const Step &step) const;
+    int64_t cuts(const Step &step) const;
     void prefill_item(const Step &step, uint32_t item, Scratch &scratch) const;
     void decode_item(const Step &step, uint32_t item, Scratch &scratch) const;
     void finish(const Step &step, int64_t row, int64_t rows, int64_t kv_head) const;

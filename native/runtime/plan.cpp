@@ -87,9 +87,10 @@ void StepPlan::finish() {
 }
 
 void StepPlan::begin(const Batch &batch) {
-    if (std::string problem = check_batch(batch, limits_, kv_->num_blocks(), kv_->block_size()); !problem.empty())
+    if (std::string problem = check_batch(batch, limits_, kv_->num_blocks(), kv_->block_size(), kv_->type() == KvType::kInt4);
+        !problem.empty())
         throw std::invalid_argument(problem);
-    begin_step(batch, ++steps_, step_);
+    begin_step(batch, ++steps_, kv_->block_size(), step_);
 }
 
 void StepPlan::run(const Batch &batch) {

@@ -30,13 +30,13 @@ void RopeStage::row(const Step &step, int64_t r) noexcept {
 
 void KvWriteStage::run(const Step &step, uint32_t item, Scratch &) noexcept {
     const int64_t rows = step.batch.tokens, count = items(step);
-    const int64_t end = sub_block_from(step.batch, rows * (item + 1) / count);
-    for (int64_t r = sub_block_from(step.batch, rows * item / count); r < end; ++r) row(step, r);
+    const int64_t end = sub_block_from(step.batch, rows * (item + 1) / count, kv_.type);
+    for (int64_t r = sub_block_from(step.batch, rows * item / count, kv_.type); r < end; ++r) row(step, r);
 }
 
 void KvWriteStage::row(const Step &step, int64_t r) noexcept {
     for (int64_t h = 0; h < kv_.heads; ++h)
-        kernels().kv_write(kv_, step.batch.slot_mapping[r], h, k_.row(r) + h * kv_.key_dim,
+        kernels().kv_write(kv_, step.batch.slot_mapping[r], step.places[r], h, k_.row(r) + h * kv_.key_dim,
                            v_.row(r) + h * kv_.value_dim);
 }
 

@@ -64,10 +64,14 @@ private:
 inline int64_t rows_of(const Step &step, bool outputs) { return outputs ? step.batch.outputs : step.batch.tokens; }
 
 // The first row from `row` on that does not go on with the sub-block of the row before it: who writes to the cache takes
-// sub-blocks whole, since a key may be stored as its difference from their first one.
-inline int64_t sub_block_from(const Batch &batch, int64_t row) {
+// sub-blocks whole, since a key may be stored as its difference from their first one. Trees, too, in int4.
+inline int64_t sub_block_from(const Batch &batch, int64_t row, KvType type) {
     const int64_t *slots = batch.slot_mapping;
-    while (row > 0 && row < batch.tokens && slots[row] % kSubBlock != 0 && slots[row] == slots[row - 1] + 1) ++row;
+    const auto goes_on = [&](int64_t r) {
+        if (type == KvType::kInt4 && batch.draft(r)) return true;
+        return slots[r] % kSubBlock != 0 && slots[r] == slots[r - 1] + 1;
+    };
+    while (row > 0 && row < batch.tokens && goes_on(row)) ++row;
     return row;
 }
 

@@ -10,18 +10,57 @@ std::string out_of_range(const char *field, int64_t index, int64_t value, int64_
            ", outside of 0 to " + std::to_string(limit - 1);
 }
 
-std::string check_sequence(const Batch &b, int64_t s, const Limits &limits, int64_t num_blocks, int64_t block_size) {
+// Slot of a position of sequence s.
+int64_t slot_of(const Batch &b, int64_t s, int64_t position, int64_t block_size) {
+    return b.block_tables[s * b.table_width + position / block_size] * block_size + position % block_size;
+}
+
+// Where the drafts of a tree begin in a sequence's rows; `end` where it has none.
+int64_t first_draft(const Batch &b, int64_t begin, int64_t end) {
+    int64_t row = begin;
+    while (row < end && !b.draft(row)) ++row;
+    return row;
+}
+
+// Rows from `row` on, of which the first is a draft: whether an earlier draft is at the same position.
+bool repeats(const Batch &b, int64_t first, int64_t row) {
+    for (int64_t other = first; other < row; ++other)
+        if (b.positions[other] == b.positions[row]) return true;
+    return false;
+}
+
+std::string check_tree(const Batch &b, int64_t begin, int64_t end, bool one_start) {
+    const int64_t first = first_draft(b, begin, end);
+    if (first == begin)
+        return "tree_parents[" + std::to_string(begin) + "]: a sequence's first row is a known token's, not a draft";
+    for (int64_t row = begin; row < end; ++row) {
+        const int64_t parent = b.tree_parents[row];
+        if (row < first ? parent != -1 : parent < first - 1 || parent >= row)
+            return "tree_parents[" + std::to_string(row) + "] is " + std::to_string(parent) + ", but must be " +
+                   (row < first ? "-1" : std::to_string(first - 1) + " to " + std::to_string(row - 1)) + " there";
+        if (one_start && row >= first && b.positions[row] % kSubBlock == 0 && repeats(b, first, row))
+            return "tree_parents: only one draft of a tree may be at position " + std::to_string(b.positions[row]) +
+                   " of an int4 cache, a multiple of 16";
+    }
+    return "";
+}
+
+std::string check_sequence(const Batch &b, int64_t s, const Limits &limits, int64_t num_blocks, int64_t block_size,
+                           bool one_start) {
     const int64_t begin = b.query_start[s], end = b.query_start[s + 1], length = b.seq_lens[s];
     const std::string name = "sequence " + std::to_string(s);
     if (end <= begin) return "query_start: " + name + " has no tokens";
     if (length < end - begin || length > limits.max_model_len)
         return "seq_lens: " + name + " has length " + std::to_string(length) + ", which must be between its " +
                std::to_string(end - begin) + " tokens and the limit of " + std::to_string(limits.max_model_len);
-    for (int64_t row = begin; row < end; ++row)
-        if (b.positions[row] != length - (end - row))
+    if (b.tree_parents)
+        if (std::string problem = check_tree(b, begin, end, one_start); !problem.empty()) return problem;
+    for (int64_t row = begin; row < end; ++row) {
+        const int64_t expected = b.draft(row) ? b.positions[b.tree_parents[row]] + 1 : length - (end - row);
+        if (b.positions[row] != expected)
             return "positions[" + std::to_string(row) + "] is " + std::to_string(b.positions[row]) + ", but " + name +
-                   " of length " + std::to_string(length) + " has position " + std::to_string(length - (end - row)) +
-                   " there";
+                   " of length " + std::to_string(length) + " has position " + std::to_string(expected) + " there";
+    }
     const int64_t blocks = (length + block_size - 1) / block_size;
     if (blocks > b.table_width)
         return "block_tables: " + name + " needs " + std::to_string(blocks) + " blocks, the table has " +
@@ -31,18 +70,17 @@ std::string check_sequence(const Batch &b, int64_t s, const Limits &limits, int6
         if (block < 0 || block >= num_blocks) return out_of_range("block_tables of a sequence", i, block, num_blocks);
     }
     for (int64_t row = begin; row < end; ++row) {
-        const int64_t position = b.positions[row];
-        const int64_t block = b.block_tables[s * b.table_width + position / block_size];
-        if (b.slot_mapping[row] != block * block_size + position % block_size)
+        const int64_t place = length - (end - row);
+        if (b.slot_mapping[row] != slot_of(b, s, place, block_size))
             return "slot_mapping[" + std::to_string(row) + "] is " + std::to_string(b.slot_mapping[row]) +
-                   ", which is not where the block table of " + name + " has position " + std::to_string(position);
+                   ", which is not where the block table of " + name + " has position " + std::to_string(place);
     }
     return "";
 }
 
 }  // namespace
 
-std::string check_batch(const Batch &b, const Limits &limits, int64_t num_blocks, int64_t block_size) {
+std::string check_batch(const Batch &b, const Limits &limits, int64_t num_blocks, int64_t block_size, bool one_start) {
     if (b.tokens < 1 || b.tokens > limits.max_tokens)
         return "a step of " + std::to_string(b.tokens) + " tokens; it must have 1 to " +
                std::to_string(limits.max_tokens);
@@ -66,20 +104,55 @@ std::string check_batch(const Batch &b, const Limits &limits, int64_t num_blocks
         if (i > 0 && b.output_rows[i] <= b.output_rows[i - 1]) return "output_rows must be ascending";
     }
     for (int64_t s = 0; s < b.sequences; ++s)
-        if (std::string problem = check_sequence(b, s, limits, num_blocks, block_size); !problem.empty())
+        if (std::string problem = check_sequence(b, s, limits, num_blocks, block_size, one_start); !problem.empty())
             return problem;
     return "";
 }
 
-void begin_step(const Batch &batch, uint64_t id, Step &step) {
+namespace {
+
+// The first row of a sequence that does not go on with the row before it; `end` where all do. From there on each row reads
+// keys along its own path.
+int64_t first_branch(const Batch &b, int64_t begin, int64_t end) {
+    int64_t row = begin;
+    while (row < end && (!b.draft(row) || b.tree_parents[row] == row - 1)) ++row;
+    return row;
+}
+
+void add_tiles(const Batch &b, int64_t s, int64_t begin, int64_t end, int64_t tree, std::vector<QueryTile> &tiles) {
+    for (int64_t row = begin; row < end; row += kQueryTile) {
+        const int64_t rows = std::min(kQueryTile, end - row);
+        const int32_t *positions = b.positions + row;
+        tiles.push_back({s, row, rows, tree < 0 ? *positions : *std::max_element(positions, positions + rows), tree});
+    }
+}
+
+void place_drafts(const Batch &b, int64_t block_size, Step &step) {
+    step.own_places.resize(size_t(b.tokens));
+    for (int64_t s = 0; s < b.sequences; ++s)
+        for (int64_t row = b.query_start[s]; row < b.query_start[s + 1]; ++row)
+            step.own_places[size_t(row)] = slot_of(b, s, b.positions[row], block_size);
+    step.places = step.own_places.data();
+}
+
+}  // namespace
+
+void begin_step(const Batch &batch, uint64_t id, int64_t block_size, Step &step) {
     step.batch = batch;
     step.id = id;
     step.decode = batch.tokens == batch.sequences;
     step.tiles.clear();
+    step.places = batch.slot_mapping;
+    if (batch.tree_parents) place_drafts(batch, block_size, step);
     for (int64_t s = 0; s < batch.sequences; ++s) {
         const int64_t begin = batch.query_start[s], end = batch.query_start[s + 1];
-        for (int64_t row = begin; row < end; row += kQueryTile)
-            step.tiles.push_back({s, row, std::min(kQueryTile, end - row), batch.positions[row]});
+        const int64_t branch = batch.tree_parents ? first_branch(batch, begin, end) : end;
+        int64_t tree = INT64_MAX;
+        for (int64_t row = branch; row < end; ++row)
+            if (batch.tree_parents[row] != row - 1)
+                tree = std::min<int64_t>(tree, batch.positions[batch.tree_parents[row]] + 1);
+        add_tiles(batch, s, begin, branch, -1, step.tiles);
+        add_tiles(batch, s, branch, end, tree, step.tiles);
     }
     std::stable_sort(step.tiles.begin(), step.tiles.end(), [](const QueryTile &a, const QueryTile &b) {
         return (a.position + kKeyTile) * a.rows > (b.position + kKeyTile) * b.rows;

@@ -18,18 +18,24 @@ struct Batch {
     const int32_t *seq_lens;
     const int32_t *block_tables;
     const int32_t *output_rows;
+    const int32_t *tree_parents;  // null: no trees
+
+    bool draft(int64_t row) const { return tree_parents && tree_parents[row] >= 0; }
 };
 
 struct Limits {
     int64_t max_tokens, max_sequences, max_model_len, vocab_size;
 };
 
-// Empty where every index is in range and the arrays agree; else what is wrong, naming the field.
-std::string check_batch(const Batch &batch, const Limits &limits, int64_t num_blocks, int64_t block_size);
+// Empty where every index is in range and the arrays agree; else what is wrong, naming the field. one_start: drafts of a
+// tree may not be at the same multiple of 16 (as keys in int4 want it).
+std::string check_batch(const Batch &batch, const Limits &limits, int64_t num_blocks, int64_t block_size, bool one_start);
 
 // Consecutive query rows of one sequence that attention handles together.
 struct QueryTile {
-    int64_t sequence, row, rows, position;
+    int64_t sequence, row, rows;
+    int64_t position;  // of the first row; of rows of a tree, the highest
+    int64_t tree;      // keys from this position on are a row's own (TreeRows::begin); -1: rows are a chain
 };
 
 struct Step {
@@ -37,9 +43,11 @@ struct Step {
     uint64_t id;                    // unique in the plan's life, from 1
     bool decode;                    // every sequence has exactly one token
     std::vector<QueryTile> tiles;   // longest contexts first
+    const int64_t *places;          // of each row, the slot of its position: where it is, but for drafts of a tree
+    std::vector<int64_t> own_places;  // what `places` is in a step with trees
 };
 
 // Fills `step` from a checked batch.
-void begin_step(const Batch &batch, uint64_t id, Step &step);
+void begin_step(const Batch &batch, uint64_t id, int64_t block_size, Step &step);
 
 }  // namespace kvarn

@@ -6,6 +6,7 @@
 #include <string>
 #include <utility>
 
+#include "kvarn/kv_token.h"
 #include "runtime/pack.h"
 #include "runtime/pool.h"
 
@@ -72,7 +73,7 @@ KvType kv_type_of(const std::string &name) {
 }
 
 KvCache::KvCache(const std::vector<Layer> &layers, int64_t num_blocks, int64_t block_size, KvType type)
-    : num_blocks_(num_blocks), block_size_(block_size), pages_(bytes(layers, num_blocks, block_size, type)) {
+    : num_blocks_(num_blocks), block_size_(block_size), type_(type), pages_(bytes(layers, num_blocks, block_size, type)) {
     uint8_t *next = pages_.data();
     for (const Layer &layer : layers) {
         views_.push_back(view(layer, block_size, type));
@@ -99,6 +100,31 @@ void KvCache::copy(const std::vector<std::pair<int64_t, int64_t>> &pairs) {
         for (const KvLayerView &layer : views_) {
             const size_t bytes = size_t(layer.block_bytes());
             std::memcpy(layer.data + size_t(to) * bytes, layer.data + size_t(from) * bytes, bytes);
+        }
+    }
+}
+
+void KvCache::move(const std::vector<std::pair<int64_t, int64_t>> &pairs) {
+    const int64_t slots = num_blocks_ * block_size_;
+    std::vector<int64_t> destinations;
+    for (const auto &[from, to] : pairs) {
+        if (from < 0 || from >= slots || to < 0 || to >= slots)
+            throw std::invalid_argument("move of slot " + std::to_string(from) + " to " + std::to_string(to) +
+                                        " in a cache of " + std::to_string(slots) + " slots");
+        destinations.push_back(to);
+    }
+    std::sort(destinations.begin(), destinations.end());
+    if (const auto twice = std::adjacent_find(destinations.begin(), destinations.end()); twice != destinations.end())
+        throw std::invalid_argument("two slots are moved to slot " + std::to_string(*twice));
+    const int64_t blocks = (int64_t(pairs.size()) + kSubBlock - 1) / kSubBlock;
+    std::vector<uint8_t> held;
+    for (const KvLayerView &layer : views_) {
+        KvLayerView between{nullptr, kSubBlock, layer.heads, layer.key_dim, layer.value_dim, type_};
+        held.resize(size_t(blocks * between.block_bytes()));
+        between.data = held.data();
+        for (int64_t h = 0; h < layer.heads; ++h) {
+            for (size_t i = 0; i < pairs.size(); ++i) copy_token(layer, pairs[i].first, h, between, int64_t(i), h);
+            for (size_t i = 0; i < pairs.size(); ++i) copy_token(between, int64_t(i), h, layer, pairs[i].second, h);
         }
     }
 }

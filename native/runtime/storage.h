@@ -67,10 +67,15 @@ public:
     size_t num_layers() const { return views_.size(); }
     int64_t num_blocks() const { return num_blocks_; }
     int64_t block_size() const { return block_size_; }
+    KvType type() const { return type_; }
     size_t bytes() const { return pages_.size(); }
 
     // Copies whole blocks in all layers, in order. Throws std::invalid_argument where a block does not exist.
     void copy(const std::vector<std::pair<int64_t, int64_t>> &pairs);
+
+    // Copies tokens from slot to slot in all layers, as if all at once. Of int4 a token goes to where its reference is: the
+    // slot of its position. Throws where a slot does not exist or is twice a destination; nothing is copied then.
+    void move(const std::vector<std::pair<int64_t, int64_t>> &pairs);
 
     // Bytes of one block over all layers.
     size_t block_bytes() const;
@@ -82,6 +87,7 @@ private:
     void require_block(int64_t block) const;
 
     int64_t num_blocks_, block_size_;
+    KvType type_;
     Pages pages_;
     std::vector<KvLayerView> views_;
 };

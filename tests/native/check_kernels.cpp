@@ -209,6 +209,10 @@ struct Cache {
     check::Bytes memory;
     std::vector<int32_t> table;
 
+    int64_t slot(int64_t position) const {
+        return table[size_t(position / view.block_size)] * view.block_size + position % view.block_size;
+    }
+
     Cache(int64_t blocks, int64_t block_size, int64_t heads, int64_t dim, KvType type)
         : view{nullptr, block_size, heads, dim, dim, type}, memory(size_t(view.block_bytes() * blocks) + 64),
           table(size_t(blocks)) {
@@ -233,8 +237,7 @@ struct Sequence {
         const std::vector<float> keys = floats(length * dim), values = floats(length * dim);
         for (int64_t h = 0; h < heads; ++h)
             for (int64_t t = 0; t < length; ++t)
-                k.kv_write(cache.view, cache.table[size_t(t / block_size)] * block_size + t % block_size, h,
-                           &keys[size_t(t * dim)], &values[size_t(t * dim)]);
+                k.kv_write(cache.view, cache.slot(t), cache.slot(t), h, &keys[size_t(t * dim)], &values[size_t(t * dim)]);
     }
 
     AttentionArgs arguments(int64_t first, int64_t count, check::Bytes &scratch) const {
@@ -309,6 +312,92 @@ void check_attention(const Kernels &k, const Kernels &scalar) {
                 }
 }
 
+// Known tokens with a random tree of drafts after them: row 0 is the last known token's, drafts follow.
+struct Tree {
+    int64_t known, block_size, dim, group, window;
+    KvType type;
+    std::vector<int32_t> parents{-1}, positions;
+    std::vector<float> keys, values, q;
+
+    Tree(int64_t known_, int64_t drafts, int64_t block_size_, int64_t dim_, int64_t group_, int64_t window_, KvType type_)
+        : known(known_), block_size(block_size_), dim(dim_), group(group_), window(window_), type(type_),
+          positions{int32_t(known - 1)} {
+        for (int64_t tries = 0; tries < drafts; ++tries) {
+            const int64_t row = int64_t(parents.size());
+            const int32_t parent = int32_t(between(0, 2) ? between(0, row - 1) : row - 1);
+            const int32_t position = positions[size_t(parent)] + 1;
+            const bool there = std::find(positions.begin(), positions.end(), position) != positions.end();
+            if (type == KvType::kInt4 && position % kSubBlock == 0 && there) continue;
+            parents.push_back(parent);
+            positions.push_back(position);
+        }
+        const int64_t tokens = known + rows() - 1;
+        keys = floats(tokens * dim), values = floats(tokens * dim), q = floats(rows() * group * dim);
+    }
+
+    int64_t rows() const { return int64_t(parents.size()); }
+
+    // Token i (of the known ones, then of the drafts) at `position`, in the slot that `place` has.
+    void write(const Kernels &k, Cache &cache, int64_t token, int64_t place, int64_t position) const {
+        k.kv_write(cache.view, cache.slot(place), cache.slot(position), 0, &keys[size_t(token * dim)],
+                   &values[size_t(token * dim)]);
+    }
+
+    std::vector<float> run(const Kernels &k, const Cache &cache, int64_t row, int64_t rows, int64_t position,
+                           const TreeRows *tree) const {
+        std::vector<float> out(size_t(rows * group * dim), NAN);
+        check::Bytes scratch(size_t(attention_scratch_elements(group, dim, dim, type)) * 4);
+        AttentionArgs a{};
+        a.kv = &cache.view, a.block_table = cache.table.data(), a.group = group;
+        a.q = &q[size_t(row * group * dim)], a.q_stride = group * dim, a.rows = rows, a.tree = tree;
+        a.position = position, a.window = window, a.scale = 0.3f, a.span_end = 1 << 20;
+        a.out = out.data(), a.out_stride = group * dim, a.scratch = reinterpret_cast<float *>(scratch.data());
+        k.attention(a);
+        return out;
+    }
+
+    // A row's context as a chain in a cache of its own.
+    std::vector<float> alone(const Kernels &k, int64_t row) const {
+        const int64_t position = positions[size_t(row)];
+        Cache cache(position / block_size + 1, block_size, 1, dim, type);
+        std::vector<int64_t> path;
+        for (int64_t at = row; at > 0; at = parents[size_t(at)]) path.insert(path.begin(), known + at - 1);
+        for (int64_t t = 0; t < known; ++t) write(k, cache, t, t, t);
+        for (size_t i = 0; i < path.size(); ++i) write(k, cache, path[i], known + int64_t(i), known + int64_t(i));
+        return run(k, cache, row, 1, position, nullptr);
+    }
+
+    void check(const Kernels &k) const {
+        int64_t first = rows(), begin = INT64_MAX;
+        for (int64_t r = rows() - 1; r > 0; --r)
+            if (parents[size_t(r)] != r - 1)
+                first = r, begin = std::min<int64_t>(begin, positions[size_t(parents[size_t(r)])] + 1);
+        if (first == rows()) return;
+        Cache cache((known + rows() - 2) / block_size + 1, block_size, 1, dim, type);
+        std::vector<int64_t> slots;
+        for (int64_t t = 0; t < known; ++t) write(k, cache, t, t, t);
+        for (int64_t r = 0; r < rows(); ++r) {
+            slots.push_back(cache.slot(known - 1 + r));
+            if (r > 0) write(k, cache, known + r - 1, known + r - 1, positions[size_t(r)]);
+        }
+        const TreeRows tree{parents.data(), positions.data(), slots.data(), first, begin};
+        const std::vector<float> got = run(k, cache, first, rows() - first, 0, &tree);
+        for (int64_t r = first; r < rows(); ++r) {
+            const float *together = &got[size_t((r - first) * group * dim)];
+            require(std::memcmp(alone(k, r).data(), together, size_t(group * dim) * 4) == 0, "row of a tree", k.name);
+        }
+    }
+};
+
+void check_trees(const Kernels &k) {
+    for (int round = 0; round < 120; ++round) {
+        const int64_t known = between(1, 4) == 1 ? between(1, 600) : 64 * between(1, 8) + between(-20, 2);
+        const int64_t dim = round % 2 ? 16 * between(1, 6) : between(1, 70), window = between(0, 2) ? 0 : between(1, 300);
+        const KvType type = KvType(round / 2 % kNumKvTypes);
+        Tree(known, between(2, kQueryTile), 16 * between(1, 3), dim, between(1, 5), window, type).check(k);
+    }
+}
+
 void check_roofline(const Kernels &k, const Kernels &scalar) {
     for (int round = 0; round < 10; ++round) {
         check::Bytes data(size_t(256 * between(0, 20)));
@@ -331,6 +420,7 @@ int main() {
         check_quantize(kernels);
         check_rows(kernels, scalar);
         check_attention(kernels, scalar);
+        check_trees(kernels);
         check_roofline(kernels, scalar);
         std::printf("%s: kernels checked\n", name.c_str());
     }

@@ -64,9 +64,10 @@ void attention(int64_t rows, int64_t position, int64_t group, int64_t dim) {
     std::vector<int32_t> table(static_cast<size_t>(blocks));
     std::iota(table.rbegin(), table.rend(), 0);
     const std::vector<float> keys = floats(length * dim), values = floats(length * dim), q = floats(rows * group * dim);
-    for (int64_t t = 0; t < length; ++t)
-        kernels().kv_write(kv, table[size_t(t / kv.block_size)] * kv.block_size + t % kv.block_size, 0,
-                           &keys[size_t(t * dim)], &values[size_t(t * dim)]);
+    for (int64_t t = 0; t < length; ++t) {
+        const int64_t slot = table[size_t(t / kv.block_size)] * kv.block_size + t % kv.block_size;
+        kernels().kv_write(kv, slot, slot, 0, &keys[size_t(t * dim)], &values[size_t(t * dim)]);
+    }
 
     check::Bytes scratch(size_t(attention_scratch_elements(group, dim, dim, kv.type)) * sizeof(float));
     std::vector<float> out(size_t(rows * group * dim));

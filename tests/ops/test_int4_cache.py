@@ -53,7 +53,7 @@ def key_error(keys: np.ndarray, dtype: str) -> float:
     tokens, heads, dim = keys.shape
     cache = layer_cache(KvLayer(heads, dim, dim), tokens, dtype)
     slots = np.arange(tokens, dtype=np.int64)
-    cache.write(slots, keys, keys)
+    cache.write(slots, slots, keys, keys)
     q = np.random.default_rng(0).standard_normal((20, heads, dim)).astype(np.float32)
     scores = np.einsum("thd,nhd->htn", cache.prepared(q), cache.read(slots)[0])
     return float(np.sqrt(np.square(scores - np.einsum("thd,nhd->htn", q, keys)).mean()))

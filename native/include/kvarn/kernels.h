@@ -103,7 +103,8 @@ KVARN_INLINE constexpr int64_t kv_groups(int64_t dim) { return (dim + kGroup - 1
 //
 // int4: dims are filled up with zeros to groups of 32; x = scale * code + minimum, codes from 0 to 15. Keys are rotated
 // (kernels/hadamard.h), and what is coded is their difference from the sub-block's reference: its first key. So a token
-// is written after the first one of its sub-block. Bytes of K are [dim / 2][16 tokens], of dims 2j and 2j + 1 in the low
+// is written after the first one of its sub-block (by position: a draft of a tree has the reference of the sub-block that
+// it would be in as a known token). Bytes of K are [dim / 2][16 tokens], of dims 2j and 2j + 1 in the low
 // and high nibble; of V [token][group][16], of columns i and i + 16 of the group. Then Int4Scales of each sub-block.
 struct KvLayerView {
     uint8_t *data;
@@ -137,6 +138,16 @@ constexpr int64_t kKeyTile = 64;     // keys that share one softmax maximum; til
 constexpr int64_t kSpanTiles = 4;    // tiles merged in order into a span; spans are merged in order into the result
 constexpr int64_t kKeySpan = kKeyTile * kSpanTiles;
 
+// Rows of a tree of draft tokens, of one sequence. Keys at positions from `begin` on are a row's own: its ancestors',
+// which are where `slots` says. Arrays are a step's, by its rows.
+struct TreeRows {
+    const int32_t *parents;    // row of a draft's parent
+    const int32_t *positions;
+    const int64_t *slots;
+    int64_t row;               // the step's row of a call's first one
+    int64_t begin;
+};
+
 struct AttentionArgs {
     const KvLayerView *kv;
     const int32_t *block_table;  // of this sequence
@@ -144,7 +155,8 @@ struct AttentionArgs {
     int64_t group;               // query heads that share kv_head
     const float *q;              // row r, grouped head j: q + r * q_stride + j * key_dim
     int64_t q_stride;
-    int64_t rows;                // query rows, at consecutive positions
+    int64_t rows;                // query rows, at consecutive positions where they are no tree's
+    const TreeRows *tree;        // null: none. Else all spans are visited and `out` is written
     int64_t position;            // of the first row
     int64_t window;              // 0: none
     float scale;
@@ -156,13 +168,20 @@ struct AttentionArgs {
     float *scratch;              // attention_scratch_elements floats, 64-byte aligned
 };
 constexpr int64_t kQueryTile = 32;  // query rows of one call at most
-KVARN_INLINE constexpr int64_t attention_scratch_elements(int64_t group, int64_t key_dim, int64_t value_dim, KvType type) {
+// For one row of a tree: its sums, and a tile of keys and values gathered along its path (with room to read past it).
+KVARN_INLINE int64_t tree_scratch_elements(int64_t group, int64_t key_dim, int64_t value_dim, KvType type) {
+    const int64_t queries = (group + 15) / 16 * 16, dim = (value_dim + 15) / 16 * 16;
+    const KvLayerView tile{nullptr, kSubBlock, 1, key_dim, value_dim, type};
+    return queries * (kKeyTile + 2 * dim + 8) + kKeyTile / kSubBlock * tile.block_bytes() / 4 + 32;
+}
+KVARN_INLINE int64_t attention_scratch_elements(int64_t group, int64_t key_dim, int64_t value_dim, KvType type) {
     const int64_t queries = kQueryTile * group;  // a multiple of 16
     const int64_t dim = (value_dim + 15) / 16 * 16;
     const bool rotated = type == KvType::kInt4;  // whose queries and scales are kept
     const int64_t key = rotated ? kv_groups(key_dim) * kGroup : key_dim;
     const int64_t extra = rotated ? queries * key + kKeyTile * (key / kSubBlock + 2 * kv_groups(value_dim)) : 0;
-    return kKeyTile * (key + dim) + queries * (kKeyTile + 2 * dim + 8) + 128 + extra;
+    return kKeyTile * (key + dim) + queries * (kKeyTile + 2 * dim + 8) + 128 + extra +
+           tree_scratch_elements(group, key_dim, value_dim, type);
 }
 KVARN_INLINE constexpr int64_t attention_partial_elements(int64_t value_dim) { return (value_dim + 15) / 16 * 16 + 2; }
 
@@ -172,7 +191,8 @@ struct Kernels {
     void (*quantize)(const QuantizeArgs &);
     void (*norm)(const NormArgs &);
     void (*rope)(const RopeArgs &);
-    void (*kv_write)(const KvLayerView &kv, int64_t slot, int64_t head, const float *k, const float *v);
+    // place: the slot of the token's position, which a draft of a tree is not in.
+    void (*kv_write)(const KvLayerView &kv, int64_t slot, int64_t place, int64_t head, const float *k, const float *v);
     void (*attention)(const AttentionArgs &);
     void (*attention_merge)(const float *partial, int64_t spans, int64_t span_stride, int64_t value_dim, float *scratch,
                             float *out);

@@ -21,6 +21,14 @@ class InputBatch:
     int32[S+1], rows query_start[s] … query_start[s+1] belong to sequence s, in order of position. seq_lens: int32[S],
     tokens with KV after this step (so the last row of s is at position seq_lens[s] - 1). block_tables: int32[S, B],
     block ids by position, padded with -1. output_rows: int32[R], rows whose logits are needed, ascending.
+
+    tree_parents: the last rows of a sequence may be a tree of draft tokens (Miao et al. 2024, SpecInfer). int32[T]: the
+    row of a draft's parent, an earlier draft of its sequence or the sequence's last known token, which is in the step
+    too; -1 for known tokens. None: no trees. A draft's position is its parent's + 1, and it reads the keys of all known
+    tokens and of its ancestors, itself included. Positions repeat, slots do not: a sequence's rows are in consecutive
+    ones, so that draft i (from 0) has that of position (known tokens + i), and seq_lens counts drafts too. In a chain,
+    where every parent is the row before, slots are those of the positions: that is the batch without `tree_parents`.
+    In an int4 cache one draft of a tree at most may be at a multiple of 16.
     """
 
     token_ids: NDArray[np.int32]
@@ -30,6 +38,7 @@ class InputBatch:
     seq_lens: NDArray[np.int32]
     block_tables: NDArray[np.int32]
     output_rows: NDArray[np.int32]
+    tree_parents: NDArray[np.int32] | None = None
 
     @classmethod
     def of_one(cls, token_ids: ArrayLike, start: int = 0, *, num_outputs: int = 1, block_size: int = 16) -> InputBatch:
@@ -118,6 +127,15 @@ class Executable(Protocol):
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copies whole KV blocks (source, destination) in all layers, in order."""
+        ...
+
+    def move_slots(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copies keys and values from slot to slot (source, destination) in all layers, as if all at once.
+
+        For the accepted path of a tree: each draft's slot and the one of its position, before the next step. What
+        comes after has the bits then that it has without trees. Raises ValueError, before anything is copied, where a
+        slot is out of range or two pairs have one destination.
+        """
         ...
 
     @property

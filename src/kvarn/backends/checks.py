@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kvarn.backends.base import InputBatch, KvCacheSpec, StepLimits
+from kvarn.kv_types import INT4_TOKENS
 from kvarn.program import Program
 
 
@@ -25,17 +27,20 @@ def check_batch(batch: InputBatch, program: Program, kv: KvCacheSpec, limits: St
     _check(counts.min() > 0, "each sequence needs at least one token")
     _check(lengths.max() <= limits.max_model_len, f"a sequence is longer than max_model_len={limits.max_model_len}")
     _check(batch.token_ids.min() >= 0 and batch.token_ids.max() < program.vocab_size, "a token id is out of range")
-    expected = np.arange(tokens) - np.repeat(starts[1:] - lengths, counts)
-    _check(np.array_equal(batch.positions, expected), "positions must end at seq_lens - 1, without gaps")
-    _check(batch.positions.min() >= 0, "a position is negative")
+    places = np.arange(tokens) - np.repeat(starts[1:] - lengths, counts)
+    _check(places.min() >= 0, "a sequence is shorter than its rows")
+    owner = np.repeat(np.arange(sequences), counts)
+    if batch.tree_parents is None:
+        _check(np.array_equal(batch.positions, places), "positions must end at seq_lens - 1, without gaps")
+    else:
+        _check_trees(batch, batch.tree_parents, places, owner, kv)
     needed = -(-lengths // kv.block_size)
     width = batch.block_tables.shape[1]
     _check(batch.block_tables.shape[0] == sequences and width >= needed.max(), "a block table is too short")
     used = batch.block_tables[np.arange(width)[None, :] < needed[:, None]]
     _check(used.min() >= 0 and used.max() < kv.num_blocks, f"a block id is out of range 0…{kv.num_blocks - 1}")
-    owner = np.repeat(np.arange(sequences), counts)
-    slots = batch.block_tables[owner, batch.positions // kv.block_size].astype(np.int64) * kv.block_size
-    _check(np.array_equal(batch.slot_mapping, slots + batch.positions % kv.block_size), "a slot is not its position's")
+    slots = batch.block_tables[owner, places // kv.block_size].astype(np.int64) * kv.block_size
+    _check(np.array_equal(batch.slot_mapping, slots + places % kv.block_size), "a slot is not its position's")
     _check(rows <= tokens, "more output rows than tokens")
     _check(
         rows == 0
@@ -46,3 +51,44 @@ def check_batch(batch: InputBatch, program: Program, kv: KvCacheSpec, limits: St
         ),
         "output_rows must be ascending and within the tokens",
     )
+
+
+def _check_trees(
+    batch: InputBatch,
+    parents: NDArray[np.int32],
+    places: NDArray[np.int64],
+    owner: NDArray[np.int64],
+    kv: KvCacheSpec,
+) -> None:
+    """places: the positions that rows had without trees. owner: the sequence of each row."""
+    _check(parents.shape == (batch.num_tokens,), "tree_parents must match the tokens")
+    drafts = parents >= 0
+    rows = np.arange(batch.num_tokens)
+    _check(parents.min() >= -1, "tree_parents: a parent is a row, or -1 for a known token")
+    _check(not drafts[batch.query_start[:-1]].any(), "tree_parents: a sequence's first row is a known token's")
+    _check(
+        not (drafts[:-1] & ~drafts[1:] & (owner[:-1] == owner[1:])).any(),
+        "tree_parents: drafts are a sequence's last rows",
+    )
+    roots = batch.query_start[1:] - 1 - np.bincount(owner[drafts], minlength=batch.num_sequences)
+    _check(
+        ((parents < rows) & (parents >= roots[owner]))[drafts].all(),
+        "tree_parents: a parent is the row of the last known token or of an earlier draft",
+    )
+    expected = np.where(drafts, batch.positions[np.maximum(parents, 0)] + 1, places)
+    _check(np.array_equal(batch.positions, expected), "positions must be without gaps, a draft's its parent's + 1")
+    if kv.dtype == "int4":
+        first = drafts & (batch.positions % INT4_TOKENS == 0)
+        begun = np.stack([owner[first], batch.positions[first]])
+        _check(
+            np.unique(begun, axis=1).shape == begun.shape,
+            f"tree_parents: one draft at most at a multiple of {INT4_TOKENS} in an int4 cache",
+        )
+
+
+def check_moves(sources: NDArray[np.int64], destinations: NDArray[np.int64], kv: KvCacheSpec) -> None:
+    """Raises ValueError where a slot does not exist, or two moves have one destination."""
+    slots = kv.num_blocks * kv.block_size
+    for name, given in (("source", sources), ("destination", destinations)):
+        _check(not ((given < 0) | (given >= slots)).any(), f"a {name} is out of range 0…{slots - 1}")
+    _check(np.unique(destinations).size == destinations.size, "two slots are moved to one destination")

@@ -23,7 +23,7 @@ MAX_PLANS = 4
 
 
 _Ints = NDArray[np.int32]
-_Arrays = tuple[_Ints, _Ints, NDArray[np.int64], _Ints, _Ints, _Ints, _Ints]
+_Arrays = tuple[_Ints, _Ints, NDArray[np.int64], _Ints, _Ints, _Ints, _Ints, _Ints | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +98,10 @@ class CpuExecutable:
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copies whole KV blocks (source, destination) in all layers, in order. Raises ValueError."""
         self._open_cache().copy(list(pairs))
+
+    def move_slots(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copies keys and values from slot to slot in all layers (see `Executable`). Raises ValueError."""
+        self._open_cache().move(list(pairs))
 
     @property
     def block_bytes(self) -> int:
@@ -174,5 +178,5 @@ class CpuExecutable:
 def _arrays(batch: InputBatch) -> _Arrays:
     return (
         batch.token_ids, batch.positions, batch.slot_mapping, batch.query_start, batch.seq_lens, batch.block_tables,
-        batch.output_rows,
+        batch.output_rows, batch.tree_parents,
     )  # fmt: skip

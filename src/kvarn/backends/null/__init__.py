@@ -63,6 +63,9 @@ class NullExecutable:
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Nothing to copy."""
 
+    def move_slots(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Nothing to copy."""
+
     @property
     def block_bytes(self) -> int:
         """What a block would take."""

@@ -23,8 +23,12 @@ class LayerCache:
         self._keys = np.zeros((slots, layer.heads, layer.key_dim), stored)
         self._values = np.zeros((slots, layer.heads, layer.value_dim), stored)
 
-    def write(self, slots: Slots, keys: Floats, values: Floats) -> None:
-        """Stores keys (T, heads, key_dim) and values (T, heads, value_dim) in T slots."""
+    def write(self, slots: Slots, places: Slots, keys: Floats, values: Floats) -> None:
+        """Stores keys (T, heads, key_dim) and values (T, heads, value_dim) in T slots.
+
+        places: the slots of their positions, which drafts of a tree are not in.
+        """
+        del places
         self._keys[slots] = f.stored_vectors(keys, self._dtype)
         self._values[slots] = f.stored_vectors(values, self._dtype)
 
@@ -35,6 +39,11 @@ class LayerCache:
     def prepared(self, q: Floats) -> Floats:
         """Queries (T, heads, head_dim) as they are to be multiplied with the keys that `read` gives."""
         return q
+
+    def move(self, sources: Slots, destinations: Slots) -> None:
+        """Copies from slots to as many others, as if all at once."""
+        for array in (self._keys, self._values):
+            array[destinations] = array[sources]
 
     def copy(self, source: int, destination: int, count: int) -> None:
         """Copies `count` slots from slot `source` on to slot `destination` on."""
@@ -49,7 +58,8 @@ class LayerCache:
 class Int4LayerCache(LayerCache):
     """The same in 4 bits (see `int4`). Keys are kept rotated, and their dimensions filled up to groups.
 
-    A slot must be written after, or together with, the first one of its 16.
+    A token must be written after, or together with, the first one of the 16 that its position belongs to: their
+    reference is where that position's slot is, also where drafts of a tree are in other slots.
     """
 
     def __init__(self, layer: KvLayer, slots: int) -> None:
@@ -57,12 +67,12 @@ class Int4LayerCache(LayerCache):
         super().__init__(KvLayer(layer.heads, groups * INT4_GROUP, layer.value_dim), slots, "float32")
         self._references = np.zeros((-(-slots // INT4_TOKENS), layer.heads, groups * INT4_GROUP), np.float32)
 
-    def write(self, slots: Slots, keys: Floats, values: Floats) -> None:
+    def write(self, slots: Slots, places: Slots, keys: Floats, values: Floats) -> None:
         """See `LayerCache.write`."""
         rotated = int4.rotate(int4.filled(keys))
-        first = slots % INT4_TOKENS == 0
-        self._references[slots[first] // INT4_TOKENS] = int4.as_half(rotated[first])
-        references = self._references[slots // INT4_TOKENS]
+        first = places % INT4_TOKENS == 0
+        self._references[places[first] // INT4_TOKENS] = int4.as_half(rotated[first])
+        references = self._references[places // INT4_TOKENS]
         self._keys[slots] = int4.as_codes(rotated - references) + references
         self._values[slots] = int4.as_codes(int4.filled(values))[..., : values.shape[-1]]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import assert_never
 
@@ -9,9 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvarn.backends.base import InputBatch, KvCacheSpec, MemoryUse, StepLimits
-from kvarn.backends.checks import check_batch
+from kvarn.backends.checks import check_batch, check_moves
 from kvarn.backends.reference import functions as f
 from kvarn.backends.reference.cache import cache_bytes, layer_cache
+from kvarn.backends.trees import contexts, position_slots
 from kvarn.errors import ConfigError
 from kvarn.kv_types import INT4_TOKENS
 from kvarn.program import Program, Rows, ops
@@ -87,6 +89,13 @@ class ReferenceExecutable:
         for source, destination in pairs:
             for cache in self._cache:
                 cache.copy(source * size, destination * size, size)
+
+    def move_slots(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copies keys and values from slot to slot (see `Executable`)."""
+        sources, destinations = np.array(pairs, np.int64).reshape(-1, 2).T
+        check_moves(sources, destinations, self.kv)
+        for cache in self._cache:
+            cache.move(sources, destinations)
 
     @property
     def block_bytes(self) -> int:
@@ -178,17 +187,14 @@ class ReferenceExecutable:
         tokens = batch.num_tokens
         keys = buffers[op.k].reshape(tokens, layer.heads, layer.key_dim)
         values = buffers[op.v].reshape(tokens, layer.heads, layer.value_dim)
-        self._cache[op.layer].write(batch.slot_mapping, keys, values)
+        self._cache[op.layer].write(batch.slot_mapping, position_slots(batch, self.kv.block_size), keys, values)
 
     def _attention(self, op: ops.Attention, batch: InputBatch, q: Floats) -> Floats:
         cache = self._cache[op.layer]
         heads = cache.prepared(q.reshape(-1, op.heads, op.head_dim))
-        size = self.kv.block_size
         parts = []
-        for index, length in enumerate(batch.seq_lens):
-            rows = slice(batch.query_start[index], batch.query_start[index + 1])
-            positions = np.arange(length)
-            slots = batch.block_tables[index, positions // size].astype(np.int64) * size + positions % size
+        every = (contexts(batch, sequence, self.kv.block_size) for sequence in range(batch.num_sequences))
+        for rows, slots in itertools.chain.from_iterable(every):
             keys, values = cache.read(slots)
             parts.append(
                 f.attention(
