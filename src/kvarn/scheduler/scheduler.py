@@ -5,14 +5,14 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 
 from kvarn.cache import BlockPool, BlockTable, PrefixCache
 from kvarn.config import SchedulerConfig
 from kvarn.errors import RequestError
 from kvarn.request import FinishReason, Request
 from kvarn.scheduler.admission import Backlog, Limits, check_deadline
-from kvarn.scheduler.budget import Budget, ConstantBudget, StepBudget
+from kvarn.scheduler.assembly import Group, StepAssembly
+from kvarn.scheduler.budget import Budget, ConstantBudget
 from kvarn.scheduler.cost import StepShape
 from kvarn.scheduler.forecast import Crowd, Forecast, NoForecast
 from kvarn.scheduler.moves import MoveCost
@@ -22,30 +22,7 @@ from kvarn.scheduler.queue import WaitingQueue
 from kvarn.scheduler.reuse import PrefixReuse
 from kvarn.scheduler.sequence import Sequence
 from kvarn.scheduler.steady import SteadySteps
-from kvarn.step import NewSequence, SampledToken, ScheduledSequence, SchedulerOutput, StepOutput
-
-
-@dataclass(slots=True)
-class _Group:
-    """The unfinished sequences of a request. `forks` wait until the first has computed the prompt they share."""
-
-    sequences: dict[int, Sequence]
-    forks: list[Sequence]
-    started: bool = False
-
-
-@dataclass(slots=True)
-class _Step:
-    """A step while it is put together."""
-
-    budget: StepBudget
-    pending: deque[Sequence]
-    """Running sequences that have no tokens of the step yet, in the policy's order."""
-    sequences: list[ScheduledSequence] = field(default_factory=list)
-    new: list[NewSequence] = field(default_factory=list)
-    copies: list[tuple[int, int]] = field(default_factory=list)
-    held: tuple[Sequence, Hold] | None = None
-    """The first of those that wait, and why it was not admitted."""
+from kvarn.step import SampledToken, ScheduledSequence, SchedulerOutput, StepOutput
 
 
 class Scheduler:
@@ -104,7 +81,7 @@ class Scheduler:
         self._forecast = forecast or NoForecast()
         self._running: dict[int, Sequence] = {}
         self._waiting = WaitingQueue(self.policy)
-        self._groups: dict[str, _Group] = {}
+        self._groups: dict[str, Group] = {}
         self._sequences: dict[int, Sequence] = {}
         self._finished_ids: list[int] = []
         self.backlog = Backlog()
@@ -178,7 +155,7 @@ class Scheduler:
             for index in range(sampling.n)
         ]
         self._check_deadline(sequences[0])
-        group = _Group({s.sequence_id: s for s in sequences}, forks=sequences[1:])
+        group = Group({s.sequence_id: s for s in sequences}, forks=sequences[1:])
         self._groups[request.request_id] = group
         self._sequences.update(group.sequences)
         self.backlog.add(len(request.prompt_token_ids))
@@ -206,7 +183,7 @@ class Scheduler:
         self._step += 1
         for sequence in self._running.values():
             self.reuse.catch_up(sequence)
-        step = _Step(self._budget.open(self._decodes()), deque(sorted(self._running.values(), key=self._key)))
+        step = StepAssembly(self._budget.open(self._decodes()), deque(sorted(self._running.values(), key=self._key)))
         self._schedule_running(step)
         self._admit_waiting(step)
         if step.held is not None:
@@ -307,7 +284,7 @@ class Scheduler:
         lengths = [s.num_tokens for s in self._running.values() if s.num_uncomputed_tokens == 1]
         return StepShape(len(lengths), len(lengths), len(lengths), sum(lengths), sum(lengths))
 
-    def _schedule_running(self, step: _Step) -> None:
+    def _schedule_running(self, step: StepAssembly) -> None:
         while step.pending:
             sequence, count = step.pending[0], 1
             if sequence.num_uncomputed_tokens > 1:
@@ -316,7 +293,7 @@ class Scheduler:
                 step.pending.popleft()
                 self._put(step, sequence, count)
 
-    def _chunk(self, step: _Step, sequence: Sequence) -> int:
+    def _chunk(self, step: StepAssembly, sequence: Sequence) -> int:
         """Takes tokens for the first pending sequence, after those whom the policy wants before it."""
         self._admit_waiting(step, before=sequence)
         # One token stays for each sequence after this one, so that a long prompt holds nobody up.
@@ -325,11 +302,11 @@ class Scheduler:
         step.budget.take(start, count)
         return count
 
-    def _chunked(self, step: _Step) -> int:
+    def _chunked(self, step: StepAssembly) -> int:
         """Pending sequences that are no decodes: one token is left for each."""
         return sum(s.num_uncomputed_tokens > 1 for s in step.pending)
 
-    def _admit_waiting(self, step: _Step, before: Sequence | None = None) -> None:
+    def _admit_waiting(self, step: StepAssembly, before: Sequence | None = None) -> None:
         """Admits waiting sequences in order, up to `before` where it is given, for as long as there is room."""
         step.held = None
         reserved = self._chunked(step)
@@ -342,7 +319,7 @@ class Scheduler:
                 step.held = sequence, hold
                 return
 
-    def _try_to_admit(self, step: _Step, sequence: Sequence, reserved: int) -> Hold | None:
+    def _try_to_admit(self, step: StepAssembly, sequence: Sequence, reserved: int) -> Hold | None:
         """Admits the first of the waiting sequences; or says why not."""
         if len(self._running) >= self._config.max_num_seqs:
             return Hold.SEATS
@@ -382,7 +359,7 @@ class Scheduler:
             return Hold.REPEATS
         return None if self._can_admit(sequence) else Hold.BLOCKS
 
-    def _admit(self, step: _Step, sequence: Sequence) -> None:
+    def _admit(self, step: StepAssembly, sequence: Sequence) -> None:
         self._waiting.remove(sequence)
         self._running[sequence.sequence_id] = sequence
         self._observer.admitted(sequence)
@@ -394,7 +371,7 @@ class Scheduler:
             group.started = True
             self.backlog.remove(sequence.num_prompt_tokens)
 
-    def _put(self, step: _Step, sequence: Sequence, count: int) -> None:
+    def _put(self, step: StepAssembly, sequence: Sequence, count: int) -> None:
         """Gives the sequence `count` tokens of the step; its blocks are known to be available."""
         start = sequence.num_computed_tokens
         end = start + count
@@ -447,7 +424,7 @@ class Scheduler:
     def _blocks_to_catch_up(sequence: Sequence) -> int:
         return sequence.table.blocks_needed(sequence.num_computed_tokens, sequence.num_tokens)
 
-    def _make_room(self, step: _Step, sequence: Sequence, count: int) -> bool:
+    def _make_room(self, step: StepAssembly, sequence: Sequence, count: int) -> bool:
         """Frees blocks for `count` tokens of the first pending sequence; False where that one itself was preempted."""
         start = sequence.num_computed_tokens
         while sequence.table.blocks_needed(start, start + count) > self._pool.num_available:
@@ -506,7 +483,7 @@ class Scheduler:
             if not group.started:
                 self.backlog.remove(sequence.num_prompt_tokens)
 
-    def _orphan_forks(self, group: _Group) -> None:
+    def _orphan_forks(self, group: Group) -> None:
         """The first has ended before it computed the prompt: the others do it themselves."""
         for fork in group.forks:
             if not fork.finished:
