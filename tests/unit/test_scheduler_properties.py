@@ -1,5 +1,7 @@
 """Whatever comes in whatever order: no block is lost, every limit holds, and everybody says what they say alone."""
 
+import random
+
 import hypothesis.strategies as st
 import pytest
 from hypothesis import HealthCheck, settings
@@ -11,7 +13,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from paged_model import VOCAB, PagedModel, expected_tokens
+from paged_model import VOCAB, PagedModel, expected_tokens, next_token
 from virtual_time import LinearCost
 
 from kvarn.cache import BlockPool, NullPrefixCache, OffloadIndex, RadixPrefixCache
@@ -19,13 +21,17 @@ from kvarn.config import SchedulerConfig
 from kvarn.errors import QueueFullError, RequestError
 from kvarn.request import FinishReason, Request, SamplingParams
 from kvarn.scheduler import (
+    AutoSpeculation,
     ConstantBudget,
     FairShare,
     FirstComeFirstServed,
+    FixedSpeculation,
     ItlBudget,
     MoveCost,
+    NoSpeculation,
     PriorityClasses,
     Scheduler,
+    StepShape,
 )
 
 BLOCK = 4
@@ -40,6 +46,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     tier_slots = 0
     policy = FirstComeFirstServed
     budget = ConstantBudget
+    speculation = NoSpeculation
 
     @initialize(
         blocks=st.integers(4, 24), seqs=st.integers(1, 6), spare_tokens=st.integers(0, 20), queue=st.integers(1, 6)
@@ -55,8 +62,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         moves = MoveCost(BLOCK, 1.0 * BLOCK)
         self.scheduler = Scheduler(
             config, self.pool, 60, eos_token_ids=ENDS, policy=self.policy(), budget=self.budget(tokens),
-            prefix_cache=self.cache, moves=moves,
-        )
+            prefix_cache=self.cache, moves=moves, speculation=self.speculation(), max_step_drafts=9,
+        )  # fmt: skip
         self.sequences = []
         self.said = {}
         self.number = 0
@@ -135,6 +142,9 @@ class SchedulerMachine(RuleBasedStateMachine):
     @invariant()
     def books_agree(self):
         self.scheduler.check()
+        for sequence in self.sequences:
+            if sequence.sequence_id in self.scheduler.running_ids:
+                assert (len(sequence.table) - 1) * BLOCK < sequence.num_computed_tokens, "it has blocks for nothing"
 
     def check_hits(self, scheduled):
         """What a sequence starts from was computed by its own salt, or is in whole blocks of what is declared."""
@@ -244,8 +254,55 @@ class WithTargets(WithTenants):
         return ItlBudget(tokens, 1e-9, LinearCost())
 
 
+class WithDrafts(WithTenants):
+    """Tokens are guessed, and some guesses are right."""
+
+    @staticmethod
+    def speculation():
+        return FixedSpeculation(5)
+
+    @initialize(seed=st.integers(0, 2**32))
+    def guess(self, seed):
+        self.rng = random.Random(seed)
+
+    def book(self, scheduled):
+        self.model.guess = self.draft
+        drafts = sum(len(part.draft) for part in scheduled.sequences)
+        assert drafts <= 9
+        for part in scheduled.sequences:
+            assert part.num_drafts_wanted <= 5
+        super().book(scheduled)
+        self.scheduler.drafting.control.timed(StepShape.of(scheduled), self.rng.choice([0.001, 0.1]))
+
+    def draft(self, token_ids, stream, most):
+        """Right up to a random place."""
+        text = list(token_ids)
+        for _ in range(self.rng.randint(0, most)):
+            text.append(next_token(text, stream) if self.rng.random() < 0.8 else self.rng.randrange(VOCAB))
+        return tuple(text[len(token_ids) :])
+
+    def teardown(self):
+        super().teardown()
+        if hasattr(self, "scheduler"):
+            counts = self.scheduler.drafting.counts
+            assert counts.accepted_tokens == sum(counts.by_position) == sum(s.num_accepted_tokens for s in self.sequences)
+            assert counts.draft_tokens == sum(s.num_draft_tokens for s in self.sequences) >= counts.accepted_tokens
+
+
+class WithChosenDrafts(WithDrafts):
+    """As many are verified as seem to pay."""
+
+    @staticmethod
+    def speculation():
+        return AutoSpeculation(5, LinearCost())
+
+
+class WithDraftsAndTargets(WithDrafts, WithTargets):
+    """And steps are as small as they can be."""
+
+
 MACHINES = [SchedulerMachine, WithPrefixCache, WithSharedPrefixes, WithSecondTier, WithAnotherPolicy, WithPriorities,
-            WithTenants, WithTargets]  # fmt: skip
+            WithTenants, WithTargets, WithDrafts, WithChosenDrafts, WithDraftsAndTargets]  # fmt: skip
 
 
 @pytest.mark.parametrize("machine", MACHINES)

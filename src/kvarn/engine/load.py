@@ -25,6 +25,7 @@ from kvarn.program import Program
 from kvarn.runner import Runner
 from kvarn.sampling import NativeSampler
 from kvarn.scheduler import MeasuredCost, Observer, Scheduler, make_scheduler
+from kvarn.spec import make_drafter
 from kvarn.tensors import TensorSource
 from kvarn.text import Tokenizer, load_tokenizer
 from kvarn.weights import ModelFiles, open_model, packed_cache
@@ -195,12 +196,14 @@ def build_engine(
         return make_scheduler(
             config.scheduler, pool, memory.max_model_len, cost,
             eos_token_ids=ends, prefix_cache=prefixes, moves=tier.moves, observer=observer,
+            speculative=config.speculative,
         )  # fmt: skip
 
     sampler = NativeSampler(program.vocab_size)
     runner = Runner(
-        executable, sampler, memory.limits, memory.block_size, logits=program.output, block_file=tier.file
-    )
+        executable, sampler, memory.limits, memory.block_size, logits=program.output, block_file=tier.file,
+        drafter=make_drafter(config.speculative),
+    )  # fmt: skip
     core = EngineCore(
         runner, new_scheduler, tokenizer, program.vocab_size, cost=cost, observer=observer, on_close=on_close
     )

@@ -26,10 +26,15 @@ class StepShape:
     def of(cls, scheduled: SchedulerOutput) -> Self:
         """The shape of a step that was decided."""
         parts = scheduled.sequences
-        attended = sum(len(p.token_ids) * (p.start + p.end + 1) // 2 for p in parts)
-        return cls(
-            scheduled.num_tokens, len(parts), sum(p.sample for p in parts), attended, sum(p.end for p in parts)
-        )
+        tokens = sampled = attended = context = 0
+        for part in parts:
+            rows = len(part.token_ids) + len(part.draft)
+            end = part.start + rows
+            tokens += rows
+            sampled += (1 + len(part.draft)) * part.sample
+            attended += rows * (part.start + end + 1) // 2
+            context += end
+        return cls(tokens, len(parts), sampled, attended, context)
 
     def plus(self, start: int, count: int) -> Self:
         """The shape with one sequence more: `count` tokens from position `start` on, the last of them sampled from."""
@@ -41,6 +46,17 @@ class StepShape:
             num_sampled=self.num_sampled + 1,
             num_attended=self.num_attended + attended,
             num_context=self.num_context + start + count,
+        )
+
+    def drafted(self, start: int, count: int) -> Self:
+        """The shape with `count` draft tokens from position `start` on, of a sequence that is in it already."""
+        attended = count * (2 * start + count + 1) // 2
+        return replace(
+            self,
+            num_tokens=self.num_tokens + count,
+            num_sampled=self.num_sampled + count,
+            num_attended=self.num_attended + attended,
+            num_context=self.num_context + count,
         )
 
 

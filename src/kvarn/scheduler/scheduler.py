@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from kvarn.cache import BlockPool, BlockTable, PrefixCache
 from kvarn.config import SchedulerConfig
@@ -13,7 +13,7 @@ from kvarn.request import FinishReason, Request
 from kvarn.scheduler.admission import Backlog, Limits, check_deadline
 from kvarn.scheduler.assembly import Group, StepAssembly
 from kvarn.scheduler.budget import Budget, ConstantBudget
-from kvarn.scheduler.cost import StepShape
+from kvarn.scheduler.drafting import Drafting
 from kvarn.scheduler.forecast import Crowd, Forecast, NoForecast
 from kvarn.scheduler.moves import MoveCost
 from kvarn.scheduler.observer import Hold, NullObserver, Observer
@@ -21,6 +21,7 @@ from kvarn.scheduler.policy import FirstComeFirstServed, Policy, order_key
 from kvarn.scheduler.queue import WaitingQueue
 from kvarn.scheduler.reuse import PrefixReuse
 from kvarn.scheduler.sequence import Sequence
+from kvarn.scheduler.speculation import NoSpeculation, Speculation
 from kvarn.scheduler.steady import SteadySteps
 from kvarn.step import SampledToken, ScheduledSequence, SchedulerOutput, StepOutput
 
@@ -45,6 +46,9 @@ class Scheduler:
     blocks are saved there, and the blocks of a sequence that could be admitted are loaded in a step of their own, in
     which it waits; what turns out to be wrong then is computed. So a preempted sequence is swapped or recomputed,
     whichever takes less.
+
+    A sequence may have a draft, tokens that were guessed to come next (`Drafting`). They are computed after its last
+    token; those that are sampled in their places are gained in the same step, the others are forgotten.
     """
 
     def __init__(
@@ -60,16 +64,20 @@ class Scheduler:
         prefix_cache: PrefixCache | None = None,
         moves: MoveCost | None = None,
         observer: Observer | None = None,
+        speculation: Speculation | None = None,
+        max_step_drafts: int = 64,
     ) -> None:
         """pool: all blocks of the KV cache, owned from now on. eos_token_ids: the model's own ends of text.
 
         policy, budget, forecast: first come first served, config.max_num_batched_tokens for every step, and no requests
         refused for their deadlines, unless given.
         prefix_cache: of that pool; owned from now on. moves: when its second tier is used; None: always.
-        observer: told of every decision.
+        observer: told of every decision. speculation: how many tokens are guessed; None: none. max_step_drafts: of
+        them in one step at most.
         """
         self._observer = observer or NullObserver()
         self.reuse = PrefixReuse(pool, prefix_cache, moves, self._observer)
+        self.drafting = Drafting(speculation or NoSpeculation(), pool, self.reuse, self._observer, max_step_drafts)
         self.limits = Limits(max_model_len, (pool.num_blocks - self.reuse.cache.num_reserved) * pool.block_size)
         self.num_preemptions = 0
         self._config = config
@@ -138,6 +146,7 @@ class Scheduler:
             raise RequestError(f"request_id {request.request_id!r} is in use", field="request_id")
         self.limits.check(request)
         self.policy.check(request)
+        self.drafting.control.check(request)
         self.backlog.check(self._config, len(request.prompt_token_ids))
         sampling, arrival = request.sampling, next(self._next_arrival)
         sequences = [
@@ -183,9 +192,11 @@ class Scheduler:
         self._step += 1
         for sequence in self._running.values():
             self.reuse.catch_up(sequence)
-        step = StepAssembly(self._budget.open(self._decodes()), deque(sorted(self._running.values(), key=self._key)))
+        decodes = self.drafting.decodes(self._running.values(), self._config.max_num_batched_tokens)
+        step = StepAssembly(self._budget.open(decodes), deque(sorted(self._running.values(), key=self._key)))
         self._schedule_running(step)
         self._admit_waiting(step)
+        step.copies += self.drafting.put(step.sequences)
         if step.held is not None:
             self._observer.held(*step.held)
         finished, self._finished_ids = tuple(self._finished_ids), []
@@ -200,11 +211,17 @@ class Scheduler:
         saves, _ = self.reuse.end_step()
         return SchedulerOutput(self._step, (), block_saves=saves)
 
-    def update(self, scheduled: SchedulerOutput, result: StepOutput) -> list[tuple[Sequence, SampledToken]]:
+    def update(
+        self,
+        scheduled: SchedulerOutput,
+        result: StepOutput,
+        stops: Callable[[Sequence, SampledToken], str | int | None] = lambda _sequence, _token: None,
+    ) -> list[tuple[Sequence, SampledToken]]:
         """Books a step: computed tokens, sampled tokens, sequences that end by them.
 
         Returns the sampled tokens with their sequences, in order; `finish_reason` of those that ended is set. What
-        belongs to sequences that were ended meanwhile is dropped.
+        belongs to sequences that were ended meanwhile is dropped, and so is what comes after a sequence's end.
+        stops: told of each token as it is booked; where it returns what ends the text there, the sequence ends.
         """
         if result.step != scheduled.step:
             raise ValueError(f"the result of step {result.step} for step {scheduled.step}")
@@ -221,12 +238,19 @@ class Scheduler:
             sequence = self._sequences.get(token.sequence_id)
             if sequence is None:
                 continue
+            if not sequence.num_uncomputed_tokens:
+                # The token before was a guess, and right: its KV was computed in this step.
+                self.reuse.computed(sequence, sequence.num_tokens)
             sequence.token_ids.append(token.token_id)
             self.policy.charge_output(self.policy.lane(sequence))
             sampled.append((sequence, token))
             end = sequence.end_at(token.token_id)
             if end is not None:
                 self._end(sequence, *end)
+            stop = stops(sequence, token)
+            if stop is not None and not sequence.finished:
+                self._end(sequence, FinishReason.STOP, stop)
+        self.drafting.book(scheduled, result, sampled, self._sequences)
         return sampled
 
     def steady_steps(self, limit: int) -> int:
@@ -234,7 +258,7 @@ class Scheduler:
 
         In each of them every running sequence computes and samples one token; nobody is admitted, ends or is preempted.
         """
-        if self._waiting and len(self._running) < self._config.max_num_seqs:
+        if self.drafting.active or (self._waiting and len(self._running) < self._config.max_num_seqs):
             return 0
         return self._steady.count(self._running.values(), limit)
 
@@ -278,11 +302,6 @@ class Scheduler:
 
     def _key(self, sequence: Sequence) -> tuple[float, ...]:
         return order_key(self.policy, sequence)
-
-    def _decodes(self) -> StepShape:
-        """Of the running sequences that have one token to compute."""
-        lengths = [s.num_tokens for s in self._running.values() if s.num_uncomputed_tokens == 1]
-        return StepShape(len(lengths), len(lengths), len(lengths), sum(lengths), sum(lengths))
 
     def _schedule_running(self, step: StepAssembly) -> None:
         while step.pending:
@@ -386,6 +405,7 @@ class Scheduler:
                 start=start,
                 block_table=sequence.table.ids,
                 sample=end == sequence.num_tokens,
+                num_drafts_wanted=self.drafting.wanted(sequence) if end == sequence.num_tokens else 0,
             )
         )
 
@@ -443,6 +463,7 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         self._observer.preempted(sequence)
         self.reuse.give_up_blocks(sequence)
+        sequence.draft = ()
         sequence.num_preemptions += 1
         self.num_preemptions += 1
         if self._running.pop(sequence.sequence_id, None) is not None:

@@ -40,6 +40,10 @@ class Part:
     start: int
     count: int
     sampled: bool
+    drafted: int = 0
+    """Tokens that were guessed and computed behind those."""
+    accepted: int = 0
+    """Those of them that became output."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +71,8 @@ class _Gathered:
     happened: list[Happened] = field(default_factory=list)
     held: tuple[str, str] | None = None
     evicted_blocks: int = 0
+    accepted: dict[int, int] = field(default_factory=dict)
+    """Tokens of drafts that became output, by sequence."""
 
 
 class TraceRecorder:
@@ -118,6 +124,11 @@ class TraceRecorder:
         """See `Observer`."""
         self._happened("loaded", sequence, num_tokens)
 
+    def verified(self, sequence: Sequence, drafted: int, accepted: int) -> None:
+        """See `Observer`."""
+        del drafted  # the step's record has it
+        self._gathered.accepted[sequence.sequence_id] = accepted
+
     def evicted(self, num_blocks: int) -> None:
         """See `Observer`."""
         self._gathered.evicted_blocks += num_blocks
@@ -130,11 +141,14 @@ class TraceRecorder:
 
     def stepped(self, scheduled: SchedulerOutput, times: StepTimes) -> None:
         """See `Observer`."""
-        parts = tuple(
-            Part(p.sequence_id, self._requests.get(p.sequence_id, ""), p.start, len(p.token_ids), p.sample)
-            for p in scheduled.sequences
-        )
         gathered, self._gathered = self._gathered, _Gathered()
+        parts = tuple(
+            Part(
+                p.sequence_id, self._requests.get(p.sequence_id, ""), p.start, len(p.token_ids), p.sample, len(p.draft),
+                gathered.accepted.get(p.sequence_id, 0),
+            )
+            for p in scheduled.sequences
+        )  # fmt: skip
         for event in gathered.happened:
             if event.kind == "ended":
                 self._requests.pop(event.sequence_id, None)
