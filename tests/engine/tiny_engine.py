@@ -172,6 +172,16 @@ class Script(Wrapper):
             sampled.append(SampledToken(drawn.sequence_id, token, drawn.logprob))
         return sampled
 
+    def verify(self, logits, sequence_ids, positions, drafts, masks=None):
+        tokens, row = [], 0
+        for sequence_id, position, draft in zip(sequence_ids, positions, drafts, strict=True):
+            for place, guess in enumerate((*draft.token_ids, None)):
+                tokens += self.sample(logits[row + place : row + place + 1], [sequence_id], [position + place])
+                if tokens[-1].token_id != guess:
+                    break
+            row += 1 + len(draft.token_ids)
+        return tokens
+
 
 class RecordingSampler(Wrapper):
     """Keeps the logits of every sampled token by (stream, prompt, position)."""

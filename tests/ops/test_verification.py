@@ -197,7 +197,7 @@ def verify_many(rule, *, drawn, claimed=DRAWN_FROM):
                 said.append(next(tokens).token_id)
                 if said[-1] != guess:
                     break
-            pairs.append((said + [-1])[:2])
+            pairs.append(([*said, -1])[:2])
         assert next(tokens, None) is None
     return np.array(pairs)
 

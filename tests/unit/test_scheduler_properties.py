@@ -285,8 +285,10 @@ class WithDrafts(WithTenants):
         super().teardown()
         if hasattr(self, "scheduler"):
             counts = self.scheduler.drafting.counts
-            assert counts.accepted_tokens == sum(counts.by_position) == sum(s.num_accepted_tokens for s in self.sequences)
-            assert counts.draft_tokens == sum(s.num_draft_tokens for s in self.sequences) >= counts.accepted_tokens
+            accepted, drafted = (
+                sum(getattr(s, name) for s in self.sequences) for name in ("num_accepted_tokens", "num_draft_tokens")
+            )
+            assert counts.accepted_tokens == sum(counts.by_position) == accepted <= counts.draft_tokens == drafted
 
 
 class WithChosenDrafts(WithDrafts):

@@ -34,7 +34,7 @@ def speculative_config(text: str | None) -> SpeculativeConfig | None:
         if name in given:
             raise ConfigError(f"--speculative: {name} is given twice")
         given[name] = value
-    method = given.pop("method", SpeculativeConfig.method)
+    method = given.pop("method", SpeculativeConfig().method)
     if given.get("k") == "auto":
         del given["k"]
     return SpeculativeConfig(method, **{name: _number(name, value) for name, value in given.items()})
