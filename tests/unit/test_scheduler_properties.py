@@ -135,7 +135,9 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def book(self, scheduled):
         self.check_hits(scheduled)
-        for sequence, token in self.scheduler.update(scheduled, self.model.execute(scheduled)):
+        result = self.model.execute(scheduled)
+        self.note_accepted(scheduled, result)
+        for sequence, token in self.scheduler.update(scheduled, result):
             self.said[sequence.sequence_id].append(token.token_id)
         self.books_agree()
 
@@ -159,6 +161,16 @@ class SchedulerMachine(RuleBasedStateMachine):
                 assert own or any(known == prefix[: part.start] for prefix in declared)
         for part in scheduled.sequences:
             self.computed.setdefault(by_id[part.sequence_id].request.tenant, set()).add(tokens[part.sequence_id])
+
+    def note_accepted(self, scheduled, result):
+        """What was guessed right was computed, too."""
+        by_id = {s.sequence_id: s for s in self.sequences}
+        for part in scheduled.sequences:
+            accepted = sum(token.sequence_id == part.sequence_id for token in result.sampled) - 1
+            sequence = by_id[part.sequence_id]
+            if part.draft and not sequence.finished:
+                text = (*sequence.token_ids, *part.draft[:accepted])
+                self.computed[sequence.request.tenant].add(text)
 
     def teardown(self):
         if not hasattr(self, "scheduler"):
