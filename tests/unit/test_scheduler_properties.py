@@ -312,7 +312,11 @@ class WithChosenDrafts(WithDrafts):
 
 
 class WithDraftsAndTargets(WithDrafts, WithTargets):
-    """And steps are as small as they can be."""
+    """And steps are to take no longer than some tokens do."""
+
+    @staticmethod
+    def budget(tokens):
+        return ItlBudget(tokens, 0.012, LinearCost())
 
 
 MACHINES = [SchedulerMachine, WithPrefixCache, WithSharedPrefixes, WithSecondTier, WithAnotherPolicy, WithPriorities,

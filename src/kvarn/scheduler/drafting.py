@@ -9,7 +9,7 @@ from collections.abc import Sequence as ListOf
 from dataclasses import dataclass, field
 
 from kvarn.cache import BlockPool
-from kvarn.scheduler.budget import MIN_PROMPT_TOKENS
+from kvarn.scheduler.budget import MIN_PROMPT_TOKENS, Budget
 from kvarn.scheduler.cost import StepShape
 from kvarn.scheduler.observer import Observer
 from kvarn.scheduler.reuse import PrefixReuse
@@ -65,22 +65,24 @@ class Drafting:
         """Whether any token may ever be guessed."""
         return self.control.most > 0
 
-    def decodes(self, running: Collection[Sequence], max_tokens: int) -> StepShape:
+    def decodes(self, running: Collection[Sequence], budget: Budget) -> StepShape:
         """The shape of the step's decodes (sequences that have one token to compute) with the drafts chosen for it.
 
-        max_tokens: of a step, from which there is a token for each of the others, and `MIN_PROMPT_TOKENS` for prompts.
+        They leave a token of the budget for each of the others, and `MIN_PROMPT_TOKENS` for prompts.
         """
         ready = [s for s in running if s.num_uncomputed_tokens == 1]
         count, tokens = len(ready), sum(s.num_tokens for s in ready)
         shape = StepShape(count, count, count, tokens, tokens)
         if self.active:
-            room = max_tokens - len(running) - MIN_PROMPT_TOKENS
-            return self._choose([s for s in ready if s.draft], shape, min(room, self._max_step_drafts))
+            self._chosen = []
+            drafted = [s for s in ready if s.draft]
+            if drafted:
+                room = budget.draft_room(shape, len(running) - count + MIN_PROMPT_TOKENS)
+                return self._choose(drafted, shape, min(room, self._max_step_drafts))
         return shape
 
     def _choose(self, drafted: list[Sequence], shape: StepShape, room: int) -> StepShape:
-        self._chosen = []
-        if not drafted or room <= 0:
+        if room <= 0:
             return shape
         for sequence, count in zip(drafted, self.control.choose(drafted, shape, room), strict=True):
             # One token comes in any case, and no more than max_length.

@@ -192,7 +192,7 @@ class Scheduler:
         self._step += 1
         for sequence in self._running.values():
             self.reuse.catch_up(sequence)
-        decodes = self.drafting.decodes(self._running.values(), self._config.max_num_batched_tokens)
+        decodes = self.drafting.decodes(self._running.values(), self._budget)
         step = StepAssembly(self._budget.open(decodes), deque(sorted(self._running.values(), key=self._key)))
         self._schedule_running(step)
         self._admit_waiting(step)
