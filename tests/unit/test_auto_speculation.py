@@ -103,9 +103,10 @@ def test_what_rows_cost_is_learned_from_steps_and_not_believed():
     """A model of steps that says rows cost nothing is corrected; one that says they cost a lot is tried again."""
     dear, cheap = (LinearCost(fixed=0.004, token=t, sampled=0.0) for t in (0.004, 0.0001))
     fooled = Machine(dear, [0.3], believed=cheap)
+    assert fooled.step() == [0], "what guesses are compared with is measured first"
     fooled.run(100)
     assert sum(counts[0] for counts in fooled.run(320)) <= 8 * 320 // 32
-    timid = Machine(cheap, [0.9], believed=LinearCost(fixed=0.004, token=0.005, sampled=0.0))
+    timid = Machine(cheap, [0.9], believed=LinearCost(fixed=0.001, token=0.02, sampled=0.0))
     timid.run(400)
     assert sum(counts[0] for counts in timid.run(100)) > 400
 

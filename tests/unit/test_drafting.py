@@ -99,6 +99,10 @@ def test_no_more_is_guessed_than_the_sequence_may_say():
     bench.add("a", range(6), max_tokens=4)
     assert [rows(bench.step()) for _ in range(2)] == [[(6, 0)], [(1, 2)]]
     assert bench.said[0] == expected_tokens(range(6), 0, max_length=10)
+    bench = Bench(k=3)
+    bench.add("a", range(6), max_tokens=7)
+    assert [rows(bench.step()) for _ in range(3)] == [[(6, 0)], [(1, 3)], [(1, 1)]]
+    assert bench.said[0] == expected_tokens(range(6), 0, max_length=13)
 
 
 @pytest.mark.parametrize("by", ["eos", "stop token", "stops"])

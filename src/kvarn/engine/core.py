@@ -216,7 +216,7 @@ class EngineCore:
         text = self._texts[request_id]
         if text.finished:
             del self._texts[request_id]
-        return text.output(join_parts(outputs))
+        return text.output(tuple(outputs) if len(outputs) == 1 else join_parts(outputs))
 
     def _fail_one(self, request_id: str) -> RequestFailed:
         """Ends a request whose text could not be made; the others go on."""

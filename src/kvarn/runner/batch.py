@@ -38,7 +38,7 @@ class BatchBuilder:
         Output rows are those of the last token and of the draft of each sequence with `sample`.
         """
         count = len(sequences)
-        tokens = [s.token_ids + s.draft if s.draft else s.token_ids for s in sequences]
+        tokens = [s.token_ids if not s.draft else s.token_ids + s.draft for s in sequences]
         lengths = [len(ids) for ids in tokens]
         starts, seq_lens, query_start = self._starts[:count], self._seq_lens[:count], self._query_start[: count + 1]
         starts[:] = [s.start for s in sequences]

@@ -59,7 +59,10 @@ class NativeSampler:
         if masks is not None:
             return self.verify(logits, sequence_ids, positions, [Draft()] * len(sequence_ids), masks)
         rows = self._native.sample(logits, list(sequence_ids), list(positions))
-        return [_token(sequence_id, row) for sequence_id, row in zip(sequence_ids, rows, strict=True)]
+        return [
+            SampledToken(sequence_id, row[0]) if row[1] is None else _token(sequence_id, row)
+            for sequence_id, row in zip(sequence_ids, rows, strict=True)
+        ]
 
     def verify(
         self,

@@ -28,12 +28,14 @@ class StepShape:
         parts = scheduled.sequences
         tokens = sampled = attended = context = 0
         for part in parts:
-            rows = len(part.token_ids) + len(part.draft)
-            end = part.start + rows
+            drafts, start = len(part.draft), part.start
+            rows = len(part.token_ids) + drafts
+            end = start + rows
             tokens += rows
-            sampled += (1 + len(part.draft)) * part.sample
-            attended += rows * (part.start + end + 1) // 2
+            attended += rows * (start + end + 1) // 2
             context += end
+            if part.sample:
+                sampled += 1 + drafts
         return cls(tokens, len(parts), sampled, attended, context)
 
     def plus(self, start: int, count: int) -> Self:

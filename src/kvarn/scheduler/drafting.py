@@ -59,11 +59,8 @@ class Drafting:
         self._observer = observer
         self._max_step_drafts = max_step_drafts
         self._chosen: list[tuple[Sequence, int]] = []
-
-    @property
-    def active(self) -> bool:
+        self.active = control.most > 0
         """Whether any token may ever be guessed."""
-        return self.control.most > 0
 
     def decodes(self, running: Collection[Sequence], budget: Budget) -> StepShape:
         """The shape of the step's decodes (sequences that have one token to compute) with the drafts chosen for it.
@@ -71,7 +68,7 @@ class Drafting:
         They leave a token of the budget for each of the others, and `MIN_PROMPT_TOKENS` for prompts.
         """
         ready = [s for s in running if s.num_uncomputed_tokens == 1]
-        count, tokens = len(ready), sum(s.num_tokens for s in ready)
+        count, tokens = len(ready), sum([len(s.token_ids) for s in ready])
         shape = StepShape(count, count, count, tokens, tokens)
         if self.active:
             self._chosen = []
@@ -113,8 +110,6 @@ class Drafting:
 
     def wanted(self, sequence: Sequence) -> int:
         """Tokens to guess for the step after this one, which samples a token of the sequence."""
-        if not self.active:
-            return 0
         return max(0, min(self.control.wanted(sequence), sequence.max_length - sequence.num_tokens - 2))
 
     def book(

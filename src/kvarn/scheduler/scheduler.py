@@ -394,6 +394,7 @@ class Scheduler:
         """Gives the sequence `count` tokens of the step; its blocks are known to be available."""
         start = sequence.num_computed_tokens
         end = start + count
+        sample = end == sequence.num_tokens
         self.reuse.computes(sequence, end)
         step.copies += self.reuse.take_blocks(sequence, start, end)
         if end >= sequence.num_prompt_tokens:
@@ -404,8 +405,8 @@ class Scheduler:
                 token_ids=tuple(sequence.token_ids[start:end]),
                 start=start,
                 block_table=sequence.table.ids,
-                sample=end == sequence.num_tokens,
-                num_drafts_wanted=self.drafting.wanted(sequence) if end == sequence.num_tokens else 0,
+                sample=sample,
+                num_drafts_wanted=self.drafting.wanted(sequence) if sample and self.drafting.active else 0,
             )
         )
 
