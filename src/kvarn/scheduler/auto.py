@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bisect
 import heapq
-from collections.abc import Callable
 from collections.abc import Sequence as ListOf
 
 from kvarn.request import Request
@@ -13,18 +12,24 @@ from kvarn.scheduler.cost import StepCost, StepShape
 from kvarn.scheduler.sequence import Sequence
 from kvarn.scheduler.speculation import check_asked, limit
 
-MARGIN = 1.03
+MARGIN = 1.05
 """By how much guessing must be expected to pay: estimates err."""
-PROBE_EVERY = 32
-"""Of the steps in which guesses would pay if rows cost half as much as is believed, one tries them."""
+LEAST_GAIN = 0.05
+"""Guesses that are right less often are not considered."""
+LONGEST_REST = 8
+"""Steps in which nothing is guessed after steps in which it would not have paid; 1, 2, 4, … until it does again."""
+PROBE_EVERY = 8
+"""Of the choices against guesses that would pay if rows cost half as much as is believed, one is to try them."""
 PLAIN_EVERY = 64
-"""Of the steps in which guesses could be verified, one has none: to measure what they are compared with."""
+"""Of the choices, one is for no guesses: to measure what they are compared with."""
 FIRST, LATER = 0.5, 0.8
 """Probabilities that guesses are right, as long as none was seen."""
 COMMON_MEMORY = 0.99
 """Of what is known of all sequences, from which a new one starts."""
 SHARE = 0.1
-"""Of each new measurement in the average for its number of rows."""
+"""Of each new measurement in the average for its number of rows, at least."""
+EXACT_ROWS, ROWS_TOGETHER = 8, 4
+"""Up to the first each number of rows has an average of its own; beyond it so many numbers share one."""
 CLIP = 2.0
 """A step that took more than this many times the average (the machine was busy elsewhere) counts as this much."""
 
@@ -40,32 +45,41 @@ class RowTimes:
         self._cost = cost
         self._rows: list[int] = []
         self._ratios: list[float] = []
+        self._counts: list[int] = []
 
     def observe(self, shape: StepShape, seconds: float) -> None:
         """Takes a measured step in, if no prompt was computed in it."""
         if shape.num_tokens != shape.num_sampled or not shape.num_tokens or seconds <= 0:
             return
-        ratio = seconds / self._cost.seconds(shape)
-        place = bisect.bisect_left(self._rows, shape.num_tokens)
-        if place == len(self._rows) or self._rows[place] != shape.num_tokens:
-            self._rows.insert(place, shape.num_tokens)
+        ratio, rows = seconds / self._cost.seconds(shape), _group(shape.num_tokens)
+        place = bisect.bisect_left(self._rows, rows)
+        if place == len(self._rows) or self._rows[place] != rows:
+            self._rows.insert(place, rows)
             self._ratios.insert(place, ratio)
+            self._counts.insert(place, 1)
             return
-        known = self._ratios[place]
-        self._ratios[place] = known + SHARE * (min(ratio, CLIP * known) - known)
+        self._counts[place] += 1
+        known, share = self._ratios[place], max(SHARE, 1 / self._counts[place])
+        self._ratios[place] = known + share * (min(ratio, CLIP * known) - known)
 
     def knows(self, rows: int) -> bool:
         """Whether steps of so many rows were measured."""
+        rows = _group(rows)
         place = bisect.bisect_left(self._rows, rows)
         return place < len(self._rows) and self._rows[place] == rows
 
-    def seconds(self, shape: StepShape) -> float:
-        """Expected wall time of a step, in seconds."""
-        return self._cost.seconds(shape) * self._ratio(shape.num_tokens)
+    def seconds(self, shape: StepShape, length: int, most: int) -> list[float]:
+        """Expected wall times of the step with 0 … `most` rows more, in seconds. length: where those stand in their
+        sequences, about. Between none and all of them the model is taken to be a straight line."""
+        first = self._cost.seconds(shape)
+        slope = (self._cost.seconds(shape.drafted(length, most)) - first) / most if most else 0.0
+        rows = shape.num_tokens
+        return [(first + slope * more) * self._ratio(rows + more) for more in range(most + 1)]
 
     def _ratio(self, rows: int) -> float:
         if not self._rows:
             return 1.0
+        rows = _group(rows)
         place = bisect.bisect_left(self._rows, rows)
         if place == len(self._rows):
             return self._ratios[-1]
@@ -74,6 +88,11 @@ class RowTimes:
         below, above = self._rows[place - 1], self._rows[place]
         share = (rows - below) / (above - below)
         return self._ratios[place - 1] + share * (self._ratios[place] - self._ratios[place - 1])
+
+
+def _group(rows: int) -> int:
+    """The number of rows under which this one is measured."""
+    return rows if rows <= EXACT_ROWS else -(-rows // ROWS_TOGETHER) * ROWS_TOGETHER
 
 
 class AutoSpeculation:
@@ -85,7 +104,7 @@ class AutoSpeculation:
 
     What was right is learned from every draft that was proposed, verified or not, since the tokens come in any case.
     What rows cost is learned from steps that have them; where it is believed to be too much, they are tried now and
-    then to measure it anew.
+    then to measure it anew. Where guesses do not pay, they are asked for in some of the steps only.
     """
 
     def __init__(self, most: int, cost: StepCost) -> None:
@@ -94,14 +113,15 @@ class AutoSpeculation:
         self._times = RowTimes(cost)
         self._common = Acceptance.prior(FIRST, LATER, COMMON_MEMORY)
         self._choices = self._refusals = 0
+        self._steps = self._awake = self._rest = 0
 
     def check(self, request: Request) -> None:
         """See `Speculation`."""
         check_asked(request, self.most)
 
     def wanted(self, sequence: Sequence) -> int:
-        """All that it may have: whether they are verified is decided when they are known."""
-        return limit(self.most, sequence)
+        """All that it may have: whether they are verified is decided when they are known. None during a rest."""
+        return 0 if self._steps < self._awake else limit(self.most, sequence)
 
     def choose(self, drafted: ListOf[Sequence], shape: StepShape, room: int) -> list[int]:
         """See `Speculation`."""
@@ -110,11 +130,12 @@ class AutoSpeculation:
             return [0] * len(drafted)
         order, gains = self._likeliest(drafted, room)
         length = sum(s.num_tokens for s in drafted) // len(drafted)
-        base = self._times.seconds(shape)
-        more = [self._times.seconds(shape.drafted(length, count + 1)) - base for count in range(len(order))]
-        count = _best(shape.num_sequences, gains, base, lambda rows: more[rows - 1])
+        times = self._times.seconds(shape, length, len(order))
+        count = _best(shape.num_sequences, gains, times)
+        self._rest = 0 if count else min(LONGEST_REST, max(1, 2 * self._rest))
+        self._awake = self._steps + self._rest
         if not count:
-            count = self._probe(shape.num_sequences, gains, base, lambda rows: 0.5 * more[rows - 1])
+            count = self._probe(shape.num_sequences, gains, [0.5 * (times[0] + seconds) for seconds in times])
         counts = [0] * len(drafted)
         for place in order[:count]:
             counts[place] += 1
@@ -128,6 +149,7 @@ class AutoSpeculation:
 
     def timed(self, shape: StepShape, seconds: float) -> None:
         """See `Speculation`."""
+        self._steps += 1
         self._times.observe(shape, seconds)
 
     def _of(self, sequence: Sequence) -> Acceptance:
@@ -142,7 +164,7 @@ class AutoSpeculation:
         heapq.heapify(heap)
         order: list[int] = []
         gains: list[float] = []
-        while heap and len(order) < room:
+        while heap and len(order) < room and -heap[0][0] >= LEAST_GAIN:
             gain, place, guess = heapq.heappop(heap)
             order.append(place)
             gains.append(-gain)
@@ -150,24 +172,24 @@ class AutoSpeculation:
                 heapq.heappush(heap, (-rates[place].gain(guess + 1), place, guess + 1))
         return order, gains
 
-    def _probe(self, tokens: int, gains: list[float], base: float, more: Callable[[int], float]) -> int:
+    def _probe(self, tokens: int, gains: list[float], times: list[float]) -> int:
         """How many guesses to verify in order to learn what they cost; mostly none."""
-        count = _best(tokens, gains, base, more)
+        count = _best(tokens, gains, times)
         if not count:
             return 0
         self._refusals += 1
         return count if self._refusals % PROBE_EVERY == 0 else 0
 
 
-def _best(tokens: int, gains: list[float], base: float, more: Callable[[int], float]) -> int:
+def _best(tokens: int, gains: list[float], times: list[float]) -> int:
     """How many guesses make expected tokens by expected seconds largest; 0 unless that beats none by `MARGIN`.
 
-    tokens: that come in any case. base: seconds without guesses. more: seconds on top, for 1, 2, … guesses.
+    tokens: that come in any case. times: seconds of the step with 0, 1, 2, … guesses.
     """
-    best, count, expected = MARGIN * tokens / base, 0, float(tokens)
+    best, count, expected = MARGIN * tokens / times[0], 0, float(tokens)
     for rows, gain in enumerate(gains, 1):
         expected += gain
-        speed = expected / (base + more(rows))
+        speed = expected / times[rows]
         if speed > best:
             best, count = speed, rows
     return count
