@@ -69,7 +69,7 @@ auto with_batch(Run run) {
 
 Rows array(nb::handle plan, const FloatBuffer &buffer, int64_t rows) {
     const Limits &limits = nb::cast<StepPlan &>(plan).limits();
-    require(rows >= 0 && rows <= (buffer.outputs ? limits.max_sequences : limits.max_tokens), "more rows than a buffer has");
+    require(rows >= 0 && rows <= (buffer.outputs ? limits.max_outputs : limits.max_tokens), "more rows than a buffer has");
     const size_t shape[2] = {size_t(rows), size_t(buffer.width)};
     const int64_t strides[2] = {buffer.stride, 1};
     return Rows(buffer.data, 2, shape, plan, strides);
@@ -256,13 +256,14 @@ void bind_plan(nb::module_ &m) {
           "Bytes a plan takes for each thread, from the largest that its stages ask for.");
     auto plan = nb::class_<StepPlan>(m, "StepPlan", "Stages over buffers in one arena, run as one call per step.");
     plan.def("__init__", [](StepPlan *self, std::shared_ptr<Pool> pool, std::shared_ptr<KvCache> kv,
-                            const std::string &isa, int64_t max_tokens, int64_t max_sequences, int64_t max_model_len,
-                            int64_t vocab_size, size_t arena_bytes) {
-            require(max_tokens >= 1 && max_sequences >= 1 && max_model_len >= 1, "limits are at least 1");
+                            const std::string &isa, int64_t max_tokens, int64_t max_sequences, int64_t max_outputs,
+                            int64_t max_model_len, int64_t vocab_size, size_t arena_bytes) {
+            require(max_tokens >= 1 && max_sequences >= 1 && max_outputs >= 1 && max_model_len >= 1,
+                    "limits are at least 1");
             new (self) StepPlan(std::move(pool), std::move(kv), choose_kernels(isa),
-                                {max_tokens, max_sequences, max_model_len, vocab_size}, arena_bytes);
-        }, "pool"_a, "kv"_a, "isa"_a, "max_tokens"_a, "max_sequences"_a, "max_model_len"_a, "vocab_size"_a,
-           "arena_bytes"_a)
+                                {max_tokens, max_sequences, max_outputs, max_model_len, vocab_size}, arena_bytes);
+        }, "pool"_a, "kv"_a, "isa"_a, "max_tokens"_a, "max_sequences"_a, "max_outputs"_a, "max_model_len"_a,
+           "vocab_size"_a, "arena_bytes"_a)
         .def("float_buffer", &StepPlan::float_buffer, "offset"_a, "width"_a, "stride"_a, "outputs"_a)
         .def("quant_buffer", &StepPlan::quant_buffer, "offset"_a, "cols"_a, "outputs"_a)
         .def("attention", &add_attention, "layer"_a, "q"_a, "k"_a, "v"_a, "write"_a, "heads"_a, "scale"_a, "softcap"_a,

@@ -1,9 +1,11 @@
 // The sampler as a Python class: one call a step, for all rows, without the GIL.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/vector.h>
 
+#include <optional>
 #include <stdexcept>
 #include <string>
 
@@ -15,6 +17,15 @@ using namespace kvarn;
 namespace {
 
 using Logits = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Bits = nb::ndarray<const uint32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+
+// (token, None) or (token, (logprob, rank, [(id, logprob), ...]))
+nb::tuple described(const Sample &sample) {
+    if (!sample.has_logprobs) return nb::make_tuple(sample.token, nb::none());
+    nb::list top;
+    for (const auto &[id, logprob] : sample.logprobs.top) top.append(nb::make_tuple(id, logprob));
+    return nb::make_tuple(sample.token, nb::make_tuple(sample.logprobs.chosen, sample.logprobs.rank, top));
+}
 
 class Sampler {
   public:
@@ -32,44 +43,101 @@ class Sampler {
 
     void remove(int64_t sequence) { sequences_.erase(sequence); }
 
-    // A list with, for each row, (token, None) or (token, (logprob, rank, [(id, logprob), ...])).
+    // A list with what is `described` of each row.
     nb::list sample(const Logits &logits, const std::vector<int64_t> &sequences, const std::vector<uint64_t> &positions) {
         const size_t rows = logits.shape(0), vocab = logits.shape(1);
         if (sequences.size() != rows || positions.size() != rows || vocab == 0)
             throw std::invalid_argument("one sequence and one position a row of logits");
-        std::vector<SequenceSampler *> state(rows);
-        for (size_t r = 0; r < rows; ++r) {
-            const auto found = sequences_.find(sequences[r]);
-            if (found == sequences_.end())
-                throw std::invalid_argument("sequence " + std::to_string(sequences[r]) + " was not added");
-            state[r] = &found->second;
-        }
+        const std::vector<SequenceSampler *> state = states(sequences);
         std::vector<Sample> samples(rows);
         int64_t failed = -1;
         {
             nb::gil_scoped_release release;
             for (size_t r = 0; r < rows && failed < 0; ++r)
-                if (!state[r]->sample(logits.data() + r * vocab, vocab, positions[r], scratch_, samples[r]))
+                if (!state[r]->sample({logits.data() + r * vocab, vocab, positions[r]}, scratch_, samples[r]))
                     failed = sequences[r];
         }
-        if (failed >= 0)
-            throw std::invalid_argument("the logits of sequence " + std::to_string(failed) +
-                                        " hold NaN or infinity, or leave no token");
+        check(failed);
         nb::list result;
-        for (const Sample &sample : samples) {
-            if (!sample.has_logprobs) {
-                result.append(nb::make_tuple(sample.token, nb::none()));
-                continue;
-            }
-            nb::list top;
-            for (const auto &[id, logprob] : sample.logprobs.top) top.append(nb::make_tuple(id, logprob));
-            result.append(
-                nb::make_tuple(sample.token, nb::make_tuple(sample.logprobs.chosen, sample.logprobs.rank, top)));
+        for (const Sample &sample : samples) result.append(described(sample));
+        return result;
+    }
+
+    // Each sequence has a row of logits for each token of its draft, and one more. A list of (place of the sequence, what
+    // is `described` of a token): of each sequence the tokens up to the first that is not the draft's.
+    nb::list verify(const Logits &logits, const std::vector<int64_t> &sequences, const std::vector<uint64_t> &positions,
+                    const std::vector<std::vector<int32_t>> &drafts, const std::vector<std::optional<Logits>> &q,
+                    const std::optional<Bits> &bits, const std::optional<std::vector<int32_t>> &mask_rows) {
+        const size_t vocab = logits.shape(1), count = sequences.size();
+        if (positions.size() != count || drafts.size() != count || q.size() != count || vocab == 0)
+            throw std::invalid_argument("one position, draft and q a sequence");
+        check_rows(logits, drafts, q, bits, mask_rows);
+        const std::vector<SequenceSampler *> state = states(sequences);
+        std::vector<std::pair<size_t, Sample>> samples;
+        int64_t failed = -1;
+        {
+            nb::gil_scoped_release release;
+            size_t first = 0;
+            for (size_t s = 0; s < count && failed < 0; first += drafts[s].size() + 1, ++s)
+                for (size_t i = 0; i <= drafts[s].size(); ++i) {
+                    const size_t r = first + i;
+                    Row row{logits.data() + r * vocab, vocab, positions[s] + i};
+                    if (bits && (*mask_rows)[r] >= 0) row.mask = bits->data() + size_t((*mask_rows)[r]) * bits->shape(1);
+                    if (i < drafts[s].size()) {
+                        row.draft = drafts[s][i];
+                        if (q[s]) row.q = q[s]->data() + i * vocab;
+                    }
+                    Sample sample;
+                    if (!state[s]->sample(row, scratch_, sample)) failed = sequences[s];
+                    samples.emplace_back(s, std::move(sample));
+                    if (failed >= 0 || samples.back().second.token != row.draft) break;
+                }
         }
+        check(failed);
+        nb::list result;
+        for (const auto &[place, sample] : samples) result.append(nb::make_tuple(place, described(sample)));
         return result;
     }
 
   private:
+    std::vector<SequenceSampler *> states(const std::vector<int64_t> &sequences) {
+        std::vector<SequenceSampler *> result;
+        for (const int64_t sequence : sequences) {
+            const auto found = sequences_.find(sequence);
+            if (found == sequences_.end())
+                throw std::invalid_argument("sequence " + std::to_string(sequence) + " was not added");
+            result.push_back(&found->second);
+        }
+        return result;
+    }
+
+    static void check(int64_t failed) {
+        if (failed >= 0)
+            throw std::invalid_argument("the logits of sequence " + std::to_string(failed) +
+                                        " hold NaN or infinity, or leave no token");
+    }
+
+    static void check_rows(const Logits &logits, const std::vector<std::vector<int32_t>> &drafts,
+                           const std::vector<std::optional<Logits>> &q, const std::optional<Bits> &bits,
+                           const std::optional<std::vector<int32_t>> &mask_rows) {
+        const size_t vocab = logits.shape(1);
+        size_t rows = 0;
+        for (size_t s = 0; s < drafts.size(); ++s) {
+            rows += drafts[s].size() + 1;
+            for (const int32_t token : drafts[s])
+                if (token < 0 || size_t(token) >= vocab) throw std::invalid_argument("a draft is outside the vocabulary");
+            if (q[s] && (q[s]->shape(0) != drafts[s].size() || q[s]->shape(1) != vocab))
+                throw std::invalid_argument("q needs a row for each token of its draft");
+        }
+        if (rows != logits.shape(0)) throw std::invalid_argument("one row of logits a token of a draft, and one more");
+        if (bits.has_value() != mask_rows.has_value()) throw std::invalid_argument("masks and their rows go together");
+        if (!bits) return;
+        if (bits->shape(1) != (vocab + 31) / 32 || mask_rows->size() != rows)
+            throw std::invalid_argument("masks do not fit the logits");
+        for (const int32_t row : *mask_rows)
+            if (row >= 0 && size_t(row) >= bits->shape(0)) throw std::invalid_argument("there is no such row of masks");
+    }
+
     std::unordered_map<int64_t, SequenceSampler> sequences_;
     std::vector<float> scratch_;
 };
@@ -90,7 +158,14 @@ void bind_sampling(nb::module_ &m) {
              nb::arg("frequency_penalty"), nb::arg("min_tokens"), nb::arg("logprobs"), nb::arg("seed"),
              nb::arg("stream"), nb::arg("bias"), nb::arg("stop_tokens"))
         .def("remove", &Sampler::remove, nb::arg("sequence"))
-        .def("sample", &Sampler::sample, nb::arg("logits"), nb::arg("sequences"), nb::arg("positions"));
+        .def("sample", &Sampler::sample, nb::arg("logits"), nb::arg("sequences"), nb::arg("positions"))
+        .def("verify", &Sampler::verify, nb::arg("logits"), nb::arg("sequences"), nb::arg("positions"),
+             nb::arg("drafts"), nb::arg("q"), nb::arg("bits").none(), nb::arg("mask_rows").none());
     m.def("philox4x32", &philox, nb::arg("counter"), nb::arg("key0"), nb::arg("key1"), "Philox4x32-10, for tests.");
-    m.def("uniform", &uniform, nb::arg("seed"), nb::arg("stream"), nb::arg("position"));
+    m.def(
+        "uniform",
+        [](uint64_t seed, uint32_t stream, uint64_t position, uint32_t use) {
+            return uniform(seed, stream, position, static_cast<Use>(use));
+        },
+        nb::arg("seed"), nb::arg("stream"), nb::arg("position"), nb::arg("use") = 0);
 }

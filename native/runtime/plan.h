@@ -54,7 +54,7 @@ private:
     };
     void collect();
     void begin(const Batch &batch);
-    int64_t rows(bool outputs) const { return outputs ? limits_.max_sequences : limits_.max_tokens; }
+    int64_t rows(bool outputs) const { return outputs ? limits_.max_outputs : limits_.max_tokens; }
     uint8_t *place(size_t offset, size_t bytes);
 
     std::shared_ptr<Pool> pool_;

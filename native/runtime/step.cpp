@@ -87,9 +87,9 @@ std::string check_batch(const Batch &b, const Limits &limits, int64_t num_blocks
     if (b.sequences < 1 || b.sequences > limits.max_sequences)
         return "a step of " + std::to_string(b.sequences) + " sequences; it must have 1 to " +
                std::to_string(limits.max_sequences);
-    if (b.outputs > limits.max_sequences)
+    if (b.outputs > limits.max_outputs)
         return "output_rows has " + std::to_string(b.outputs) + " rows, the limit is " +
-               std::to_string(limits.max_sequences);
+               std::to_string(limits.max_outputs);
     if (b.query_start[0] != 0 || b.query_start[b.sequences] != b.tokens)
         return "query_start must run from 0 to the number of tokens";
     for (int64_t s = 0; s < b.sequences; ++s)

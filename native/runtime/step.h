@@ -24,7 +24,7 @@ struct Batch {
 };
 
 struct Limits {
-    int64_t max_tokens, max_sequences, max_model_len, vocab_size;
+    int64_t max_tokens, max_sequences, max_outputs, max_model_len, vocab_size;
 };
 
 // Empty where every index is in range and the arrays agree; else what is wrong, naming the field. one_start: drafts of a

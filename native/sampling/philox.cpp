@@ -15,8 +15,9 @@ void philox4x32(uint32_t counter[4], uint32_t key0, uint32_t key1) {
     }
 }
 
-double uniform(uint64_t seed, uint32_t stream, uint64_t position) {
-    uint32_t counter[4] = {static_cast<uint32_t>(position), static_cast<uint32_t>(position >> 32), stream, 0};
+double uniform(uint64_t seed, uint32_t stream, uint64_t position, Use use) {
+    uint32_t counter[4] = {static_cast<uint32_t>(position), static_cast<uint32_t>(position >> 32), stream,
+                           static_cast<uint32_t>(use)};
     philox4x32(counter, static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
     const uint64_t bits = (uint64_t{counter[0]} << 32 | counter[1]) >> 11;
     return static_cast<double>(bits) * 0x1.0p-53;

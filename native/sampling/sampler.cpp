@@ -176,14 +176,18 @@ int32_t draw_all(const float *weights, size_t n, double u) {
     return last;
 }
 
-int32_t choose(const SamplingParameters &p, float *weights, size_t n, double u) {
+bool limits_count(const SamplingParameters &p, size_t n) { return p.top_k > 0 && static_cast<size_t>(p.top_k) < n; }
+
+void drop_unlikely(const SamplingParameters &p, float *weights, size_t n) {
     if (p.min_p > 0)
         for (size_t i = 0; i < n; ++i)
             if (static_cast<double>(weights[i]) < p.min_p) weights[i] = 0;
-    const bool limited = p.top_k > 0 && static_cast<size_t>(p.top_k) < n;
-    if (!limited && p.top_p >= 1.0) return draw_all(weights, n, u);
+}
+
+// What top_k and top_p leave of the weights; one of them must be on.
+std::vector<Candidate> likeliest(const SamplingParameters &p, const float *weights, size_t n) {
     std::vector<Candidate> kept;
-    if (limited) {
+    if (limits_count(p, n)) {
         kept = best_of(weights, n, static_cast<size_t>(p.top_k));
         if (p.top_p < 1.0) cut_nucleus(kept, p.top_p * total_of(kept));
     } else {
@@ -191,7 +195,44 @@ int32_t choose(const SamplingParameters &p, float *weights, size_t n, double u) 
         kept = nucleus_candidates(weights, n, wanted);
         cut_nucleus(kept, wanted);
     }
+    return kept;
+}
+
+int32_t draw_token(const SamplingParameters &p, float *weights, size_t n, double u) {
+    drop_unlikely(p, weights, n);
+    if (!limits_count(p, n) && p.top_p >= 1.0) return draw_all(weights, n, u);
+    std::vector<Candidate> kept = likeliest(p, weights, n);
     return draw(kept, u);
+}
+
+// Zeroes the weights that min_p, top_k and top_p leave out; returns the sum of the others.
+double keep_likeliest(const SamplingParameters &p, float *weights, size_t n) {
+    drop_unlikely(p, weights, n);
+    if (!limits_count(p, n) && p.top_p >= 1.0) return sum(weights, n);
+    const std::vector<Candidate> kept = likeliest(p, weights, n);
+    std::fill(weights, weights + n, 0.0f);
+    for (const Candidate &candidate : kept) weights[candidate.id] = candidate.weight;
+    return total_of(kept);
+}
+
+// A token drawn from max(0, p - q), p = weights / total; from p where nothing is left of that.
+int32_t draw_residual(const float *weights, double total, const float *q, size_t n, double u) {
+    const auto residual = [=](size_t i) {
+        return std::max(0.0, static_cast<double>(weights[i]) / total - static_cast<double>(q[i]));
+    };
+    double mass = 0;
+    for (size_t i = 0; i < n; ++i) mass += residual(i);
+    if (!(mass > 0)) return draw_all(weights, n, u);
+    const double target = u * mass;
+    double cumulative = 0;
+    int32_t last = 0;
+    for (size_t i = 0; i < n; ++i) {
+        const double part = residual(i);
+        cumulative += part;
+        if (part > 0) last = static_cast<int32_t>(i);
+        if (cumulative > target) return static_cast<int32_t>(i);
+    }
+    return last;
 }
 
 // Log-softmax of the raw logits: the chosen token's, its rank, and the k best.
@@ -227,13 +268,16 @@ bool SequenceSampler::adjusts() const {
            (output_tokens_ < parameters_.min_tokens && !parameters_.stop_tokens.empty());
 }
 
-void SequenceSampler::adjust(float *logits, size_t vocab) const {
+void SequenceSampler::adjust(float *logits, size_t vocab, const uint32_t *mask) const {
     const auto inside = [vocab](int32_t id) { return id >= 0 && static_cast<size_t>(id) < vocab; };
     for (const auto &[id, bias] : parameters_.bias)
         if (inside(id)) logits[id] += bias;
     if (output_tokens_ < parameters_.min_tokens)
         for (int32_t id : parameters_.stop_tokens)
             if (inside(id)) logits[id] = NEGATIVE_INFINITY;
+    if (mask)
+        for (size_t i = 0; i < vocab; ++i)
+            if (!(mask[i / 32] >> (i % 32) & 1)) logits[i] = NEGATIVE_INFINITY;
     if (!penalizes()) return;
     const auto repeated = [&](int32_t id) {
         float &x = logits[id];
@@ -250,30 +294,41 @@ void SequenceSampler::adjust(float *logits, size_t vocab) const {
     }
 }
 
-bool SequenceSampler::sample(const float *logits, size_t vocab, uint64_t position, std::vector<float> &scratch,
-                             Sample &out) {
-    const float raw_top = maximum(logits, vocab);
+// A draft that was drawn from q: Leviathan et al. 2023, algorithm 1. All others do not matter to the choice.
+int32_t SequenceSampler::choose(const Row &row, float *weights) const {
+    const SamplingParameters &p = parameters_;
+    const auto number = [&](Use use) { return uniform(p.seed, p.stream, row.position, use); };
+    if (row.draft < 0 || !row.q) return draw_token(p, weights, row.vocab, number(Use::Token));
+    const double total = keep_likeliest(p, weights, row.vocab);
+    const double target = static_cast<double>(weights[row.draft]) / total;
+    if (number(Use::Accept) * static_cast<double>(row.q[row.draft]) < target) return row.draft;
+    return draw_residual(weights, total, row.q, row.vocab, number(Use::Residual));
+}
+
+bool SequenceSampler::sample(const Row &row, std::vector<float> &scratch, Sample &out) {
+    const size_t vocab = row.vocab;
+    const float raw_top = maximum(row.logits, vocab);
     if (!std::isfinite(raw_top)) return false;
-    const float *row = logits;
+    const float *logits = row.logits;
     float top = raw_top;
     std::vector<float> adjusted;
-    if (adjusts()) {
+    if (row.mask || adjusts()) {
         adjusted.assign(logits, logits + vocab);
-        adjust(adjusted.data(), vocab);
-        row = adjusted.data();
-        top = maximum(row, vocab);
+        adjust(adjusted.data(), vocab, row.mask);
+        logits = adjusted.data();
+        top = maximum(logits, vocab);
         if (!std::isfinite(top)) return false;
     }
     if (parameters_.temperature == 0.0f) {
-        out.token = first_equal(row, vocab, top);
+        out.token = first_equal(logits, vocab, top);
     } else {
         scratch.resize(vocab);
-        exponentials(row, vocab, top, 1.0f / parameters_.temperature, scratch.data());
-        out.token = choose(parameters_, scratch.data(), vocab, uniform(parameters_.seed, parameters_.stream, position));
+        exponentials(logits, vocab, top, 1.0f / parameters_.temperature, scratch.data());
+        out.token = choose(row, scratch.data());
     }
     out.has_logprobs = parameters_.logprobs >= 0;
     if (out.has_logprobs)
-        out.logprobs = logprobs_of(logits, vocab, raw_top, out.token, parameters_.logprobs, scratch);
+        out.logprobs = logprobs_of(row.logits, vocab, raw_top, out.token, parameters_.logprobs, scratch);
     ++output_tokens_;
     if (penalizes()) ++output_counts_[out.token];
     return true;

@@ -8,6 +8,10 @@ from dataclasses import dataclass, field
 from kvarn.errors import ConfigError
 from kvarn.kv_types import CACHE_TYPES
 
+DRAFT_METHODS = ("ngram",)
+"""Ways to guess tokens ahead; `kvarn.spec` says what each is."""
+MAX_SPECULATIVE_TOKENS = 32
+"""Guessed ahead for one sequence."""
 POLICIES = ("fcfs", "priority", "fair")
 """Orders in which requests are served; `kvarn.scheduler` says what each is."""
 
@@ -91,6 +95,44 @@ class SchedulerConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class SpeculativeConfig:
+    """Speculative decoding: tokens are guessed ahead, and those that are right come in one step."""
+
+    method: str = "ngram"
+    """One of `DRAFT_METHODS`. ngram: what followed when the last tokens occurred before, in prompt or output."""
+    k: int | None = None
+    """Tokens guessed ahead for each sequence; None: chosen in each step by what was right lately and what it costs."""
+    max_k: int = 8
+    """Most of them where k is None."""
+    ngram_min: int = 2
+    """Tokens that must have occurred together before, at least."""
+    ngram_max: int = 8
+    """Tokens beyond which a longer match is no better."""
+    corpus_tokens: int = 0
+    """Output tokens remembered of ended sequences of the same tenant and cache_salt, for matches; 0: none."""
+    max_step_drafts: int = 64
+    """Guessed tokens in one step at most, of all sequences; logits of so many more rows are allocated."""
+
+    def __post_init__(self) -> None:
+        most = MAX_SPECULATIVE_TOKENS
+        _check(self.method in DRAFT_METHODS, "speculative method", self.method, f"one of {', '.join(DRAFT_METHODS)}")
+        _check(self.k is None or 1 <= self.k <= most, "speculative k", self.k, f"auto, or between 1 and {most}")
+        _check(1 <= self.max_k <= most, "speculative max_k", self.max_k, f"between 1 and {most}")
+        _check(1 <= self.ngram_min <= 64, "speculative ngram_min", self.ngram_min, "between 1 and 64")
+        must = f"between ngram_min ({self.ngram_min}) and 64"
+        _check(self.ngram_min <= self.ngram_max <= 64, "speculative ngram_max", self.ngram_max, must)
+        must = "between 0 and 16777216"
+        _check(0 <= self.corpus_tokens <= 1 << 24, "speculative corpus_tokens", self.corpus_tokens, must)
+        must = "between 1 and 4096"
+        _check(1 <= self.max_step_drafts <= 4096, "speculative max_step_drafts", self.max_step_drafts, must)
+
+    @property
+    def most(self) -> int:
+        """Tokens guessed ahead for a sequence at most."""
+        return self.max_k if self.k is None else self.k
+
+
+@dataclass(frozen=True, slots=True)
 class EngineConfig:
     """Everything an engine needs beside the model. threads 0: one for each physical core the process may use."""
 
@@ -100,6 +142,8 @@ class EngineConfig:
     threads: int = 0
     cache: CacheConfig = field(default_factory=CacheConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    speculative: SpeculativeConfig | None = None
+    """None: no token is guessed."""
     packed_cache_bytes: int | None = None
     """Disk space for packed weights, which later starts map; 0: none. None: KVARN_PACKED_CACHE_BYTES, or 20 GB."""
 
@@ -109,3 +153,8 @@ class EngineConfig:
         _check(self.max_model_len is None or self.max_model_len >= 1, "max_model_len", self.max_model_len, "at least 1")
         _check(self.backend in ("cpu", "reference"), "backend", self.backend, "cpu or reference")
         _check(0 <= self.threads <= 1024, "threads", self.threads, "between 0 and 1024")
+
+    @property
+    def max_step_drafts(self) -> int:
+        """Tokens guessed ahead in one step at most."""
+        return 0 if self.speculative is None else self.speculative.max_step_drafts

@@ -68,6 +68,9 @@ class SamplingParams:
     skip_special_tokens: bool = True
     logprobs: int | None = None
     """None: off. 0: the chosen token's only. k: also the k most likely tokens'."""
+    num_speculative_tokens: int | None = None
+    """Tokens guessed ahead at most; 0: none. None: as many as the engine sees fit. It changes how fast tokens come, not
+    their distribution."""
 
     def __post_init__(self) -> None:
         _check(self.max_tokens is None or self.max_tokens >= 1, "max_tokens", self.max_tokens, "at least 1")
@@ -118,6 +121,8 @@ class SamplingParams:
             self.logprobs,
             f"between 0 and {MAX_LOGPROBS}",
         )
+        drafts = self.num_speculative_tokens
+        _check(drafts is None or drafts >= 0, "num_speculative_tokens", drafts, "at least 0")
 
     @property
     def greedy(self) -> bool:
@@ -183,3 +188,7 @@ class RequestOutput:
     num_prompt_tokens: int
     num_cached_tokens: int
     finished: bool
+    num_draft_tokens: int = 0
+    """Tokens that were guessed ahead and verified, of all its sequences; on the last output only."""
+    num_accepted_tokens: int = 0
+    """Those of them that are part of the output."""

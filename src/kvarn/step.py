@@ -2,7 +2,8 @@
 
 One step: `Scheduler.schedule() -> SchedulerOutput`, `Runner.execute(SchedulerOutput) -> StepOutput`,
 `Scheduler.update(SchedulerOutput, StepOutput)`. There is no prefill or decode here: each `ScheduledSequence` says
-which of its tokens to compute in this step, and whether a token is to be sampled after the last of them.
+which of its tokens to compute in this step, and whether a token is to be sampled after the last of them. Tokens that
+are only guessed may follow them (`draft`): those that turn out to be what is sampled are gained in the same step.
 """
 
 from __future__ import annotations
@@ -23,14 +24,23 @@ class ScheduledSequence:
     start: int
     """Position of token_ids[0]; equals the sequence's num_computed_tokens."""
     block_table: tuple[int, ...]
-    """Ids of all blocks that hold positions 0 … start + len(token_ids)."""
+    """Ids of all blocks that hold positions 0 … start + num_rows."""
     sample: bool
     """Whether the last token's logits are needed and a token is to be sampled from them."""
+    draft: tuple[int, ...] = ()
+    """Guesses of the tokens after token_ids, computed like those and verified; only with `sample`."""
+    num_drafts_wanted: int = 0
+    """How many tokens a drafter is asked to propose for the next step, at most."""
 
     @property
     def end(self) -> int:
-        """Number of tokens with KV after this step."""
+        """Number of known tokens with KV after this step; accepted ones of the draft come on top."""
         return self.start + len(self.token_ids)
+
+    @property
+    def num_rows(self) -> int:
+        """Tokens computed for it in this step."""
+        return len(self.token_ids) + len(self.draft)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +55,8 @@ class NewSequence:
     """Index of the sequence in its request (0 … n-1); with `seed` and the position it keys the random counter."""
     stop_token_ids: tuple[int, ...] = ()
     """Tokens that `min_tokens` masks: end-of-sequence ids (unless ignore_eos) and the request's stop_token_ids."""
+    salt: tuple[str, str] = ("", "")
+    """The request's (tenant, cache_salt): nothing that is learned from one salt's texts may serve another."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,13 +98,13 @@ class SchedulerOutput:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens computed in the step, at most the token budget."""
-        return sum(len(s.token_ids) for s in self.sequences)
+        """Tokens computed in the step, drafts among them; at most the token budget."""
+        return sum(len(s.token_ids) + len(s.draft) for s in self.sequences)
 
 
 @dataclass(frozen=True, slots=True)
 class SampledToken:
-    """The token sampled for one sequence, with its logprobs where they were asked for."""
+    """A token sampled for one sequence, with its logprobs where they were asked for."""
 
     sequence_id: int
     token_id: int
@@ -100,8 +112,19 @@ class SampledToken:
 
 
 @dataclass(frozen=True, slots=True)
+class DraftTokens:
+    """What a drafter proposes to follow all that is known of a sequence after a step."""
+
+    sequence_id: int
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class StepOutput:
-    """What a step produced: one `SampledToken` for each scheduled sequence with `sample`, in schedule order."""
+    """What a step produced, for each scheduled sequence with `sample`, in schedule order.
+
+    That is one `SampledToken`, or several in order of position: those of its draft that were right, then one more.
+    """
 
     step: int
     sampled: tuple[SampledToken, ...]
@@ -109,3 +132,7 @@ class StepOutput:
     """For each of `block_loads` how many of its blocks were loaded, from the first."""
     move_seconds: float = 0.0
     """What saves and loads took, which the step's shape does not tell."""
+    drafts: tuple[DraftTokens, ...] = ()
+    """For the next step; of sequences with num_drafts_wanted, and no more tokens than that."""
+    draft_seconds: float = 0.0
+    """What proposing them took."""

@@ -2,6 +2,7 @@
 
 import pytest
 
+from kvarn.config import SpeculativeConfig
 from kvarn.engine import LLM
 from kvarn.request import SamplingParams
 
@@ -35,4 +36,18 @@ def test_the_same_answers_whoever_else_asks(smollm2_path):
     assert crowded == quiet
     squeezed, stats = answers(smollm2_path, num_blocks=24, max_num_batched_tokens=24, max_num_seqs=12)
     assert stats.preemptions > 0
+    assert squeezed == quiet
+
+
+@pytest.mark.e2e
+def test_the_same_answers_with_tokens_guessed_ahead(smollm2_path):
+    quiet, _ = answers(smollm2_path, one_by_one=True, num_blocks=64)
+    for k in (4, None):
+        guessed, stats = answers(smollm2_path, num_blocks=512, speculative=SpeculativeConfig(k=k))
+        assert guessed == quiet
+        assert (stats.accepted_tokens > 0) or k is None
+    squeezed, stats = answers(
+        smollm2_path, num_blocks=24, max_num_batched_tokens=48, max_num_seqs=12, speculative=SpeculativeConfig(k=4)
+    )
+    assert stats.preemptions > 0 and stats.accepted_tokens > 0
     assert squeezed == quiet

@@ -10,12 +10,12 @@ from kvarn.backends import KvCacheSpec, StepLimits
 from kvarn.backends.checks import check_batch
 from kvarn.backends.reference import ReferenceBackend
 from kvarn.request import SamplingParams
-from kvarn.runner import BatchBuilder, BlockFile, Runner
+from kvarn.runner import BatchBuilder, BlockFile, NullDrafter, Proposal, Runner
 from kvarn.sampling import NativeSampler
-from kvarn.step import BlockLoad, BlockSave, NewSequence, ScheduledSequence, SchedulerOutput
+from kvarn.step import BlockLoad, BlockSave, DraftTokens, NewSequence, ScheduledSequence, SchedulerOutput
 
 BLOCK = 16
-LIMITS = StepLimits(max_num_tokens=64, max_num_sequences=6, max_model_len=128)
+LIMITS = StepLimits(max_num_tokens=64, max_num_sequences=6, max_model_len=128, max_num_drafts=20)
 KV = KvCacheSpec(num_blocks=40, block_size=BLOCK, dtype="float32")
 
 
@@ -28,11 +28,15 @@ def schedules(draw):
         count = draw(st.sampled_from([1, 1, 1, 2, 7, 20]))
         count = min(count, left - (LIMITS.max_num_sequences - sequence_id))
         start = draw(st.integers(0, 80))
-        needed = -(-(start + count) // BLOCK)
+        sample = draw(st.booleans())
+        drafts = draw(st.sampled_from([0, 0, 1, 5])) if sample else 0
+        drafts = min(drafts, left - count - (LIMITS.max_num_sequences - sequence_id))
+        needed = -(-(start + count + drafts) // BLOCK)
         table, blocks = tuple(blocks[:needed]), blocks[needed:]
-        tokens = tuple(draw(st.integers(0, 258)) for _ in range(count))
-        sequences.append(ScheduledSequence(sequence_id, tokens, start, table, draw(st.booleans())))
-        left -= count
+        tokens = tuple(draw(st.integers(0, 258)) for _ in range(count + drafts))
+        draft = tokens[count:]
+        sequences.append(ScheduledSequence(sequence_id, tokens[:count], start, table, sample, draft))
+        left -= count + drafts
         if len(blocks) < 8:
             break
     return sequences
@@ -46,15 +50,16 @@ def test_batches_say_what_was_scheduled(steps):
     for sequences in steps:
         batch = builder.build(sequences)
         check_batch(batch, program, KV, LIMITS)
-        rows = [(s, i) for s in sequences for i in range(len(s.token_ids))]
-        assert batch.token_ids.tolist() == [s.token_ids[i] for s, i in rows]
+        rows = [(s, i) for s in sequences for i in range(s.num_rows)]
+        assert batch.token_ids.tolist() == [(s.token_ids + s.draft)[i] for s, i in rows]
         assert batch.positions.tolist() == [s.start + i for s, i in rows]
         slots = [s.block_table[(s.start + i) // BLOCK] * BLOCK + (s.start + i) % BLOCK for s, i in rows]
         assert batch.slot_mapping.tolist() == slots
-        assert batch.seq_lens.tolist() == [s.end for s in sequences]
-        ends = np.cumsum([len(s.token_ids) for s in sequences]).tolist()
+        assert batch.seq_lens.tolist() == [s.end + len(s.draft) for s in sequences]
+        ends = np.cumsum([s.num_rows for s in sequences]).tolist()
         assert batch.query_start.tolist() == [0, *ends]
-        assert batch.output_rows.tolist() == [end - 1 for end, s in zip(ends, sequences, strict=True) if s.sample]
+        wanted = [row for row, (s, i) in enumerate(rows) if s.sample and i >= len(s.token_ids) - 1]
+        assert batch.output_rows.tolist() == wanted
         for row, s in zip(batch.block_tables, sequences, strict=True):
             assert row.tolist() == [*s.block_table, *([-1] * (len(row) - len(s.block_table)))]
         types = {name: getattr(batch, name).dtype for name in batch.__slots__}
@@ -63,10 +68,10 @@ def test_batches_say_what_was_scheduled(steps):
         assert all(getattr(batch, name).flags.c_contiguous for name in batch.__slots__)
 
 
-def make_runner():
+def make_runner(drafter=None):
     model = shared_model("llama", 0)
     executable = ReferenceBackend().load(model.program, model.weights, KV, LIMITS)
-    return Runner(executable, NativeSampler(259), LIMITS, BLOCK)
+    return Runner(executable, NativeSampler(259), LIMITS, BLOCK, drafter=drafter)
 
 
 def new(sequence_id):
@@ -100,6 +105,46 @@ def test_blocks_are_copied_before_the_step():
     (expected,) = runner.execute(SchedulerOutput(2, (there,))).sampled
     (token,) = runner.execute(SchedulerOutput(3, (copied,), block_copies=((3, 9),))).sampled
     assert token == expected
+
+
+class Drawing(NullDrafter):
+    """Proposes the same tokens for sequence 0 in every step, said to be drawn from a distribution."""
+
+    buffers = ("x",)
+
+    def __init__(self, draft, q):
+        self.draft, self.q = draft, q
+        self.seen = []
+
+    def propose(self, scheduled, sampled, values):
+        self.seen.append((scheduled.num_tokens, [t.token_id for t in sampled], values["x"].shape[0]))
+        return [Proposal(0, self.draft, self.q)]
+
+
+def test_a_drawn_draft_is_verified_with_what_it_was_drawn_from():
+    """A draft that its drafter was sure of, and the model is not, is rejected; the other way round it is accepted."""
+    runner = make_runner()
+    logits = {}
+    for sure, accepted in ((1.0, False), (1e-6, True)):
+        q = np.zeros((3, 259), np.float32)
+        q[:, 7] = sure
+        drafter = Drawing((7, 7, 7), q)
+        runner = make_runner(drafter)
+        sampling = SamplingParams(temperature=1.0, seed=1, logprobs=0)
+        first = runner.execute(
+            SchedulerOutput(
+                1, (ScheduledSequence(0, (1, 2), 0, (3,), True, num_drafts_wanted=3),),
+                new=(NewSequence(0, (1, 2), sampling, seed=1, stream=0),),
+            )
+        )  # fmt: skip
+        assert first.drafts == (DraftTokens(0, (7, 7, 7)),)
+        part = ScheduledSequence(0, (first.sampled[0].token_id,), 2, (3,), True, draft=(7, 7))
+        second = runner.execute(SchedulerOutput(2, (part,)))
+        ids = [t.token_id for t in second.sampled]
+        assert (ids[:2] == [7, 7]) == accepted
+        assert drafter.seen == [(2, [first.sampled[0].token_id], 2), (3, ids, 3)]
+        logits[sure] = ids
+    assert 7 not in logits[1.0], "what is rejected is not drawn in its own place: all of q was on it"
 
 
 def test_reset_forgets_and_tries_the_program():

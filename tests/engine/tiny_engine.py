@@ -11,6 +11,7 @@ from kvarn.request import Request, RequestOutput, SamplingParams
 from kvarn.runner import Runner
 from kvarn.sampling import NativeSampler
 from kvarn.scheduler import MeasuredCost, make_scheduler
+from kvarn.spec import make_drafter
 from kvarn.step import SampledToken
 from kvarn.tensors import DType
 from kvarn.testing import byte_tokenizer, tiny_model
@@ -40,6 +41,7 @@ def tiny_engine(
     identity="",
     on_plan=lambda plan: None,
     observer=None,
+    speculative=None,
     **cache,
 ):
     """cache: more of `CacheConfig`; scheduling: of `SchedulerConfig`; identity and what follows: of `build_engine`."""
@@ -49,6 +51,7 @@ def tiny_engine(
         threads=threads,
         cache=CacheConfig(block_size=block_size, num_blocks=num_blocks, dtype=dtype, **cache),
         scheduler=SchedulerConfig(max_num_seqs, max_num_batched_tokens, max_num_queued_requests, **(scheduling or {})),
+        speculative=speculative,
     )
     model = shared_model(family, seed)
     return build_engine(
@@ -103,6 +106,8 @@ def handmade_engine(
     cost=None,
     observer=None,
     clock=time.perf_counter,
+    speculative=None,
+    wrap_drafter=lambda d: d,
     **scheduling,
 ) -> LoadedEngine:
     """An engine put together part by part, so that a test can get between them. scheduling: of `SchedulerConfig`."""
@@ -112,21 +117,24 @@ def handmade_engine(
         backend=backend,
         cache=CacheConfig(block_size=block_size, num_blocks=num_blocks, dtype=dtype),
         scheduler=SchedulerConfig(max_num_seqs, max_num_batched_tokens, max_num_queued_requests, **scheduling),
+        speculative=speculative,
     )
     cost = cost or MeasuredCost()
-    limits = StepLimits(max_num_batched_tokens, max_num_seqs, max_model_len)
+    limits = StepLimits(max_num_batched_tokens, max_num_seqs, max_model_len, config.max_step_drafts)
     executable = make_backend(backend, threads).load(
         model.program, model.weights, KvCacheSpec(num_blocks, block_size, dtype), limits
     )
     sampler = wrap_sampler(NativeSampler(model.program.vocab_size))
-    runner = Runner(wrap_executable(executable), sampler, limits, block_size)
+    drafter = wrap_drafter(make_drafter(speculative))
+    runner = Runner(wrap_executable(executable), sampler, limits, block_size, drafter=drafter)
 
     def new_scheduler():
         pool = BlockPool(num_blocks, block_size)
         prefixes = RadixPrefixCache(pool) if prefix_caching else NullPrefixCache()
         return make_scheduler(
-            config.scheduler, pool, max_model_len, cost, eos_token_ids=(EOS,), prefix_cache=prefixes, observer=observer
-        )
+            config.scheduler, pool, max_model_len, cost, eos_token_ids=(EOS,), prefix_cache=prefixes, observer=observer,
+            speculative=speculative,
+        )  # fmt: skip
 
     tokenizer = tokenizer or byte_tokenizer()
     vocab_size = model.program.vocab_size
@@ -163,6 +171,16 @@ class Script(Wrapper):
             token = self.tokens[stream % len(self.tokens)][position - prompt]
             sampled.append(SampledToken(drawn.sequence_id, token, drawn.logprob))
         return sampled
+
+    def verify(self, logits, sequence_ids, positions, drafts, masks=None):
+        tokens, row = [], 0
+        for sequence_id, position, draft in zip(sequence_ids, positions, drafts, strict=True):
+            for place, guess in enumerate((*draft.token_ids, None)):
+                tokens += self.sample(logits[row + place : row + place + 1], [sequence_id], [position + place])
+                if tokens[-1].token_id != guess:
+                    break
+            row += 1 + len(draft.token_ids)
+        return tokens
 
 
 class RecordingSampler(Wrapper):

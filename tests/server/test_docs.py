@@ -1,5 +1,6 @@
 """docs/server.md is true of the code: its routes, parameters, limits and metrics are the server's."""
 
+import dataclasses
 import inspect
 import re
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 
 from kvarn import request
 from kvarn.cli import serve as command
+from kvarn.config import SpeculativeConfig
 from kvarn.engine import EngineStats
 from kvarn.server import create_app, errors
 from kvarn.server.metrics import EngineCollector
@@ -60,6 +62,12 @@ def test_codes_of_errors():
     for file in folder.rglob("*.py"):
         real |= set(re.findall(r'code="([a-z_]+)"', file.read_text()))
     assert told == real
+
+
+def test_settings_of_speculation():
+    table = PAGE[PAGE.index("## Speculative decoding") : PAGE.index("It pays where")]
+    told = set(re.findall(r"`([a-z_]+)`", "\n".join(line.split("|")[1] for line in table.splitlines() if "|" in line)))
+    assert told == {field.name for field in dataclasses.fields(SpeculativeConfig)}
 
 
 def test_limits():

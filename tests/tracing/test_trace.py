@@ -9,6 +9,7 @@ from tiny_engine import handmade_engine, request, run_core, tiny_engine, tokens_
 from typer.testing import CliRunner
 
 from kvarn.cli.app import app
+from kvarn.config import SpeculativeConfig
 from kvarn.errors import ConfigError
 from kvarn.runner import MoveSeconds
 from kvarn.tracing import TraceRecorder, read_trace, write_trace
@@ -246,6 +247,24 @@ def test_loads_from_the_second_tier_are_told(tmp_path, monkeypatch):
     assert "its blocks were being read from the second tier" in story
     assert "80 tokens were read from the second tier into the cache" in story
     assert "80 tokens were found in the cache" in story
+
+
+def test_what_was_guessed_ahead_is_told(tmp_path):
+    text = "the cat sat on the mat. the cat sat on the mat. the cat"
+    recorder, _, stats = recorded([request("r", text, max_tokens=40)], speculative=SpeculativeConfig(k=4))
+    write_trace(tmp_path / "t.json", recorder)
+    history = read_trace(tmp_path / "t.json")
+    shares = history.lives[0].shares
+    assert sum(share.drafted for share in shares) == stats.draft_tokens > 0
+    assert sum(share.accepted for share in shares) == stats.accepted_tokens > 0
+    assert sum(share.sampled + share.accepted for share in shares) == 40
+    sampled = sum(share.sampled for share in shares)
+    story = explain(history, "r")
+    assert "last of 40 tokens" in story
+    assert f"{stats.draft_tokens} tokens were guessed ahead, {stats.accepted_tokens} of them right" in story
+    assert f"{sampled} steps instead of 40" in story
+    assert f"{stats.draft_tokens} tokens guessed ahead, " in summary(history)
+    assert "40 sampled" in summary(history)
 
 
 def test_why_it_waited_is_counted_in_steps(tmp_path):

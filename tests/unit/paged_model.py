@@ -7,7 +7,7 @@ block that was computed after other tokens or a wrong table is found.
 
 from collections.abc import Iterable, Sequence
 
-from kvarn.step import BlockLoad, SampledToken, SchedulerOutput, StepOutput
+from kvarn.step import BlockLoad, DraftTokens, SampledToken, SchedulerOutput, StepOutput
 
 VOCAB = 50
 
@@ -30,6 +30,10 @@ def expected_tokens(
 
 class PagedModel:
     """Executes steps over real block tables, and checks what a runner may rely on."""
+
+    def guess(self, token_ids: list[int], stream: int, most: int) -> tuple[int, ...]:
+        """A draft of what follows these tokens. Tests put something else here."""
+        return ()
 
     def __init__(self, num_blocks: int, block_size: int, *, max_tokens: int, max_seqs: int) -> None:
         self.slots: list[list[tuple[int, int] | None]] = [[None] * block_size for _ in range(num_blocks)]
@@ -57,19 +61,27 @@ class PagedModel:
         written: set[tuple[int, int]] = set()
         for part in step.sequences:
             assert part.token_ids, "scheduled with nothing to compute"
-            for position, token in enumerate(part.token_ids, part.start):
+            assert part.sample or not part.draft
+            for position, token in enumerate(part.token_ids + part.draft, part.start):
                 block, offset = self._slot(part.block_table, position)
                 assert (block, offset) not in written, "two sequences write one slot"
                 written.add((block, offset))
                 self.slots[block][offset] = token, self._history(part.block_table, position)
+        sampled, drafts = [], []
+        for part in step.sequences:
+            if not part.sample:
+                continue
+            known, stream = self._read(part), self.streams[part.sequence_id]
+            for guess in (*part.draft, None):
+                known.append(next_token(known, stream))
+                sampled.append(SampledToken(part.sequence_id, known[-1]))
+                if known[-1] != guess:
+                    break
+            draft = self.guess(known, stream, part.num_drafts_wanted)
+            if draft:
+                drafts.append(DraftTokens(part.sequence_id, draft))
         return StepOutput(
-            step.step,
-            tuple(
-                SampledToken(part.sequence_id, next_token(self._read(part), self.streams[part.sequence_id]))
-                for part in step.sequences
-                if part.sample
-            ),
-            loaded,
+            step.step, tuple(sampled), loaded, drafts=tuple(drafts)
         )
 
     def _load(self, load: BlockLoad) -> int:
@@ -91,11 +103,12 @@ class PagedModel:
         return hash(self.slots[block][offset])
 
     def _read(self, part) -> list[int]:
+        """The known tokens. Also looks at what was written for the draft."""
         tokens = []
-        for position in range(part.end):
+        for position in range(part.end + len(part.draft)):
             block, offset = self._slot(part.block_table, position)
             kv = self.slots[block][offset]
             assert kv is not None, "attention reads a slot that nobody wrote"
             assert kv[1] == self._history(part.block_table, position), "attention reads KV of another text"
             tokens.append(kv[0])
-        return tokens
+        return tokens[: part.end]

@@ -1,9 +1,11 @@
 """Whatever comes in whatever order: no block is lost, every limit holds, and everybody says what they say alone."""
 
+import random
+
 import hypothesis.strategies as st
 import pytest
 from hypothesis.stateful import initialize, invariant, precondition, rule
-from paged_model import VOCAB, PagedModel, expected_tokens
+from paged_model import VOCAB, PagedModel, expected_tokens, next_token
 from state_machines import SHARE, CountedMachine, run_machine
 from virtual_time import LinearCost
 
@@ -12,13 +14,17 @@ from kvarn.config import SchedulerConfig
 from kvarn.errors import QueueFullError, RequestError
 from kvarn.request import FinishReason, Request, SamplingParams
 from kvarn.scheduler import (
+    AutoSpeculation,
     ConstantBudget,
     FairShare,
     FirstComeFirstServed,
+    FixedSpeculation,
     ItlBudget,
     MoveCost,
+    NoSpeculation,
     PriorityClasses,
     Scheduler,
+    StepShape,
 )
 from kvarn.scheduler.policy import order_key
 
@@ -34,6 +40,7 @@ class SchedulerMachine(CountedMachine):
     tier_slots = 0
     policy = FirstComeFirstServed
     budget = ConstantBudget
+    speculation = NoSpeculation
 
     @initialize(
         blocks=st.integers(4, 24), seqs=st.integers(1, 6), spare_tokens=st.integers(0, 20), queue=st.integers(1, 6)
@@ -51,8 +58,8 @@ class SchedulerMachine(CountedMachine):
         moves = MoveCost(BLOCK, block_seconds / 2, block_seconds / 2, self.cost)
         self.scheduler = Scheduler(
             config, self.pool, 60, eos_token_ids=ENDS, policy=self.policy(), budget=self.budget(tokens),
-            prefix_cache=self.cache, moves=moves,
-        )
+            prefix_cache=self.cache, moves=moves, speculation=self.speculation(), max_step_drafts=9,
+        )  # fmt: skip
         self.sequences = []
         self.said = {}
         self.number = 0
@@ -152,7 +159,9 @@ class SchedulerMachine(CountedMachine):
     def book(self, scheduled):
         """What the step is and reads is checked by the model: its budget, and that blocks hold what they should."""
         self.check_hits(scheduled)
-        for sequence, token in self.scheduler.update(scheduled, self.model.execute(scheduled)):
+        result = self.model.execute(scheduled)
+        self.note_accepted(scheduled, result)
+        for sequence, token in self.scheduler.update(scheduled, result):
             self.said[sequence.sequence_id].append(token.token_id)
         self.unchecked = True
         self.books_agree()
@@ -160,10 +169,14 @@ class SchedulerMachine(CountedMachine):
     @invariant()
     def books_agree(self):
         """No block is lost or owned twice, references are right, the tree is consistent, nobody is in no queue."""
-        if self.unchecked:
-            self.scheduler.check()
-            self.count_step()
-            self.unchecked = False
+        if not self.unchecked:
+            return
+        self.scheduler.check()
+        for sequence in self.sequences:
+            if sequence.sequence_id in self.scheduler.running_ids:
+                assert (len(sequence.table) - 1) * BLOCK < sequence.num_computed_tokens, "it has blocks for nothing"
+        self.count_step()
+        self.unchecked = False
 
     def check_hits(self, scheduled):
         """What a sequence starts from was computed by its own salt, or is in whole blocks of what is declared."""
@@ -179,6 +192,17 @@ class SchedulerMachine(CountedMachine):
         for part in scheduled.sequences:
             computed = self.computed.setdefault(by_id[part.sequence_id].request.tenant, set())
             computed.update(tokens[part.sequence_id][:end] for end in range(part.start + 1, part.end + 1))
+
+    def note_accepted(self, scheduled, result):
+        """What was guessed right was computed, too."""
+        by_id = {s.sequence_id: s for s in self.sequences}
+        for part in scheduled.sequences:
+            accepted = sum(token.sequence_id == part.sequence_id for token in result.sampled) - 1
+            sequence = by_id[part.sequence_id]
+            if part.draft and not sequence.finished:
+                text = (*sequence.token_ids, *part.draft[:accepted])
+                ends = range(len(sequence.token_ids) + 1, len(text) + 1)
+                self.computed[sequence.request.tenant].update(text[:end] for end in ends)
 
     def teardown(self):
         if not hasattr(self, "scheduler"):
@@ -286,8 +310,61 @@ class WithTargets(WithTenants):
         return ItlBudget(tokens, 1e-9, LinearCost())
 
 
+class WithDrafts(WithTenants):
+    """Tokens are guessed, and some guesses are right."""
+
+    @staticmethod
+    def speculation():
+        return FixedSpeculation(5)
+
+    @initialize(seed=st.integers(0, 2**32))
+    def guess(self, seed):
+        self.rng = random.Random(seed)
+
+    def book(self, scheduled):
+        self.model.guess = self.draft
+        drafts = sum(len(part.draft) for part in scheduled.sequences)
+        assert drafts <= 9
+        for part in scheduled.sequences:
+            assert part.num_drafts_wanted <= 5
+        super().book(scheduled)
+        self.scheduler.drafting.control.timed(StepShape.of(scheduled), self.rng.choice([0.001, 0.1]))
+
+    def draft(self, token_ids, stream, most):
+        """Right up to a random place."""
+        text = list(token_ids)
+        for _ in range(self.rng.randint(0, most)):
+            text.append(next_token(text, stream) if self.rng.random() < 0.8 else self.rng.randrange(VOCAB))
+        return tuple(text[len(token_ids) :])
+
+    def teardown(self):
+        super().teardown()
+        if hasattr(self, "scheduler"):
+            counts = self.scheduler.drafting.counts
+            accepted, drafted = (
+                sum(getattr(s, name) for s in self.sequences) for name in ("num_accepted_tokens", "num_draft_tokens")
+            )
+            assert counts.accepted_tokens == sum(counts.by_position) == accepted <= counts.draft_tokens == drafted
+
+
+class WithChosenDrafts(WithDrafts):
+    """As many are verified as seem to pay."""
+
+    @staticmethod
+    def speculation():
+        return AutoSpeculation(5, LinearCost())
+
+
+class WithDraftsAndTargets(WithDrafts, WithTargets):
+    """And steps are to take no longer than some tokens do."""
+
+    @staticmethod
+    def budget(tokens):
+        return ItlBudget(tokens, 0.012, LinearCost())
+
+
 MACHINES = [SchedulerMachine, WithPrefixCache, WithSharedPrefixes, WithSecondTier, WithAnotherPolicy, WithPriorities,
-            WithTenants, WithTargets]  # fmt: skip
+            WithTenants, WithTargets, WithDrafts, WithChosenDrafts, WithDraftsAndTargets]  # fmt: skip
 
 
 @pytest.mark.parametrize("machine", MACHINES)

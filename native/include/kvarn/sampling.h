@@ -36,23 +36,40 @@ struct Sample {
     Logprobs logprobs;
 };
 
-// One uniform double in [0, 1): Philox4x32-10 (Salmon et al. 2011) of the counter (position, stream) under key `seed`.
-double uniform(uint64_t seed, uint32_t stream, uint64_t position);
+// What a random number is for: to draw a token; a draft's token; whether a draft is accepted; a token in its place.
+enum class Use : uint32_t { Token, Draft, Accept, Residual };
+
+// One uniform double in [0, 1): Philox4x32-10 (Salmon et al. 2011) of the counter (position, stream, use) under key
+// `seed`.
+double uniform(uint64_t seed, uint32_t stream, uint64_t position, Use use = Use::Token);
 void philox4x32(uint32_t counter[4], uint32_t key0, uint32_t key1);
+
+// One row of logits and what is known of its token. mask: ceil(vocab / 32) words, bit i of word w set: token 32 w + i is
+// allowed; null: all are. draft: a guess of the token, -1: none. q: float[vocab], what the guess was drawn from; null:
+// it was not drawn, and does not matter to the choice.
+struct Row {
+    const float *logits;
+    size_t vocab;
+    uint64_t position;
+    const uint32_t *mask = nullptr;
+    int32_t draft = -1;
+    const float *q = nullptr;
+};
 
 // The state of one sequence: its parameters and which tokens it has seen.
 class SequenceSampler {
   public:
     SequenceSampler(SamplingParameters parameters, const int32_t *prompt, size_t prompt_size);
 
-    // Chooses the token for `position` from logits[vocab], and takes it into the state.
+    // Chooses the row's token, and takes it into the state.
     // Returns false where the logits hold NaN, +inf, or nothing finite; the state is unchanged then.
-    bool sample(const float *logits, size_t vocab, uint64_t position, std::vector<float> &scratch, Sample &out);
+    bool sample(const Row &row, std::vector<float> &scratch, Sample &out);
 
   private:
+    int32_t choose(const Row &row, float *weights) const;
     bool adjusts() const;
     bool penalizes() const;
-    void adjust(float *logits, size_t vocab) const;
+    void adjust(float *logits, size_t vocab, const uint32_t *mask) const;
 
     SamplingParameters parameters_;
     std::unordered_map<int32_t, int32_t> output_counts_;  // kept only where a penalty needs them

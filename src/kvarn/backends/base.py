@@ -88,6 +88,13 @@ class StepLimits:
     max_num_tokens: int
     max_num_sequences: int
     max_model_len: int
+    max_num_drafts: int = 0
+    """Rows with logits that a step may have beside one for each sequence."""
+
+    @property
+    def max_num_outputs(self) -> int:
+        """Rows with logits in a step at most."""
+        return min(self.max_num_tokens, self.max_num_sequences + self.max_num_drafts)
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,7 @@ from kvarn.cli.options import (
     sampling_params,
     within,
 )
+from kvarn.cli.speculative import Speculative, speculative_config
 from kvarn.errors import RequestError
 
 EPILOG = """\b
@@ -49,6 +50,7 @@ def command(
     threads: Threads = 0,
     max_model_len: MaxModelLen = None,
     packed_cache_bytes: PackedCacheBytes = None,
+    speculative: Speculative = None,
 ) -> None:
     """Talk with a model in the terminal."""
     sampling = sampling_params(max_tokens, temperature, top_p, top_k, min_p, seed)
@@ -58,6 +60,7 @@ def command(
         max_model_len=max_model_len,
         max_num_seqs=1,
         packed_cache_bytes=packed_cache_bytes,
+        speculative=speculative_config(speculative),
         quiet=False,
     )
     opening = [{"role": "system", "content": system}] if system else []

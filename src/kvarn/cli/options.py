@@ -14,6 +14,7 @@ from kvarn.errors import ConfigError
 from kvarn.request import SamplingParams
 
 if TYPE_CHECKING:
+    from kvarn.config import SpeculativeConfig
     from kvarn.engine import LLM
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
@@ -96,6 +97,7 @@ def load_llm(
     quiet: bool,
     packed_cache_bytes: int | None = None,
     backend: str = "cpu",
+    speculative: SpeculativeConfig | None = None,
 ) -> LLM:
     """Pulls the model where needed (with a progress bar on a terminal) and loads it."""
     from kvarn.cli.progress import resolve_with_progress
@@ -109,6 +111,7 @@ def load_llm(
         scheduler=SchedulerConfig(max_num_seqs=max_num_seqs),
         backend=backend,
         packed_cache_bytes=packed_cache_bytes,
+        speculative=speculative,
     )
     # A vocabulary is some 100,000 objects that live to the end: collections while they are made find nothing.
     gc.disable()

@@ -26,6 +26,7 @@ from kvarn.cli.options import (
     sampling_params,
     within,
 )
+from kvarn.cli.speculative import Speculative, speculative_config
 
 if TYPE_CHECKING:
     from kvarn.engine import LLM
@@ -62,6 +63,7 @@ def command(
     threads: Threads = 0,
     max_model_len: MaxModelLen = None,
     packed_cache_bytes: PackedCacheBytes = None,
+    speculative: Speculative = None,
     stats: Annotated[bool, typer.Option("--stats", help="Say afterwards where the time went (on stderr).")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of streaming text.")] = False,
 ) -> None:
@@ -76,6 +78,7 @@ def command(
         max_model_len=max_model_len,
         max_num_seqs=1,
         packed_cache_bytes=packed_cache_bytes,
+        speculative=speculative_config(speculative),
         quiet=as_json,
     )
     loaded = time.perf_counter()

@@ -23,6 +23,7 @@ from kvarn.cli.options import (
     read_text,
     size_option,
 )
+from kvarn.cli.speculative import Speculative, speculative_config
 
 if TYPE_CHECKING:
     from kvarn.engine import AsyncLLM
@@ -34,6 +35,7 @@ Examples:
   kvarn serve
   kvarn serve qwen2.5-coder-0.5b-instruct --port 9000 --max-num-seqs 16
   kvarn serve model.gguf --max-model-len 4096 --kv-cache-bytes 2GiB
+  kvarn serve --speculative 'method=ngram,k=auto'
   kvarn serve --host 0.0.0.0 --policy fair --api-key KEY-OF-ANN --api-key KEY-OF-BOB --itl-target-ms 50
 \b
 Ask it:
@@ -111,6 +113,7 @@ def command(
     memory_utilization: MemoryUtilization = 0.8,
     threads: Threads = 0,
     packed_cache_bytes: PackedCacheBytes = None,
+    speculative: Speculative = None,
     trace_file: Annotated[
         Path | None,
         typer.Option(help="Record what the engine does, and write the last steps here at the end (see `kvarn trace`)."),
@@ -128,6 +131,7 @@ def command(
         max_model_len=max_model_len,
         threads=threads,
         packed_cache_bytes=packed_cache_bytes,
+        speculative=speculative_config(speculative),
         cache=CacheConfig(
             dtype=kv_cache_dtype,
             kv_cache_bytes=optional_size("kv-cache-bytes", kv_cache_bytes),

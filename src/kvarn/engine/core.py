@@ -7,11 +7,12 @@ import secrets
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from itertools import zip_longest
 
-from kvarn.engine.events import EngineStats, Event, RequestFailed
+from kvarn.engine.events import EngineStats, Event, RequestFailed, join_parts
 from kvarn.engine.output import RequestText
 from kvarn.errors import EngineError, RequestError
-from kvarn.request import FinishReason, Request, RequestOutput, SequenceOutput
+from kvarn.request import Request, RequestOutput, SequenceOutput
 from kvarn.runner import Runner
 from kvarn.scheduler import MeasuredCost, NullObserver, Observer, Scheduler, Sequence, StepShape, StepTimes
 from kvarn.step import SampledToken, SchedulerOutput, StepOutput
@@ -34,11 +35,23 @@ class _Counters:
     evicted_tokens: int = 0
     saved_tokens: int = 0
     loaded_tokens: int = 0
+    drafts: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
+    accepted_by_position: tuple[int, ...] = ()
+    draft_seconds: float = 0.0
 
     def plus(self, scheduler: Scheduler) -> _Counters:
         """With what the scheduler has counted."""
+        drafted = scheduler.drafting.counts
+        by_position = zip_longest(self.accepted_by_position, drafted.by_position, fillvalue=0)
         return replace(
             self,
+            drafts=self.drafts + drafted.drafts,
+            draft_tokens=self.draft_tokens + drafted.draft_tokens,
+            accepted_tokens=self.accepted_tokens + drafted.accepted_tokens,
+            accepted_by_position=tuple(map(sum, by_position)),
+            draft_seconds=self.draft_seconds + drafted.seconds,
             preemptions=self.preemptions + scheduler.num_preemptions,
             prefix_queries=self.prefix_queries + scheduler.reuse.num_queries,
             prefix_hits=self.prefix_hits + scheduler.reuse.num_hits,
@@ -77,6 +90,7 @@ class EngineCore:
         self._new_scheduler = new_scheduler
         self._scheduler = new_scheduler()
         self._limits, self._check_order = self._scheduler.limits, self._scheduler.policy.check
+        self._check_drafts = self._scheduler.drafting.control.check
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._texts: dict[str, RequestText] = {}
@@ -90,6 +104,7 @@ class EngineCore:
         """Raises RequestError, naming field and limit, for a request this engine can never run. Any thread may call."""
         self._limits.check(request)
         self._check_order(request)
+        self._check_drafts(request)
         sampling = request.sampling
         for field, ids in (
             ("prompt", request.prompt_token_ids),
@@ -132,30 +147,32 @@ class EngineCore:
         executed = self._clock()
         events = self._book(scheduled, result)
         times = StepTimes(began, decided, executed, self._clock())
-        self._cost.observe(StepShape.of(scheduled), times.ended - times.began - result.move_seconds)
+        shape, seconds = StepShape.of(scheduled), times.ended - times.began - result.move_seconds
+        self._cost.observe(shape, seconds)
+        self._scheduler.drafting.control.timed(shape, seconds)
         self._observer.stepped(scheduled, times)
         return events
 
     def _book(self, scheduled: SchedulerOutput, result: StepOutput) -> list[Event]:
         """What each request gained by a step."""
-        sampled = self._scheduler.update(scheduled, result)
-        self._count(sampled)
         parts: dict[str, list[SequenceOutput]] = {}
         failed: list[Event] = []
-        for sequence, token in sampled:
+
+        def stops(sequence: Sequence, token: SampledToken) -> str | int | None:
             request_id = sequence.request.request_id
             text = self._texts.get(request_id)
             if text is None:
-                continue
+                return None
             try:
                 output = text.append(sequence, token)
             except Exception:
                 failed.append(self._fail_one(request_id))
-                continue
+                return None
             parts.setdefault(request_id, []).append(output)
-            if output.finish_reason is FinishReason.STOP:
-                self._scheduler.finish(sequence.sequence_id, FinishReason.STOP, output.stop_reason)
-        return failed + [self._message(i, tuple(outputs)) for i, outputs in parts.items() if i in self._texts]
+            return output.stop_reason
+
+        self._count(self._scheduler.update(scheduled, result, stops))
+        return failed + [self._message(i, outputs) for i, outputs in parts.items() if i in self._texts]
 
     def stats(self) -> EngineStats:
         """A snapshot."""
@@ -196,11 +213,11 @@ class EngineCore:
             except Exception:
                 logger.exception("the prefix cache could not be saved")
 
-    def _message(self, request_id: str, outputs: tuple[SequenceOutput, ...]) -> RequestOutput:
+    def _message(self, request_id: str, outputs: list[SequenceOutput]) -> RequestOutput:
         text = self._texts[request_id]
         if text.finished:
             del self._texts[request_id]
-        return text.output(outputs)
+        return text.output(tuple(outputs) if len(outputs) == 1 else join_parts(outputs))
 
     def _fail_one(self, request_id: str) -> RequestFailed:
         """Ends a request whose text could not be made; the others go on."""

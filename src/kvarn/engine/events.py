@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from kvarn.errors import KvarnError, OverloadError
 from kvarn.request import RequestOutput, SequenceOutput
@@ -52,8 +52,38 @@ class EngineStats:
     """Tokens whose KV was saved to the second tier."""
     loaded_tokens: int = 0
     """Those of the hits whose KV was loaded from it."""
+    drafts: int = 0
+    """Drafts that were verified: one a sequence and step at most."""
+    draft_tokens: int = 0
+    """Their tokens."""
+    accepted_tokens: int = 0
+    """Those of them that became output."""
+    accepted_by_position: tuple[int, ...] = ()
+    """The same by their place in the draft, the first at 0."""
+    draft_seconds: float = 0.0
+    """Spent on proposing drafts."""
     rejections: Mapping[str, int] = field(default_factory=lambda: dict.fromkeys(OverloadError.REASONS, 0))
     """Requests that were refused because there was too much to do, by `OverloadError.reason`."""
+
+
+def join_parts(parts: Sequence[SequenceOutput]) -> tuple[SequenceOutput, ...]:
+    """Consecutive gains of sequences, each sequence's as one."""
+    by_index: dict[int, list[SequenceOutput]] = {}
+    for part in parts:
+        by_index.setdefault(part.index, []).append(part)
+    if len(by_index) == len(parts):
+        return tuple(parts)
+    return tuple(
+        SequenceOutput(
+            index=index,
+            token_ids=tuple(token for part in own for token in part.token_ids),
+            text="".join(part.text for part in own),
+            logprobs=tuple(logprob for part in own for logprob in part.logprobs),
+            finish_reason=own[-1].finish_reason,
+            stop_reason=own[-1].stop_reason,
+        )
+        for index, own in by_index.items()
+    )
 
 
 def merge_outputs(outputs: Sequence[RequestOutput]) -> RequestOutput:
@@ -61,19 +91,5 @@ def merge_outputs(outputs: Sequence[RequestOutput]) -> RequestOutput:
     last = outputs[-1]
     if len(outputs) == 1:
         return last
-    by_index: dict[int, list[SequenceOutput]] = {}
-    for output in outputs:
-        for part in output.outputs:
-            by_index.setdefault(part.index, []).append(part)
-    merged = tuple(
-        SequenceOutput(
-            index=index,
-            token_ids=tuple(token for part in parts for token in part.token_ids),
-            text="".join(part.text for part in parts),
-            logprobs=tuple(logprob for part in parts for logprob in part.logprobs),
-            finish_reason=parts[-1].finish_reason,
-            stop_reason=parts[-1].stop_reason,
-        )
-        for index, parts in sorted(by_index.items())
-    )
-    return RequestOutput(last.request_id, merged, last.num_prompt_tokens, last.num_cached_tokens, last.finished)
+    merged = join_parts([part for output in outputs for part in output.outputs])
+    return replace(last, outputs=tuple(sorted(merged, key=lambda part: part.index)))

@@ -25,6 +25,7 @@ from kvarn.program import Program
 from kvarn.runner import MoveSeconds, Runner
 from kvarn.sampling import NativeSampler
 from kvarn.scheduler import MeasuredCost, MoveCost, Observer, Scheduler, make_scheduler
+from kvarn.spec import make_drafter
 from kvarn.tensors import TensorSource
 from kvarn.text import Tokenizer, load_tokenizer
 from kvarn.weights import ModelFiles, open_model, packed_cache
@@ -197,13 +198,14 @@ def build_engine(
         prefixes = RadixPrefixCache(pool, shared, tier.new_index()) if caching else NullPrefixCache()
         return make_scheduler(
             config.scheduler, pool, memory.max_model_len, cost,
-            eos_token_ids=ends, prefix_cache=prefixes, moves=moves, observer=observer,
+            eos_token_ids=ends, prefix_cache=prefixes, moves=moves, observer=observer, speculative=config.speculative,
         )  # fmt: skip
 
     sampler = NativeSampler(program.vocab_size)
     runner = Runner(
-        executable, sampler, memory.limits, memory.block_size, logits=program.output, block_file=tier.file
-    )
+        executable, sampler, memory.limits, memory.block_size, logits=program.output, block_file=tier.file,
+        drafter=make_drafter(config.speculative),
+    )  # fmt: skip
     core = EngineCore(
         runner, new_scheduler, tokenizer, program.vocab_size, cost=cost, observer=observer, on_close=on_close
     )

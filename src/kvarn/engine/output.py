@@ -15,7 +15,7 @@ class RequestText:
 
     def __init__(self, request: Request, sequences: ListOf[Sequence], tokenizer: Tokenizer) -> None:
         self.request = request
-        self._first = sequences[0]
+        self._sequences = sequences
         self._unfinished = {sequence.sequence_id: sequence for sequence in sequences}
         sampling = request.sampling
         self._detokenizers = {
@@ -73,5 +73,11 @@ class RequestText:
 
     def output(self, outputs: tuple[SequenceOutput, ...]) -> RequestOutput:
         """The message that carries these."""
-        prompt, cached = self._first.num_prompt_tokens, self._first.num_cached_tokens
-        return RequestOutput(self.request.request_id, outputs, prompt, cached, self.finished)
+        first, drafted, accepted = self._sequences[0], 0, 0
+        if self.finished:
+            drafted = sum(sequence.num_draft_tokens for sequence in self._sequences)
+            accepted = sum(sequence.num_accepted_tokens for sequence in self._sequences)
+        return RequestOutput(
+            self.request.request_id, outputs, first.num_prompt_tokens, first.num_cached_tokens, self.finished, drafted,
+            accepted,
+        )  # fmt: skip

@@ -40,6 +40,8 @@ class MemoryPlan:
     max_num_batched_tokens: int
     available: Available
     memory_utilization: float
+    max_step_drafts: int = 0
+    """Tokens that may be guessed ahead in a step: their logits are held."""
     offload_bytes: int = 0
     """Of the second tier's file: on disk, not in memory."""
     offload_index: int = 0
@@ -73,7 +75,7 @@ class MemoryPlan:
     @property
     def limits(self) -> StepLimits:
         """The largest step, as a back-end wants it."""
-        return StepLimits(self.max_num_batched_tokens, self.max_num_seqs, self.max_model_len)
+        return StepLimits(self.max_num_batched_tokens, self.max_num_seqs, self.max_model_len, self.max_step_drafts)
 
 
 def plan_memory(program: Program, uses: Uses, config: EngineConfig, available: Available) -> MemoryPlan:
@@ -128,13 +130,14 @@ class _Planner:
             max_num_batched_tokens=steps.max_num_batched_tokens,
             available=self._available,
             memory_utilization=config.cache.memory_utilization,
+            max_step_drafts=config.max_step_drafts,
             offload_bytes=config.cache.kv_offload_bytes,
             offload_index=self._offload_index,
         )
 
     def _limits(self, length: int, tokens: int | None = None) -> StepLimits:
-        steps = self._config.scheduler
-        return StepLimits(tokens or steps.max_num_batched_tokens, steps.max_num_seqs, length)
+        steps, drafts = self._config.scheduler, self._config.max_step_drafts
+        return StepLimits(tokens or steps.max_num_batched_tokens, steps.max_num_seqs, length, drafts)
 
     def _fixed(self, length: int, tokens: int | None = None) -> MemoryUse:
         """What is taken beside the cache; its `kv_cache` is of one block."""

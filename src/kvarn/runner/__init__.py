@@ -3,6 +3,9 @@
 from kvarn.runner.batch import BatchBuilder
 from kvarn.runner.block_file import BlockFile
 from kvarn.runner.block_mover import BlockMover, MoveSeconds, measure_move
+from kvarn.runner.drafter import Drafter, NullDrafter, Proposal
 from kvarn.runner.runner import Runner
 
-__all__ = ["BatchBuilder", "BlockFile", "BlockMover", "MoveSeconds", "Runner", "measure_move"]
+__all__ = [
+    "BatchBuilder", "BlockFile", "BlockMover", "Drafter", "MoveSeconds", "NullDrafter", "Proposal", "Runner", "measure_move",
+]  # fmt: skip

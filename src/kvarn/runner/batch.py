@@ -33,9 +33,13 @@ class BatchBuilder:
         self._arange = np.arange(tokens, dtype=np.int32)
 
     def build(self, sequences: Sequence[ScheduledSequence]) -> InputBatch:
-        """The batch of at least one sequence; output rows are the last rows of those with `sample`."""
+        """The batch of at least one sequence, each with its draft after its tokens.
+
+        Output rows are those of the last token and of the draft of each sequence with `sample`.
+        """
         count = len(sequences)
-        lengths = [len(s.token_ids) for s in sequences]
+        tokens = [s.token_ids if not s.draft else s.token_ids + s.draft for s in sequences]
+        lengths = [len(ids) for ids in tokens]
         starts, seq_lens, query_start = self._starts[:count], self._seq_lens[:count], self._query_start[: count + 1]
         starts[:] = [s.start for s in sequences]
         query_start[1:] = lengths
@@ -49,20 +53,25 @@ class BatchBuilder:
                 self._write_table(row, sequence.block_table)
         if total == count:
             owner = self._arange[:total]
-            token_ids[:] = [s.token_ids[0] for s in sequences]
+            token_ids[:] = [ids[0] for ids in tokens]
             positions[:] = starts
         else:
             owner = np.repeat(self._arange[:count], lengths)
-            token_ids[:] = [token for s in sequences for token in s.token_ids]
+            token_ids[:] = [token for ids in tokens for token in ids]
             np.add(self._arange[:total], (starts - query_start[:-1])[owner], out=positions)
         blocks, offsets = np.divmod(positions, self._block_size)
         slots = self._slots[:total]
         slots[:] = self._tables[owner, blocks]
         slots *= self._block_size
         slots += offsets
-        sampled = [row for row, s in enumerate(sequences) if s.sample]
-        output_rows = query_start[1:][sampled]
-        output_rows -= 1
+        if total > count and any(s.draft for s in sequences):
+            ends = zip(query_start[1:].tolist(), sequences, strict=True)
+            rows = [row for end, s in ends if s.sample for row in range(end - len(s.draft) - 1, end)]
+            output_rows = np.array(rows, np.int32)
+        else:
+            sampled = [row for row, s in enumerate(sequences) if s.sample]
+            output_rows = query_start[1:][sampled]
+            output_rows -= 1
         return InputBatch(token_ids, positions, slots, query_start, seq_lens, self._tables[:count], output_rows)
 
     def _write_table(self, row: int, table: tuple[int, ...]) -> None:

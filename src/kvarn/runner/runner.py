@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+
+import numpy as np
+from numpy.typing import NDArray
 
 from kvarn.backends import Executable, StepLimits
 from kvarn.runner.batch import BatchBuilder
 from kvarn.runner.block_file import BlockFile
 from kvarn.runner.block_mover import BlockMover
-from kvarn.sampling import Sampler
-from kvarn.step import SampledToken, ScheduledSequence, SchedulerOutput, StepOutput
+from kvarn.runner.drafter import Drafter, NullDrafter, Proposal
+from kvarn.sampling import Draft, Sampler
+from kvarn.step import DraftTokens, SampledToken, ScheduledSequence, SchedulerOutput, StepOutput
 
 
 class Runner:
@@ -27,44 +31,75 @@ class Runner:
         *,
         logits: str = "logits",
         block_file: BlockFile | None = None,
+        drafter: Drafter | None = None,
     ) -> None:
         """limits: those the executable was loaded with. logits: the program's output buffer.
 
         block_file: where blocks are saved and loaded, owned from now on; None: a step must not ask for that.
+        drafter: who proposes drafts; None: nobody.
         """
         self._blocks = BlockMover(executable, block_file)
         self._executable = executable
         self._sampler = sampler
+        self._drafter = drafter or NullDrafter()
+        self._drawn: dict[int, Proposal] = {}
+        """The last proposals that were drawn from probabilities, by sequence."""
         self._batches = BatchBuilder(limits, block_size)
         self._logits = logits
         self._known: set[int] = set()
 
     def execute(self, scheduled: SchedulerOutput) -> StepOutput:
-        """Runs a step: forgets who finished, moves blocks, runs the program, samples. A step may be empty."""
+        """Runs a step: forgets who finished, moves blocks, runs the program, samples, lets the next tokens be guessed.
+
+        A step may be empty.
+        """
         self._blocks.save(scheduled.block_saves)
         for sequence_id in scheduled.finished:
             self._known.discard(sequence_id)
             self._sampler.remove(sequence_id)
+            self._drafter.remove(sequence_id)
         for new in scheduled.new:
             self._sampler.add(new)
+            self._drafter.add(new)
             self._known.add(new.sequence_id)
         if scheduled.block_copies:
             self._executable.copy_blocks(scheduled.block_copies)
         loaded = self._blocks.load(scheduled.block_loads)
-        sampled = self._compute(scheduled.sequences) if scheduled.sequences else []
-        return StepOutput(scheduled.step, tuple(sampled), loaded, self._blocks.take_seconds())
+        if not scheduled.sequences:
+            return StepOutput(scheduled.step, (), loaded, self._blocks.take_seconds())
+        values = self._executable.execute(self._batches.build(scheduled.sequences), self._drafter.buffers)
+        sampled = self._sample(values[self._logits], [s for s in scheduled.sequences if s.sample])
+        started = time.perf_counter()
+        proposals = self._drafter.propose(scheduled, sampled, values)
+        self._drawn = {p.sequence_id: p for p in proposals if p.probabilities is not None}
+        drafts = tuple(DraftTokens(p.sequence_id, p.token_ids) for p in proposals if p.token_ids)
+        draft_seconds = time.perf_counter() - started if drafts else 0.0
+        return StepOutput(
+            scheduled.step, tuple(sampled), loaded, self._blocks.take_seconds(), drafts, draft_seconds
+        )
 
-    def _compute(self, sequences: Sequence[ScheduledSequence]) -> list[SampledToken]:
-        logits = self._executable.execute(self._batches.build(sequences))[self._logits]
-        rows = [s for s in sequences if s.sample]
-        if not rows:
+    def _sample(self, logits: NDArray[np.float32], parts: list[ScheduledSequence]) -> list[SampledToken]:
+        if not parts:
             return []
-        return self._sampler.sample(logits, [s.sequence_id for s in rows], [s.end for s in rows])
+        ids, positions = [s.sequence_id for s in parts], [s.end for s in parts]
+        if logits.shape[0] == len(parts):
+            return self._sampler.sample(logits, ids, positions)
+        return self._sampler.verify(logits, ids, positions, [self._draft(s) for s in parts])
+
+    def _draft(self, part: ScheduledSequence) -> Draft:
+        """The draft with the probabilities that it was drawn from, if it was."""
+        drawn = self._drawn.get(part.sequence_id)
+        count = len(part.draft)
+        if not count or drawn is None or drawn.probabilities is None:
+            return Draft(part.draft)
+        assert drawn.token_ids[:count] == part.draft, "a draft is a beginning of what was proposed last"
+        return Draft(part.draft, drawn.probabilities[:count])
 
     def reset(self) -> None:
         """Forgets all sequences, then runs one token to see that the program still runs. Raises what that raises."""
         for sequence_id in self._known:
             self._sampler.remove(sequence_id)
+            self._drafter.remove(sequence_id)
         self._known.clear()
         probe = ScheduledSequence(sequence_id=-1, token_ids=(0,), start=0, block_table=(0,), sample=True)
         self._executable.execute(self._batches.build((probe,)))

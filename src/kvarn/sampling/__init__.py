@@ -1,7 +1,7 @@
 """Logits to tokens: the rules (`ReferenceSampler`), and the native twin that serves (`NativeSampler`)."""
 
-from kvarn.sampling.base import Sampler
+from kvarn.sampling.base import Draft, Sampler, TokenMasks
 from kvarn.sampling.native import NativeSampler
 from kvarn.sampling.reference import ReferenceSampler
 
-__all__ = ["NativeSampler", "ReferenceSampler", "Sampler"]
+__all__ = ["Draft", "NativeSampler", "ReferenceSampler", "Sampler", "TokenMasks"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -11,6 +12,24 @@ from numpy.typing import NDArray
 from kvarn.errors import RequestError
 from kvarn.request import SamplingParams
 from kvarn.step import NewSequence, SampledToken
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TokenMasks:
+    """Which tokens the rows of some logits may become. bits: uint32[M, ceil(vocab / 32)], bit i of word w set: token
+    32 w + i is allowed. rows: int32[R], by row of the logits the row of `bits`; -1: all tokens are allowed."""
+
+    bits: NDArray[np.uint32]
+    rows: NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Draft:
+    """What was guessed to follow in a sequence. probabilities: float32[len(token_ids), vocab], the distribution that
+    each token was drawn from, all before it given (uses 1 of the random numbers); None: they were not drawn."""
+
+    token_ids: tuple[int, ...] = ()
+    probabilities: NDArray[np.float32] | None = None
 
 
 class Sampler(Protocol):
@@ -25,12 +44,65 @@ class Sampler(Protocol):
         ...
 
     def sample(
-        self, logits: NDArray[np.float32], sequence_ids: Sequence[int], positions: Sequence[int]
+        self,
+        logits: NDArray[np.float32],
+        sequence_ids: Sequence[int],
+        positions: Sequence[int],
+        masks: TokenMasks | None = None,
     ) -> list[SampledToken]:
         """One token for each row of logits (R, vocab). positions[r]: where the sampled token will stand; with the
         sequence's seed and stream it keys the random number, so that a repeated step draws the same. Raises
         ValueError naming the sequence where its logits hold NaN or infinity, or where nothing is left to choose."""
         ...
+
+    def verify(
+        self,
+        logits: NDArray[np.float32],
+        sequence_ids: Sequence[int],
+        positions: Sequence[int],
+        drafts: Sequence[Draft],
+        masks: TokenMasks | None = None,
+    ) -> list[SampledToken]:
+        """The tokens of each sequence in order: those of its draft that are accepted, then one more.
+
+        logits: for each sequence 1 + len(draft) rows, each as after the draft's tokens before it. positions: where the
+        first of its tokens will stand. Rows are looked at one after the other, since penalties and `min_tokens` depend
+        on what was accepted, and not beyond the first token that is no draft's. What comes has exactly the
+        distribution that `sample` would draw from token by token:
+
+        - A draft without probabilities is compared with the token that `sample` would draw in its place, from the same
+          random number. So the tokens are the very same as without a draft. (It is the rule below with all of q on
+          one token: accepted with p(draft), else drawn from p without it.)
+        - One with probabilities q is accepted with min(1, p / q), else a token is drawn from max(0, p - q), scaled to
+          1; after the last one from p (Leviathan et al. 2023, algorithm 1; Chen et al. 2023, algorithm 2).
+
+        Raises as `sample` does, and ValueError where shapes do not agree or a draft's token is not in the vocabulary.
+        """
+        ...
+
+
+def check_drafts(rows: int, vocab_size: int, drafts: Sequence[Draft]) -> None:
+    """Raises ValueError where `rows` of logits are not what the drafts need, or a draft is no draft of these tokens."""
+    needed = sum(1 + len(draft.token_ids) for draft in drafts)
+    if rows != needed:
+        raise ValueError(f"{rows} rows of logits for drafts that need {needed}")
+    for draft in drafts:
+        q = draft.probabilities
+        if q is not None and q.shape != (len(draft.token_ids), vocab_size):
+            raise ValueError(f"probabilities of shape {q.shape} for a draft of {len(draft.token_ids)} tokens")
+        if any(not 0 <= token < vocab_size for token in draft.token_ids):
+            raise ValueError(f"the draft {draft.token_ids} is not within the vocabulary of {vocab_size}")
+
+
+def check_masks(rows: int, vocab_size: int, masks: TokenMasks | None) -> None:
+    """Raises ValueError where masks do not fit so many rows of logits."""
+    if masks is None:
+        return
+    words = -(-vocab_size // 32)
+    if masks.bits.ndim != 2 or masks.bits.shape[1] != words:
+        raise ValueError(f"masks of shape {masks.bits.shape}; a row has {words} words")
+    if masks.rows.shape != (rows,) or (rows and not -1 <= masks.rows.min() <= masks.rows.max() < len(masks.bits)):
+        raise ValueError(f"each of {rows} rows of logits needs a row of masks, or -1")
 
 
 def check_ids(sampling: SamplingParams, vocab_size: int) -> None:

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from kvarn import _native
 from kvarn.request import TokenLogprob
-from kvarn.sampling.base import check_ids
+from kvarn.sampling.base import Draft, TokenMasks, check_drafts, check_ids, check_masks
 from kvarn.step import NewSequence, SampledToken
 
 UINT64 = (1 << 64) - 1
@@ -49,15 +49,47 @@ class NativeSampler:
         self._native.remove(sequence_id)
 
     def sample(
-        self, logits: NDArray[np.float32], sequence_ids: Sequence[int], positions: Sequence[int]
+        self,
+        logits: NDArray[np.float32],
+        sequence_ids: Sequence[int],
+        positions: Sequence[int],
+        masks: TokenMasks | None = None,
     ) -> list[SampledToken]:
         """See `Sampler.sample`."""
+        if masks is not None:
+            return self.verify(logits, sequence_ids, positions, [Draft()] * len(sequence_ids), masks)
         rows = self._native.sample(logits, list(sequence_ids), list(positions))
-        sampled = []
-        for sequence_id, (token, details) in zip(sequence_ids, rows, strict=True):
-            logprob = None
-            if details is not None:
-                chosen, rank, top = details
-                logprob = TokenLogprob(token, chosen, rank, tuple(top))
-            sampled.append(SampledToken(sequence_id, token, logprob))
-        return sampled
+        return [
+            SampledToken(sequence_id, row[0]) if row[1] is None else _token(sequence_id, row)
+            for sequence_id, row in zip(sequence_ids, rows, strict=True)
+        ]
+
+    def verify(
+        self,
+        logits: NDArray[np.float32],
+        sequence_ids: Sequence[int],
+        positions: Sequence[int],
+        drafts: Sequence[Draft],
+        masks: TokenMasks | None = None,
+    ) -> list[SampledToken]:
+        """See `Sampler.verify`."""
+        check_drafts(len(logits), self._vocab_size, drafts)
+        check_masks(len(logits), self._vocab_size, masks)
+        found = self._native.verify(
+            logits,
+            list(sequence_ids),
+            list(positions),
+            [list(draft.token_ids) for draft in drafts],
+            [None if d.probabilities is None else np.ascontiguousarray(d.probabilities, np.float32) for d in drafts],
+            *((None, None) if masks is None else (np.ascontiguousarray(masks.bits), masks.rows.tolist())),
+        )
+        return [_token(sequence_ids[place], row) for place, row in found]
+
+
+def _token(sequence_id: int, row: tuple[int, tuple[float, int, list[tuple[int, float]]] | None]) -> SampledToken:
+    """What the native sampler says of one token."""
+    token, details = row
+    if details is None:
+        return SampledToken(sequence_id, token)
+    logprob, rank, top = details
+    return SampledToken(sequence_id, token, TokenLogprob(token, logprob, rank, tuple(top)))

@@ -10,11 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvarn.request import SamplingParams, TokenLogprob
-from kvarn.sampling.base import check_ids
+from kvarn.sampling.base import Draft, TokenMasks, check_drafts, check_ids, check_masks
 from kvarn.step import NewSequence, SampledToken
 
 Floats = NDArray[np.float64]
 WORD = (1 << 32) - 1
+TOKEN, DRAFT, ACCEPT, RESIDUAL = range(4)
+"""What a random number is for: to draw a token; a draft's token; whether a draft is accepted; a token in its place."""
 
 
 def philox4x32(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[int, int, int, int]:
@@ -28,9 +30,9 @@ def philox4x32(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tupl
     return a, b, c, d
 
 
-def uniform(seed: int, stream: int, position: int) -> float:
-    """The uniform number in [0, 1) for one token: 53 bits of Philox at counter (position, stream) under key seed."""
-    words = philox4x32((position & WORD, position >> 32 & WORD, stream, 0), (seed & WORD, seed >> 32 & WORD))
+def uniform(seed: int, stream: int, position: int, use: int = TOKEN) -> float:
+    """A uniform number in [0, 1) for one token: 53 bits of Philox at counter (position, stream, use) under key seed."""
+    words = philox4x32((position & WORD, position >> 32 & WORD, stream, use), (seed & WORD, seed >> 32 & WORD))
     return ((words[0] << 32 | words[1]) >> 11) * 2.0**-53
 
 
@@ -40,12 +42,17 @@ def adjusted_logits(
     prompt: Sequence[int],
     output: Counter[int],
     masked: Sequence[int],
+    allowed: NDArray[np.uint32] | None = None,
 ) -> Floats:
-    """Logits after bias, the min_tokens mask and penalties, in that order. float64[vocab]; the input is not changed."""
+    """Logits after bias, masks (min_tokens, then `allowed`) and penalties, in that order. float64[vocab]; the input is
+    not changed. allowed: a row of `TokenMasks`."""
     x = logits.copy()
     for token, bias in p.logit_bias.items():
         x[token] += bias
     x[list(masked)] = -np.inf
+    if allowed is not None:
+        bits = np.unpackbits(allowed.astype("<u4").view(np.uint8), bitorder="little")
+        x[bits[: len(x)] == 0] = -np.inf
     seen = list(set(prompt) | set(output))
     if p.repetition_penalty != 1.0 and seen:
         x[seen] = np.where(x[seen] > 0, x[seen] / p.repetition_penalty, x[seen] * p.repetition_penalty)
@@ -74,6 +81,21 @@ def distribution(x: Floats, p: SamplingParams) -> Floats:
     return result
 
 
+def draw(p: Floats, u: float) -> int:
+    """Inverse distribution function of probabilities, which need not sum to 1, at u in [0, 1)."""
+    cumulative = np.cumsum(p)
+    return int(np.searchsorted(cumulative, u * cumulative[-1], side="right"))
+
+
+def accept_or_redraw(p: Floats, q: Floats, draft: int, accept_u: float, residual_u: float) -> int:
+    """The draft with probability min(1, p / q), else a token drawn from max(0, p - q). See `Sampler.verify`."""
+    if accept_u * q[draft] < p[draft]:
+        return draft
+    residual = np.maximum(p - q, 0.0)
+    # It is 0 only where p is q up to rounding.
+    return draw(residual if residual.sum() > 0 else p, residual_u)
+
+
 @dataclass(slots=True)
 class _State:
     new: NewSequence
@@ -97,29 +119,72 @@ class ReferenceSampler:
         self._states.pop(sequence_id, None)
 
     def sample(
-        self, logits: NDArray[np.float32], sequence_ids: Sequence[int], positions: Sequence[int]
+        self,
+        logits: NDArray[np.float32],
+        sequence_ids: Sequence[int],
+        positions: Sequence[int],
+        masks: TokenMasks | None = None,
     ) -> list[SampledToken]:
         """See `Sampler.sample`."""
-        rows = zip(logits.astype(np.float64), sequence_ids, positions, strict=True)
-        return [self._sample(row, sequence_id, position) for row, sequence_id, position in rows]
+        return self.verify(logits, sequence_ids, positions, [Draft()] * len(sequence_ids), masks)
 
-    def _sample(self, row: Floats, sequence_id: int, position: int) -> SampledToken:
+    def verify(
+        self,
+        logits: NDArray[np.float32],
+        sequence_ids: Sequence[int],
+        positions: Sequence[int],
+        drafts: Sequence[Draft],
+        masks: TokenMasks | None = None,
+    ) -> list[SampledToken]:
+        """See `Sampler.verify`."""
+        check_drafts(len(logits), self._vocab_size, drafts)
+        check_masks(len(logits), self._vocab_size, masks)
+        allowed = [None if masks is None or m < 0 else masks.bits[m] for m in _mask_rows(masks, len(logits))]
+        tokens: list[SampledToken] = []
+        row = 0
+        for sequence_id, position, draft in zip(sequence_ids, positions, drafts, strict=True):
+            guesses = [*draft.token_ids, None]
+            for offset, guess in enumerate(guesses):
+                q = None if draft.probabilities is None or guess is None else draft.probabilities[offset]
+                at = row + offset
+                x = logits[at].astype(np.float64)
+                tokens.append(self._choose(x, sequence_id, position + offset, allowed[at], guess, q))
+                if tokens[-1].token_id != guess:
+                    break
+            row += len(guesses)
+        return tokens
+
+    def _choose(
+        self,
+        row: Floats,
+        sequence_id: int,
+        position: int,
+        allowed: NDArray[np.uint32] | None,
+        guess: int | None,
+        q: NDArray[np.float32] | None,
+    ) -> SampledToken:
+        """The token for a position. q: what `guess` was drawn from; None: by the rule without a draft."""
         if sequence_id not in self._states:
             raise ValueError(f"sequence {sequence_id} was not added")
         state = self._states[sequence_id]
         new, p = state.new, state.new.sampling
         masked = new.stop_token_ids if state.output.total() < p.min_tokens else ()
-        x = adjusted_logits(row, p, new.prompt_token_ids, state.output, masked)
+        x = adjusted_logits(row, p, new.prompt_token_ids, state.output, masked, allowed)
         if not (np.isfinite(row.max()) and np.isfinite(x.max())):
             raise ValueError(f"the logits of sequence {sequence_id} hold NaN or infinity, or leave no token")
         if p.greedy:
             token = int(x.argmax())
+        elif q is None or guess is None:
+            token = draw(distribution(x, p), uniform(new.seed, new.stream, position))
         else:
-            cumulative = np.cumsum(distribution(x, p))
-            target = uniform(new.seed, new.stream, position) * cumulative[-1]
-            token = int(np.searchsorted(cumulative, target, side="right"))
+            chances = (uniform(new.seed, new.stream, position, use) for use in (ACCEPT, RESIDUAL))
+            token = accept_or_redraw(distribution(x, p), q.astype(np.float64), guess, *chances)
         state.output[token] += 1
         return SampledToken(sequence_id, token, None if p.logprobs is None else _logprob(row, token, p.logprobs))
+
+
+def _mask_rows(masks: TokenMasks | None, rows: int) -> list[int]:
+    return [-1] * rows if masks is None else [int(m) for m in masks.rows]
 
 
 def _logprob(row: Floats, token: int, count: int) -> TokenLogprob:

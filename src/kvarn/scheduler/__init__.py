@@ -1,12 +1,14 @@
 """Decides who computes how many tokens in each step. Standard library only: ids and counts, no arrays.
 
 `Scheduler` is the token-budget loop, `Sequence` one running stream, `Policy` the order in which sequences are served,
-`Budget` the size of a step, `Forecast` when a newcomer would have its first token. `make_scheduler` puts them together.
+`Budget` the size of a step, `Speculation` how many tokens are guessed ahead, `Forecast` when a newcomer would have its
+first token. `make_scheduler` puts them together.
 """
 
 from kvarn.scheduler.admission import Backlog, Limits
+from kvarn.scheduler.auto import AutoSpeculation
 from kvarn.scheduler.budget import Budget, ConstantBudget, ItlBudget
-from kvarn.scheduler.build import make_budget, make_policy, make_scheduler
+from kvarn.scheduler.build import make_budget, make_policy, make_scheduler, make_speculation
 from kvarn.scheduler.cost import StepCost, StepShape
 from kvarn.scheduler.fairness import FairShare
 from kvarn.scheduler.forecast import Forecast, QueueForecast
@@ -16,10 +18,11 @@ from kvarn.scheduler.observer import Hold, NullObserver, Observer, StepTimes
 from kvarn.scheduler.policy import FirstComeFirstServed, Policy, PriorityClasses
 from kvarn.scheduler.scheduler import Scheduler
 from kvarn.scheduler.sequence import Sequence
+from kvarn.scheduler.speculation import FixedSpeculation, NoSpeculation, Speculation
 
 __all__ = [
-    "AlwaysMove", "Backlog", "Budget", "ConstantBudget", "FairShare", "FirstComeFirstServed", "Forecast", "Hold",
-    "ItlBudget", "Limits", "MeasuredCost", "MoveCost", "Moves", "NullObserver", "Observer", "Policy", "PriorityClasses",
-    "QueueForecast", "Scheduler", "Sequence", "StepCost", "StepShape", "StepTimes", "make_budget", "make_policy",
-    "make_scheduler",
+    "AlwaysMove", "AutoSpeculation", "Backlog", "Budget", "ConstantBudget", "FairShare", "FirstComeFirstServed",
+    "FixedSpeculation", "Forecast", "Hold", "ItlBudget", "Limits", "MeasuredCost", "MoveCost", "Moves", "NoSpeculation",
+    "NullObserver", "Observer", "Policy", "PriorityClasses", "QueueForecast", "Scheduler", "Sequence", "Speculation",
+    "StepCost", "StepShape", "StepTimes", "make_budget", "make_policy", "make_scheduler", "make_speculation",
 ]  # fmt: skip

@@ -32,7 +32,15 @@ class Budget(Protocol):
     """Opens the budget of each step."""
 
     def open(self, decodes: StepShape) -> StepBudget:
-        """decodes: the sequences that compute one token each, for which the budget always has room."""
+        """decodes: the sequences that compute one token each, for which the budget always has room, with their drafts:
+        no more than `draft_room` said."""
+        ...
+
+    def draft_room(self, decodes: StepShape, reserved: int) -> int:
+        """Tokens that may be guessed ahead in a step of these decodes; negative or 0: none.
+
+        reserved: tokens to leave for others.
+        """
         ...
 
 
@@ -45,6 +53,10 @@ class ConstantBudget:
     def open(self, decodes: StepShape) -> StepBudget:
         """What decodes leave is for prompts."""
         return _Tokens(self._max_tokens - decodes.num_tokens)
+
+    def draft_room(self, decodes: StepShape, reserved: int) -> int:
+        """What decodes and others leave."""
+        return self._max_tokens - decodes.num_tokens - reserved
 
 
 class _Tokens:
@@ -83,6 +95,14 @@ class ItlBudget:
         if not decodes.num_tokens:
             return _Tokens(left)
         return _TimedTokens(left, decodes, self._target, self._cost)
+
+    def draft_room(self, decodes: StepShape, reserved: int) -> int:
+        """As many as keep the step within the target."""
+        most = max(0, self._max_tokens - decodes.num_tokens - reserved)
+        length = decodes.num_context // max(1, decodes.num_sequences)
+        return bisect.bisect_right(
+            range(1, most + 1), self._target, key=lambda count: self._cost.seconds(decodes.drafted(length, count))
+        )
 
 
 class _TimedTokens(_Tokens):

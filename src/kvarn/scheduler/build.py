@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from kvarn.cache import BlockPool, PrefixCache
-from kvarn.config import SchedulerConfig
+from kvarn.config import SchedulerConfig, SpeculativeConfig
+from kvarn.scheduler.auto import AutoSpeculation
 from kvarn.scheduler.budget import Budget, ConstantBudget, ItlBudget
 from kvarn.scheduler.cost import StepCost
 from kvarn.scheduler.fairness import FairShare
@@ -14,6 +15,7 @@ from kvarn.scheduler.moves import Moves
 from kvarn.scheduler.observer import Observer
 from kvarn.scheduler.policy import FirstComeFirstServed, Policy, PriorityClasses
 from kvarn.scheduler.scheduler import Scheduler
+from kvarn.scheduler.speculation import FixedSpeculation, NoSpeculation, Speculation
 
 _POLICIES: dict[str, Callable[[], Policy]] = {
     kind.name: kind for kind in (FirstComeFirstServed, PriorityClasses, FairShare)
@@ -32,6 +34,15 @@ def make_budget(config: SchedulerConfig, cost: StepCost) -> Budget:
     return ItlBudget(config.max_num_batched_tokens, config.itl_target_ms / 1000, cost)
 
 
+def make_speculation(config: SpeculativeConfig | None, cost: StepCost) -> Speculation:
+    """Who decides how many tokens are guessed, as the settings say. cost: what predicts the steps of this engine."""
+    if config is None:
+        return NoSpeculation()
+    if config.k is not None:
+        return FixedSpeculation(config.k)
+    return AutoSpeculation(config.max_k, cost)
+
+
 def make_scheduler(
     config: SchedulerConfig,
     pool: BlockPool,
@@ -42,6 +53,7 @@ def make_scheduler(
     prefix_cache: PrefixCache | None = None,
     moves: Moves | None = None,
     observer: Observer | None = None,
+    speculative: SpeculativeConfig | None = None,
 ) -> Scheduler:
     """The scheduler that the settings ask for, empty. pool: owned by it. cost: see `make_budget`."""
     budget = make_budget(config, cost)
@@ -56,4 +68,6 @@ def make_scheduler(
         prefix_cache=prefix_cache,
         moves=moves,
         observer=observer,
+        speculation=make_speculation(speculative, cost),
+        max_step_drafts=speculative.max_step_drafts if speculative else 0,
     )

@@ -26,10 +26,17 @@ class StepShape:
     def of(cls, scheduled: SchedulerOutput) -> Self:
         """The shape of a step that was decided."""
         parts = scheduled.sequences
-        attended = sum(len(p.token_ids) * (p.start + p.end + 1) // 2 for p in parts)
-        return cls(
-            scheduled.num_tokens, len(parts), sum(p.sample for p in parts), attended, sum(p.end for p in parts)
-        )
+        tokens = sampled = attended = context = 0
+        for part in parts:
+            drafts, start = len(part.draft), part.start
+            rows = len(part.token_ids) + drafts
+            end = start + rows
+            tokens += rows
+            attended += rows * (start + end + 1) // 2
+            context += end
+            if part.sample:
+                sampled += 1 + drafts
+        return cls(tokens, len(parts), sampled, attended, context)
 
     def plus(self, start: int, count: int) -> Self:
         """The shape with one sequence more: `count` tokens from position `start` on, the last of them sampled from."""
@@ -41,6 +48,17 @@ class StepShape:
             num_sampled=self.num_sampled + 1,
             num_attended=self.num_attended + attended,
             num_context=self.num_context + start + count,
+        )
+
+    def drafted(self, start: int, count: int) -> Self:
+        """The shape with `count` draft tokens from position `start` on, of a sequence that is in it already."""
+        attended = count * (2 * start + count + 1) // 2
+        return replace(
+            self,
+            num_tokens=self.num_tokens + count,
+            num_sampled=self.num_sampled + count,
+            num_attended=self.num_attended + attended,
+            num_context=self.num_context + count,
         )
 
 

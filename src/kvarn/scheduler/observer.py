@@ -65,6 +65,10 @@ class Observer(Protocol):
         """So many tokens of a waiting sequence were read from the second tier."""
         ...
 
+    def verified(self, sequence: Sequence, drafted: int, accepted: int) -> None:
+        """Of so many tokens that were guessed of a sequence and computed in this step, so many became output."""
+        ...
+
     def evicted(self, num_blocks: int) -> None:
         """Cached blocks that no sequence held were let go."""
         ...
@@ -101,6 +105,9 @@ class NullObserver:
         """Nothing."""
 
     def loaded(self, sequence: Sequence, num_tokens: int) -> None:
+        """Nothing."""
+
+    def verified(self, sequence: Sequence, drafted: int, accepted: int) -> None:
         """Nothing."""
 
     def evicted(self, num_blocks: int) -> None:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
 
 from kvarn.cache import BlockPool, BlockTable, PrefixCache
 from kvarn.config import SchedulerConfig
 from kvarn.errors import RequestError
 from kvarn.request import FinishReason, Request
 from kvarn.scheduler.admission import Backlog, Limits, check_deadline
-from kvarn.scheduler.budget import Budget, ConstantBudget, StepBudget
-from kvarn.scheduler.cost import StepShape
+from kvarn.scheduler.assembly import Group, StepAssembly
+from kvarn.scheduler.budget import Budget, ConstantBudget
+from kvarn.scheduler.drafting import Drafting
 from kvarn.scheduler.forecast import Crowd, Forecast, NoForecast
 from kvarn.scheduler.moves import Moves
 from kvarn.scheduler.observer import Hold, NullObserver, Observer
@@ -21,31 +21,9 @@ from kvarn.scheduler.policy import FirstComeFirstServed, Policy, order_key
 from kvarn.scheduler.queue import WaitingQueue
 from kvarn.scheduler.reuse import PrefixReuse
 from kvarn.scheduler.sequence import Sequence
+from kvarn.scheduler.speculation import NoSpeculation, Speculation
 from kvarn.scheduler.steady import SteadySteps
-from kvarn.step import NewSequence, SampledToken, ScheduledSequence, SchedulerOutput, StepOutput
-
-
-@dataclass(slots=True)
-class _Group:
-    """The unfinished sequences of a request. `forks` wait until the first has computed the prompt they share."""
-
-    sequences: dict[int, Sequence]
-    forks: list[Sequence]
-    started: bool = False
-
-
-@dataclass(slots=True)
-class _Step:
-    """A step while it is put together."""
-
-    budget: StepBudget
-    pending: deque[Sequence]
-    """Running sequences that have no tokens of the step yet, in the policy's order."""
-    sequences: list[ScheduledSequence] = field(default_factory=list)
-    new: list[NewSequence] = field(default_factory=list)
-    copies: list[tuple[int, int]] = field(default_factory=list)
-    held: tuple[Sequence, Hold] | None = None
-    """The first of those that wait, and why it was not admitted."""
+from kvarn.step import SampledToken, ScheduledSequence, SchedulerOutput, StepOutput
 
 
 class Scheduler:
@@ -68,6 +46,9 @@ class Scheduler:
     blocks are saved there, and the blocks of a sequence that could be admitted are loaded in a step of their own, in
     which it waits; what turns out to be wrong then is computed. So a preempted sequence is swapped or recomputed,
     whichever takes less.
+
+    A sequence may have a draft, tokens that were guessed to come next (`Drafting`). They are computed after its last
+    token; those that are sampled in their places are gained in the same step, the others are forgotten.
     """
 
     def __init__(
@@ -83,16 +64,20 @@ class Scheduler:
         prefix_cache: PrefixCache | None = None,
         moves: Moves | None = None,
         observer: Observer | None = None,
+        speculation: Speculation | None = None,
+        max_step_drafts: int = 64,
     ) -> None:
         """pool: all blocks of the KV cache, owned from now on. eos_token_ids: the model's own ends of text.
 
         policy, budget, forecast: first come first served, config.max_num_batched_tokens for every step, and no requests
         refused for their deadlines, unless given.
         prefix_cache: of that pool; owned from now on. moves: when its second tier is used; None: always.
-        observer: told of every decision.
+        observer: told of every decision. speculation: how many tokens are guessed; None: none. max_step_drafts: of
+        them in one step at most.
         """
         self._observer = observer or NullObserver()
         self.reuse = PrefixReuse(pool, prefix_cache, moves, self._observer)
+        self.drafting = Drafting(speculation or NoSpeculation(), pool, self.reuse, self._observer, max_step_drafts)
         self.limits = Limits(max_model_len, (pool.num_blocks - self.reuse.cache.num_reserved) * pool.block_size)
         self.num_preemptions = 0
         self._config = config
@@ -104,7 +89,7 @@ class Scheduler:
         self._forecast = forecast or NoForecast()
         self._running: dict[int, Sequence] = {}
         self._waiting = WaitingQueue(self.policy)
-        self._groups: dict[str, _Group] = {}
+        self._groups: dict[str, Group] = {}
         self._sequences: dict[int, Sequence] = {}
         self._finished_ids: list[int] = []
         self.backlog = Backlog()
@@ -161,6 +146,7 @@ class Scheduler:
             raise RequestError(f"request_id {request.request_id!r} is in use", field="request_id")
         self.limits.check(request)
         self.policy.check(request)
+        self.drafting.control.check(request)
         self.backlog.check(self._config, len(request.prompt_token_ids))
         sampling, arrival = request.sampling, next(self._next_arrival)
         sequences = [
@@ -179,7 +165,7 @@ class Scheduler:
         ]
         sequences[0].expected_hit = sequences[0].prefix.peek(sequences[0].token_ids)
         self._check_deadline(sequences[0])
-        group = _Group({s.sequence_id: s for s in sequences}, forks=sequences[1:])
+        group = Group({s.sequence_id: s for s in sequences}, forks=sequences[1:])
         self._groups[request.request_id] = group
         self._sequences.update(group.sequences)
         self.backlog.add(len(request.prompt_token_ids))
@@ -207,9 +193,11 @@ class Scheduler:
         self._step += 1
         for sequence in self._running.values():
             self.reuse.catch_up(sequence)
-        step = _Step(self._budget.open(self._decodes()), deque(sorted(self._running.values(), key=self._key)))
+        decodes = self.drafting.decodes(self._running.values(), self._budget)
+        step = StepAssembly(self._budget.open(decodes), deque(sorted(self._running.values(), key=self._key)))
         self._schedule_running(step)
         self._admit_waiting(step)
+        step.copies += self.drafting.put(step.sequences)
         if step.held is not None:
             self._observer.held(*step.held)
         finished, self._finished_ids = tuple(self._finished_ids), []
@@ -224,11 +212,17 @@ class Scheduler:
         saves, _ = self.reuse.end_step()
         return SchedulerOutput(self._step, (), block_saves=saves)
 
-    def update(self, scheduled: SchedulerOutput, result: StepOutput) -> list[tuple[Sequence, SampledToken]]:
+    def update(
+        self,
+        scheduled: SchedulerOutput,
+        result: StepOutput,
+        stops: Callable[[Sequence, SampledToken], str | int | None] = lambda _sequence, _token: None,
+    ) -> list[tuple[Sequence, SampledToken]]:
         """Books a step: computed tokens, sampled tokens, sequences that end by them.
 
         Returns the sampled tokens with their sequences, in order; `finish_reason` of those that ended is set. What
-        belongs to sequences that were ended meanwhile is dropped.
+        belongs to sequences that were ended meanwhile is dropped, and so is what comes after a sequence's end.
+        stops: told of each token as it is booked; where it returns what ends the text there, the sequence ends.
         """
         if result.step != scheduled.step:
             raise ValueError(f"the result of step {result.step} for step {scheduled.step}")
@@ -244,12 +238,19 @@ class Scheduler:
             sequence = self._sequences.get(token.sequence_id)
             if sequence is None:
                 continue
+            if sequence.num_uncomputed_tokens:
+                # The token before was a guess, and right: its KV was computed in this step.
+                self.reuse.computed(sequence, sequence.num_tokens)
             sequence.token_ids.append(token.token_id)
             self.policy.charge_output(self.policy.lane(sequence))
             sampled.append((sequence, token))
             end = sequence.end_at(token.token_id)
             if end is not None:
                 self._end(sequence, *end)
+            stop = stops(sequence, token)
+            if stop is not None and not sequence.finished:
+                self._end(sequence, FinishReason.STOP, stop)
+        self.drafting.book(scheduled, result, sampled, self._sequences)
         return sampled
 
     def steady_steps(self, limit: int) -> int:
@@ -257,7 +258,7 @@ class Scheduler:
 
         In each of them every running sequence computes and samples one token; nobody is admitted, ends or is preempted.
         """
-        if self._waiting and len(self._running) < self._config.max_num_seqs:
+        if self.drafting.active or (self._waiting and len(self._running) < self._config.max_num_seqs):
             return 0
         return self._steady.count(self._running.values(), limit)
 
@@ -302,12 +303,7 @@ class Scheduler:
     def _key(self, sequence: Sequence) -> tuple[float, ...]:
         return order_key(self.policy, sequence)
 
-    def _decodes(self) -> StepShape:
-        """Of the running sequences that have one token to compute."""
-        lengths = [s.num_tokens for s in self._running.values() if s.num_uncomputed_tokens == 1]
-        return StepShape(len(lengths), len(lengths), len(lengths), sum(lengths), sum(lengths))
-
-    def _schedule_running(self, step: _Step) -> None:
+    def _schedule_running(self, step: StepAssembly) -> None:
         while step.pending:
             sequence, count = step.pending[0], 1
             if sequence.num_uncomputed_tokens > 1:
@@ -316,7 +312,7 @@ class Scheduler:
                 step.pending.popleft()
                 self._put(step, sequence, count)
 
-    def _chunk(self, step: _Step, sequence: Sequence) -> int:
+    def _chunk(self, step: StepAssembly, sequence: Sequence) -> int:
         """Takes tokens for the first pending sequence, after those whom the policy wants before it."""
         self._admit_waiting(step, before=sequence)
         # One token stays for each sequence after this one, so that a long prompt holds nobody up.
@@ -325,11 +321,11 @@ class Scheduler:
         step.budget.take(start, count)
         return count
 
-    def _chunked(self, step: _Step) -> int:
+    def _chunked(self, step: StepAssembly) -> int:
         """Pending sequences that are no decodes: one token is left for each."""
         return sum(s.num_uncomputed_tokens > 1 for s in step.pending)
 
-    def _admit_waiting(self, step: _Step, before: Sequence | None = None) -> None:
+    def _admit_waiting(self, step: StepAssembly, before: Sequence | None = None) -> None:
         """Admits waiting sequences in order, up to `before` where it is given, for as long as there is room."""
         step.held = None
         reserved = self._chunked(step)
@@ -342,7 +338,7 @@ class Scheduler:
                 step.held = sequence, hold
                 return
 
-    def _try_to_admit(self, step: _Step, sequence: Sequence, reserved: int) -> Hold | None:
+    def _try_to_admit(self, step: StepAssembly, sequence: Sequence, reserved: int) -> Hold | None:
         """Admits the first of the waiting sequences; or says why not."""
         if len(self._running) >= self._config.max_num_seqs:
             return Hold.SEATS
@@ -382,7 +378,7 @@ class Scheduler:
             return Hold.REPEATS
         return None if self._can_admit(sequence) else Hold.BLOCKS
 
-    def _admit(self, step: _Step, sequence: Sequence) -> None:
+    def _admit(self, step: StepAssembly, sequence: Sequence) -> None:
         self._waiting.remove(sequence)
         self._running[sequence.sequence_id] = sequence
         self._observer.admitted(sequence)
@@ -394,10 +390,11 @@ class Scheduler:
             group.started = True
             self.backlog.remove(sequence.num_prompt_tokens)
 
-    def _put(self, step: _Step, sequence: Sequence, count: int) -> None:
+    def _put(self, step: StepAssembly, sequence: Sequence, count: int) -> None:
         """Gives the sequence `count` tokens of the step; its blocks are known to be available."""
         start = sequence.num_computed_tokens
         end = start + count
+        sample = end == sequence.num_tokens
         self.reuse.computes(sequence, end)
         step.copies += self.reuse.take_blocks(sequence, start, end)
         if end >= sequence.num_prompt_tokens:
@@ -408,7 +405,8 @@ class Scheduler:
                 token_ids=tuple(sequence.token_ids[start:end]),
                 start=start,
                 block_table=sequence.table.ids,
-                sample=end == sequence.num_tokens,
+                sample=sample,
+                num_drafts_wanted=self.drafting.wanted(sequence) if sample and self.drafting.active else 0,
             )
         )
 
@@ -447,7 +445,7 @@ class Scheduler:
     def _blocks_to_catch_up(sequence: Sequence) -> int:
         return sequence.table.blocks_needed(sequence.num_computed_tokens, sequence.num_tokens)
 
-    def _make_room(self, step: _Step, sequence: Sequence, count: int) -> bool:
+    def _make_room(self, step: StepAssembly, sequence: Sequence, count: int) -> bool:
         """Frees blocks for `count` tokens of the first pending sequence; False where that one itself was preempted."""
         start = sequence.num_computed_tokens
         while sequence.table.blocks_needed(start, start + count) > self._pool.num_available:
@@ -466,6 +464,7 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         self._observer.preempted(sequence)
         self.reuse.give_up_blocks(sequence)
+        sequence.draft = ()
         sequence.num_preemptions += 1
         self.num_preemptions += 1
         if self._running.pop(sequence.sequence_id, None) is not None:
@@ -506,7 +505,7 @@ class Scheduler:
             if not group.started:
                 self.backlog.remove(sequence.num_prompt_tokens)
 
-    def _orphan_forks(self, group: _Group) -> None:
+    def _orphan_forks(self, group: Group) -> None:
         """The first has ended before it computed the prompt: the others do it themselves."""
         for fork in group.forks:
             if not fork.finished:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from kvarn.cache import BlockTable, PrefixHit, PrefixPath
 from kvarn.request import FinishReason, Request, SamplingParams
+from kvarn.scheduler.acceptance import Acceptance
 from kvarn.step import NewSequence
 
 
@@ -41,6 +42,14 @@ class Sequence:
     num_preemptions: int = 0
     prompt_charged: bool = field(init=False)
     """Whether the policy has been told of the prompt's tokens. Only the first of a request's sequences pays them."""
+    draft: tuple[int, ...] = ()
+    """Guesses of its next tokens, for the next step."""
+    acceptance: Acceptance | None = None
+    """How often such guesses were right; None where nobody asks."""
+    num_draft_tokens: int = 0
+    """Guesses that were verified."""
+    num_accepted_tokens: int = 0
+    """Those of them that are part of the output."""
     announced: bool = False
     """Whether the runner has been told of it."""
     finish_reason: FinishReason | None = None
@@ -90,6 +99,7 @@ class Sequence:
             seed=self.seed,
             stream=self.index,
             stop_token_ids=tuple(sorted(stop_ids)),
+            salt=(self.request.tenant, self.request.cache_salt),
         )
 
     def end_at(self, token_id: int) -> tuple[FinishReason, int | None] | None:

@@ -25,14 +25,21 @@ class Usage:
     prompt: int = 0
     completion: int = 0
     cached: int = 0
+    drafted: int = 0
+    accepted: int = 0
 
     def body(self) -> dict[str, object]:
         """As OpenAI has it."""
+        guessed = {
+            "accepted_prediction_tokens": self.accepted,
+            "rejected_prediction_tokens": self.drafted - self.accepted,
+        }
         return {
             "prompt_tokens": self.prompt,
             "completion_tokens": self.completion,
             "total_tokens": self.prompt + self.completion,
             "prompt_tokens_details": {"cached_tokens": self.cached},
+            **({"completion_tokens_details": guessed} if self.drafted else {}),
         }
 
 
@@ -129,6 +136,8 @@ class Generation:
         self.usage.completion += sum(len(delta.token_ids) for delta in output.outputs)
         if output.finished:
             self.usage.cached += output.num_cached_tokens
+            self.usage.drafted += output.num_draft_tokens
+            self.usage.accepted += output.num_accepted_tokens
         return [(prompt * self.n + delta.index, delta) for delta in output.outputs]
 
     async def whole(self) -> list[Answer]:

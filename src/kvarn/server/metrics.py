@@ -38,6 +38,10 @@ class EngineCollector(Collector):
             ("prefix_cache_evicted_tokens", "Tokens that the prefix cache let go of.", stats.evicted_tokens),
             ("kv_offload_saved_tokens", "Tokens saved to the second tier of the KV cache.", stats.saved_tokens),
             ("kv_offload_loaded_tokens", "Tokens loaded from it.", stats.loaded_tokens),
+            ("spec_decode_num_drafts", "Drafts that were verified.", stats.drafts),
+            ("spec_decode_num_draft_tokens", "Tokens of those drafts.", stats.draft_tokens),
+            ("spec_decode_num_accepted_tokens", "Tokens of drafts that became output.", stats.accepted_tokens),
+            ("spec_decode_draft_seconds", "Time spent on proposing drafts.", stats.draft_seconds),
             ("engine_steps", "Steps of the engine.", stats.steps),
             ("engine_failed_steps", "Steps that failed.", stats.failed_steps),
         )
@@ -47,6 +51,14 @@ class EngineCollector(Collector):
                 family = kind(f"kvarn:{name}", text, labels=["model_name"])
                 family.add_metric([self._model], value)
                 yield family
+        by_position = CounterMetricFamily(
+            "kvarn:spec_decode_num_accepted_tokens_per_pos",
+            "Tokens of drafts that became output, by their place in the draft.",
+            labels=["model_name", "position"],
+        )
+        for position, count in enumerate(stats.accepted_by_position):
+            by_position.add_metric([self._model, str(position)], count)
+        yield by_position
         refused = CounterMetricFamily(
             "kvarn:request_rejections", "Requests refused with 429.", labels=["model_name", "reason"]
         )

@@ -73,6 +73,8 @@ def _part(part: Part, step: StepRecord, zero: float) -> dict[str, Any]:
     name = "token" if part.count == 1 and part.sampled else f"tokens {part.start} to {part.start + part.count - 1}"
     args = {"step": step.number, "request": part.request_id, "start": part.start, "count": part.count,
             "sampled": part.sampled}  # fmt: skip
+    if part.drafted:
+        args |= {"drafted": part.drafted, "accepted": part.accepted}
     return _span(name, REQUESTS, part.sequence_id, (step.times.began, step.times.ended), zero, args)
 
 

@@ -98,9 +98,15 @@ def _answered(history: History, life: Life, zero: float) -> Iterator[str]:
     gaps = [(later.end - earlier.end, later) for earlier, later in pairwise(sampled)]
     if gaps:
         longest, share = max(gaps, key=lambda gap: gap[0])
-        mean = sum(gap for gap, _ in gaps) / len(gaps)
-        yield (f"{sampled[-1].end - zero:9.3f} s  last of {_tokens(len(sampled))}; {1e3 * mean:.1f} ms between tokens, "
+        tokens = sum(1 + share.accepted for share in sampled)
+        mean = (sampled[-1].end - sampled[0].end) / (tokens - 1)
+        yield (f"{sampled[-1].end - zero:9.3f} s  last of {_tokens(tokens)}; {1e3 * mean:.1f} ms between tokens, "
                f"at most {1e3 * longest:.1f} ms{_why_late(history, share, longest)}")  # fmt: skip
+    drafted = sum(share.drafted for share in sampled)
+    if drafted:
+        accepted = sum(share.accepted for share in sampled)
+        yield (f"{'':11}  {_tokens(drafted)} were guessed ahead, {accepted:,} of them right: "
+               f"{_steps(len(sampled))} instead of {len(sampled) + accepted:,}")  # fmt: skip
 
 
 def _why_late(history: History, share: Share, gap: float) -> str:
@@ -109,7 +115,7 @@ def _why_late(history: History, share: Share, gap: float) -> str:
         return ""
     if step.end - step.begin < 0.5 * gap:
         return f" (before step {share.step}: it did not take part all the time)"
-    others = step.num_tokens - share.count
+    others = step.num_tokens - share.count - share.drafted
     return f" (step {share.step}, in which {step.num_sequences - 1} others computed {_tokens(others)})"
 
 

@@ -40,6 +40,9 @@ class Share:
     start: int
     count: int
     sampled: bool
+    drafted: int = 0
+    accepted: int = 0
+    """Of the `drafted` tokens that were guessed and computed behind the others, those that became output."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,8 +137,9 @@ def _take_share(history: History, event: _Fields, args: _Fields) -> None:
     begin, end = event.span()
     life = _life(history, event, args)
     sampled = args.values.get("sampled") is True
+    drafts = (args.integer("drafted"), args.integer("accepted")) if "drafted" in args.values else (0, 0)
     life.shares.append(
-        Share(args.integer("step"), begin, end, args.integer("start"), args.integer("count"), sampled)
+        Share(args.integer("step"), begin, end, args.integer("start"), args.integer("count"), sampled, *drafts)
     )
 
 

@@ -41,6 +41,10 @@ class Part:
     start: int
     count: int
     sampled: bool
+    drafted: int = 0
+    """Tokens that were guessed and computed behind those."""
+    accepted: int = 0
+    """Those of them that became output."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +72,8 @@ class _Gathered:
     happened: list[Happened] = field(default_factory=list)
     held: tuple[str, str] | None = None
     evicted_blocks: int = 0
+    accepted: dict[int, int] = field(default_factory=dict)
+    """Tokens of drafts that became output, by sequence."""
 
 
 class TraceRecorder:
@@ -129,6 +135,11 @@ class TraceRecorder:
         """See `Observer`."""
         self._happened("loaded", sequence, num_tokens)
 
+    def verified(self, sequence: Sequence, drafted: int, accepted: int) -> None:
+        """See `Observer`."""
+        del drafted  # the step's record has it
+        self._gathered.accepted[sequence.sequence_id] = accepted
+
     def evicted(self, num_blocks: int) -> None:
         """See `Observer`."""
         self._gathered.evicted_blocks += num_blocks
@@ -141,10 +152,14 @@ class TraceRecorder:
 
     def stepped(self, scheduled: SchedulerOutput, times: StepTimes) -> None:
         """See `Observer`."""
+        accepted = self._gathered.accepted
         parts = tuple(
-            Part(self._first_id + p.sequence_id, self._name(p.sequence_id), p.start, len(p.token_ids), p.sample)
+            Part(
+                self._first_id + p.sequence_id, self._name(p.sequence_id), p.start, len(p.token_ids), p.sample,
+                len(p.draft), accepted.get(p.sequence_id, 0),
+            )
             for p in scheduled.sequences
-        )
+        )  # fmt: skip
         record = self._record(self._first_step + scheduled.step, times, StepShape.of(scheduled), parts)
         for event in record.happened:
             if event.kind == "ended":

@@ -15,7 +15,8 @@ def summary(history: History) -> str:
     span = steps[-1].end - steps[0].begin
     busy = sum(step.end - step.begin for step in steps)
     tokens = sum(step.num_tokens for step in steps)
-    sampled = sum(share.sampled for life in history.lives.values() for share in life.shares)
+    shares = [share for life in history.lives.values() for share in life.shares]
+    sampled = sum(share.sampled + share.accepted for share in shares)
     full = sum(step.num_tokens >= step.budget for step in steps)
     moments = [moment for life in history.lives.values() for moment in life.moments]
     hits = sum(moment.tokens for moment in moments if moment.kind in ("admitted", "found"))
@@ -35,6 +36,10 @@ def summary(history: History) -> str:
             for step in sorted(steps, key=lambda step: step.begin - step.end)[:SHOWN]
         ),
     ]
+    drafted = sum(share.drafted for share in shares)
+    if drafted:
+        accepted = sum(share.accepted for share in shares)
+        lines.append(f"{drafted:,} tokens guessed ahead, {_percent(accepted, drafted)} of them right")
     waits = sorted(((_first_token(life), life) for life in history.lives.values()), key=lambda item: -item[0])
     late = [f"{life.request_id} ({seconds:.3f} s)" for seconds, life in waits[:SHOWN] if seconds > 0]
     if late:

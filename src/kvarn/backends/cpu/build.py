@@ -60,8 +60,8 @@ def build_plan(
 ) -> BuiltPlan:
     """The native plan of compiled stages. Allocates its activations."""
     plan = _native.StepPlan(
-        pool, kv, isa, limits.max_num_tokens, limits.max_num_sequences, limits.max_model_len, program.vocab_size,
-        layout.arena_bytes,
+        pool, kv, isa, limits.max_num_tokens, limits.max_num_sequences, limits.max_num_outputs, limits.max_model_len,
+        program.vocab_size, layout.arena_bytes,
     )  # fmt: skip
     builder = _Builder(plan, layout, parameters)
     for stage in stages.stages:

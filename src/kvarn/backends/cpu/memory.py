@@ -105,7 +105,7 @@ def _sizes(stages: StageList, program: Program, limits: StepLimits, threads: int
     sizes: dict[Place, int] = {}
     for stage in stages.stages:
         for place in (*reads(stage), *writes(stage)):
-            rows = limits.max_num_tokens if place.rows is Rows.TOKENS else limits.max_num_sequences
+            rows = limits.max_num_tokens if place.rows is Rows.TOKENS else limits.max_num_outputs
             exact = _native.quant_bytes(rows, place.width) if place.quantized else rows * place.width * 4
             sizes[place] = _aligned(exact)
         if isinstance(stage, AttentionStage):

@@ -33,7 +33,7 @@ class ReferenceBackend:
     ) -> MemoryUse:
         """Every weight as float32, and all buffers of a step; an op's own intermediate results come on top."""
         del dtypes
-        rows = {Rows.TOKENS: limits.max_num_tokens, Rows.OUTPUTS: limits.max_num_sequences}
+        rows = {Rows.TOKENS: limits.max_num_tokens, Rows.OUTPUTS: limits.max_num_outputs}
         slots = kv.num_blocks * kv.block_size
         return MemoryUse(
             weights=4 * program.num_parameters,

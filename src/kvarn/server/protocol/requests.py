@@ -27,6 +27,7 @@ MAX_PROMPTS = 64
 SAMPLING_FIELDS = (
     "n", "seed", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
     "repetition_penalty", "min_tokens", "ignore_eos", "skip_special_tokens", "include_stop_str_in_output",
+    "num_speculative_tokens",
 )  # fmt: skip
 """Fields that `SamplingParams` has under the same name; its defaults hold where they are absent or null."""
 
@@ -106,6 +107,8 @@ class SamplingRequest(BaseModel):
     stop_token_ids: list[StrictInt] | None = Field(None, fail_fast=True)
     skip_special_tokens: StrictBool | None = None
     include_stop_str_in_output: StrictBool | None = None
+    num_speculative_tokens: StrictInt | None = None
+    """vLLM's name; there it is the server's alone."""
     priority: StrictInt | None = None
     cache_salt: StrictStr | None = None
     """Cached prefixes are shared only between requests with the same salt (vLLM has it, too)."""

@@ -1,0 +1,47 @@
+"""`--speculative`: one option with several settings, as `method=ngram,k=auto`."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated
+
+import typer
+
+from kvarn.config import SpeculativeConfig
+from kvarn.errors import ConfigError
+
+Speculative = Annotated[
+    str | None,
+    typer.Option(
+        help="Guess tokens ahead, so that several come in one step: 'method=ngram,k=auto' or k=4. ngram: what followed "
+        "when the last tokens occurred before, in prompt or output. auto: as many as pay. Also: max_k (of auto), "
+        "ngram_min, ngram_max, corpus_tokens, max_step_drafts."
+    ),
+]
+_NUMBERS = tuple(field.name for field in dataclasses.fields(SpeculativeConfig) if field.name != "method")
+
+
+def speculative_config(text: str | None) -> SpeculativeConfig | None:
+    """The settings; None where the option is not given. Raises ConfigError naming the setting."""
+    if text is None:
+        return None
+    given: dict[str, str] = {}
+    for setting in text.split(","):
+        name, equals, value = (part.strip() for part in setting.partition("="))
+        if not equals or name not in ("method", *_NUMBERS):
+            names = ", ".join(("method", *_NUMBERS))
+            raise ConfigError(f"--speculative: settings are name=value with a name of {names}, not {setting[:40]!r}")
+        if name in given:
+            raise ConfigError(f"--speculative: {name} is given twice")
+        given[name] = value
+    method = given.pop("method", SpeculativeConfig().method)
+    if given.get("k") == "auto":
+        del given["k"]
+    return SpeculativeConfig(method, **{name: _number(name, value) for name, value in given.items()})
+
+
+def _number(name: str, text: str) -> int:
+    if not text.isascii() or not text.isdigit() or len(text) > 9:
+        must = "a whole number or auto" if name == "k" else "a whole number"
+        raise ConfigError(f"--speculative: {name} must be {must}, not {text[:40]!r}")
+    return int(text)

@@ -1,0 +1,82 @@
+"""The seam between runner and drafters, who guess what comes next."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvarn.step import NewSequence, SampledToken, SchedulerOutput
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Proposal:
+    """Guesses of the next tokens of one sequence, one after the other.
+
+    probabilities: float32[len(token_ids), vocab], the distribution that each was drawn from, by use 1 of the random
+    numbers (see `kvarn.sampling.Draft`); None where they were not drawn.
+    """
+
+    sequence_id: int
+    token_ids: tuple[int, ...]
+    probabilities: NDArray[np.float32] | None = None
+
+
+class Drafter(Protocol):
+    """Guesses. Whatever it says, outputs keep their distribution; it only pays when it is often right.
+
+    Owned by one runner; not thread-safe.
+    """
+
+    @property
+    def buffers(self) -> Sequence[str]:
+        """Names of the program's buffers that `propose` wants to see, beside none."""
+        ...
+
+    def add(self, sequence: NewSequence) -> None:
+        """A sequence that will be in the next step; once, preemption does not end its life here."""
+        ...
+
+    def remove(self, sequence_id: int) -> None:
+        """Forgets a sequence; unknown ones are ignored."""
+        ...
+
+    def propose(
+        self,
+        scheduled: SchedulerOutput,
+        sampled: Sequence[SampledToken],
+        values: Mapping[str, NDArray[np.float32]],
+    ) -> Sequence[Proposal]:
+        """Guesses for the next step, of no more than `num_drafts_wanted` tokens for each scheduled sequence.
+
+        Called after every step that computed anything. sampled: see `StepOutput.sampled`; all of a sequence's tokens
+        that are known now are its prompt's and these, from all steps. (What comes after a sequence's end is among
+        them; it will be removed.) values: `buffers` by name, with a row for each token of the step; valid in this
+        call only.
+        """
+        ...
+
+
+class NullDrafter:
+    """Guesses nothing."""
+
+    buffers: Sequence[str] = ()
+
+    def add(self, sequence: NewSequence) -> None:
+        """Nothing."""
+
+    def remove(self, sequence_id: int) -> None:
+        """Nothing."""
+
+    def propose(
+        self,
+        scheduled: SchedulerOutput,
+        sampled: Sequence[SampledToken],
+        values: Mapping[str, NDArray[np.float32]],
+    ) -> Sequence[Proposal]:
+        """Nothing."""
+        del scheduled, sampled, values
+        return ()

@@ -1,0 +1,195 @@
+"""`AutoSpeculation`: as many guesses as bring most tokens a second, by what was right and what rows cost lately."""
+
+from __future__ import annotations
+
+import bisect
+import heapq
+from collections.abc import Sequence as ListOf
+
+from kvarn.request import Request
+from kvarn.scheduler.acceptance import Acceptance
+from kvarn.scheduler.cost import StepCost, StepShape
+from kvarn.scheduler.sequence import Sequence
+from kvarn.scheduler.speculation import check_asked, limit
+
+MARGIN = 1.05
+"""By how much guessing must be expected to pay: estimates err."""
+LEAST_GAIN = 0.05
+"""Guesses that are right less often are not considered."""
+LONGEST_REST = 8
+"""Steps in which nothing is guessed after steps in which it would not have paid; 1, 2, 4, … until it does again."""
+PROBE_EVERY = 8
+"""Of the choices against guesses that would pay if rows cost half as much as is believed, one is to try them."""
+PLAIN_EVERY = 64
+"""Of the choices, one is for no guesses: to measure what they are compared with."""
+FIRST, LATER = 0.5, 0.8
+"""Probabilities that guesses are right, as long as none was seen."""
+COMMON_MEMORY = 0.99
+"""Of what is known of all sequences, from which a new one starts."""
+SHARE = 0.1
+"""Of each new measurement in the average for its number of rows, at least."""
+EXACT_ROWS, ROWS_TOGETHER = 8, 4
+"""Up to the first each number of rows has an average of its own; beyond it so many numbers share one."""
+CLIP = 2.0
+"""A step that took more than this many times the average (the machine was busy elsewhere) counts as this much."""
+
+
+class RowTimes:
+    """Predicts steps of decodes and drafts: a model of all steps, corrected by what steps of as many rows took lately.
+
+    A few rows cost little more than one, and not in a straight line, since weights are read and unpacked for several
+    rows at once. Between numbers of rows that were measured the correction is interpolated.
+    """
+
+    def __init__(self, cost: StepCost) -> None:
+        self._cost = cost
+        self._rows: list[int] = []
+        self._ratios: list[float] = []
+        self._counts: list[int] = []
+
+    def observe(self, shape: StepShape, seconds: float) -> None:
+        """Takes a measured step in, if no prompt was computed in it."""
+        if shape.num_tokens != shape.num_sampled or not shape.num_tokens or seconds <= 0:
+            return
+        ratio, rows = seconds / self._cost.seconds(shape), _group(shape.num_tokens)
+        place = bisect.bisect_left(self._rows, rows)
+        if place == len(self._rows) or self._rows[place] != rows:
+            self._rows.insert(place, rows)
+            self._ratios.insert(place, ratio)
+            self._counts.insert(place, 1)
+            return
+        self._counts[place] += 1
+        known, share = self._ratios[place], max(SHARE, 1 / self._counts[place])
+        self._ratios[place] = known + share * (min(ratio, CLIP * known) - known)
+
+    def knows(self, rows: int) -> bool:
+        """Whether steps of so many rows were measured."""
+        rows = _group(rows)
+        place = bisect.bisect_left(self._rows, rows)
+        return place < len(self._rows) and self._rows[place] == rows
+
+    def seconds(self, shape: StepShape, length: int, most: int) -> list[float]:
+        """Expected wall times of the step with 0 … `most` rows more, in seconds. length: where those stand in their
+        sequences, about. Between none and all of them the model is taken to be a straight line."""
+        first = self._cost.seconds(shape)
+        slope = (self._cost.seconds(shape.drafted(length, most)) - first) / most if most else 0.0
+        rows = shape.num_tokens
+        return [(first + slope * more) * self._ratio(rows + more) for more in range(most + 1)]
+
+    def _ratio(self, rows: int) -> float:
+        if not self._rows:
+            return 1.0
+        rows = _group(rows)
+        place = bisect.bisect_left(self._rows, rows)
+        if place == len(self._rows):
+            return self._ratios[-1]
+        if place == 0 or self._rows[place] == rows:
+            return self._ratios[place]
+        below, above = self._rows[place - 1], self._rows[place]
+        share = (rows - below) / (above - below)
+        return self._ratios[place - 1] + share * (self._ratios[place] - self._ratios[place - 1])
+
+
+def _group(rows: int) -> int:
+    """The number of rows under which this one is measured."""
+    return rows if rows <= EXACT_ROWS else -(-rows // ROWS_TOGETHER) * ROWS_TOGETHER
+
+
+class AutoSpeculation:
+    """Chooses for each step the guesses to verify that make its tokens a second the most; none where that is best.
+
+    Each sequence of the step brings one token, and each guess of it the probability that all guesses up to it are right
+    (`Acceptance`). Guesses are taken by that, the likeliest first, whosever they are, and as many as make the quotient
+    of expected tokens and expected time largest: so a busy batch, in which each row costs, stops guessing by itself.
+
+    What was right is learned from every draft that was proposed, verified or not, since the tokens come in any case.
+    What rows cost is learned from steps that have them; where it is believed to be too much, they are tried now and
+    then to measure it anew. Where guesses do not pay, they are asked for in some of the steps only.
+    """
+
+    def __init__(self, most: int, cost: StepCost) -> None:
+        """most: guesses for a sequence at most. cost: predicts steps, as a start."""
+        self.most = most
+        self._times = RowTimes(cost)
+        self._common = Acceptance.prior(FIRST, LATER, COMMON_MEMORY)
+        self._choices = self._refusals = 0
+        self._steps = self._awake = self._rest = 0
+
+    def check(self, request: Request) -> None:
+        """See `Speculation`."""
+        check_asked(request, self.most)
+
+    def wanted(self, sequence: Sequence) -> int:
+        """All that it may have: whether they are verified is decided when they are known. None during a rest."""
+        return 0 if self._steps < self._awake else limit(self.most, sequence)
+
+    def choose(self, drafted: ListOf[Sequence], shape: StepShape, room: int) -> list[int]:
+        """See `Speculation`."""
+        self._choices += 1
+        if self._choices % PLAIN_EVERY == 0 or not self._times.knows(shape.num_tokens):
+            return [0] * len(drafted)
+        order, gains = self._likeliest(drafted, room)
+        length = sum(s.num_tokens for s in drafted) // len(drafted)
+        times = self._times.seconds(shape, length, len(order))
+        count = _best(shape.num_sequences, gains, times)
+        self._rest = 0 if count else min(LONGEST_REST, max(1, 2 * self._rest))
+        self._awake = self._steps + self._rest
+        if not count:
+            count = self._probe(shape.num_sequences, gains, [0.5 * (times[0] + seconds) for seconds in times])
+        counts = [0] * len(drafted)
+        for place in order[:count]:
+            counts[place] += 1
+        return counts
+
+    def compare(self, sequence: Sequence, draft: tuple[int, ...], tokens: ListOf[int]) -> None:
+        """See `Speculation`."""
+        if draft:
+            self._of(sequence).compare(draft, tokens)
+            self._common.compare(draft, tokens)
+
+    def timed(self, shape: StepShape, seconds: float) -> None:
+        """See `Speculation`."""
+        self._steps += 1
+        self._times.observe(shape, seconds)
+
+    def _of(self, sequence: Sequence) -> Acceptance:
+        if sequence.acceptance is None:
+            sequence.acceptance = Acceptance.prior(self._common.first.mean, self._common.later.mean)
+        return sequence.acceptance
+
+    def _likeliest(self, drafted: ListOf[Sequence], room: int) -> tuple[list[int], list[float]]:
+        """The guesses of all drafts, the likeliest first, `room` at most: whose each is, and what it brings."""
+        rates = [self._of(sequence) for sequence in drafted]
+        heap = [(-rate.gain(0), place, 0) for place, rate in enumerate(rates)]
+        heapq.heapify(heap)
+        order: list[int] = []
+        gains: list[float] = []
+        while heap and len(order) < room and -heap[0][0] >= LEAST_GAIN:
+            gain, place, guess = heapq.heappop(heap)
+            order.append(place)
+            gains.append(-gain)
+            if guess + 1 < len(drafted[place].draft):
+                heapq.heappush(heap, (-rates[place].gain(guess + 1), place, guess + 1))
+        return order, gains
+
+    def _probe(self, tokens: int, gains: list[float], times: list[float]) -> int:
+        """How many guesses to verify in order to learn what they cost; mostly none."""
+        count = _best(tokens, gains, times)
+        if not count:
+            return 0
+        self._refusals += 1
+        return count if self._refusals % PROBE_EVERY == 0 else 0
+
+
+def _best(tokens: int, gains: list[float], times: list[float]) -> int:
+    """How many guesses make expected tokens by expected seconds largest; 0 unless that beats none by `MARGIN`.
+
+    tokens: that come in any case. times: seconds of the step with 0, 1, 2, … guesses.
+    """
+    best, count, expected = MARGIN * tokens / times[0], 0, float(tokens)
+    for rows, gain in enumerate(gains, 1):
+        expected += gain
+        speed = expected / times[rows]
+        if speed > best:
+            best, count = speed, rows
+    return count

@@ -1,0 +1,148 @@
+"""`Drafting`: which guessed tokens go into a step, and what came of them. The scheduler's side of speculation."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Collection, Mapping
+from collections.abc import Sequence as ListOf
+from dataclasses import dataclass, field
+
+from kvarn.cache import BlockPool
+from kvarn.scheduler.budget import MIN_PROMPT_TOKENS, Budget
+from kvarn.scheduler.cost import StepShape
+from kvarn.scheduler.observer import Observer
+from kvarn.scheduler.reuse import PrefixReuse
+from kvarn.scheduler.sequence import Sequence
+from kvarn.scheduler.speculation import Speculation
+from kvarn.step import SampledToken, ScheduledSequence, SchedulerOutput, StepOutput
+
+
+@dataclass(slots=True)
+class DraftCounts:
+    """What was guessed since the start, and what of it became output."""
+
+    drafts: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
+    by_position: list[int] = field(default_factory=list)
+    """Accepted tokens by their place in the draft."""
+    seconds: float = 0.0
+    """Spent on proposing."""
+
+    def add(self, drafted: int, accepted: int) -> None:
+        """One draft more."""
+        self.drafts += 1
+        self.draft_tokens += drafted
+        self.accepted_tokens += accepted
+        self.by_position += [0] * (accepted - len(self.by_position))
+        for place in range(accepted):
+            self.by_position[place] += 1
+
+
+class Drafting:
+    """Puts drafts into steps and books them. It changes drafts, counts and tables of sequences.
+
+    Drafts are for sequences that compute one token. They count in the step's budget like all tokens, but take blocks
+    only that nobody else wants in this step, and give back after it those that hold no known token: nobody is held
+    up or preempted for a guess, and what the scheduler holds between two steps is the same as without guesses.
+    """
+
+    def __init__(
+        self, control: Speculation, pool: BlockPool, reuse: PrefixReuse, observer: Observer, max_step_drafts: int
+    ) -> None:
+        """control: says how many. max_step_drafts: in one step, of all sequences. observer: told what was right."""
+        self.control = control
+        self.counts = DraftCounts()
+        self._pool = pool
+        self._reuse = reuse
+        self._observer = observer
+        self._max_step_drafts = max_step_drafts
+        self._chosen: list[tuple[Sequence, int]] = []
+        self.active = control.most > 0
+        """Whether any token may ever be guessed."""
+
+    def decodes(self, running: Collection[Sequence], budget: Budget) -> StepShape:
+        """The shape of the step's decodes (sequences that have one token to compute) with the drafts chosen for it.
+
+        They leave a token of the budget for each of the others, and `MIN_PROMPT_TOKENS` for prompts.
+        """
+        ready = [s for s in running if s.num_uncomputed_tokens == 1]
+        count, tokens = len(ready), sum([len(s.token_ids) for s in ready])
+        shape = StepShape(count, count, count, tokens, tokens)
+        if self.active:
+            self._chosen = []
+            drafted = [s for s in ready if s.draft]
+            if drafted:
+                room = budget.draft_room(shape, len(running) - count + MIN_PROMPT_TOKENS)
+                return self._choose(drafted, shape, min(room, self._max_step_drafts))
+        return shape
+
+    def _choose(self, drafted: list[Sequence], shape: StepShape, room: int) -> StepShape:
+        if room <= 0:
+            return shape
+        for sequence, count in zip(drafted, self.control.choose(drafted, shape, room), strict=True):
+            # One token comes in any case, and no more than max_length.
+            count = min(count, sequence.max_length - sequence.num_tokens - 1)
+            if count > 0:
+                self._chosen.append((sequence, count))
+                shape = shape.drafted(sequence.num_tokens, count)
+        return shape
+
+    def put(self, parts: list[ScheduledSequence]) -> list[tuple[int, int]]:
+        """Adds the chosen drafts to the step's parts, as far as blocks are left over; returns the blocks to copy."""
+        copies: list[tuple[int, int]] = []
+        if not self._chosen:
+            return copies
+        places = {part.sequence_id: place for place, part in enumerate(parts)}
+        for sequence, count in self._chosen:
+            place = places.get(sequence.sequence_id)
+            if place is None:
+                continue  # preempted meanwhile
+            part = parts[place]
+            slots = (len(sequence.table) + self._pool.num_available) * self._pool.block_size
+            draft = sequence.draft[: min(count, slots - part.end)]
+            if not draft:
+                continue
+            copies += self._reuse.take_blocks(sequence, part.end, part.end + len(draft))
+            parts[place] = dataclasses.replace(part, draft=draft, block_table=sequence.table.ids)
+        return copies
+
+    def wanted(self, sequence: Sequence) -> int:
+        """Tokens to guess for the step after this one, which samples a token of the sequence."""
+        return max(0, min(self.control.wanted(sequence), sequence.max_length - sequence.num_tokens - 2))
+
+    def book(
+        self,
+        scheduled: SchedulerOutput,
+        result: StepOutput,
+        gained: ListOf[tuple[Sequence, SampledToken]],
+        alive: Mapping[int, Sequence],
+    ) -> None:
+        """Told of a step when its tokens are booked. gained: those that were not dropped. alive: who goes on, by id."""
+        if not self.active:
+            return
+        self.counts.seconds += result.draft_seconds
+        tokens: dict[Sequence, list[int]] = {}
+        for sequence, token in gained:
+            tokens.setdefault(sequence, []).append(token.token_id)
+        verified = Counter(token.sequence_id for token in result.sampled)
+        parts = {part.sequence_id: part for part in scheduled.sequences if part.draft}
+        for sequence, said in tokens.items():
+            self.control.compare(sequence, sequence.draft, said)
+            sequence.draft = ()
+            part = parts.get(sequence.sequence_id)
+            if part is not None:
+                self._count(sequence, len(part.draft), min(len(said), verified[sequence.sequence_id] - 1))
+        for draft in result.drafts:
+            owner = alive.get(draft.sequence_id)
+            if owner is not None:
+                owner.draft = draft.token_ids
+
+    def _count(self, sequence: Sequence, drafted: int, accepted: int) -> None:
+        self.counts.add(drafted, accepted)
+        sequence.num_draft_tokens += drafted
+        sequence.num_accepted_tokens += accepted
+        self._observer.verified(sequence, drafted, accepted)
+        if not sequence.finished:
+            sequence.table.truncate(-(-sequence.num_computed_tokens // self._pool.block_size))

@@ -1,0 +1,12 @@
+"""Guesses what comes next, so that several tokens of a sequence can be computed in one step.
+
+A drafter implements `kvarn.runner.Drafter`; the sampler verifies what it says (`Sampler.verify`), the scheduler decides
+how much of it (`kvarn.scheduler.Speculation`).
+"""
+
+from kvarn.spec.build import make_drafter
+from kvarn.spec.corpus import Corpora
+from kvarn.spec.index import NgramIndex
+from kvarn.spec.ngram import NgramDrafter
+
+__all__ = ["Corpora", "NgramDrafter", "NgramIndex", "make_drafter"]

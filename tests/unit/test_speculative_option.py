@@ -1,0 +1,49 @@
+"""`--speculative`: what is understood, and what is refused by name."""
+
+import pytest
+
+from kvarn.cli.speculative import speculative_config
+from kvarn.config import EngineConfig, SpeculativeConfig
+from kvarn.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("text", "config"),
+    [
+        (None, None),
+        ("method=ngram", SpeculativeConfig()),
+        ("method=ngram,k=auto", SpeculativeConfig(k=None)),
+        ("k=4", SpeculativeConfig(k=4)),
+        ("k = 3 , ngram_min=1,ngram_max=3, corpus_tokens=5000", SpeculativeConfig("ngram", 3, 8, 1, 3, 5000)),
+        ("k=auto,max_k=16,max_step_drafts=128", SpeculativeConfig(max_k=16, max_step_drafts=128)),
+    ],
+)
+def test_settings(text, config):
+    assert speculative_config(text) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "name=value with a name of method, k, max_k"),
+        ("ngram", "name=value"),
+        ("depth=3", "'depth=3'"),
+        ("k=4,k=5", "k is given twice"),
+        ("k=many", "k must be a whole number or auto, not 'many'"),
+        ("max_k=auto", "max_k must be a whole number, not 'auto'"),
+        ("k=0", "speculative k must be auto, or between 1 and 32"),
+        ("k=33", "between 1 and 32"),
+        ("method=magic", "speculative method must be one of ngram"),
+        ("ngram_min=9,ngram_max=3", r"ngram_max must be between ngram_min \(9\) and 64"),
+        ("corpus_tokens=99999999", "corpus_tokens must be between 0 and"),
+        ("max_step_drafts=0", "max_step_drafts must be between 1 and 4096"),
+    ],
+)
+def test_what_is_wrong_is_named(text, words):
+    with pytest.raises(ConfigError, match=words):
+        speculative_config(text)
+
+
+def test_without_it_no_row_of_a_draft_is_planned():
+    assert EngineConfig().max_step_drafts == 0
+    assert EngineConfig(speculative=SpeculativeConfig(max_step_drafts=7)).max_step_drafts == 7
