@@ -62,10 +62,11 @@ def test_batches_say_what_was_scheduled(steps):
         assert batch.output_rows.tolist() == wanted
         for row, s in zip(batch.block_tables, sequences, strict=True):
             assert row.tolist() == [*s.block_table, *([-1] * (len(row) - len(s.block_table)))]
-        types = {name: getattr(batch, name).dtype for name in batch.__slots__}
-        assert types.pop("slot_mapping") == np.int64
-        assert set(types.values()) == {np.dtype(np.int32)}
-        assert all(getattr(batch, name).flags.c_contiguous for name in batch.__slots__)
+        assert batch.tree_parents is None
+        arrays = {name: getattr(batch, name) for name in batch.__slots__ if name != "tree_parents"}
+        assert all(array.flags.c_contiguous for array in arrays.values())
+        assert arrays.pop("slot_mapping").dtype == np.int64
+        assert {array.dtype for array in arrays.values()} == {np.dtype(np.int32)}
 
 
 def make_runner(drafter=None):

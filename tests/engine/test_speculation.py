@@ -12,7 +12,7 @@ from kvarn.config import SpeculativeConfig
 from kvarn.engine.events import merge_outputs
 from kvarn.errors import RequestError
 from kvarn.request import FinishReason, Request, SamplingParams
-from kvarn.runner import Proposal
+from kvarn.runner import MoveSeconds, Proposal
 from kvarn.spec import NgramDrafter
 
 PROMPT = "the cat sat on the mat. the cat sat on the mat. the cat"
@@ -146,7 +146,7 @@ def test_the_same_answers_with_everything_else(case, tmp_path, monkeypatch):
     prompts = {r.request_id: r.prompt_token_ids for r in requests}
     known = {(prompts[i], part.index): part.token_ids for i, parts in expected.items() for part in parts}
     monkeypatch.setattr("kvarn.engine.load.make_drafter", lambda config: Knowing(known))
-    monkeypatch.setattr("kvarn.engine.tier.measure_move", lambda executable, file: 0.0)
+    monkeypatch.setattr("kvarn.engine.tier.measure_move", lambda executable, file: MoveSeconds(0.0, 0.0))
     core = start(case, tmp_path, case["speculative"])
     outputs = {r.request_id: [] for r in requests}
     for r in requests:

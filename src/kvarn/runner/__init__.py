@@ -7,5 +7,6 @@ from kvarn.runner.drafter import Drafter, NullDrafter, Proposal
 from kvarn.runner.runner import Runner
 
 __all__ = [
-    "BatchBuilder", "BlockFile", "BlockMover", "Drafter", "MoveSeconds", "NullDrafter", "Proposal", "Runner", "measure_move",
+    "BatchBuilder", "BlockFile", "BlockMover", "Drafter", "MoveSeconds", "NullDrafter", "Proposal", "Runner",
+    "measure_move",
 ]  # fmt: skip
