@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from kvarn.backends import InputBatch
 from kvarn.eval.session import open_session
 from kvarn.weights import catalog
 
@@ -101,22 +102,10 @@ def main() -> None:
 
 def greedy(session, ids, count):
     """The next `count` greedy tokens, one at a time through the cache."""
-    from kvarn.backends import InputBatch
-
     tokens, produced = list(ids), []
-    table = np.arange(session.context // 16, dtype=np.int32)[None, :]
     start = 0
     while len(produced) < count:
-        positions = np.arange(start, len(tokens), dtype=np.int32)
-        batch = InputBatch(
-            token_ids=np.array(tokens[start:], dtype=np.int32),
-            positions=positions,
-            slot_mapping=positions.astype(np.int64),
-            query_start=np.array([0, len(positions)], dtype=np.int32),
-            seq_lens=np.array([len(tokens)], dtype=np.int32),
-            block_tables=table,
-            output_rows=np.array([len(positions) - 1], dtype=np.int32),
-        )
+        batch = InputBatch.of_one(tokens[start:], start)
         logits = session.executable.execute(batch)[session.model.program.output]
         start = len(tokens)
         tokens.append(int(logits[0].argmax()))
