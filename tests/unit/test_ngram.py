@@ -82,6 +82,14 @@ def test_it_looks_in_prompt_and_output():
     assert step(lookup, 0, 6) == ()
 
 
+def test_a_copy_is_as_long_as_its_match_deserves():
+    lookup = drafter()
+    lookup.add(new(0, [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]))
+    assert step(lookup, 0, 2, 3, wanted=9) == (4, 5, 6, 7)
+    assert step(lookup, 0, 4, wanted=9) == (5, 6, 7, 8, 9)
+    assert step(lookup, 0, 5, wanted=2) == (6, 7)
+
+
 def test_what_ended_sequences_said_serves_their_own_salt_only():
     lookup = drafter(corpus=100)
     lookup.add(new(0, [1], ("ann", "x")))

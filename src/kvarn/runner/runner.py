@@ -71,12 +71,13 @@ class Runner:
         sampled = self._sample(values[self._logits], [s for s in scheduled.sequences if s.sample])
         started = time.perf_counter()
         proposals = self._drafter.propose(scheduled, sampled, values)
+        if not proposals:
+            return StepOutput(scheduled.step, tuple(sampled), loaded, self._blocks.take_seconds())
+        draft_seconds = time.perf_counter() - started
         self._drawn = {p.sequence_id: p for p in proposals if p.probabilities is not None}
         drafts = tuple(DraftTokens(p.sequence_id, p.token_ids) for p in proposals if p.token_ids)
-        draft_seconds = time.perf_counter() - started if drafts else 0.0
-        return StepOutput(
-            scheduled.step, tuple(sampled), loaded, self._blocks.take_seconds(), drafts, draft_seconds
-        )
+        moved = self._blocks.take_seconds()
+        return StepOutput(scheduled.step, tuple(sampled), loaded, moved, drafts, draft_seconds)
 
     def _sample(self, logits: NDArray[np.float32], parts: list[ScheduledSequence]) -> list[SampledToken]:
         if not parts:

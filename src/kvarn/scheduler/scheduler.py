@@ -238,7 +238,7 @@ class Scheduler:
             sequence = self._sequences.get(token.sequence_id)
             if sequence is None:
                 continue
-            if sequence.num_uncomputed_tokens:
+            if sequence.num_computed_tokens < len(sequence.token_ids):
                 # The token before was a guess, and right: its KV was computed in this step.
                 self.reuse.computed(sequence, sequence.num_tokens)
             sequence.token_ids.append(token.token_id)

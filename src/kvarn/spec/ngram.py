@@ -12,6 +12,9 @@ from kvarn.spec.corpus import Corpora
 from kvarn.spec.index import NgramIndex
 from kvarn.step import NewSequence, SampledToken, SchedulerOutput
 
+BEYOND = 2
+"""Tokens by which a copy may be longer than the match that it goes on from: what matched for long goes on for long."""
+
 
 class _Text:
     """All known tokens of a sequence. They are indexed when the first guess is wanted."""
@@ -27,7 +30,7 @@ class NgramDrafter:
     Decoding"; matches are found as in `NgramIndex`).
 
     Costs microseconds a token and no memory but an index of the sequence's own tokens. A copy may run into itself, so
-    that a text that repeats is guessed to go on repeating.
+    that a text that repeats is guessed to go on repeating. The longer the match the longer the copy.
     """
 
     buffers: Sequence[str] = ()
@@ -71,7 +74,7 @@ class NgramDrafter:
             found = index.find(text.tokens)
             if found is not None and (best is None or found.length > best.length):
                 best = found
-        return () if best is None else best.following(count)
+        return () if best is None else best.following(min(count, best.length + BEYOND))
 
     def _others(self, new: NewSequence) -> Iterable[NgramIndex]:
         return () if self._corpora is None else self._corpora.of(new.salt)
