@@ -108,14 +108,15 @@ def greedy(session, ids, count):
     start = 0
     while len(produced) < count:
         positions = np.arange(start, len(tokens), dtype=np.int32)
-        batch = InputBatch(
+        batch = InputBatch.of_tables(
             token_ids=np.array(tokens[start:], dtype=np.int32),
             positions=positions,
-            slot_mapping=positions.astype(np.int64),
             query_start=np.array([0, len(positions)], dtype=np.int32),
             seq_lens=np.array([len(tokens)], dtype=np.int32),
-            block_tables=table,
+            tables=table,
             output_rows=np.array([len(positions) - 1], dtype=np.int32),
+            block_size=16,
+            num_groups=len(session.model.program.kv_groups),
         )
         logits = session.executable.execute(batch)[session.model.program.output]
         start = len(tokens)

@@ -98,11 +98,13 @@ private:
     }
 };
 
-// A tile's sub-blocks: keys [key_dim][16], values [16][value_stride]. Those beyond the sequence repeat the first one:
-// their scores are masked, their values not read.
+// A tile's sub-blocks: keys [key_dim][16], values [16][value_stride]. Those that no row sees, beyond the sequence or before
+// the first row's window, repeat the first one that is seen: their scores are masked, their values not read, and the block
+// table may have anything there.
 struct Tile {
     const uint8_t *keys[kSubs], *values[kSubs];
     int64_t value_stride;
+    int64_t first;  // position of the first sub-block that is seen
     int64_t count;  // tokens that the sequence has
     // Where the tile after this one is, to ask for it in time: its blocks lie anywhere. The tile itself at the end.
     const uint8_t *next_keys[kSubs], *next_values[kSubs];
@@ -124,14 +126,17 @@ Tile cached_tile(const Work &w, int64_t start, int64_t last) {
         return reinterpret_cast<const float *>(head + scales_at) + offset;
     };
     Tile tile;
+    const int64_t seen = w.first_key(w.a.position) / kSub * kSub;
     tile.value_stride = kv.value_dim;
+    tile.first = seen > start ? seen : start;
     tile.count = last + 1 - start < kKeyTile ? last + 1 - start : kKeyTile;
     for (int64_t s = 0; s < kSubs; ++s) {
         const int64_t position = start + s * kSub, next = position + kKeyTile;
-        const float *scales = locate(position <= last ? position : start, tile.keys[s], tile.values[s]);
+        const bool is_seen = position >= tile.first && position <= last;
+        const float *scales = locate(is_seen ? position : tile.first, tile.keys[s], tile.values[s]);
         tile.key_scales[s] = kv.type == KvType::kInt8 ? scales : nullptr;
         tile.value_scales[s] = kv.type == KvType::kInt8 ? scales + kv.block_size : nullptr;
-        locate(next <= last ? next : start, tile.next_keys[s], tile.next_values[s]);
+        locate(next <= last ? next : tile.first, tile.next_keys[s], tile.next_values[s]);
     }
     return tile;
 }
@@ -142,7 +147,7 @@ void prepare_int4(const Work &w, Tile &tile, int64_t start) {
     const KvLayerView &kv = *w.a.kv;
     const int64_t value_scales = kv_groups(kv.value_dim) * 2 * kSub, last = w.a.position + w.a.rows - 1;
     const auto locate = [&](int64_t position) {
-        const int64_t seen = position <= last ? position : start;
+        const int64_t seen = position >= tile.first && position <= last ? position : tile.first;
         uint8_t *head = kv.head(w.a.block_table[seen / kv.block_size], w.a.kv_head);
         return kv.int4_scales(head, seen % kv.block_size);
     };

@@ -39,7 +39,7 @@ void HeadsStage::run(const Step &step, uint32_t item, Scratch &scratch) noexcept
         }
         for (int64_t h = 0; h < kv.heads; ++h) {
             input_.k.apply(kernels(), input_.k.x.row(r) + h * kv.key_dim, key, kv.key_dim, position);
-            kernels().kv_write(kv, step.batch.slot_mapping[r], h, key, input_.v.row(r) + h * kv.value_dim);
+            kernels().kv_write(kv, step.batch.slot(r, shape_.kv_group), h, key, input_.v.row(r) + h * kv.value_dim);
         }
     }
 }
@@ -97,7 +97,7 @@ void AttentionStage::prefill_item(const Step &step, uint32_t item, Scratch &scra
     const int64_t kv_head = dealt % shape_.kv.heads, group = shape_.group();
     AttentionArgs args{};
     args.kv = &shape_.kv;
-    args.block_table = step.batch.block_tables + tile.sequence * step.batch.table_width;
+    args.block_table = step.batch.table(tile.sequence, shape_.kv_group);
     args.kv_head = kv_head;
     args.group = group;
     args.q = input_.q.x.row(tile.row) + kv_head * group * shape_.kv.key_dim;
@@ -133,14 +133,15 @@ void AttentionStage::decode_item(const Step &step, uint32_t item, Scratch &scrat
     }
     if (input_.write && part == count - 1) {  // the part that has the newest key
         input_.k.apply(kernels(), input_.k.x.row(s) + kv_head * kd, key, kd, position);
-        kernels().kv_write(shape_.kv, step.batch.slot_mapping[s], kv_head, key, input_.v.row(s) + kv_head * vd);
+        kernels().kv_write(shape_.kv, step.batch.slot(s, shape_.kv_group), kv_head, key,
+                           input_.v.row(s) + kv_head * vd);
     }
     const int64_t entry = attention_partial_elements(vd);
     float *partial = count > 1 ? partials_ + pair * shape_.max_spans * group * entry : nullptr;
     if (begin < end) {
         AttentionArgs args{};
         args.kv = &shape_.kv;
-        args.block_table = step.batch.block_tables + s * step.batch.table_width;
+        args.block_table = step.batch.table(s, shape_.kv_group);
         args.kv_head = kv_head;
         args.group = group;
         args.q = q;

@@ -66,8 +66,10 @@ inline int64_t rows_of(const Step &step, bool outputs) { return outputs ? step.b
 // The first row from `row` on that does not go on with the sub-block of the row before it: who writes to the cache takes
 // sub-blocks whole, since a key may be stored as its difference from their first one.
 inline int64_t sub_block_from(const Batch &batch, int64_t row) {
-    const int64_t *slots = batch.slot_mapping;
-    while (row > 0 && row < batch.tokens && slots[row] % kSubBlock != 0 && slots[row] == slots[row - 1] + 1) ++row;
+    // The same in every KV group: blocks begin where sub-blocks do.
+    while (row > 0 && row < batch.tokens && batch.slot(row, 0) % kSubBlock != 0 &&
+           batch.slot(row, 0) == batch.slot(row - 1, 0) + 1)
+        ++row;
     return row;
 }
 

@@ -10,7 +10,7 @@ namespace kvarn {
 
 // The arrays of kvarn.backends.base.InputBatch; shapes as documented there. Not owned.
 struct Batch {
-    int64_t tokens, sequences, outputs, table_width;
+    int64_t tokens, sequences, outputs, groups, table_width;
     const int32_t *token_ids;
     const int32_t *positions;
     const int64_t *slot_mapping;
@@ -18,10 +18,17 @@ struct Batch {
     const int32_t *seq_lens;
     const int32_t *block_tables;
     const int32_t *output_rows;
+
+    // Of a KV group: the slot of a row, and the block table of a sequence.
+    int64_t slot(int64_t row, int64_t group) const { return slot_mapping[row * groups + group]; }
+    const int32_t *table(int64_t sequence, int64_t group) const {
+        return block_tables + (sequence * groups + group) * table_width;
+    }
 };
 
 struct Limits {
     int64_t max_tokens, max_sequences, max_model_len, vocab_size;
+    std::vector<int64_t> windows;  // of each KV group: the last so many tokens that its layers see; 0: all
 };
 
 // Empty where every index is in range and the arrays agree; else what is wrong, naming the field.

@@ -31,7 +31,7 @@ def schedules(draw):
         needed = -(-(start + count) // BLOCK)
         table, blocks = tuple(blocks[:needed]), blocks[needed:]
         tokens = tuple(draw(st.integers(0, 258)) for _ in range(count))
-        sequences.append(ScheduledSequence(sequence_id, tokens, start, table, draw(st.booleans())))
+        sequences.append(ScheduledSequence(sequence_id, tokens, start, (table,), draw(st.booleans())))
         left -= count
         if len(blocks) < 8:
             break
@@ -49,14 +49,15 @@ def test_batches_say_what_was_scheduled(steps):
         rows = [(s, i) for s in sequences for i in range(len(s.token_ids))]
         assert batch.token_ids.tolist() == [s.token_ids[i] for s, i in rows]
         assert batch.positions.tolist() == [s.start + i for s, i in rows]
-        slots = [s.block_table[(s.start + i) // BLOCK] * BLOCK + (s.start + i) % BLOCK for s, i in rows]
-        assert batch.slot_mapping.tolist() == slots
+        slots = [s.block_tables[0][(s.start + i) // BLOCK] * BLOCK + (s.start + i) % BLOCK for s, i in rows]
+        assert batch.slot_mapping[:, 0].tolist() == slots
         assert batch.seq_lens.tolist() == [s.end for s in sequences]
         ends = np.cumsum([len(s.token_ids) for s in sequences]).tolist()
         assert batch.query_start.tolist() == [0, *ends]
         assert batch.output_rows.tolist() == [end - 1 for end, s in zip(ends, sequences, strict=True) if s.sample]
         for row, s in zip(batch.block_tables, sequences, strict=True):
-            assert row.tolist() == [*s.block_table, *([-1] * (len(row) - len(s.block_table)))]
+            (table,) = s.block_tables
+            assert row.tolist() == [[*table, *([-1] * (row.size - len(table)))]]
         types = {name: getattr(batch, name).dtype for name in batch.__slots__}
         assert types.pop("slot_mapping") == np.int64
         assert set(types.values()) == {np.dtype(np.int32)}
@@ -75,7 +76,7 @@ def new(sequence_id):
 
 def test_an_empty_step_only_forgets():
     runner = make_runner()
-    part = ScheduledSequence(0, (1, 2), 0, (3,), sample=True)
+    part = ScheduledSequence(0, (1, 2), 0, ((3,),), sample=True)
     assert len(runner.execute(SchedulerOutput(1, (part,), new=(new(0),))).sampled) == 1
     assert runner.execute(SchedulerOutput(2, (), finished=(0,))).sampled == ()
     assert len(runner.execute(SchedulerOutput(3, (part,), new=(new(0),))).sampled) == 1, "the id is free again"
@@ -83,8 +84,8 @@ def test_an_empty_step_only_forgets():
 
 def test_a_chunk_that_is_not_the_last_samples_nothing():
     runner = make_runner()
-    first = ScheduledSequence(0, (1,), 0, (3,), sample=False)
-    last = ScheduledSequence(0, (2,), 1, (3,), sample=True)
+    first = ScheduledSequence(0, (1,), 0, ((3,),), sample=False)
+    last = ScheduledSequence(0, (2,), 1, ((3,),), sample=True)
     assert runner.execute(SchedulerOutput(1, (first,), new=(new(0),))).sampled == ()
     (token,) = runner.execute(SchedulerOutput(2, (last,))).sampled
     assert token.sequence_id == 0
@@ -93,10 +94,10 @@ def test_a_chunk_that_is_not_the_last_samples_nothing():
 def test_blocks_are_copied_before_the_step():
     """A sequence goes on in a copy of the block that it began in, and says the same."""
     runner = make_runner()
-    start = ScheduledSequence(0, (1, 2), 0, (3,), sample=True)
+    start = ScheduledSequence(0, (1, 2), 0, ((3,),), sample=True)
     runner.execute(SchedulerOutput(1, (start,), new=(new(0),)))
-    there = ScheduledSequence(0, (5,), 2, (3,), sample=True)
-    copied = ScheduledSequence(0, (5,), 2, (9,), sample=True)
+    there = ScheduledSequence(0, (5,), 2, ((3,),), sample=True)
+    copied = ScheduledSequence(0, (5,), 2, ((9,),), sample=True)
     (expected,) = runner.execute(SchedulerOutput(2, (there,))).sampled
     (token,) = runner.execute(SchedulerOutput(3, (copied,), block_copies=((3, 9),))).sampled
     assert token == expected
@@ -104,7 +105,7 @@ def test_blocks_are_copied_before_the_step():
 
 def test_reset_forgets_and_tries_the_program():
     runner = make_runner()
-    part = ScheduledSequence(0, (1, 2), 0, (3,), sample=True)
+    part = ScheduledSequence(0, (1, 2), 0, ((3,),), sample=True)
     runner.execute(SchedulerOutput(1, (part,), new=(new(0),)))
     runner.reset()
     with pytest.raises(ValueError, match="sequence 0"):

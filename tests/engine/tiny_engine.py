@@ -103,10 +103,14 @@ def handmade_engine(
     cost=None,
     observer=None,
     clock=time.perf_counter,
+    model=None,
     **scheduling,
 ) -> LoadedEngine:
-    """An engine put together part by part, so that a test can get between them. scheduling: of `SchedulerConfig`."""
-    model = shared_model(family, 0, stored)
+    """An engine put together part by part, so that a test can get between them. scheduling: of `SchedulerConfig`.
+
+    model: instead of a tiny one of `family` and `stored`.
+    """
+    model = model or shared_model(family, 0, stored)
     config = EngineConfig(
         max_model_len=max_model_len,
         backend=backend,
@@ -122,7 +126,7 @@ def handmade_engine(
     runner = Runner(wrap_executable(executable), sampler, limits, block_size)
 
     def new_scheduler():
-        pool = BlockPool(num_blocks, block_size)
+        pool = BlockPool(num_blocks, block_size, model.program.kv_groups.windows)
         prefixes = RadixPrefixCache(pool) if prefix_caching else NullPrefixCache()
         return make_scheduler(
             config.scheduler, pool, max_model_len, cost, eos_token_ids=(EOS,), prefix_cache=prefixes, observer=observer

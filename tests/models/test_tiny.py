@@ -14,19 +14,21 @@ from kvarn.text import IncrementalDetokenizer, load_tokenizer
 from kvarn.weights import open_model
 
 
-def one_prompt(ids, blocks=8):
+def one_prompt(ids, blocks=8, groups=1):
     positions = np.arange(len(ids), dtype=np.int32)
-    return InputBatch(
-        np.asarray(ids, np.int32), positions, positions.astype(np.int64), np.array([0, len(ids)], np.int32),
+    return InputBatch.of_tables(
+        np.asarray(ids, np.int32), positions, np.array([0, len(ids)], np.int32),
         np.array([len(ids)], np.int32), np.arange(blocks, dtype=np.int32)[None], positions,
+        block_size=16, num_groups=groups,
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("family", SETTINGS)
 def test_logits_are_finite_and_varied(family):
     model = tiny_model(family, seed=3)
-    executable = ReferenceBackend().load(model.program, model, KvCacheSpec(8), StepLimits(128, 4, 128))
-    logits = executable.execute(one_prompt(range(40)))["logits"]
+    groups = len(model.program.kv_groups)
+    executable = ReferenceBackend().load(model.program, model, KvCacheSpec(8 * groups), StepLimits(128, 4, 128))
+    logits = executable.execute(one_prompt(range(40), groups=groups))["logits"]
     assert np.isfinite(logits).all()
     assert 0.1 < logits.std() < 100
     assert len(set(logits.argmax(1))) > 5
@@ -48,7 +50,7 @@ def test_a_batch_that_names_what_is_not_there_is_refused():
         "token_ids": np.full(20, 259, np.int32),
         "positions": good.positions + 1,
         "slot_mapping": good.slot_mapping[::-1].copy(),
-        "block_tables": np.array([[0, 2]], np.int32),
+        "block_tables": np.array([[[0, 2]]], np.int32),
         "seq_lens": np.array([33], np.int32),
         "query_start": np.array([0, 19], np.int32),
         "output_rows": np.array([20], np.int32),

@@ -279,5 +279,5 @@ def test_the_engine_takes_the_same_steps_at_the_same_times(num_blocks, groups, p
 
 
 def shape_of(step):
-    parts = [(p.sequence_id, p.start, len(p.token_ids), p.block_table, p.sample) for p in step.sequences]
+    parts = [(p.sequence_id, p.start, len(p.token_ids), p.block_tables, p.sample) for p in step.sequences]
     return parts, [new.sequence_id for new in step.new], step.finished, step.block_copies

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvarn.cache import BlockPool, BlockTable, NullPrefixCache, OutOfBlocksError, blocks_for
+from kvarn.cache import BlockPool, BlockTable, BlockTables, NullPrefixCache, OutOfBlocksError, blocks_for
 
 
 def test_a_pool_hands_out_every_block_once():
@@ -149,7 +149,7 @@ def test_no_block_is_lost_or_owned_twice(data):
 
 def test_the_null_prefix_cache_finds_nothing():
     pool = BlockPool(4, 2)
-    cache, table = NullPrefixCache(), BlockTable(pool)
+    cache, table = NullPrefixCache(), BlockTables(pool)
     path = cache.path(("", ""))
     table.prepare_write(0, 3)
     path.insert([1, 2, 3], 3, table)

@@ -30,9 +30,9 @@ def test_the_null_back_end_counts_what_a_step_costs():
     model = tiny_model()
     executable = NullBackend().load(model.program, model, KvCacheSpec(8), StepLimits(64, 4, 128))
     positions = np.arange(20, dtype=np.int32)
-    batch = InputBatch(
-        positions, positions, positions.astype(np.int64), np.array([0, 20], np.int32), np.array([20], np.int32),
-        np.array([[0, 1]], np.int32), np.array([19], np.int32),
+    batch = InputBatch.of_tables(
+        positions, positions, np.array([0, 20], np.int32), np.array([20], np.int32),
+        np.array([[0, 1]], np.int32), np.array([19], np.int32), block_size=16,
     )  # fmt: skip
     logits = executable.execute(batch)["logits"]
     assert logits.shape == (1, 259)

@@ -38,6 +38,8 @@ class SchedulerMachine(RuleBasedStateMachine):
     shared_prefixes: tuple[tuple[int, ...], ...] | None = None
     """None: no prefix cache."""
     tier_slots = 0
+    windows: tuple[int | None, ...] = (None,)
+    """Of the KV groups."""
     policy = FirstComeFirstServed
     budget = ConstantBudget
 
@@ -45,11 +47,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         blocks=st.integers(4, 24), seqs=st.integers(1, 6), spare_tokens=st.integers(0, 20), queue=st.integers(1, 6)
     )
     def start(self, blocks, seqs, spare_tokens, queue):
-        tokens = seqs + spare_tokens
-        self.pool = BlockPool(blocks, BLOCK)
+        tokens, blocks = seqs + spare_tokens, blocks * len(self.windows)
+        self.pool = BlockPool(blocks, BLOCK, self.windows)
         shared = self.shared_prefixes
         self.cache = NullPrefixCache() if shared is None else RadixPrefixCache(self.pool, shared, self.new_tier())
-        self.model = PagedModel(blocks, BLOCK, max_tokens=tokens, max_seqs=seqs)
+        self.model = PagedModel(blocks, BLOCK, max_tokens=tokens, max_seqs=seqs, windows=self.windows)
+        self.tokens = tokens
         self.queue = queue
         config = SchedulerConfig(max_num_seqs=seqs, max_num_batched_tokens=tokens, max_num_queued_requests=queue)
         moves = MoveCost(BLOCK, 1.0 * BLOCK)
@@ -93,7 +96,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         except QueueFullError:
             assert self.scheduler.backlog.requests == self.queue
         except RequestError:
-            limit = min(60, (self.pool.num_blocks - self.cache.num_reserved) * BLOCK)
+            room = self.pool.num_blocks - self.cache.num_reserved
+            limit = min(60, self.pool.windows.longest(room, self.tokens, 60))
             assert length == 0 or length >= limit or length + max(max_tokens or 0, min_tokens) > limit
         else:
             self.sequences += sequences
@@ -135,6 +139,10 @@ class SchedulerMachine(RuleBasedStateMachine):
     @invariant()
     def books_agree(self):
         self.scheduler.check()
+        for sequence in self.sequences:
+            for group, table in enumerate(sequence.table):
+                most = self.pool.windows.most_in_group(group, self.tokens)
+                assert most is None or len(table.held) <= most, "it keeps what it does not see"
 
     def check_hits(self, scheduled):
         """What a sequence starts from was computed by its own salt, or is in whole blocks of what is declared."""
@@ -244,8 +252,26 @@ class WithTargets(WithTenants):
         return ItlBudget(tokens, 1e-9, LinearCost())
 
 
+class WithWindows(WithSecondTier):
+    """Layers of three kinds: some see all, others less than what is common or a block's worth."""
+
+    windows = (None, 9, 3)
+
+
+class WithWindowsOnly(WithSecondTier):
+    """No layer sees all."""
+
+    windows = (6,)
+
+
+class WithWindowsAndNoCache(SchedulerMachine):
+    """What nobody sees any more is free at once."""
+
+    windows = (None, 7)
+
+
 MACHINES = [SchedulerMachine, WithPrefixCache, WithSharedPrefixes, WithSecondTier, WithAnotherPolicy, WithPriorities,
-            WithTenants, WithTargets]  # fmt: skip
+            WithTenants, WithTargets, WithWindows, WithWindowsOnly, WithWindowsAndNoCache]  # fmt: skip
 
 
 @pytest.mark.parametrize("machine", MACHINES)

@@ -139,7 +139,7 @@ constexpr int64_t kKeySpan = kKeyTile * kSpanTiles;
 
 struct AttentionArgs {
     const KvLayerView *kv;
-    const int32_t *block_table;  // of this sequence
+    const int32_t *block_table;  // of this sequence; read from the block of the first key that a row sees on
     int64_t kv_head;
     int64_t group;               // query heads that share kv_head
     const float *q;              // row r, grouped head j: q + r * q_stride + j * key_dim

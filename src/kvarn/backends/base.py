@@ -17,10 +17,12 @@ from kvarn.tensors import DType, TensorSource
 class InputBatch:
     """The arrays of one step: T tokens of S sequences, ragged, R rows with logits. Passed, never ambient.
 
-    token_ids, positions: int32[T]. slot_mapping: int64[T], block id * block_size + offset in the block. query_start:
-    int32[S+1], rows query_start[s] … query_start[s+1] belong to sequence s, in order of position. seq_lens: int32[S],
-    tokens with KV after this step (so the last row of s is at position seq_lens[s] - 1). block_tables: int32[S, B],
-    block ids by position, padded with -1. output_rows: int32[R], rows whose logits are needed, ascending.
+    token_ids, positions: int32[T]. slot_mapping: int64[T, G], block id * block_size + offset in the block, for each KV
+    group of the program (`KvGroups`). query_start: int32[S+1], rows query_start[s] … query_start[s+1] belong to
+    sequence s, in order of position. seq_lens: int32[S], tokens with KV after this step (so the last row of s is at
+    position seq_lens[s] - 1). block_tables: int32[S, G, B], block ids by position, padded with -1; those that lie
+    before the window of a group, as the sequence's first row sees it, may be anything and are not looked at.
+    output_rows: int32[R], rows whose logits are needed, ascending.
     """
 
     token_ids: NDArray[np.int32]
@@ -42,9 +44,36 @@ class InputBatch:
         return int(self.seq_lens.size)
 
 
+    @classmethod
+    def of_tables(
+        cls,
+        token_ids: NDArray[np.int32],
+        positions: NDArray[np.int32],
+        query_start: NDArray[np.int32],
+        seq_lens: NDArray[np.int32],
+        tables: NDArray[np.int32],
+        output_rows: NDArray[np.int32],
+        *,
+        block_size: int,
+        num_groups: int = 1,
+    ) -> InputBatch:
+        """The batch of sequences with a table each: block b of `tables`, int32[S, B], is block b * G + g of group g.
+
+        So the cache must have G times as many blocks.
+        """
+        groups = np.arange(num_groups, dtype=np.int32)
+        spread = np.where(tables[:, None, :] < 0, -1, tables[:, None, :] * num_groups + groups[:, None])
+        owner = np.repeat(np.arange(seq_lens.size), np.diff(query_start))
+        slots = spread[owner, :, positions // block_size].astype(np.int64) * block_size
+        slots += (positions % block_size)[:, None]
+        return cls(token_ids, positions, slots, query_start, seq_lens, spread.astype(np.int32), output_rows)
+
+
 @dataclass(frozen=True, slots=True)
 class KvCacheSpec:
-    """Size and type of the KV cache that a back-end allocates at load. block_size: tokens in a block."""
+    """Size and type of the KV cache that a back-end allocates at load. block_size: tokens in a block.
+
+    A block holds what one KV group of the program keeps of so many tokens."""
 
     num_blocks: int
     block_size: int = 16
@@ -87,6 +116,11 @@ class MemoryUse:
 class Executable(Protocol):
     """A loaded program. Owns its packed weights, KV cache and activations. Not thread-safe: one caller at a time."""
 
+    @property
+    def program(self) -> Program:
+        """What runs."""
+        ...
+
     def execute(self, batch: InputBatch, outputs: Sequence[str] = ()) -> Mapping[str, NDArray[np.float32]]:
         """Runs one step; writes the KV of all T tokens.
 
@@ -97,16 +131,16 @@ class Executable(Protocol):
         ...
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
-        """Copies whole KV blocks (source, destination) in all layers, in order."""
+        """Copies whole KV blocks (source, destination), in order."""
         ...
 
     @property
     def block_bytes(self) -> int:
-        """Bytes of one KV block over all layers, as `read_block` gives them."""
+        """Bytes of one KV block, as `read_block` gives them."""
         ...
 
     def read_block(self, block: int, out: NDArray[np.uint8]) -> None:
-        """Copies a block's keys and values of all layers to uint8[block_bytes]. Raises ValueError."""
+        """Copies a block's keys and values, of all layers of its group, to uint8[block_bytes]. Raises ValueError."""
         ...
 
     def write_block(self, block: int, data: NDArray[np.uint8]) -> None:

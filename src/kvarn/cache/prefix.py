@@ -7,7 +7,7 @@ from typing import Protocol, Self
 
 from kvarn.cache.offload import OffloadIndex
 from kvarn.cache.salt import Salt
-from kvarn.cache.table import BlockTable
+from kvarn.cache.table import BlockTables
 
 
 class PrefixPath(Protocol):
@@ -15,19 +15,19 @@ class PrefixPath(Protocol):
 
     @property
     def num_blocks(self) -> int:
-        """Whole blocks, from the first, that the sequence's table has in common with the cache."""
+        """Whole blocks of a group, from the first, that the sequence's table has in common with the cache."""
         ...
 
-    def adopt(self, token_ids: Sequence[int], table: BlockTable, known: int, *, whole_blocks: bool = False) -> int:
+    def adopt(self, token_ids: Sequence[int], table: BlockTables, known: int, *, whole_blocks: bool = False) -> int:
         """Puts cached blocks into `table`, which holds the KV of `known` tokens, where more are known then.
 
         Returns how many are known now: at least `known`, at most all but the last of `token_ids`, which is left to
         compute, since somebody must sample from it. The last block may be adopted for its first tokens only, unless
-        `whole_blocks`; `BlockTable.prepare_write` copies it before the rest is written.
+        `whole_blocks`; `BlockTables.prepare_write` copies it before the rest is written.
         """
         ...
 
-    def insert(self, token_ids: Sequence[int], known: int, table: BlockTable) -> None:
+    def insert(self, token_ids: Sequence[int], known: int, table: BlockTables) -> None:
         """Told when `table` holds the KV of the first `known` tokens: keeps its whole blocks.
 
         Where the cache has a block with the same KV already, the table gets that one for its own. O(1) where no block
@@ -35,7 +35,7 @@ class PrefixPath(Protocol):
         """
         ...
 
-    def leave(self, token_ids: Sequence[int], known: int, table: BlockTable) -> None:
+    def leave(self, token_ids: Sequence[int], known: int, table: BlockTables) -> None:
         """Told before the sequence releases `table`: keeps a partly filled last block, too. Back at the start then."""
         ...
 
@@ -46,7 +46,8 @@ class PrefixPath(Protocol):
     def offloaded(self, token_ids: Sequence[int], most: int) -> list[tuple[int, bytes]]:
         """(slot, name) in the second tier of the whole blocks that follow, up to `most` and the first that it lacks.
 
-        Of all but the last of `token_ids`. What is there is not checked: see `BlockLoad`.
+        Those of all KV groups one after the other, before the next. Of all but the last of `token_ids`. What is there
+        is not checked: see `BlockLoad`.
         """
         ...
 
@@ -76,7 +77,7 @@ class PrefixCache(Protocol):
         ...
 
     def evict(self, count: int, *, spill: bool = True) -> int:
-        """Lets go of blocks that no table holds until `count` more are free, or none is left; returns how many.
+        """Lets go of blocks that no table holds until `count` more are free, or none is left; returns how many are.
 
         spill: asks the tier to save them. They must keep their values until the saves are taken and done.
         """
@@ -96,15 +97,15 @@ class NullPrefixPath:
 
     num_blocks = 0
 
-    def adopt(self, token_ids: Sequence[int], table: BlockTable, known: int, *, whole_blocks: bool = False) -> int:
+    def adopt(self, token_ids: Sequence[int], table: BlockTables, known: int, *, whole_blocks: bool = False) -> int:
         """Nothing more is known."""
         del token_ids, table, whole_blocks
         return known
 
-    def insert(self, token_ids: Sequence[int], known: int, table: BlockTable) -> None:
+    def insert(self, token_ids: Sequence[int], known: int, table: BlockTables) -> None:
         """Keeps nothing."""
 
-    def leave(self, token_ids: Sequence[int], known: int, table: BlockTable) -> None:
+    def leave(self, token_ids: Sequence[int], known: int, table: BlockTables) -> None:
         """Keeps nothing."""
 
     def fork(self, num_tokens: int) -> Self:

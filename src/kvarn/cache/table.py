@@ -1,26 +1,32 @@
-"""`BlockTable`: the blocks of one sequence in order of position, with sharing and copy-on-write."""
+"""`BlockTable`: the blocks of one sequence in order of position, with sharing and copy-on-write, by KV group."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from kvarn.cache.pool import BlockPool
+from kvarn.cache.windows import blocks_for
 
-
-def blocks_for(num_tokens: int, block_size: int) -> int:
-    """Blocks that hold `num_tokens` tokens."""
-    return -(-num_tokens // block_size)
+HOLE = -1
+"""In place of a block that no token will see again."""
+Column = Sequence[int]
+"""The blocks of one index, one for each KV group; `HOLE` where there is none."""
 
 
 class BlockTable:
-    """Blocks of positions 0 … of one sequence. Holds one reference on each until `release`.
+    """Blocks of positions 0 … of one sequence in one KV group. Holds one reference on each until `release`.
 
-    A block may be shared with other tables. What is shared is never written: `prepare_write` replaces it first.
+    A block may be shared with other tables. What is shared is never written: `prepare_write` replaces it first. Where
+    the group has a window, the table has holes before it; the blocks that were there are given back (`slide`).
     """
 
-    def __init__(self, pool: BlockPool) -> None:
-        """An empty table of blocks from `pool`."""
+    def __init__(self, pool: BlockPool, group: int = 0) -> None:
+        """An empty table of blocks from `pool`, for one of its groups."""
+        self.num_holes = 0
+        """All of them come first."""
         self._pool = pool
+        self._group = group
+        self._most = pool.windows.most_in_group
         self._blocks: list[int] = []
         self._ids: tuple[int, ...] = ()
 
@@ -37,10 +43,24 @@ class BlockTable:
             self._ids = tuple(self._blocks)
         return self._ids
 
+    @property
+    def held(self) -> Sequence[int]:
+        """The blocks without the holes."""
+        return self._blocks[self.num_holes :] if self.num_holes else self._blocks
+
     def blocks_needed(self, start: int, end: int) -> int:
         """Free blocks that `prepare_write(start, end)` would take."""
         growth = blocks_for(end, self._pool.block_size) - len(self._blocks)
         return max(growth, 0) + self._shared_at(start)
+
+    def blocks_to_reach(self, start: int, end: int, chunk: int) -> int:
+        """Most free blocks that it ever takes to write from `start` to `end`, at most `chunk` tokens a step."""
+        most = self._most(self._group, chunk)
+        needed = self.blocks_needed(start, end)
+        if most is None:
+            return needed
+        shared = self._shared_at(start)
+        return min(needed - shared, max(0, most - (len(self._blocks) - self.num_holes))) + shared
 
     def prepare_write(self, start: int, end: int) -> list[tuple[int, int]]:
         """Makes positions start … end - 1 writable by this table alone.
@@ -65,15 +85,16 @@ class BlockTable:
 
     def fork(self, num_tokens: int) -> BlockTable:
         """A table that shares the blocks of the first `num_tokens` tokens."""
-        child = BlockTable(self._pool)
-        child.adopt(self._blocks[: blocks_for(num_tokens, self._pool.block_size)])
+        child = BlockTable(self._pool, self._group)
+        child.adopt(self._blocks[: blocks_for(num_tokens, self._pool.block_size)], self.num_holes)
         return child
 
-    def adopt(self, blocks: Sequence[int]) -> None:
-        """Appends blocks that somebody else holds, sharing them."""
-        self._pool.share(blocks)
+    def adopt(self, blocks: Iterable[int], first: int = 0) -> None:
+        """Appends blocks that somebody else holds, sharing them. first: index before which there are to be holes."""
+        start = len(self._blocks)
         self._blocks += blocks
-        self._ids = ()
+        self._pool.share(self._blocks[max(start, first) :])
+        self._make_holes(start, first)
 
     def replace(self, index: int, block: int) -> None:
         """Shares a block that somebody else holds in place of the one at `index`, which is given back."""
@@ -82,11 +103,26 @@ class BlockTable:
         self._blocks[index] = block
         self._ids = ()
 
+    def slide(self, num_tokens: int) -> None:
+        """Gives back what no token after the first `num_tokens` will see, nor the last of these."""
+        first = self._pool.windows.first(self._group, num_tokens - 1)
+        if first > self.num_holes:
+            self._make_holes(len(self._blocks), first)
+
+    def _make_holes(self, held: int, first: int) -> None:
+        """Of the first `held` blocks it has a reference."""
+        end = min(first, len(self._blocks))
+        self._pool.free(self._blocks[self.num_holes : min(end, held)], spare=True)
+        self._blocks[self.num_holes : end] = [HOLE] * (end - self.num_holes)
+        self.num_holes = max(self.num_holes, end)
+        self._ids = ()
+
     def truncate(self, num_blocks: int) -> None:
         """Gives all but the first `num_blocks` blocks back."""
         # In reverse, so that the free list hands them out in order of position again (see BlockPool for idle ones).
-        self._pool.free(reversed(self._blocks[num_blocks:]))
+        self._pool.free(reversed(self._blocks[max(num_blocks, self.num_holes) :]))
         del self._blocks[num_blocks:]
+        self.num_holes = min(self.num_holes, num_blocks)
         self._ids = ()
 
     def release(self) -> None:
@@ -96,3 +132,94 @@ class BlockTable:
     def _shared_at(self, position: int) -> bool:
         index = position // self._pool.block_size
         return index < len(self._blocks) and self._pool.references(self._blocks[index]) > 1
+
+
+class BlockTables:
+    """The tables of one sequence, one for each KV group of the pool, all of the same length.
+
+    Its calls are those of `BlockTable`, for all groups at once.
+    """
+
+    def __init__(self, pool: BlockPool) -> None:
+        """Empty ones."""
+        self._pool = pool
+        self._tables = [BlockTable(pool, group) for group in range(len(pool.windows))]
+        self._ids: tuple[tuple[int, ...], ...] = ()
+
+    def __len__(self) -> int:
+        """Blocks of a group, holes among them."""
+        return len(self._tables[0])
+
+    def __iter__(self) -> Iterator[BlockTable]:
+        return iter(self._tables)
+
+    def column(self, index: int) -> list[int]:
+        """The blocks at an index, by group."""
+        return [table[index] for table in self._tables]
+
+    @property
+    def ids(self) -> tuple[tuple[int, ...], ...]:
+        """By group, the blocks by position: the same tuple objects until they change."""
+        rows = tuple(table.ids for table in self._tables)
+        if len(rows) != len(self._ids) or any(a is not b for a, b in zip(rows, self._ids, strict=True)):
+            self._ids = rows
+        return self._ids
+
+    @property
+    def held(self) -> list[int]:
+        """All blocks."""
+        return [block for table in self._tables for block in table.held]
+
+    @property
+    def num_held(self) -> int:
+        """Their number."""
+        return sum(len(table) - table.num_holes for table in self._tables)
+
+    def blocks_needed(self, start: int, end: int) -> int:
+        """Free blocks that `prepare_write(start, end)` would take."""
+        return sum(table.blocks_needed(start, end) for table in self._tables)
+
+    def blocks_to_reach(self, start: int, end: int, chunk: int) -> int:
+        """Most free blocks that it ever takes to write from `start` to `end`, at most `chunk` tokens a step."""
+        return sum(table.blocks_to_reach(start, end, chunk) for table in self._tables)
+
+    def sees(self, position: int) -> bool:
+        """Whether the blocks are there that a token at `position` sees, of those before it."""
+        first = self._pool.windows.first
+        return all(table.num_holes <= first(group, position) for group, table in enumerate(self._tables))
+
+    def prepare_write(self, start: int, end: int) -> list[tuple[int, int]]:
+        """Makes positions start … end - 1 writable; returns the (source, destination) blocks to copy before."""
+        return [copy for table in self._tables for copy in table.prepare_write(start, end)]
+
+    def fork(self, num_tokens: int) -> BlockTables:
+        """Tables that share the blocks of the first `num_tokens` tokens."""
+        child = BlockTables(self._pool)
+        child._tables = [table.fork(num_tokens) for table in self._tables]
+        return child
+
+    def adopt(self, columns: Sequence[Column], num_tokens: int) -> None:
+        """Appends columns that somebody else holds, for `num_tokens` tokens in all; shares what the next one sees."""
+        for group, table in enumerate(self._tables):
+            first = self._pool.windows.first(group, num_tokens)
+            table.adopt([column[group] for column in columns], first)
+
+    def replace(self, index: int, column: Column) -> None:
+        """Shares the blocks of a column that somebody else holds in place of those at `index`, which are given back."""
+        for table, block in zip(self._tables, column, strict=True):
+            if block != table[index]:
+                table.replace(index, block)
+
+    def slide(self, num_tokens: int) -> None:
+        """Gives back what no token after the first `num_tokens` will see, nor the last of these."""
+        for table in self._tables:
+            table.slide(num_tokens)
+
+    def truncate(self, num_blocks: int) -> None:
+        """Gives all but the first `num_blocks` blocks of each group back."""
+        for table in self._tables:
+            table.truncate(num_blocks)
+
+    def release(self) -> None:
+        """Gives all blocks back and leaves the tables empty."""
+        self.truncate(0)

@@ -180,7 +180,7 @@ def build_engine(
     program = model.program
     backend = make_backend(config.backend, config.threads, packed)
     memory = engine_memory(model, config, backend, available_memory())
-    shared = shared_prefixes(tokenizer, config.cache, memory.num_blocks)
+    shared = shared_prefixes(tokenizer, config.cache, memory.num_blocks, memory.windows)
     on_plan(memory)
     executable = backend.load(program, model.weights, memory.kv, memory.limits)
     tier = open_tier(config, program, executable, identity)
@@ -189,7 +189,7 @@ def build_engine(
     cost = MeasuredCost()
 
     def new_scheduler() -> Scheduler:
-        pool = BlockPool(memory.num_blocks, memory.block_size)
+        pool = BlockPool(memory.num_blocks, memory.block_size, memory.windows)
         caching = config.cache.enable_prefix_caching
         prefixes = RadixPrefixCache(pool, shared, tier.new_index()) if caching else NullPrefixCache()
         return make_scheduler(

@@ -46,7 +46,9 @@ def open_tier(config: EngineConfig, program: Program, executable: Executable, mo
     identity = _identity(config, program, model)
     path = _folder(cache.kv_offload_dir) / FILE_NAME
     file = BlockFile(path, cache.kv_offload_bytes, executable.block_bytes, identity)
-    return Tier(file, identity, MoveCost(cache.block_size, measure_move(executable, file)))
+    # The KV of a block's tokens is a block of each group.
+    seconds = len(program.kv_groups) * measure_move(executable, file)
+    return Tier(file, identity, MoveCost(cache.block_size, seconds))
 
 
 def _identity(config: EngineConfig, program: Program, model: str) -> str:

@@ -43,14 +43,15 @@ class EvalSession:
             end = min(start + self.chunk, total)
             positions = np.arange(start, end, dtype=np.int32)
             wanted = np.arange(max(first, start), end, dtype=np.int32)
-            batch = InputBatch(
+            batch = InputBatch.of_tables(
                 token_ids=np.ascontiguousarray(token_ids[start:end], dtype=np.int32),
                 positions=positions,
-                slot_mapping=positions.astype(np.int64),
                 query_start=np.array([0, end - start], dtype=np.int32),
                 seq_lens=np.array([end], dtype=np.int32),
-                block_tables=table,
+                tables=table,
                 output_rows=np.ascontiguousarray(wanted - start, dtype=np.int32),
+                block_size=BLOCK_SIZE,
+                num_groups=len(self.model.program.kv_groups),
             )
             out = self.executable.execute(batch)
             if wanted.size:
@@ -67,7 +68,7 @@ def open_session(
         model = load_model(files)
         if context > model.config.max_positions:
             raise ConfigError(f"context must be at most {model.config.max_positions} for this model, not {context}")
-        blocks = (context + BLOCK_SIZE - 1) // BLOCK_SIZE
+        blocks = (context + BLOCK_SIZE - 1) // BLOCK_SIZE * len(model.program.kv_groups)
         cache = KvCacheSpec(blocks, BLOCK_SIZE, kv_dtype)
         executable = make_backend(backend, threads).load(
             model.program, model.weights, cache, StepLimits(chunk, chunk, context)

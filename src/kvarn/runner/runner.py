@@ -35,7 +35,8 @@ class Runner:
         self._blocks = BlockMover(executable, block_file)
         self._executable = executable
         self._sampler = sampler
-        self._batches = BatchBuilder(limits, block_size)
+        self._num_groups = len(executable.program.kv_groups)
+        self._batches = BatchBuilder(limits, block_size, self._num_groups)
         self._logits = logits
         self._known: set[int] = set()
 
@@ -67,7 +68,8 @@ class Runner:
         for sequence_id in self._known:
             self._sampler.remove(sequence_id)
         self._known.clear()
-        probe = ScheduledSequence(sequence_id=-1, token_ids=(0,), start=0, block_table=(0,), sample=True)
+        tables = ((0,),) * self._num_groups
+        probe = ScheduledSequence(sequence_id=-1, token_ids=(0,), start=0, block_tables=tables, sample=True)
         self._executable.execute(self._batches.build((probe,)))
 
     def close(self) -> None:
