@@ -34,16 +34,28 @@ class Settings:
     """Milliseconds that a step with decodes is kept to where prompts are chunked; 0: none."""
     window: float = 1.0
     """Seconds that dynamic batching waits for a batch to fill."""
+    windowed_groups: int = 0
+    """KV groups of layers with a sliding window, beside one whose layers see all; a block is one group's."""
+    sliding_window: int = 512
+    """Tokens that their layers see."""
 
     def __post_init__(self) -> None:
         if self.batching not in BATCHINGS:
             raise ConfigError(f"batching must be one of {', '.join(BATCHINGS)}, not {self.batching!r}")
-        for name, most in (("num_blocks", 1 << 26), ("block_size", 1 << 20), ("max_model_len", 1 << 31)):
-            if not 1 <= getattr(self, name) <= most:
-                raise ConfigError(f"{name} must be between 1 and {most}, not {getattr(self, name)}")
+        for name, least, most in (
+            ("num_blocks", 1, 1 << 26), ("block_size", 1, 1 << 20), ("max_model_len", 1, 1 << 31),
+            ("windowed_groups", 0, 1 << 8), ("sliding_window", 1, 1 << 31),
+        ):  # fmt: skip
+            if not least <= getattr(self, name) <= most:
+                raise ConfigError(f"{name} must be between {least} and {most}, not {getattr(self, name)}")
         if not (math.isfinite(self.window) and self.window >= 0):
             raise ConfigError(f"window must be seconds of at least 0, not {self.window}")
         self.scheduler()
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """What the layers of each KV group see; None: all."""
+        return (None, *(self.sliding_window,) * self.windowed_groups)
 
     def scheduler(self) -> SchedulerConfig:
         """The scheduler's settings."""

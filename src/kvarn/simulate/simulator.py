@@ -95,7 +95,7 @@ class Simulation:
         observer: Observer | None,
         progress: Progress,
     ) -> None:
-        pool = BlockPool(settings.num_blocks, settings.block_size)
+        pool = BlockPool(settings.num_blocks, settings.block_size, settings.windows)
         self.scheduler = make_scheduler(
             settings.scheduler(),
             pool,
