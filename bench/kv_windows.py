@@ -56,9 +56,12 @@ def main() -> None:
     print(f"{options.model}: {tokens} tokens and {len(answer)} said, the same in both engines")
     print(f"  {groups} KV groups with windows {plan.windows}; a block of {plan.block_size} tokens takes {size:,} bytes")
     for name, blocks in (
-        ("all layers keep all", all_kept), ("at most, planned", least), ("after the prompt's steps, at most", max(many[0], few[0])),
-        ("while decoding, planned", decoding), ("while decoding, at most", max(many[1], few[1])),
-    ):  # fmt: skip
+        ("all layers keep all", all_kept),
+        ("at most, planned", least),
+        ("after the prompt's steps, at most", max(many[0], few[0])),
+        ("while decoding, planned", decoding),
+        ("while decoding, at most", max(many[1], few[1])),
+    ):
         print(f"  {name:36}{blocks:6} blocks {blocks * size:14,} bytes  {blocks / all_kept:5.0%}")
 
 

@@ -162,6 +162,13 @@ class TestPrefixHits:
         assert served(cache, [*range(18), 99, 98]) == 0, "the full group has it, the other sees nothing of it"
         assert served(cache, range(45)) == 40
 
+    def test_what_fell_out_goes_before_older_texts(self, cache):
+        served(cache, range(100, 112))
+        served(cache, range(40))
+        cache.evict(7)
+        assert served(cache, range(100, 113)) == 12
+        assert served(cache, range(45)) == 40
+
     def test_a_hit_is_as_long_as_what_the_groups_have(self, cache):
         served(cache, range(40))
         cache.evict(4)  # of the windowed group: tokens 0 … 15

@@ -104,7 +104,10 @@ class BlockTable:
         self._ids = ()
 
     def slide(self, num_tokens: int) -> None:
-        """Gives back what no token after the first `num_tokens` will see, nor the last of these."""
+        """Gives back what no token after the first `num_tokens` will see, nor the last of these.
+
+        So the sequence may go on from that last token again, not from one before it.
+        """
         first = self._pool.windows.first(self._group, num_tokens - 1)
         if first > self.num_holes:
             self._make_holes(len(self._blocks), first)
