@@ -93,7 +93,7 @@ class RotaryTable:
     def __init__(self, values: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None), order='C', device='cpu', writable=False)], interleaved: bool) -> None: ...
 
 class KvCache:
-    """Keys and values of all layers, by blocks."""
+    """Keys and values by blocks, with a slot for each layer of a KV group."""
 
     def __init__(self, slots: Sequence[tuple[int, int, int]], num_blocks: int, block_size: int, type: str) -> None: ...
 

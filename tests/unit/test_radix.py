@@ -2,7 +2,7 @@
 
 import pytest
 
-from kvarn.cache import BlockPool, BlockTables, RadixPrefixCache
+from kvarn.cache import BlockPool, RadixPrefixCache, new_tables
 
 SIZE = 4
 ME, OTHER = ("", "mine"), ("", "other")
@@ -13,7 +13,7 @@ class Writer:
 
     def __init__(self, cache, salt=ME):
         self.cache = cache
-        self.table = BlockTables(cache.pool)
+        self.table = new_tables(cache.pool)
         self.path = cache.path(salt)
         self.known = 0
 

@@ -14,7 +14,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from kvarn.cache import HOLE, BlockPool, BlockTables, RadixPrefixCache, common_length
+from kvarn.cache import HOLE, BlockPool, RadixPrefixCache, common_length, new_tables
 
 SIZE = 3
 CHUNK = 20
@@ -89,7 +89,7 @@ class CacheMachine(RuleBasedStateMachine):
 
     @rule(target=live, salt=SALTS, tokens=TOKENS)
     def come(self, salt, tokens):
-        table, path = BlockTables(self.pool), self.cache.path(salt)
+        table, path = new_tables(self.pool), self.cache.path(salt)
         expected = self.there(salt, tokens)
         known = path.adopt(tokens, table, 0)
         assert known == expected
@@ -172,7 +172,7 @@ class CacheMachine(RuleBasedStateMachine):
 
     def read(self, sequence):
         """What attention would read is the KV of the sequence's own tokens."""
-        for group, (table, window) in enumerate(zip(sequence.table, self.windows, strict=True)):
+        for group, (table, window) in enumerate(zip(sequence.table.by_group, self.windows, strict=True)):
             for position in range(0 if window is None else max(0, sequence.known - window + 1), sequence.known):
                 texts = self.contents[table[position // SIZE]]
                 assert texts[position % SIZE] == (group, tuple(sequence.tokens[: position + 1]))

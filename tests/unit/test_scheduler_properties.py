@@ -140,7 +140,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def books_agree(self):
         self.scheduler.check()
         for sequence in self.sequences:
-            for group, table in enumerate(sequence.table):
+            for group, table in enumerate(sequence.table.by_group):
                 most = self.pool.windows.most_in_group(group, self.tokens)
                 assert most is None or len(table.held) <= most, "it keeps what it does not see"
 

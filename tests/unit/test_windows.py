@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from paged_model import PagedModel, expected_tokens
 
-from kvarn.cache import HOLE, BlockPool, BlockTable, BlockTables, OffloadIndex, RadixPrefixCache, Windows
+from kvarn.cache import HOLE, BlockPool, BlockTable, OffloadIndex, RadixPrefixCache, Windows, new_tables
 from kvarn.config import SchedulerConfig
 from kvarn.request import Request, SamplingParams
 from kvarn.scheduler import Scheduler
@@ -31,7 +31,7 @@ def blocks_over_time(window, chunks):
 def test_the_most_blocks_are_what_the_worst_chunks_take(chunks, sizes):
     windows = Windows(SIZE, tuple(sizes))
     pool = BlockPool(1000, SIZE, tuple(sizes))
-    table, computed, most = BlockTables(pool), 0, 0
+    table, computed, most = new_tables(pool), 0, 0
     end = sum(chunks)
     needed = table.blocks_to_reach(0, end, max(chunks))
     for chunk in chunks:
@@ -43,9 +43,9 @@ def test_the_most_blocks_are_what_the_worst_chunks_take(chunks, sizes):
             assert table.num_held + table.blocks_to_reach(computed, end, max(chunks)) <= needed
     expected = [max(blocks_over_time(size, chunks)[0]) for size in sizes]
     assert most <= sum(expected) <= needed == windows.most_blocks(end, max(chunks))
-    for group, one in enumerate(table):
-        assert all(block != HOLE for block in one.ids[windows.first(group, computed - 1) :])
-        assert all(block == HOLE for block in one.ids[: windows.first(group, computed - 1)])
+    for group, row in enumerate(table.ids):
+        assert all(block != HOLE for block in row[windows.first(group, computed - 1) :])
+        assert all(block == HOLE for block in row[: windows.first(group, computed - 1)])
     table.release()
     assert pool.num_free == 1000
 
@@ -76,7 +76,7 @@ def test_steps_after_which_a_block_has_fallen_out(start, steps, size):
 
 def test_a_window_group_gives_back_what_no_token_sees():
     pool = BlockPool(20, SIZE, (None, 6))
-    table = BlockTables(pool)
+    table = new_tables(pool)
     table.prepare_write(0, 20)
     table.slide(20)
     full, windowed = table.ids
@@ -92,7 +92,7 @@ def test_a_fork_one_token_before_the_end_sees_what_it_needs():
     """As sequences of n > 1 fork: one token is computed again."""
     for end in range(8, 24):
         pool = BlockPool(40, SIZE, (None, 6))
-        table = BlockTables(pool)
+        table = new_tables(pool)
         table.prepare_write(0, end)
         table.slide(end)
         fork = table.fork(end - 1)
@@ -103,7 +103,7 @@ def test_a_fork_one_token_before_the_end_sees_what_it_needs():
 
 
 def test_the_ids_are_one_object_until_a_table_changes():
-    table = BlockTables(BlockPool(20, SIZE, (None, 6)))
+    table = new_tables(BlockPool(20, SIZE, (None, 6)))
     table.prepare_write(0, 4)
     before = table.ids
     table.prepare_write(1, 4)
@@ -116,7 +116,7 @@ class Writer:
     """One sequence as the scheduler would have it."""
 
     def __init__(self, cache):
-        self.cache, self.table, self.path, self.known = cache, BlockTables(cache.pool), cache.path(ME), 0
+        self.cache, self.table, self.path, self.known = cache, new_tables(cache.pool), cache.path(ME), 0
 
     def run(self, tokens, chunk=SIZE):
         """Goes on from the cache and computes the rest; returns how many were found."""
@@ -181,11 +181,17 @@ class TestPrefixHits:
         assert served(cache, [*range(20), 99]) == 0
         assert served(cache, [*range(20), 98]) == 20
 
+    def test_what_is_gone_does_not_come_back_by_a_part_of_it(self, cache):
+        served(cache, range(40))
+        cache.evict(7)
+        assert served(cache, range(2)) == 0
+        assert served(cache, [*range(4), 99]) == 0
+
     def test_a_hit_takes_the_end_of_a_window_only(self, cache):
         served(cache, range(40))
         writer = Writer(cache)
         assert writer.run(range(41)) == 40
-        assert [table.num_holes for table in writer.table] == [0, 8]
+        assert [table.num_holes for table in writer.table.by_group] == [0, 8]
 
     def test_evicting_a_node_takes_all_its_blocks(self, cache):
         served(cache, range(8))
@@ -343,4 +349,4 @@ def test_a_table_of_one_group_has_no_holes():
     table = BlockTable(BlockPool(9, SIZE))
     table.prepare_write(0, 30)
     table.slide(30)
-    assert HOLE not in table.ids
+    assert HOLE not in table.ids[0]

@@ -7,7 +7,7 @@ from typing import Protocol, Self
 
 from kvarn.cache.offload import OffloadIndex
 from kvarn.cache.salt import Salt
-from kvarn.cache.table import BlockTables
+from kvarn.cache.table import Tables
 
 
 class PrefixPath(Protocol):
@@ -18,16 +18,16 @@ class PrefixPath(Protocol):
         """Whole blocks of a group, from the first, that the sequence's table has in common with the cache."""
         ...
 
-    def adopt(self, token_ids: Sequence[int], table: BlockTables, known: int, *, whole_blocks: bool = False) -> int:
+    def adopt(self, token_ids: Sequence[int], table: Tables, known: int, *, whole_blocks: bool = False) -> int:
         """Puts cached blocks into `table`, which holds the KV of `known` tokens, where more are known then.
 
         Returns how many are known now: at least `known`, at most all but the last of `token_ids`, which is left to
         compute, since somebody must sample from it. The last block may be adopted for its first tokens only, unless
-        `whole_blocks`; `BlockTables.prepare_write` copies it before the rest is written.
+        `whole_blocks`; `BlockTable.prepare_write` copies it before the rest is written.
         """
         ...
 
-    def insert(self, token_ids: Sequence[int], known: int, table: BlockTables) -> None:
+    def insert(self, token_ids: Sequence[int], known: int, table: Tables) -> None:
         """Told when `table` holds the KV of the first `known` tokens: keeps its whole blocks.
 
         Where the cache has a block with the same KV already, the table gets that one for its own. O(1) where no block
@@ -35,7 +35,7 @@ class PrefixPath(Protocol):
         """
         ...
 
-    def leave(self, token_ids: Sequence[int], known: int, table: BlockTables) -> None:
+    def leave(self, token_ids: Sequence[int], known: int, table: Tables) -> None:
         """Told before the sequence releases `table`: keeps a partly filled last block, too. Back at the start then."""
         ...
 
@@ -97,15 +97,15 @@ class NullPrefixPath:
 
     num_blocks = 0
 
-    def adopt(self, token_ids: Sequence[int], table: BlockTables, known: int, *, whole_blocks: bool = False) -> int:
+    def adopt(self, token_ids: Sequence[int], table: Tables, known: int, *, whole_blocks: bool = False) -> int:
         """Nothing more is known."""
         del token_ids, table, whole_blocks
         return known
 
-    def insert(self, token_ids: Sequence[int], known: int, table: BlockTables) -> None:
+    def insert(self, token_ids: Sequence[int], known: int, table: Tables) -> None:
         """Keeps nothing."""
 
-    def leave(self, token_ids: Sequence[int], known: int, table: BlockTables) -> None:
+    def leave(self, token_ids: Sequence[int], known: int, table: Tables) -> None:
         """Keeps nothing."""
 
     def fork(self, num_tokens: int) -> Self:

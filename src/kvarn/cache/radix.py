@@ -8,7 +8,7 @@ from typing import Self
 from kvarn.cache.offload import OffloadIndex
 from kvarn.cache.pool import BlockPool
 from kvarn.cache.salt import Salt
-from kvarn.cache.table import HOLE, BlockTables, Column
+from kvarn.cache.table import HOLE, Column, Tables
 from kvarn.cache.tree import Branch, CommonNode, Declared, Node, Tokens
 
 
@@ -67,14 +67,10 @@ class RadixPrefixCache:
         while self.pool.num_free - free < count and (block := self.pool.oldest_idle) is not None:
             node = self._nodes[block]
             group = node.blocks.index(block)
-            keeps_all = self.pool.windows.sizes[group] is None
+            groups = range(len(node.blocks)) if self.pool.windows.sizes[group] is None else (group,)
             if spill:
-                self._spill(node, range(len(node.blocks)) if keeps_all else (group,))
-            if keeps_all:
-                self._remove(node)
-            else:
-                self._let_go(node, group)
-                self._prune(node)
+                self._spill(node, groups)
+            self._let_go(node, groups)
         return self.pool.num_free - free
 
     def spill_all(self) -> None:
@@ -154,7 +150,7 @@ class RadixPrefixCache:
                         self._keep(near, group, blocks[group])
             return near
         if near is not None and length == len(near.tokens):
-            self._remove(near)  # what it holds is a beginning of the new one
+            self._let_go(near, range(len(blocks)))  # what it holds is a beginning of the new one
         child = Node(tokens, blocks, node)
         node.add(child)
         if isinstance(node, Branch):
@@ -178,12 +174,22 @@ class RadixPrefixCache:
         node.blocks[group] = block
         self._nodes[block] = node
 
-    def _let_go(self, node: Node, group: int) -> None:
-        block, node.blocks[group] = node.blocks[group], HOLE
-        if group == 0:
-            self.num_evicted_tokens += len(node.tokens)
-        del self._nodes[block]
-        self.pool.drop(block)
+    def _let_go(self, node: Node, groups: Iterable[int]) -> None:
+        """Gives up the node's blocks of these groups, and what then leads nowhere."""
+        for group in groups:
+            block = node.blocks[group]
+            if block != HOLE:
+                node.blocks[group] = HOLE
+                del self._nodes[block]
+                self.pool.drop(block)
+                if group == 0:
+                    self.num_evicted_tokens += len(node.tokens)
+        while not node.children and not node.present and (parent := node.parent) is not None:
+            parent.remove(node)
+            if isinstance(parent, Branch) and not parent.children:
+                del parent.home.branches[parent.salt]
+                return
+            node = parent
 
     def _walk(self, *, inner: bool = False) -> Iterator[Node]:
         """All nodes that have tokens, parents first; inner: the others, too."""
@@ -194,23 +200,6 @@ class RadixPrefixCache:
                     yield node
             branches = [b for node in level if isinstance(node, CommonNode) for b in node.branches.values()]
             level = [*branches, *(child for node in level for child in node.children)]
-
-    def _remove(self, node: Node) -> None:
-        """Lets go of a leaf, and of what is left above it to no end."""
-        assert not node.children
-        for group, block in enumerate(node.blocks):
-            if block != HOLE:
-                self._let_go(node, group)
-        self._prune(node)
-
-    def _prune(self, node: Node) -> None:
-        """Takes a node out that has no blocks and no children, and then its parent, if it is such a one."""
-        while not node.children and not node.present and (parent := node.parent) is not None:
-            parent.remove(node)
-            if isinstance(parent, Branch) and not parent.children:
-                del parent.home.branches[parent.salt]
-                return
-            node = parent
 
     def check(self) -> Iterable[int]:
         """Walks the whole tree; returns the blocks that it holds. For tests."""
@@ -257,7 +246,7 @@ class RadixPath:
         self._salt = salt
         self.num_blocks = num_blocks
 
-    def adopt(self, token_ids: Sequence[int], table: BlockTables, known: int, *, whole_blocks: bool = False) -> int:
+    def adopt(self, token_ids: Sequence[int], table: Tables, known: int, *, whole_blocks: bool = False) -> int:
         """Walks on as far as the tree knows the tokens. See `PrefixPath.adopt`."""
         cache, salt, size = self._cache, self._salt, self._cache.pool.block_size
         last = len(token_ids) - 1
@@ -285,13 +274,13 @@ class RadixPath:
         self.num_blocks += len(nodes)
         return length
 
-    def _visible(self, nodes: Sequence[Node], most: int, table: BlockTables) -> int:
+    def _visible(self, nodes: Sequence[Node], most: int, table: Tables) -> int:
         """The longest beginning, of up to `most` tokens, of which every group has what the token after it sees.
 
         nodes: those after the place, the last of them perhaps for a part of its tokens only. 0: there is none.
         """
         windows, size = self._cache.pool.windows, self._cache.pool.block_size
-        begins = [one.num_holes for one in table]  # index after the last block that is gone
+        begins = [one.num_holes for one in table.by_group]  # index after the last block that is gone
         best = 0
         for index, node in enumerate(nodes, self.num_blocks):
             for group, block in enumerate(node.blocks):
@@ -302,7 +291,7 @@ class RadixPath:
                 best = length
         return best
 
-    def insert(self, token_ids: Sequence[int], known: int, table: BlockTables) -> None:
+    def insert(self, token_ids: Sequence[int], known: int, table: Tables) -> None:
         """Files the whole blocks since the last call."""
         size = self._cache.pool.block_size
         for end in range((self.num_blocks + 1) * size, known + 1, size):
@@ -313,7 +302,7 @@ class RadixPath:
                 table.replace(index, self._node.blocks)
             self.num_blocks += 1
 
-    def leave(self, token_ids: Sequence[int], known: int, table: BlockTables) -> None:
+    def leave(self, token_ids: Sequence[int], known: int, table: Tables) -> None:
         """Files what is left.
 
         Not a partly filled block that somebody else holds: he may be about to write into it.

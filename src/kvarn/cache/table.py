@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 
 from kvarn.cache.pool import BlockPool
 from kvarn.cache.windows import blocks_for
@@ -26,9 +26,9 @@ class BlockTable:
         """All of them come first."""
         self._pool = pool
         self._group = group
-        self._most = pool.windows.most_in_group
+        self._window = pool.windows.sizes[group]
         self._blocks: list[int] = []
-        self._ids: tuple[int, ...] = ()
+        self._ids: tuple[tuple[int, ...]] = ((),)
 
     def __len__(self) -> int:
         return len(self._blocks)
@@ -37,16 +37,30 @@ class BlockTable:
         return self._blocks[index]
 
     @property
-    def ids(self) -> tuple[int, ...]:
-        """The blocks by position: the same tuple object until the table changes."""
-        if len(self._ids) != len(self._blocks):
-            self._ids = tuple(self._blocks)
+    def ids(self) -> tuple[tuple[int, ...], ...]:
+        """By group, of which it is one, the blocks by position: the same tuple object until the table changes."""
+        if len(self._ids[0]) != len(self._blocks):
+            self._ids = (tuple(self._blocks),)
         return self._ids
+
+    @property
+    def by_group(self) -> Sequence[BlockTable]:
+        """Itself."""
+        return (self,)
 
     @property
     def held(self) -> Sequence[int]:
         """The blocks without the holes."""
-        return self._blocks[self.num_holes :] if self.num_holes else self._blocks
+        return self._blocks[self.num_holes :]
+
+    @property
+    def num_held(self) -> int:
+        """Their number."""
+        return len(self._blocks) - self.num_holes
+
+    def column(self, index: int) -> list[int]:
+        """The blocks at an index, by group."""
+        return [self._blocks[index]]
 
     def blocks_needed(self, start: int, end: int) -> int:
         """Free blocks that `prepare_write(start, end)` would take."""
@@ -55,19 +69,23 @@ class BlockTable:
 
     def blocks_to_reach(self, start: int, end: int, chunk: int) -> int:
         """Most free blocks that it ever takes to write from `start` to `end`, at most `chunk` tokens a step."""
-        most = self._most(self._group, chunk)
         needed = self.blocks_needed(start, end)
+        most = None if self._window is None else self._pool.windows.most_in_group(self._group, chunk)
         if most is None:
             return needed
         shared = self._shared_at(start)
-        return min(needed - shared, max(0, most - (len(self._blocks) - self.num_holes))) + shared
+        return min(needed - shared, max(0, most - self.num_held)) + shared
+
+    def sees(self, position: int) -> bool:
+        """Whether the blocks are there that a token at `position` sees, of those before it."""
+        return self.num_holes <= self._pool.windows.first(self._group, position)
 
     def prepare_write(self, start: int, end: int) -> list[tuple[int, int]]:
         """Makes positions start … end - 1 writable by this table alone.
 
-        Returns the (source, destination) blocks to copy before the write: at most one, since only the block that
-        holds `start` can be both shared and partly filled. Raises OutOfBlocksError where `blocks_needed` exceeds what
-        is free.
+        Returns the (source, destination) blocks to copy before the write: at most one of a group, since only the block
+        that holds `start` can be both shared and partly filled. Raises OutOfBlocksError where `blocks_needed` exceeds
+        what is free.
         """
         copies: list[tuple[int, int]] = []
         if self._shared_at(start):
@@ -75,7 +93,7 @@ class BlockTable:
             source, (copy,) = self._blocks[index], self._pool.allocate(1)
             self._pool.free((source,))
             self._blocks[index] = copy
-            self._ids = ()
+            self._ids = ((),)
             if offset:
                 copies.append((source, copy))
         growth = blocks_for(end, self._pool.block_size) - len(self._blocks)
@@ -86,39 +104,32 @@ class BlockTable:
     def fork(self, num_tokens: int) -> BlockTable:
         """A table that shares the blocks of the first `num_tokens` tokens."""
         child = BlockTable(self._pool, self._group)
-        child.adopt(self._blocks[: blocks_for(num_tokens, self._pool.block_size)], self.num_holes)
+        child._append(self._blocks[: blocks_for(num_tokens, self._pool.block_size)], self.num_holes)
         return child
 
-    def adopt(self, blocks: Iterable[int], first: int = 0) -> None:
-        """Appends blocks that somebody else holds, sharing them. first: index before which there are to be holes."""
-        start = len(self._blocks)
-        self._blocks += blocks
-        self._pool.share(self._blocks[max(start, first) :])
-        self._make_holes(start, first)
+    def adopt(self, columns: Sequence[Column], num_tokens: int) -> None:
+        """Appends blocks that somebody else holds, for `num_tokens` tokens in all; shares what the next one sees."""
+        first = self._pool.windows.first(self._group, num_tokens)
+        self._append([column[self._group] for column in columns], first)
 
-    def replace(self, index: int, block: int) -> None:
+    def replace(self, index: int, column: Column) -> None:
         """Shares a block that somebody else holds in place of the one at `index`, which is given back."""
-        self._pool.share((block,))
-        self._pool.free((self._blocks[index],))
-        self._blocks[index] = block
-        self._ids = ()
+        block = column[self._group]
+        if block != self._blocks[index]:
+            self._pool.share((block,))
+            self._pool.free((self._blocks[index],))
+            self._blocks[index] = block
+            self._ids = ((),)
 
     def slide(self, num_tokens: int) -> None:
         """Gives back what no token after the first `num_tokens` will see, nor the last of these.
 
         So the sequence may go on from that last token again, not from one before it.
         """
-        first = self._pool.windows.first(self._group, num_tokens - 1)
-        if first > self.num_holes:
-            self._make_holes(len(self._blocks), first)
-
-    def _make_holes(self, held: int, first: int) -> None:
-        """Of the first `held` blocks it has a reference."""
-        end = min(first, len(self._blocks))
-        self._pool.free(self._blocks[self.num_holes : min(end, held)], spare=True)
-        self._blocks[self.num_holes : end] = [HOLE] * (end - self.num_holes)
-        self.num_holes = max(self.num_holes, end)
-        self._ids = ()
+        if self._window is not None:
+            first = self._pool.windows.first(self._group, num_tokens - 1)
+            if first > self.num_holes:
+                self._make_holes(len(self._blocks), first)
 
     def truncate(self, num_blocks: int) -> None:
         """Gives all but the first `num_blocks` blocks back."""
@@ -126,11 +137,28 @@ class BlockTable:
         self._pool.free(reversed(self._blocks[max(num_blocks, self.num_holes) :]))
         del self._blocks[num_blocks:]
         self.num_holes = min(self.num_holes, num_blocks)
-        self._ids = ()
+        self._ids = ((),)
 
     def release(self) -> None:
         """Gives all blocks back and leaves the table empty."""
         self.truncate(0)
+
+    def _append(self, blocks: Sequence[int], first: int) -> None:
+        """Shares them, but leaves holes before index `first`."""
+        start = len(self._blocks)
+        self._blocks += blocks
+        self._ids = ((),)
+        self._pool.share(self._blocks[max(start, first) :])
+        if first > self.num_holes:
+            self._make_holes(start, first)
+
+    def _make_holes(self, held: int, first: int) -> None:
+        """Holes before index `first`. Of the first `held` blocks, but for the holes, it has a reference."""
+        end = min(first, len(self._blocks))
+        self._pool.free(self._blocks[self.num_holes : min(end, held)], spare=True)
+        self._blocks[self.num_holes : end] = [HOLE] * (end - self.num_holes)
+        self.num_holes = max(self.num_holes, end)
+        self._ids = ((),)
 
     def _shared_at(self, position: int) -> bool:
         index = position // self._pool.block_size
@@ -138,91 +166,89 @@ class BlockTable:
 
 
 class BlockTables:
-    """The tables of one sequence, one for each KV group of the pool, all of the same length.
+    """The tables of one sequence in several KV groups, all of the same length. Its calls are those of `BlockTable`."""
 
-    Its calls are those of `BlockTable`, for all groups at once.
-    """
-
-    def __init__(self, pool: BlockPool) -> None:
-        """Empty ones."""
+    def __init__(self, pool: BlockPool, tables: Sequence[BlockTable] | None = None) -> None:
+        """tables: one for each group of the pool; None: empty ones."""
+        self.by_group = tables or [BlockTable(pool, group) for group in range(len(pool.windows))]
         self._pool = pool
-        self._tables = [BlockTable(pool, group) for group in range(len(pool.windows))]
         self._ids: tuple[tuple[int, ...], ...] = ()
 
     def __len__(self) -> int:
         """Blocks of a group, holes among them."""
-        return len(self._tables[0])
-
-    def __iter__(self) -> Iterator[BlockTable]:
-        return iter(self._tables)
-
-    def column(self, index: int) -> list[int]:
-        """The blocks at an index, by group."""
-        return [table[index] for table in self._tables]
+        return len(self.by_group[0])
 
     @property
     def ids(self) -> tuple[tuple[int, ...], ...]:
         """By group, the blocks by position: the same tuple objects until they change."""
-        rows = tuple(table.ids for table in self._tables)
+        rows = tuple(table.ids[0] for table in self.by_group)
         if len(rows) != len(self._ids) or any(a is not b for a, b in zip(rows, self._ids, strict=True)):
             self._ids = rows
         return self._ids
 
     @property
-    def held(self) -> list[int]:
-        """All blocks."""
-        return [block for table in self._tables for block in table.held]
+    def held(self) -> Sequence[int]:
+        """All blocks without the holes."""
+        return [block for table in self.by_group for block in table.held]
 
     @property
     def num_held(self) -> int:
         """Their number."""
-        return sum(len(table) - table.num_holes for table in self._tables)
+        return sum(table.num_held for table in self.by_group)
+
+    def column(self, index: int) -> list[int]:
+        """See `BlockTable.column`."""
+        return [table[index] for table in self.by_group]
 
     def blocks_needed(self, start: int, end: int) -> int:
-        """Free blocks that `prepare_write(start, end)` would take."""
-        return sum(table.blocks_needed(start, end) for table in self._tables)
+        """See `BlockTable.blocks_needed`."""
+        return sum(table.blocks_needed(start, end) for table in self.by_group)
 
     def blocks_to_reach(self, start: int, end: int, chunk: int) -> int:
-        """Most free blocks that it ever takes to write from `start` to `end`, at most `chunk` tokens a step."""
-        return sum(table.blocks_to_reach(start, end, chunk) for table in self._tables)
+        """See `BlockTable.blocks_to_reach`."""
+        return sum(table.blocks_to_reach(start, end, chunk) for table in self.by_group)
 
     def sees(self, position: int) -> bool:
-        """Whether the blocks are there that a token at `position` sees, of those before it."""
-        first = self._pool.windows.first
-        return all(table.num_holes <= first(group, position) for group, table in enumerate(self._tables))
+        """See `BlockTable.sees`."""
+        return all(table.sees(position) for table in self.by_group)
 
     def prepare_write(self, start: int, end: int) -> list[tuple[int, int]]:
-        """Makes positions start … end - 1 writable; returns the (source, destination) blocks to copy before."""
-        return [copy for table in self._tables for copy in table.prepare_write(start, end)]
+        """See `BlockTable.prepare_write`."""
+        return [copy for table in self.by_group for copy in table.prepare_write(start, end)]
 
     def fork(self, num_tokens: int) -> BlockTables:
-        """Tables that share the blocks of the first `num_tokens` tokens."""
-        child = BlockTables(self._pool)
-        child._tables = [table.fork(num_tokens) for table in self._tables]
-        return child
+        """See `BlockTable.fork`."""
+        return BlockTables(self._pool, [table.fork(num_tokens) for table in self.by_group])
 
     def adopt(self, columns: Sequence[Column], num_tokens: int) -> None:
-        """Appends columns that somebody else holds, for `num_tokens` tokens in all; shares what the next one sees."""
-        for group, table in enumerate(self._tables):
-            first = self._pool.windows.first(group, num_tokens)
-            table.adopt([column[group] for column in columns], first)
+        """See `BlockTable.adopt`."""
+        for table in self.by_group:
+            table.adopt(columns, num_tokens)
 
     def replace(self, index: int, column: Column) -> None:
-        """Shares the blocks of a column that somebody else holds in place of those at `index`, which are given back."""
-        for table, block in zip(self._tables, column, strict=True):
-            if block != table[index]:
-                table.replace(index, block)
+        """See `BlockTable.replace`."""
+        for table in self.by_group:
+            table.replace(index, column)
 
     def slide(self, num_tokens: int) -> None:
-        """Gives back what no token after the first `num_tokens` will see, nor the last of these."""
-        for table in self._tables:
+        """See `BlockTable.slide`."""
+        for table in self.by_group:
             table.slide(num_tokens)
 
     def truncate(self, num_blocks: int) -> None:
-        """Gives all but the first `num_blocks` blocks of each group back."""
-        for table in self._tables:
+        """See `BlockTable.truncate`."""
+        for table in self.by_group:
             table.truncate(num_blocks)
 
     def release(self) -> None:
-        """Gives all blocks back and leaves the tables empty."""
+        """See `BlockTable.release`."""
         self.truncate(0)
+
+
+Tables = BlockTable | BlockTables
+"""What a sequence holds."""
+
+
+def new_tables(pool: BlockPool) -> Tables:
+    """An empty table for each KV group of the pool."""
+    return BlockTable(pool) if len(pool.windows) == 1 else BlockTables(pool)

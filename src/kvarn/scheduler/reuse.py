@@ -42,7 +42,7 @@ class PrefixReuse:
 
     @property
     def num_saved_tokens(self) -> int:
-        """Tokens whose KV was saved to the second tier; those of which one KV group's was count for their share."""
+        """Tokens whose KV was saved to the second tier; a block of one KV group of several counts for its share."""
         return self.cache.tier.num_saved * self._pool.block_size // len(self._pool.windows)
 
     def end_step(self) -> tuple[tuple[BlockSave, ...], tuple[BlockLoad, ...]]:

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from kvarn.cache import BlockPool, BlockTables, PrefixCache
+from kvarn.cache import BlockPool, PrefixCache, new_tables
 from kvarn.config import SchedulerConfig
 from kvarn.errors import RequestError
 from kvarn.request import FinishReason, Request
@@ -172,7 +172,7 @@ class Scheduler:
                 seed=seed if sampling.seed is None else sampling.seed,
                 max_length=self.limits.max_length_of(request),
                 eos_token_ids=frozenset() if sampling.ignore_eos else self._eos_token_ids,
-                table=BlockTables(self._pool),
+                table=new_tables(self._pool),
                 prefix=self.reuse.cache.path((request.tenant, request.cache_salt)),
             )
             for index in range(sampling.n)
@@ -421,7 +421,7 @@ class Scheduler:
 
     def _may_fit(self) -> bool:
         """False where nobody can be admitted, whatever the prefix cache has."""
-        return not len(self._running) or self._pool.num_available > len(self._running)
+        return not self._running or self._pool.num_available > len(self._running) * len(self._pool.windows)
 
     def _can_admit(self, sequence: Sequence) -> bool:
         """Whether there are blocks for all tokens of the sequence and of the running ones, at least one more for each.

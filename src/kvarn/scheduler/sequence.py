@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from kvarn.cache import BlockTables, PrefixPath
+from kvarn.cache import PrefixPath, Tables
 from kvarn.request import FinishReason, Request, SamplingParams
 from kvarn.step import NewSequence
 
@@ -28,7 +28,7 @@ class Sequence:
     """Most tokens, prompt and output together."""
     eos_token_ids: frozenset[int]
     """Tokens that end the sequence as the model's own end; empty with ignore_eos."""
-    table: BlockTables
+    table: Tables
     prefix: PrefixPath
     """Its place in the prefix cache."""
     token_ids: list[int] = field(init=False)
