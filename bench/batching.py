@@ -1,6 +1,6 @@
 """What continuous batching is worth, over HTTP: against one request at a time, against static batches, by concurrency.
 
-    PYTHONPATH=src python bench/batching.py [MODEL] [--requests 96] [--batch 16] [--sweep 1,2,4,8,16,32,64]
+    PYTHONPATH=src python bench/batching.py [MODEL] [--requests 192] [--batch 16] [--sweep 1,2,4,8,16,32,64]
                                             [--plot docs/batching.png] [--json]
 
 Starts `kvarn serve` on a free port of the loopback interface. The same requests, whose answers have a long tail
@@ -22,11 +22,13 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from prefix_cache import WORDS, served
+from prefix_cache import WORDS
+from serving import served
 
 from kvarn import figures
 
-MEDIAN_TOKENS, SPREAD, MOST_TOKENS = 40, 1.1, 512
+MEDIAN_TOKENS, SPREAD, MOST_TOKENS = 16, 1.8, 1024
+"""Of the answers' lengths, lognormal: a mean of about 64 tokens, a few answers of many hundreds."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ def long_tailed(count: int, seed: int) -> list[Work]:
     rng, words = random.Random(seed), WORDS.split()
     works = []
     for number in range(count):
-        prompt = " ".join([f"({number})", *rng.choices(words, k=rng.randint(10, 200))])
+        prompt = " ".join([f"({number})", *rng.choices(words, k=rng.randint(5, 20))])
         works.append(Work(prompt, min(MOST_TOKENS, max(4, round(rng.lognormvariate(0, SPREAD) * MEDIAN_TOKENS)))))
     return works
 
@@ -69,7 +71,7 @@ def long_tailed(count: int, seed: int) -> list[Work]:
 def alike(count: int, seed: int) -> list[Work]:
     """Requests of one size, for the sweep."""
     rng, words = random.Random(seed), WORDS.split()
-    return [Work(" ".join([f"({n})", *rng.choices(words, k=60)]), 64) for n in range(count)]
+    return [Work(" ".join([f"({n})", *rng.choices(words, k=20)]), 256) for n in range(count)]
 
 
 def quantile(values: list[float], share: float) -> float:
@@ -164,7 +166,7 @@ def plot(path: Path, model: str, sweep, passes) -> None:
         axes.set_xscale("log", base=2)
         axes.set_xticks(sweep, [str(count) for count in sweep])
         axes.set_xlabel("clients, each with one request at a time")
-    figure.suptitle(f"{model}: prompts of about 90 tokens, answers of 64, no prefix hits")
+    figure.suptitle(f"{model}: prompts of about 50 tokens, answers of 256, no prefix hits")
     figures.save(figure, path)
 
 
@@ -176,7 +178,7 @@ def numbers(text: str) -> list[int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default="smollm2-135m-instruct")
-    parser.add_argument("--requests", type=int, default=96)
+    parser.add_argument("--requests", type=int, default=192)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--sweep", type=numbers, default=[1, 2, 4, 8, 16, 32, 64])
     parser.add_argument("--plot", type=Path)
@@ -184,8 +186,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.plot:
         figures.check(options.plot)
-    with served(options.model, []) as address:
-        ways, clients = asyncio.run(measure(address, options.requests, options.batch, options.sweep))
+    with served(options.model) as server:
+        ways, clients = asyncio.run(measure(server.address, options.requests, options.batch, options.sweep))
     if options.json:
         print(json.dumps({"ways": [asdict(p) for p in ways], "clients": [asdict(p) for p in clients]}))
     else:

@@ -9,15 +9,15 @@ then all at once; answers must be equal to the character.
 
 import argparse
 import asyncio
+import contextlib
 import itertools
 import json
-import socket
 import statistics
-import subprocess
 import sys
 import time
 
 import httpx
+from serving import served
 
 TOPICS = [
     "rivers",
@@ -126,12 +126,6 @@ def report(result):
     )
 
 
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default="smollm2-135m-instruct")
@@ -140,33 +134,10 @@ def main() -> None:
     parser.add_argument("--url")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    server = None
-    url = options.url
-    if url is None:
-        port = free_port()
-        url = f"http://127.0.0.1:{port}"
-        server = subprocess.Popen(
-            [sys.executable, "-m", "kvarn", "serve", options.model, "--port", str(port)],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        deadline = time.time() + 120
-        while True:
-            try:
-                if httpx.get(f"{url}/v1/models").status_code == 200:
-                    break
-            except httpx.HTTPError:
-                pass
-            if time.time() > deadline or server.poll() is not None:
-                raise SystemExit("the server did not start: run `kvarn serve` by hand to see why")
-            time.sleep(0.2)
-    try:
+    with contextlib.ExitStack() as stack:
+        url = options.url or stack.enter_context(served(options.model)).url
         model = httpx.get(f"{url}/v1/models").json()["data"][0]["id"]
         result = asyncio.run(measure(url, model, options.clients, options.tokens))
-    finally:
-        if server is not None:
-            server.terminate()
-            server.wait(timeout=30)
     if options.json:
         print(json.dumps(result))
     else:

@@ -10,21 +10,14 @@ more than the server can do: then somebody has to wait.
 
 import argparse
 import asyncio
-import contextlib
 import json
-import os
 import random
 import secrets
-import subprocess
-import sys
 import time
 from dataclasses import dataclass
 
 import httpx
-from clients import free_port
-
-PATIENCE = 120
-"""Seconds for a server to start."""
+from serving import served
 
 
 @dataclass(frozen=True)
@@ -43,35 +36,6 @@ class Load:
         while (now := now + rng.expovariate(self.rate)) < seconds:
             arrivals.append((now, [rng.randrange(1000, 40000) for _ in range(self.prompt_tokens)]))
         return arrivals
-
-
-@contextlib.contextmanager
-def served(model, keys, *options):
-    """A server with these keys; yields its URL."""
-    port = free_port()
-    url = f"http://127.0.0.1:{port}"
-    server = subprocess.Popen(
-        [sys.executable, "-m", "kvarn", "serve", model, "--port", str(port), *options],
-        env={**os.environ, "KVARN_API_KEYS": ",".join(keys)},
-        stdout=subprocess.DEVNULL,
-    )
-    try:
-        deadline = time.time() + PATIENCE
-        while not _ready(url):
-            if time.time() > deadline or server.poll() is not None:
-                raise SystemExit("the server did not start")
-            time.sleep(0.1)
-        yield url
-    finally:
-        server.terminate()
-        server.wait(timeout=30)
-
-
-def _ready(url):
-    try:
-        return httpx.get(f"{url}/health").status_code == 200
-    except httpx.HTTPError:
-        return False
 
 
 async def ask(client, key, prompt, output_tokens):
@@ -115,8 +79,9 @@ def percentile(values, share):
 def measure(options, policy, loads):
     """One row of the table."""
     settings = ("--policy", policy, "--itl-target-ms", str(options.itl_target_ms), "--max-num-seqs", "32")
-    with served(options.model, [load.key for load in loads], *settings) as url:
-        answers, seconds = asyncio.run(run(url, loads, options.seconds))
+    keys = {"KVARN_API_KEYS": ",".join(load.key for load in loads)}
+    with served(options.model, *settings, env=keys) as server:
+        answers, seconds = asyncio.run(run(server.url, loads, options.seconds))
     ttfts = [[first for first, _ in several] for several in answers]
     tokens = sum(len(a) * (load.prompt_tokens + load.output_tokens) for a, load in zip(answers, loads, strict=True))
     return {

@@ -14,7 +14,8 @@ import statistics
 import tempfile
 from pathlib import Path
 
-from prefix_cache import Answer, ask, conversation, served, system_prompt
+from prefix_cache import Answer, ask, conversation, system_prompt
+from serving import served
 
 from kvarn.kv_types import KV_TYPES
 from kvarn.models import load_model
@@ -23,9 +24,9 @@ from kvarn.weights import open_model
 
 def rounds(model: str, options: list[str], prompts: list[str], count: int) -> list[list[Answer]]:
     """The answers to all prompts, in turn, so many times."""
-    with served(model, options) as address:
+    with served(model, *options) as server:
         talks = [conversation(prompt, "Who mends the wheel?") for prompt in prompts]
-        return [[ask(address, talk, "all", 4) for talk in talks] for _ in range(count)]
+        return [[ask(server.address, talk, "all", 4) for talk in talks] for _ in range(count)]
 
 
 def row(name: str, answers: list[Answer]) -> None:
@@ -49,8 +50,8 @@ def measure(model: str, texts: int, tokens: int, threads: int) -> None:
     """Prints the figures of one model."""
     length = 16 * (tokens // 16 + 4)
     options = ["--threads", str(threads), "--max-model-len", str(length)]
-    with served(model, options) as address:
-        prompts = [system_prompt(address, tokens, number) for number in range(1, texts + 1)]
+    with served(model, *options) as server:
+        prompts = [system_prompt(server.address, tokens, number) for number in range(1, texts + 1)]
     options += ["--kv-cache-bytes", str(length * 3 // 2 * bytes_per_token(model))]
     with tempfile.TemporaryDirectory(dir=".") as folder:
         tier = [*options, "--kv-offload-bytes", str(4 << 30), "--kv-offload-dir", folder]

@@ -15,20 +15,17 @@ import contextlib
 import dataclasses
 import http.client
 import json
-import re
 import statistics
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
 from typing import Any
+
+from serving import served
 
 WORDS = (
     "river mill wheel stone grain flour water miller sack bread field horse cart road bridge village winter summer "
     "morning evening master apprentice hammer iron rope floor roof window door candle kitchen table letter"
 )
 HIT_SHARE = 0.15
-START_SECONDS = 120
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -45,27 +42,6 @@ class Answer:
     def computed(self) -> int:
         """Tokens of the prompt that were computed."""
         return self.prompt_tokens - self.cached_tokens
-
-
-@contextlib.contextmanager
-def served(model: str, options: list[str]) -> Iterator[tuple[str, int]]:
-    """A server of the model; yields its host and port."""
-    command = [sys.executable, "-m", "kvarn.cli", "serve", model, "--port", "0", *options]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None
-        deadline = time.monotonic() + START_SECONDS
-        for line in process.stdout:
-            found = re.match(r"http://([\d.]+):(\d+)", line)
-            if found:
-                yield found[1], int(found[2])
-                return
-            if time.monotonic() > deadline:
-                break
-        raise SystemExit(f"the server of {model} did not start")
-    finally:
-        process.terminate()
-        process.wait()
 
 
 def ask(address: tuple[str, int], messages: list[dict[str, str]], salt: str, max_tokens: int) -> Answer:
@@ -121,7 +97,8 @@ def conversation(system: str, question: str) -> list[dict[str, str]]:
 
 def measure(model: str, rounds: int, system_tokens: int, threads: int) -> bool:
     """Prints the figures of one model; whether they are as they should be."""
-    with served(model, ["--threads", str(threads)]) as address:
+    with served(model, "--threads", str(threads)) as server:
+        address = server.address
         misses, hits = [], []
         system = system_prompt(address, system_tokens, 1)
         for round_number in range(rounds):

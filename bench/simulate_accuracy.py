@@ -19,7 +19,7 @@ from pathlib import Path
 
 import httpx
 import numpy as np
-from clients import free_port
+from serving import served
 
 from kvarn.simulate import Settings, read_traffic, simulate
 from kvarn.simulate.fit import fit, read_steps
@@ -51,31 +51,16 @@ async def replay(url, model, traffic):
         return await asyncio.gather(*tasks)
 
 
-def served(options, settings, traffic):
+def serve(options, settings, traffic):
     """What the real server did."""
-    port = free_port()
-    url = f"http://127.0.0.1:{port}"
-    command = [
-        sys.executable, "-m", "kvarn", "serve", options.model, "--port", str(port), "--threads", str(options.threads),
-        "--max-num-seqs", str(settings.max_num_seqs), "--max-num-batched-tokens", str(settings.max_num_batched_tokens),
-        "--max-num-queued-requests", "100000", "--kv-cache-bytes", options.kv_cache_bytes, *options.serve,
+    given = [
+        "--threads", str(options.threads), "--max-num-seqs", str(settings.max_num_seqs),
+        "--max-num-batched-tokens", str(settings.max_num_batched_tokens), "--max-num-queued-requests", "100000",
+        "--kv-cache-bytes", options.kv_cache_bytes, *options.serve,
     ]  # fmt: skip
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    try:
-        for _ in range(600):
-            try:
-                if httpx.get(f"{url}/health").status_code == 200:
-                    break
-            except httpx.HTTPError:
-                pass
-            if server.poll() is not None:
-                raise SystemExit("the server did not start")
-            time.sleep(0.2)
-        model = httpx.get(f"{url}/v1/models").json()["data"][0]["id"]
-        answers = asyncio.run(replay(url, model, traffic))
-    finally:
-        server.terminate()
-        server.wait(timeout=30)
+    with served(options.model, *given) as server:
+        model = httpx.get(f"{server.url}/v1/models").json()["data"][0]["id"]
+        answers = asyncio.run(replay(server.url, model, traffic))
     late = max(answer[0] for answer in answers)
     ttft = percentiles(np.array([answer[1] for answer in answers]))
     duration = max(answer[2] for answer in answers)
@@ -117,7 +102,7 @@ def main() -> None:
     traffic = from_zero(a for a in whole if a.prompt_tokens + a.output_tokens <= settings.max_model_len)
     with tempfile.TemporaryDirectory() as folder:
         model = fit(read_steps(options.steps or measured_steps(options, Path(folder))))
-    real = served(options, settings, traffic)
+    real = serve(options, settings, traffic)
     run = simulate(traffic, settings, model.cost)
     simulated = {"tokens_per_s": run.tokens_per_s, "duration_s": run.duration, "ttft_s": run.ttft}
     ratios = {

@@ -1,8 +1,6 @@
 // AVX2 with FMA and F16C (Haswell and later, Zen): a vector of 16 lanes is two registers.
 #pragma once
-#include <immintrin.h>
-
-#include "isa.h"
+#include "vec_x86.h"
 
 KVARN_KERNELS_BEGIN
 
@@ -33,7 +31,6 @@ inline void store_n(float *p, F a, int64_t n) {
     _mm256_maskstore_ps(p, m.lo, a.lo);
     if (n > 8) _mm256_maskstore_ps(p + 8, m.hi, a.hi);
 }
-inline __m128i load_128(const void *p) { return _mm_loadu_si128(static_cast<const __m128i *>(p)); }
 inline F load_f16(const uint16_t *p) { return {_mm256_cvtph_ps(load_128(p)), _mm256_cvtph_ps(load_128(p + 8))}; }
 inline F load_bf16(const uint16_t *p) {
     const __m256i lo = _mm256_slli_epi32(_mm256_cvtepu16_epi32(load_128(p)), 16);
@@ -109,10 +106,6 @@ inline int32_t reduce_max_i(I a) {
     __m128i c = _mm_max_epi32(_mm256_castsi256_si128(b), _mm256_extracti128_si256(b, 1));
     c = _mm_max_epi32(c, _mm_shuffle_epi32(c, 0x4e));
     return _mm_cvtsi128_si32(_mm_max_epi32(c, _mm_shuffle_epi32(c, 0xb1)));
-}
-inline int32_t sum_i8(__m128i bytes) {  // vpsadbw adds unsigned bytes: 128 more each
-    const __m128i sums = _mm_sad_epu8(_mm_xor_si128(bytes, _mm_set1_epi8(int8_t(0x80))), _mm_setzero_si128());
-    return _mm_cvtsi128_si32(sums) + _mm_extract_epi16(sums, 4) - 16 * 128;
 }
 // Returns the sum of what it stored.
 inline int32_t store_i8(int8_t *p, I a) {

@@ -1,8 +1,6 @@
 // AVX-512 F, BW, VL, DQ and VNNI (Cascade Lake and later, Zen 4 and later).
 #pragma once
-#include <immintrin.h>
-
-#include "isa.h"
+#include "vec_x86.h"
 
 KVARN_KERNELS_BEGIN
 
@@ -29,20 +27,14 @@ inline F load_bf16(const uint16_t *p) {
 inline void store_f16(uint16_t *p, F a) {
     _mm256_storeu_si256(reinterpret_cast<__m256i *>(p), _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
 }
-inline F load_u8(const uint8_t *p) {
-    return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p))))};
-}
-inline F load_i8(const uint8_t *p) {
-    return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p))))};
-}
+inline F load_u8(const uint8_t *p) { return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(load_128(p)))}; }
+inline F load_i8(const uint8_t *p) { return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load_128(p)))}; }
 // A permutation looks at the low four bits of an index: it turns nibbles into floats, as a table does.
 inline F nibbles_to_float(__m512i indices) {
     const __m512 table = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     return {_mm512_permutexvar_ps(indices, table)};
 }
-inline __m512i load_bytes(const uint8_t *p) {
-    return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p)));
-}
+inline __m512i load_bytes(const uint8_t *p) { return _mm512_cvtepu8_epi32(load_128(p)); }
 inline F load_low_u4(const uint8_t *p) { return nibbles_to_float(load_bytes(p)); }
 inline F load_high_u4(const uint8_t *p) { return nibbles_to_float(_mm512_srli_epi32(load_bytes(p), 4)); }
 
@@ -77,10 +69,6 @@ inline float reduce_add(F a) {
 }
 inline float reduce_max(F a) { return _mm512_reduce_max_ps(a.v); }
 inline int32_t reduce_max_i(I a) { return _mm512_reduce_max_epi32(a.v); }
-inline int32_t sum_i8(__m128i bytes) {  // vpsadbw adds unsigned bytes: 128 more each
-    const __m128i sums = _mm_sad_epu8(_mm_xor_si128(bytes, _mm_set1_epi8(int8_t(0x80))), _mm_setzero_si128());
-    return _mm_cvtsi128_si32(sums) + _mm_extract_epi16(sums, 4) - 16 * 128;
-}
 // Returns the sum of what it stored.
 inline int32_t store_i8(int8_t *p, I a) {
     const __m128i bytes = _mm512_cvtsepi32_epi8(a.v);

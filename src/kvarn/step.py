@@ -17,7 +17,7 @@ class ScheduledSequence:
     """One sequence's share of a step: compute tokens `start … start + len(token_ids)`."""
 
     sequence_id: int
-    """Unique in the engine's lifetime."""
+    """Unique until the engine is reset."""
     token_ids: tuple[int, ...]
     """The tokens whose KV is computed in this step."""
     start: int
@@ -110,5 +110,5 @@ class StepOutput:
     sampled: tuple[SampledToken, ...]
     loaded: tuple[int, ...] = ()
     """For each of `block_loads` how many of its blocks were loaded, from the first."""
-    seconds: float = 0.0
-    """What computing the tokens took, without saves, loads and copies; 0: not measured."""
+    move_seconds: float = 0.0
+    """What saves and loads took, which the step's shape does not tell."""

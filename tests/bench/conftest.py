@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kvarn.bench import compare, latency
+from kvarn.bench import compare, latency, roofline
 from kvarn.bench.process import Worker
 from kvarn.bench.roofline import Roof
 from kvarn.testing.gguf import write_tiny_gguf
@@ -23,9 +23,8 @@ def roof() -> Roof:
 @pytest.fixture
 def fixed_roof(roof, monkeypatch):
     """No command measures the machine; it is given."""
-    for module in (latency, compare):
-        monkeypatch.setattr(module, "measure_roof", lambda *_: roof)
-    monkeypatch.setattr("kvarn.bench.roofline.measure_roof", lambda *_: roof)
+    for module in (latency, compare, roofline):
+        monkeypatch.setattr(module, "RoofProbe", lambda *_: lambda: roof)
     return roof
 
 

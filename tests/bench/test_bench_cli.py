@@ -25,8 +25,7 @@ def run(*arguments) -> None:
 @pytest.fixture
 def quick(monkeypatch):
     """Measuring the machine takes a moment only."""
-    monkeypatch.setattr(roofline, "READ_PASSES", 1)
-    monkeypatch.setattr(roofline, "PEAK_PASSES", 1)
+    monkeypatch.setattr(roofline, "PASSES", 1)
     monkeypatch.setattr(roofline, "PASS_SECONDS", 1e-4)
     monkeypatch.setattr(roofline, "SMALLEST_BUFFER", 16 << 20)
     monkeypatch.setattr(roofline, "CACHES_IN_BUFFER", 0)

@@ -1,5 +1,7 @@
 """Tasks, what they cost, what the roof says to that, and how several times become one figure."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -54,11 +56,19 @@ def test_the_limit_is_whichever_takes_longer(roof):
 
 
 def test_a_row_is_tokens_and_shares_of_the_median(roof):
-    row = make_row(Task("", "decode", 10, 2), [0.1, 0.4, 0.2], Cost(weight_bytes=10**9, integer_macs=10**9), roof)
+    cost = Cost(weight_bytes=10**9, integer_macs=10**9)
+    row = make_row(Task("", "decode", 10, 2), [0.1, 0.4, 0.2], cost, [roof] * 3)
     assert row.tokens_per_s == Spread(100.0, 50.0, 200.0)
     assert row.step_ms == pytest.approx(20)
     assert (row.bytes_per_s, row.macs_per_s) == (5e9, 5e9)
-    assert (row.share, row.limit) == (0.5, Limit.MEMORY)
+    assert (row.share, row.limit, row.roof) == (0.5, Limit.MEMORY, roof)
+
+
+def test_a_share_is_of_the_roof_of_its_time(roof):
+    half = dataclasses.replace(roof, read_bytes=5e9)
+    cost = Cost(weight_bytes=10**9, integer_macs=10**9)
+    row = make_row(Task("", "decode", 10), [0.125, 0.25, 0.25], cost, [roof, half, half])
+    assert (row.share, row.roof) == (0.8, half)
 
 
 def test_a_decode_step_reads_every_weight_once_and_one_row_of_the_table(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 
 from kvarn.bench import report
 from kvarn.bench.machine import Machine, cpu_name, last_cache_bytes
-from kvarn.bench.roofline import MIB, Roof, Rooflines, best, buffer_bytes, default_threads
+from kvarn.bench.roofline import MIB, Roof, Rooflines, buffer_bytes, default_threads, middle
 
 MACHINE = Machine("Test CPU", ((0, 1), (2, 3), (4, 5)), 32 * MIB, 8 << 30, "Linux", 0.5)
 
@@ -66,8 +66,9 @@ def test_numbers_of_threads_that_are_measured():
     assert default_threads(dataclasses.replace(MACHINE, cores=((0,),))) == (1,)
 
 
-def test_the_better_of_two_roofs_in_each_figure():
-    assert best(Roof(2, 1, 5, 3), Roof(2, 2, 4, 3)) == Roof(2, 2, 5, 3)
+def test_the_middle_of_roofs_in_each_figure():
+    assert middle([Roof(2, 1, 5, 3), Roof(2, 2, 4, 3)]) == Roof(2, 1.5, 4.5, 3)
+    assert middle([Roof(2, 1, 5, 3), Roof(2, 2, 4, 3), Roof(2, 9, 9, 9)]) == Roof(2, 2, 5, 3)
 
 
 def test_rooflines_as_text_and_json(roof):

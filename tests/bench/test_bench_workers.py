@@ -6,6 +6,7 @@ import pytest
 
 from kvarn.bench.latency import time_in_turns
 from kvarn.bench.process import Worker
+from kvarn.bench.roofline import Roof
 from kvarn.bench.tasks import Task
 from kvarn.errors import ConfigError
 
@@ -60,8 +61,15 @@ def test_workers_take_turns_and_the_first_round_is_not_counted():
 
     first, second = Task("first", "prefill", 1), Task("second", "decode", 1)
     seen = []
-    times = time_in_turns([Counting("A"), Counting("B")], [first, second], 2, lambda *step: seen.append(step))
+
+    def probe():
+        """A roof of as many bytes as turns have been taken."""
+        return Roof(2, float(len(turns)), 1, 1)
+
+    times = time_in_turns([Counting("A"), Counting("B")], [first, second], 2, probe, lambda *step: seen.append(step))
     one_round = [("first", "A"), ("first", "B"), ("second", "A"), ("second", "B")]
     assert turns == one_round * 3
-    assert times == {"first": {"A": [5, 9], "B": [6, 10]}, "second": {"A": [7, 11], "B": [8, 12]}}
+    assert times["first"].seconds == {"A": [5, 9], "B": [6, 10]}
+    assert times["second"].seconds == {"A": [7, 11], "B": [8, 12]}
+    assert [roof.read_bytes for roof in times["first"].roofs] == [4.5, 8.5]  # around A's turns
     assert seen == [(done, 12) for done in range(13)]

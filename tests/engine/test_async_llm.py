@@ -35,6 +35,11 @@ async def until(condition):
         await asyncio.sleep(0.001)
 
 
+def engine_threads():
+    """Of all engines in the process: those of other tests' fixtures, too."""
+    return {thread for thread in threading.enumerate() if thread.name == "kvarn-engine"}
+
+
 async def read(stream):
     return [output async for output in stream]
 
@@ -98,10 +103,14 @@ def test_a_reader_who_leaves_frees_the_blocks_within_a_step(way):
 
 def test_a_request_nobody_reads_runs_and_one_nobody_holds_ends():
     async def test(llm, gate):
+        gate.hold()
         stream = llm.generate(request("held", "hello"))
         llm.generate(request("dropped", "hello", max_tokens=400))
+        gate.open()
         await until(lambda: all_free(llm))
         assert llm.stats().generated_tokens < 400
+        # That all is free is known before the last outputs have come this way; an answer that began later comes later.
+        await read(llm.generate(request("later", "hello")))
         outputs = await read(stream)
         assert len(outputs) == 1, "what has gathered comes at once"
         assert len(tokens_of(outputs)) == 8
@@ -203,6 +212,7 @@ def test_an_engine_that_cannot_go_on_refuses_clearly(error):
 def test_close_fails_what_runs_and_is_idempotent():
     async def test(llm, gate):
         gate.hold()
+        (thread,) = engine_threads() - others
         stream = llm.generate(request("a", "hello", max_tokens=400))
         gate.stand_in_step(5)
         await anext(stream)
@@ -215,8 +225,9 @@ def test_close_fails_what_runs_and_is_idempotent():
             await read(stream)
         with pytest.raises(EngineError, match="the engine was closed"):
             llm.generate(request("b", "hello"))
-        assert not [t for t in threading.enumerate() if t.name == "kvarn-engine" and t.is_alive()]
+        assert not thread.is_alive()
 
+    others = engine_threads()
     with_llm(test)
 
 

@@ -1,5 +1,6 @@
 """What an engine answers, step by step: text, stops, seeds, n, logprobs, limits."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -8,6 +9,7 @@ from tiny_engine import EOS, Script, Wrapper, handmade_engine, request, run_core
 from kvarn.engine.events import RequestFailed
 from kvarn.errors import QueueFullError, RequestError
 from kvarn.request import FinishReason, Request, RequestOutput, SamplingParams
+from kvarn.scheduler import MeasuredCost
 from kvarn.testing import byte_tokenizer
 
 
@@ -249,3 +251,23 @@ def test_a_text_that_cannot_be_made_fails_its_own_request_only(make_core):
     assert text_of(outputs) == "ok"
     assert core.stats().free_blocks == core.stats().num_blocks
     assert not core.has_work()
+
+
+def test_what_moving_blocks_took_is_not_learned_as_what_steps_take(make_core):
+    """A clock that moves by a second whenever it is read: four times a step."""
+    learned = []
+
+    class Listening(MeasuredCost):
+        def observe(self, shape, seconds):
+            learned.append(seconds)
+
+    class Moving(Wrapper):
+        def execute(self, scheduled):
+            return replace(self.inner.execute(scheduled), move_seconds=0.25)
+
+    ticks = itertools.count()
+    core = make_core(cost=Listening(), clock=lambda: next(ticks))
+    core._runner = Moving(core._runner)
+    run_core(core, [request("a", "Hi", max_tokens=3)])
+    assert len(learned) >= 3
+    assert set(learned) == {3 - 0.25}

@@ -16,16 +16,16 @@ from kvarn.cli.memory_table import memory_table
 from kvarn.config import CacheConfig, EngineConfig, SchedulerConfig
 from kvarn.engine import make_backend
 from kvarn.errors import CapacityError, ConfigError
-from kvarn.kv_types import CACHE_TYPES
+from kvarn.kv_types import CACHE_TYPES, KV_TYPES
 from kvarn.planning import Available, available_memory, plan_memory
-from kvarn.planning.memory import OFFLOAD_ENTRY_BYTES, block_bytes
+from kvarn.planning.memory import OFFLOAD_ENTRY_BYTES
 from kvarn.planning.sizes import parse_size, size_text
 from kvarn.tensors import DType
 from kvarn.testing import tiny_model, write_tiny_gguf
 
 GIB = 1 << 30
 PROGRAM = tiny_model(max_position_embeddings=4096).program
-BLOCK = block_bytes(PROGRAM, CacheConfig())
+BLOCK = 16 * PROGRAM.kv_bytes_per_token(KV_TYPES["float16"])
 """2 layers × 2 heads × 16 × (key and value) × 2 bytes × 16 tokens."""
 
 
@@ -44,7 +44,7 @@ def plan(available=64 * GIB, *, max_model_len=None, max_num_seqs=64, tokens=512,
 
 def test_a_block_takes_what_its_tokens_do():
     assert BLOCK == 2 * 2 * 16 * 2 * 2 * 16
-    assert block_bytes(PROGRAM, CacheConfig(dtype="float32")) == 2 * BLOCK
+    assert 16 * PROGRAM.kv_bytes_per_token(KV_TYPES["float32"]) == 2 * BLOCK
 
 
 def test_by_default_there_is_room_for_all_sequences_at_their_longest():
@@ -60,8 +60,12 @@ def test_by_default_the_cache_is_modest():
     assert plan(max_num_seqs=512, block_size=64).use.kv_cache <= 4 * GIB
     wide = tiny_model(max_position_embeddings=4096, hidden_size=1024, num_attention_heads=16, num_hidden_layers=8,
                       num_key_value_heads=16).program  # fmt: skip
-    blocks = plan_memory(wide, fixed_use, EngineConfig(), Available(640 * GIB, "here")).num_blocks
-    assert blocks * block_bytes(wide, CacheConfig()) == 4 * GIB
+    block = 16 * wide.kv_bytes_per_token(KV_TYPES["float16"])
+
+    def uses(kv, limits):
+        return MemoryUse(weights=1000, tables=0, kv_cache=kv.num_blocks * block, activations=500)
+
+    assert plan_memory(wide, uses, EngineConfig(), Available(640 * GIB, "here")).use.kv_cache == 4 * GIB
 
 
 def test_with_little_memory_the_cache_is_what_fits_and_the_length_what_it_holds():
@@ -165,6 +169,37 @@ def test_the_cache_takes_what_is_planned_in_every_type(backend, family, dtype):
     try:
         assert made.memory_use(model.program, dtypes, kv, limits).kv_cache == 7 * executable.block_bytes
     finally:
+        executable.close()
+
+
+@pytest.mark.parametrize("dtype", CACHE_TYPES)
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_cache_of_so_many_bytes_takes_no_more_and_a_block_more_would_be_too_much(backend, dtype):
+    """The reference keeps int8 and int4 as float32."""
+    plans = []
+    engine = tiny_engine(backend=backend, dtype=dtype, num_blocks=None, kv_cache_bytes=300_000, on_plan=plans.append)
+    try:
+        block = engine.core._runner._executable.block_bytes
+        assert plans[0].use.kv_cache == plans[0].num_blocks * block
+        assert plans[0].use.kv_cache <= 300_000 < plans[0].use.kv_cache + block
+    finally:
+        engine.core.close()
+
+
+def test_the_reference_holds_what_the_plan_says_whatever_the_type():
+    model = shared_model("llama", 0)
+    for dtype in CACHE_TYPES:
+        kv, limits = KvCacheSpec(9, 16, dtype), StepLimits(8, 2, 64)
+        backend = make_backend("reference")
+        tracemalloc.start()
+        try:
+            executable = backend.load(model.program, model.weights, kv, limits)
+            taken = tracemalloc.get_traced_memory()[0]
+        finally:
+            tracemalloc.stop()
+        dtypes = {weight.name: DType.F32 for weight in model.program.weights}
+        planned = backend.memory_use(model.program, dtypes, kv, limits).kv_cache
+        assert planned <= taken < planned + 10_000, dtype
         executable.close()
 
 

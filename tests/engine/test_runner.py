@@ -10,9 +10,9 @@ from kvarn.backends import KvCacheSpec, StepLimits
 from kvarn.backends.checks import check_batch
 from kvarn.backends.reference import ReferenceBackend
 from kvarn.request import SamplingParams
-from kvarn.runner import BatchBuilder, Runner
+from kvarn.runner import BatchBuilder, BlockFile, Runner
 from kvarn.sampling import NativeSampler
-from kvarn.step import NewSequence, ScheduledSequence, SchedulerOutput
+from kvarn.step import BlockLoad, BlockSave, NewSequence, ScheduledSequence, SchedulerOutput
 
 BLOCK = 16
 LIMITS = StepLimits(max_num_tokens=64, max_num_sequences=6, max_model_len=128)
@@ -113,3 +113,19 @@ def test_reset_forgets_and_tries_the_program():
     runner.reset()
     assert len(runner.execute(SchedulerOutput(1, (part,), new=(new(0),))).sampled) == 1
     runner.close()
+
+
+def test_a_step_says_what_moving_its_blocks_took(tmp_path):
+    model, name = shared_model("llama", 0), b"n" * 32
+    executable = ReferenceBackend().load(model.program, model.weights, KV, LIMITS)
+    file = BlockFile(tmp_path / "blocks", 1 << 20, executable.block_bytes, "it")
+    runner = Runner(executable, NativeSampler(259), LIMITS, BLOCK, block_file=file)
+    try:
+        saved = runner.execute(SchedulerOutput(1, (), block_saves=(BlockSave(3, 0, name),)))
+        loaded = runner.execute(SchedulerOutput(2, (), block_loads=(BlockLoad(1, (5,), (0,), (name,)),)))
+        computed = runner.execute(SchedulerOutput(3, (ScheduledSequence(1, (7,), 0, (0,), False),)))
+    finally:
+        runner.close()
+    assert saved.move_seconds > 0 < loaded.move_seconds
+    assert loaded.loaded == (1,)
+    assert computed.move_seconds == 0

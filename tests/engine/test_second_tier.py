@@ -5,6 +5,7 @@ from tiny_engine import request, run_core, tiny_engine, tokens_of
 
 from kvarn.engine.tier import FILE_NAME
 from kvarn.errors import ConfigError
+from kvarn.runner import MoveSeconds
 
 TEXTS = [letter * 90 for letter in "abcdefgh"]
 
@@ -29,7 +30,7 @@ def engine(tmp_path):
 @pytest.fixture(autouse=True)
 def always_worth_it(monkeypatch):
     """A tiny model computes a block faster than any file gives it back."""
-    monkeypatch.setattr("kvarn.engine.tier.measure_move", lambda executable, file: 0.0)
+    monkeypatch.setattr("kvarn.engine.tier.measure_move", lambda executable, file: MoveSeconds(0.0, 0.0))
 
 
 def answers(core, texts=TEXTS, **sampling):
@@ -117,7 +118,7 @@ def test_64_clients_over_a_tenth_of_their_cache_say_what_they_say_without_pressu
 
 
 def test_where_computing_is_faster_nothing_is_moved(engine, monkeypatch):
-    monkeypatch.setattr("kvarn.engine.tier.measure_move", lambda executable, file: 1e9)
+    monkeypatch.setattr("kvarn.engine.tier.measure_move", lambda executable, file: MoveSeconds(1e9, 1e9))
     core = engine()
     first, _ = answers(core)
     before = core.stats()

@@ -14,13 +14,8 @@ from kvarn.text import IncrementalDetokenizer, load_tokenizer
 from kvarn.weights import open_model
 
 
-def one_prompt(ids, blocks=8, groups=1):
-    positions = np.arange(len(ids), dtype=np.int32)
-    return InputBatch.of_tables(
-        np.asarray(ids, np.int32), positions, np.array([0, len(ids)], np.int32),
-        np.array([len(ids)], np.int32), np.arange(blocks, dtype=np.int32)[None], positions,
-        block_size=16, num_groups=groups,
-    )  # fmt: skip
+def one_prompt(ids, groups=1):
+    return InputBatch.of_one(ids, num_outputs=len(ids), num_groups=groups)
 
 
 @pytest.mark.parametrize("family", SETTINGS)
@@ -44,7 +39,7 @@ def test_random_tensors_have_about_the_scale_asked_for(dtype):
 def test_a_batch_that_names_what_is_not_there_is_refused():
     model = tiny_model()
     executable = ReferenceBackend().load(model.program, model, KvCacheSpec(2), StepLimits(32, 1, 32))
-    good = one_prompt(range(20), blocks=2)
+    good = one_prompt(range(20))
     executable.execute(good)
     for field, value in {
         "token_ids": np.full(20, 259, np.int32),

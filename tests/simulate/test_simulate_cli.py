@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from kvarn.bench.steps import measure_steps, step_work
 from kvarn.cli.app import app
 from kvarn.errors import ConfigError
-from kvarn.simulate.fit import read_steps
+from kvarn.simulate.fit import read_kv, read_steps
 from kvarn.simulate.settings import Settings, label, read_settings
 from kvarn.testing import write_tiny_gguf
 
@@ -49,6 +49,29 @@ def test_a_table_has_a_row_for_each_run(cost):
     output = run(cost, *POISSON, "--policy", "fcfs,fair", "--tenants", "2").output
     assert "40 requests in" in output and "fcfs" in output and "fair" in output
     assert "computed twice" not in output, "columns that say nothing are left out"
+
+
+def test_the_tier_takes_what_was_measured_unless_told_otherwise(cost):
+    content = json.loads(cost.read_text())
+    cost.write_text(json.dumps({**content, "kv": {"bytes_per_token": 2000, "move_bandwidth": 1e9}}))
+    chat = (*POISSON, "--prefix-groups", "8", "--prefix-tokens", "400", "--cache-blocks", "80", "--json")
+    runs = json.loads(run(cost, *chat, "--kv-offload-bytes", "0,64MiB").output)["runs"]
+    assert [r["settings"]["kv_offload_bytes"] for r in runs] == [0, 64 << 20]
+    assert [r["settings"]["kv_bytes_per_token"] for r in runs] == [2000, 2000]
+    assert runs[0]["loaded_tokens"] == 0 < runs[1]["loaded_tokens"]
+    assert runs[1]["hit_rate"] > runs[0]["hit_rate"]
+    slow = ("--kv-offload-bytes", "64MiB", "--kv-move-bandwidth", "1000", "--kv-bytes-per-token", "3000")
+    (declared,) = json.loads(run(cost, *chat, *slow).output)["runs"]
+    assert declared["settings"]["kv_bytes_per_token"] == 3000
+    assert declared["loaded_tokens"] == 0
+
+
+def test_refusals_are_in_the_table(cost):
+    burst = ("--traffic", "burst", "--rate", "200", "--requests", "80", "--ttft-slo-ms", "100")
+    (result,) = json.loads(run(cost, *burst, "--json").output)["runs"]
+    assert result["late"] == result["refused"] > 0
+    output = run(cost, *burst).output
+    assert "of them late" in output and str(result["late"]) in output
 
 
 def test_a_trace_is_cut_scaled_and_repeated(cost, tmp_path):
@@ -108,6 +131,10 @@ def test_wrong_settings_are_named(tmp_path, content, message):
         ((*POISSON, "--start", "1e9"), "leave no requests"),
         ((*POISSON, "--plot", "picture.svg"), "--plot must name a .png"),
         ((*POISSON, "--block-size", "0"), "block_size must be between"),
+        ((*POISSON, "--kv-offload-bytes", "1GiB"), "kv_bytes_per_token must be given where there is kv_offload_bytes"),
+        ((*POISSON, "--kv-offload-bytes", "lots"), "--kv-offload-bytes must be bytes"),
+        ((*POISSON, "--kv-move-bandwidth", "fast"), "--kv-move-bandwidth must be bytes"),
+        ((*POISSON, "--batching", "static", "--ttft-slo-ms", "5"), "ttft_slo_ms is for continuous batching"),
     ],
 )
 def test_wrong_options_are_named(cost, arguments, message):
@@ -136,6 +163,9 @@ def test_steps_are_measured_in_the_engine_and_fitted(tmp_path):
     saved = tmp_path / "steps.json"
     saved.write_text(output)
     assert read_steps(saved)
+    kv = read_kv(saved)
+    assert kv.bytes_per_token == 2 * 2 * 16 * 2 * 2, "layers, heads, dimensions, key and value, bytes"
+    assert kv.move_bandwidth > 0
     assert json.loads(output)["model"] == "tiny.gguf"
     assert "prompt of 16" in CliRunner().invoke(
         app, ["bench", "steps", str(path), "--tokens", "16", "--seqs", "2", "--rounds", "1", "--threads", "1"]

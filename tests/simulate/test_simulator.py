@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from tiny_engine import handmade_engine
 
 from kvarn.config import POLICIES
+from kvarn.errors import ConfigError
 from kvarn.request import Request, SamplingParams
 from kvarn.scheduler import NullObserver, StepShape
 from kvarn.scheduler.fitted_cost import FittedStepCost
@@ -93,6 +94,53 @@ def test_what_was_computed_before_a_preemption_is_found_or_counted_as_computed_a
     assert kept.recomputed_tokens < lost.recomputed_tokens
 
 
+PER_TOKEN = FittedStepCost((1, 2), (1.0, 2.0), 0.0, 0.0, 0.0)
+"""A second for each token."""
+
+
+@pytest.mark.parametrize(("bandwidth", "loaded", "waited"), [(16e3, 80, 6.0), (1e3, 0, 81.0)])
+def test_what_was_evicted_is_loaded_where_that_takes_less(bandwidth, loaded, waited):
+    """Each of two texts fills the cache: the first is evicted for the second, and comes again."""
+    traffic = [Arrival(500.0 * n, 81, 1, "", group, 80) for n, group in enumerate("ghg")]
+    server = dataclasses.replace(SMALL, num_blocks=6, max_model_len=96, kv_bytes_per_token=1000,
+                                 kv_offload_bytes=1 << 20, kv_move_bandwidth=bandwidth)  # fmt: skip
+    run = simulate(traffic, server, PER_TOKEN)
+    assert run.loaded_tokens == loaded
+    assert (run.saved_tokens > 0) == (loaded > 0)
+    saves = run.saved_tokens // 16
+    # Whoever evicts waits for the saves, of a second each.
+    assert run.duration == 1000.0 + waited + saves - (5 if loaded else 0)
+    none = simulate(traffic, dataclasses.replace(server, kv_offload_bytes=0), PER_TOKEN)
+    assert (none.loaded_tokens, none.saved_tokens, none.duration) == (0, 0, 1081.0)
+
+
+def test_who_would_come_too_late_is_refused_and_counted():
+    traffic = [Arrival(0.0, 20, 5)] * 12
+    slow = simulate(traffic, SMALL, COST)
+    run = simulate(traffic, dataclasses.replace(SMALL, ttft_slo_ms=150.0), COST)
+    assert 0 < run.late == run.refused < 11
+    assert run.finished == 12 - run.late
+    assert run.ttft[99] < 0.3 < slow.ttft[99]
+    assert (slow.refused, slow.late) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"kv_offload_bytes": 1 << 20}, "kv_bytes_per_token must be given"),
+        ({"kv_offload_bytes": 1 << 20, "kv_bytes_per_token": 9}, "kv_move_bandwidth must be given"),
+        ({"kv_offload_bytes": 99, "kv_bytes_per_token": 9, "kv_move_bandwidth": 1.0}, "has no room for a block"),
+        ({"kv_offload_bytes": 1, "prefix_cache": False}, "prefix_cache must be true"),
+        ({"ttft_slo_ms": 1.0, "batching": "static"}, "ttft_slo_ms is for continuous batching"),
+        ({"ttft_slo_ms": -1.0}, "ttft_slo_ms must be at least 0"),
+        ({"kv_move_bandwidth": float("nan")}, "kv_move_bandwidth must be at least 0"),
+    ],
+)
+def test_a_tier_or_a_deadline_that_cannot_be_is_named(wrong, message):
+    with pytest.raises(ConfigError, match=message):
+        simulate([Arrival(0.0, 10, 3)], dataclasses.replace(SMALL, **wrong), COST)
+
+
 def test_a_target_between_tokens_makes_chunks_smaller():
     traffic = [Arrival(0.0, 8, 60), Arrival(0.1, 200, 1)]
     server = dataclasses.replace(SMALL, max_num_batched_tokens=64)
@@ -173,13 +221,29 @@ servers = st.builds(
 )
 
 
+def with_tier_or_deadline(server, tier_blocks, bandwidth, slo):
+    tier = {"kv_offload_bytes": tier_blocks * (16 * 100 + 72) + 8192, "kv_bytes_per_token": 100} if tier_blocks else {}
+    slo = slo if server.batching == "continuous" else 0.0
+    tier = tier if server.prefix_cache else {}
+    return dataclasses.replace(server, **tier, kv_move_bandwidth=bandwidth, ttft_slo_ms=slo)
+
+
+pressed_servers = st.builds(
+    with_tier_or_deadline, servers, st.sampled_from([0, 3, 50]), st.sampled_from([1e6, 2e5]),
+    st.sampled_from([0.0, 50.0, 500.0]),
+)  # fmt: skip
+
+
 @settings(max_examples=150, deadline=None)
-@given(arrivals, servers)
+@given(arrivals, pressed_servers)
 def test_every_request_ends_with_all_its_tokens_skipping_or_not(traffic, server):
     run = simulate(traffic, server, COST)
-    assert run.finished == run.requests == len(traffic)
-    assert run.output_tokens == sum(arrival.output_tokens for arrival in traffic)
-    assert run.prompt_tokens == sum(arrival.prompt_tokens for arrival in traffic)
+    assert run.finished + run.late == run.requests == len(traffic)
+    assert run.refused == run.late
+    if not server.ttft_slo_ms:
+        assert run.output_tokens == sum(arrival.output_tokens for arrival in traffic)
+        assert run.prompt_tokens == sum(arrival.prompt_tokens for arrival in traffic)
+        assert run.late == 0
     assert run.recomputed_tokens >= 0
     assert (run.preemptions == 0) <= (run.recomputed_tokens == 0)
     watch = same_one_by_one(run, traffic, server)

@@ -4,11 +4,13 @@ import dataclasses
 import json
 
 import pytest
+from gated_engine import Broken
 from tiny_engine import handmade_engine, request, run_core, tiny_engine, tokens_of
 from typer.testing import CliRunner
 
 from kvarn.cli.app import app
 from kvarn.errors import ConfigError
+from kvarn.runner import MoveSeconds
 from kvarn.tracing import TraceRecorder, read_trace, write_trace
 from kvarn.tracing.explain import explain
 from kvarn.tracing.summary import summary
@@ -106,7 +108,46 @@ def test_the_ring_is_bounded_and_says_what_it_dropped(tmp_path):
 
 def test_nothing_is_kept_of_requests_that_have_ended():
     recorder, _, _ = recorded(several(4), abort="r3")
-    assert not recorder._requests and not recorder._waiting
+    assert not recorder._live and not recorder._waiting
+
+
+def test_a_failed_step_ends_what_was_lost_and_what_comes_later_is_not_taken_for_it(tmp_path):
+    clock, breaks = Clock(), []
+
+    def breakable(executable):
+        breaks.append(Broken(executable))
+        return breaks[0]
+
+    recorder = TraceRecorder(32, clock=clock)
+    core = handmade_engine(
+        max_num_seqs=2, num_blocks=64, max_num_batched_tokens=32, max_model_len=128, observer=recorder, clock=clock,
+        wrap_executable=breakable,
+    ).core  # fmt: skip
+    try:
+        for one in several(3):
+            core.add(one)
+        for _ in range(4):
+            core.step()
+        breaks[0].failures = 1
+        with pytest.raises(RuntimeError):
+            core.step()
+        core.reset()
+        assert not recorder._live and not recorder._waiting
+        run_core(core, [request("later", "x" * 20, max_tokens=4)])
+        assert not recorder._live and not recorder._waiting
+    finally:
+        core.close()
+    assert [step.number for step in recorder.steps] == list(range(1, len(recorder.steps) + 1))
+    failed = recorder.steps[4]
+    assert (failed.parts, failed.waiting) == ((), 0)
+    assert {(e.request_id, e.reason) for e in failed.happened if e.kind == "ended"} == {
+        ("r0", "error"), ("r1", "error"), ("r2", "error"),
+    }  # fmt: skip
+    write_trace(tmp_path / "t.json", recorder)
+    history = read_trace(tmp_path / "t.json")
+    assert [life.request_id for life in history.lives.values()] == ["r0", "r1", "r2", "later"]
+    assert "ended (error) after" in explain(history, "r0")
+    assert "ended (length) after 4 tokens" in explain(history, "later")
 
 
 def test_the_file_is_a_chrome_trace(pressed):
@@ -187,7 +228,7 @@ def test_who_goes_on_from_what_another_has_computed_says_so(tmp_path):
 
 
 def test_loads_from_the_second_tier_are_told(tmp_path, monkeypatch):
-    monkeypatch.setattr("kvarn.engine.tier.measure_move", lambda executable, file: 0.0)
+    monkeypatch.setattr("kvarn.engine.tier.measure_move", lambda executable, file: MoveSeconds(0.0, 0.0))
     recorder = TraceRecorder(128)
     core = tiny_engine(
         num_blocks=8, max_model_len=120, max_num_batched_tokens=128, observer=recorder, identity="tiny",

@@ -36,9 +36,6 @@ Kv = tuple[int, tuple[int, ...]]
 class PagedModel:
     """Executes steps over real block tables, and checks what a runner may rely on."""
 
-    token_seconds = 1.0
-    """What it says that computing a token takes."""
-
     def __init__(
         self, num_blocks: int, block_size: int, *, max_tokens: int, max_seqs: int,
         windows: tuple[int | None, ...] = (None,),
@@ -84,7 +81,6 @@ class PagedModel:
                 if part.sample
             ),
             loaded,
-            step.num_tokens * self.token_seconds,
         )
 
     def _load(self, load: BlockLoad) -> int:

@@ -6,7 +6,7 @@ import pytest
 from paged_model import PagedModel
 from virtual_time import BLOCK, LinearCost
 
-from kvarn.cache import BlockPool
+from kvarn.cache import BlockPool, RadixPrefixCache
 from kvarn.config import SchedulerConfig
 from kvarn.errors import ConfigError, DeadlineError, RequestError
 from kvarn.request import Request, SamplingParams
@@ -18,16 +18,20 @@ COST = LinearCost()
 class Bench:
     """A scheduler with a forecast, in virtual time."""
 
-    def __init__(self, *, policy="fcfs", seqs=16, tokens=128, blocks=2048, **settings):
+    def __init__(self, *, policy="fcfs", seqs=16, tokens=128, blocks=2048, caching=False, **settings):
         config = SchedulerConfig(seqs, tokens, policy=policy, **settings)
-        self.scheduler = make_scheduler(config, BlockPool(blocks, BLOCK), 2000, COST)
+        pool = BlockPool(blocks, BLOCK)
+        cache = RadixPrefixCache(pool) if caching else None
+        self.scheduler = make_scheduler(config, pool, 2000, COST, prefix_cache=cache)
         self.model = PagedModel(blocks, BLOCK, max_tokens=tokens, max_seqs=seqs)
         self.now, self.number, self.first = 0.0, 0, {}
 
-    def add(self, prompt=200, output=20, *, slo=None, **kind):
+    def add(self, prompt=200, output=20, *, slo=None, shared=0, **kind):
+        """shared: how many of its tokens other requests begin with, too; the rest is its own."""
         self.number += 1
         sampling = SamplingParams(max_tokens=output)
-        request = Request(str(self.number), (1,) * prompt, sampling, ttft_slo_ms=slo, **kind)
+        text = (*(1,) * shared, *(100 + self.number,) * (prompt - shared))
+        request = Request(str(self.number), text, sampling, ttft_slo_ms=slo, **kind)
         (sequence,) = self.scheduler.add(request)
         return sequence
 
@@ -149,6 +153,50 @@ def test_under_fair_shares_the_light_are_promised_more():
     light = bench.forecast(tenant="light")
     assert light < bench.forecast(tenant="heavy") / 5
     assert light == pytest.approx(bench.actual(tenant="light"), rel=0.5)
+
+
+def crowded_by_others(bench):
+    """One request of 1,600 shared tokens has been answered, and ten of others have just come."""
+    bench.add(prompt=1650, output=20, shared=1600)
+    while bench.scheduler.has_work():
+        bench.step()
+    for _ in range(10):
+        bench.add(prompt=100, output=60)
+    for _ in range(3):
+        bench.step()
+
+
+def test_what_the_cache_has_of_a_request_is_not_waited_for():
+    bench = Bench(caching=True)
+    crowded_by_others(bench)
+    hit, miss = bench.forecast(prompt=1650, shared=1600), bench.forecast(prompt=1650)
+    assert miss - hit > 1600 * COST.token
+    assert hit == pytest.approx(bench.actual(prompt=1650, shared=1600, slo=1500 * hit), rel=0.5)
+    assert miss == pytest.approx(bench.actual(prompt=1650), rel=0.5)
+
+
+def test_what_the_cache_has_of_those_before_is_not_waited_for():
+    bench = Bench(caching=True, seqs=32)
+    crowded_by_others(bench)
+    for _ in range(12):
+        bench.add(prompt=1650, shared=1600)
+    forecast = bench.forecast(prompt=100)
+    assert forecast == pytest.approx(bench.actual(prompt=100), rel=0.5)
+    assert forecast < 12 * 1600 * COST.token / 4
+
+
+def test_blocks_that_are_shared_are_not_waited_for():
+    """Nine sequences share the 50 blocks of a beginning; room is for two that would not."""
+    bench = Bench(caching=True, blocks=110)
+    bench.add(prompt=820, output=200, shared=800)
+    while not bench.first:
+        bench.step()
+    for _ in range(8):
+        bench.add(prompt=820, output=200, shared=800)
+    for _ in range(3):
+        bench.step()
+    assert bench.scheduler.num_running == 9
+    assert bench.forecast(prompt=820, shared=800) == pytest.approx(bench.actual(prompt=820, shared=800), rel=0.5)
 
 
 def test_a_deadline_must_be_a_time():

@@ -2,11 +2,12 @@
 
 import pytest
 from paged_model import PagedModel
+from virtual_time import LinearCost
 
 from kvarn.cache import BlockPool, OffloadIndex, RadixPrefixCache, new_tables
 from kvarn.config import SchedulerConfig
 from kvarn.request import Request, SamplingParams
-from kvarn.scheduler import MoveCost, PriorityClasses, Scheduler
+from kvarn.scheduler import MeasuredCost, MoveCost, PriorityClasses, Scheduler, StepShape
 
 SIZE = 4
 ME, OTHER = ("", "mine"), ("", "other")
@@ -69,17 +70,68 @@ def test_what_is_there_is_not_saved_again_and_the_least_recently_used_goes():
     tier.check()
 
 
-def test_a_block_is_moved_where_that_takes_less_than_computing_it():
-    cost = MoveCost(16, block_seconds=0.001)
-    assert cost.worthwhile, "nothing was measured"
-    cost.observe(1, 0.5)
-    assert cost.recompute_seconds is None, "a decode says nothing of a prompt's tokens"
-    cost.observe(100, 0.1)
-    assert cost.recompute_seconds == pytest.approx(0.016)
-    assert cost.worthwhile
-    for _ in range(100):
-        cost.observe(100, 0.001)
-    assert not cost.worthwhile
+COST = LinearCost(fixed=5.0, token=1e-3, sampled=2.0, attended=1e-5)
+"""16 tokens: 16 ms, and 1.36 ms for what they see of one another; 16 more for every 100 before them."""
+
+
+def test_what_computing_blocks_takes_is_what_the_step_with_the_rest_takes_less_without_them():
+    moves = MoveCost(16, 1.0, 1.0, COST)
+    assert moves.compute_seconds(0, 1) == pytest.approx(0.016 + 1e-5 * 136)
+    assert moves.compute_seconds(1000, 2) == pytest.approx(0.032 + 1e-5 * (32 * 1000 + 528))
+
+
+def test_a_block_is_saved_where_saving_and_loading_it_takes_less_than_computing_it():
+    assert MoveCost(16, 0.008, 0.009, COST).worth_saving()
+    assert not MoveCost(16, 0.009, 0.009, COST).worth_saving()
+    assert MoveCost(16, 0.0, 0.0, COST).worth_saving()
+
+
+def test_a_block_is_loaded_where_loading_alone_takes_less_than_computing_it_there():
+    moves = MoveCost(16, 1.0, 0.018, COST)
+    assert not moves.worth_saving() and not moves.worth_loading(0, 1)
+    assert moves.worth_loading(100, 1), "its tokens look at more"
+    assert moves.worth_loading(0, 20), "so do the last ones of many"
+
+
+def test_what_the_engine_learns_of_its_steps_decides():
+    cost = MeasuredCost()
+    moves = MoveCost(16, 0.004, 0.004, cost)
+    for tokens in (1, 64, 128) * 20:
+        shape = StepShape(0, 0, 0, 0).plus(0, tokens)
+        cost.observe(shape, 0.01 + 0.001 * tokens)
+    assert moves.compute_seconds(0, 1) == pytest.approx(0.016, rel=0.05)
+    assert moves.worth_saving() and moves.worth_loading(0, 1)
+    for tokens in (1, 64, 128) * 200:
+        shape = StepShape(0, 0, 0, 0).plus(0, tokens)
+        cost.observe(shape, 0.01 + 0.0001 * tokens)
+    assert not moves.worth_saving() and not moves.worth_loading(0, 1)
+
+
+@pytest.mark.parametrize(("token", "swaps"), [(0.01, True), (0.0001, False)])
+def test_a_preempted_sequence_is_swapped_where_the_model_of_steps_says_that_is_cheaper(token, swaps):
+    """Two sequences, room for one and a half: the second is preempted by the first, and evicted."""
+    pool = BlockPool(12, 4)
+    cache = RadixPrefixCache(pool, (), OffloadIndex(40, "model"))
+    moves = MoveCost(4, 0.002, 0.002, LinearCost(token=token, attended=0.0))
+    scheduler = Scheduler(SchedulerConfig(2, 16), pool, 48, prefix_cache=cache, moves=moves)
+    model = PagedModel(12, 4, max_tokens=16, max_seqs=2)
+    first, second = (
+        scheduler.add(Request(name, tuple(range(at, at + 15)), SamplingParams(max_tokens=25)))[0]
+        for name, at in (("first", 0), ("second", 20))
+    )
+    saves, loads, computed = 0, 0, 0
+    while scheduler.has_work():
+        step = scheduler.schedule()
+        saves += len(step.block_saves)
+        loads += sum(len(load.blocks) for load in step.block_loads)
+        computed += step.num_tokens
+        scheduler.update(step, model.execute(step))
+        scheduler.check()
+    assert second.num_preemptions > 0 == first.num_preemptions
+    assert (saves > 0, loads > 0) == (swaps, swaps)
+    again = computed - first.num_tokens - second.num_tokens + 2
+    in_no_whole_block = 3 * second.num_preemptions
+    assert (again <= in_no_whole_block) == swaps
 
 
 def test_a_sequence_is_loaded_once_a_step_however_often_it_is_looked_at():

@@ -2,17 +2,8 @@
 
 import hypothesis.strategies as st
 import pytest
-from hypothesis import HealthCheck, settings
-from hypothesis.stateful import (
-    Bundle,
-    RuleBasedStateMachine,
-    consumes,
-    initialize,
-    invariant,
-    multiple,
-    rule,
-    run_state_machine_as_test,
-)
+from hypothesis.stateful import Bundle, consumes, initialize, invariant, multiple, rule
+from state_machines import CountedMachine, run_machine
 
 from kvarn.cache import HOLE, BlockPool, RadixPrefixCache, common_length, new_tables
 
@@ -38,7 +29,7 @@ class Live:
         self.salt, self.tokens, self.table, self.path, self.known = salt, tokens, table, path, known
 
 
-class CacheMachine(RuleBasedStateMachine):
+class CacheMachine(CountedMachine):
     """Sequences of few different tokens come, grow, fork and go over a small pool, blocks being evicted at random."""
 
     live = Bundle("live")
@@ -91,8 +82,13 @@ class CacheMachine(RuleBasedStateMachine):
     def come(self, salt, tokens):
         table, path = new_tables(self.pool), self.cache.path(salt)
         expected = self.there(salt, tokens)
+        available, order = self.pool.num_available, [*self.pool._idle, *self.pool._spare]
+        hit = path.peek(tokens)
+        assert [*self.pool._idle, *self.pool._spare] == order, "to look is not to use"
         known = path.adopt(tokens, table, 0)
-        assert known == expected
+        assert hit.num_tokens == known == expected
+        taken = sum(known // SIZE - one.num_holes for one in table.by_group) - hit.num_held_blocks
+        assert taken <= available - self.pool.num_available <= taken + (known % SIZE > 0) * len(self.windows)
         assert known <= self.known_to(salt, tokens)
         if not self.evicted:
             assert known == self.known_to(salt, tokens), "nothing was evicted, so all is there"
@@ -181,6 +177,7 @@ class CacheMachine(RuleBasedStateMachine):
     def books_agree(self):
         if not hasattr(self, "pool"):
             return
+        self.count_step()
         held = list(self.cache.check())
         self.pool.check([*(s.table.held for s in self.tables), held])
         assert len(held) == len(set(held)) <= self.pool.num_blocks
@@ -211,9 +208,4 @@ class WithWindowsOnly(CacheMachine):
 
 @pytest.mark.parametrize("machine", [CacheMachine, WithWindows, WithWindowsOnly])
 def test_any_order_of_sequences_that_come_grow_fork_and_go(machine):
-    run_state_machine_as_test(
-        machine,
-        settings=settings(
-            max_examples=150, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
-        ),
-    )
+    run_machine(machine, length=60)

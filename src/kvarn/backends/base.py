@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from kvarn.program import Program
 from kvarn.tensors import DType, TensorSource
@@ -32,6 +32,28 @@ class InputBatch:
     seq_lens: NDArray[np.int32]
     block_tables: NDArray[np.int32]
     output_rows: NDArray[np.int32]
+
+    @classmethod
+    def of_one(
+        cls, token_ids: ArrayLike, start: int = 0, *, num_outputs: int = 1, block_size: int = 16, num_groups: int = 1
+    ) -> InputBatch:
+        """A sequence that is alone: tokens from position `start` on, in the blocks 0, 1, 2, … (see `of_tables`).
+
+        num_outputs: how many of the last tokens' logits are needed. For many sequences, and in the engine, see
+        `kvarn.runner.BatchBuilder`.
+        """
+        ids = np.asarray(token_ids, np.int32)
+        end = start + ids.size
+        return cls.of_tables(
+            token_ids=ids,
+            positions=np.arange(start, end, dtype=np.int32),
+            query_start=np.array([0, ids.size], np.int32),
+            seq_lens=np.array([end], np.int32),
+            tables=np.arange(-(-end // block_size), dtype=np.int32)[None, :],
+            output_rows=np.arange(ids.size - num_outputs, ids.size, dtype=np.int32),
+            block_size=block_size,
+            num_groups=num_groups,
+        )
 
     @property
     def num_tokens(self) -> int:

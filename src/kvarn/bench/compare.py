@@ -7,10 +7,10 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvarn.bench.latency import Progress, Row, Sizes, make_row, time_in_turns
+from kvarn.bench.latency import Progress, Row, Sizes, Timings, make_row, time_in_turns
 from kvarn.bench.machine import Machine
 from kvarn.bench.process import Worker, kvarn_command
-from kvarn.bench.roofline import Roof, best, measure_roof
+from kvarn.bench.roofline import Roof, RoofProbe, middle
 from kvarn.bench.statistics import Spread
 from kvarn.bench.tasks import Task, worker_messages
 from kvarn.errors import ConfigError
@@ -63,6 +63,7 @@ class Comparison:
     engines: tuple[Engine, ...]
     rows: tuple[Compared, ...]
     roof: Roof
+    """The median of the rows'."""
 
 
 def find_peer(name: str) -> Peer:
@@ -86,32 +87,31 @@ def measure_comparison(
     rounds: int,
     progress: Progress = lambda _done, _total: None,
 ) -> Comparison:
-    """Times the tasks: each round does each task on every engine in turn; a first round warms up.
+    """Times the tasks: each round does each task on every engine in turn; a first round warms up. The roof is measured
+    before and after each turn of kvarn.
 
     All engines have the model loaded at the same time, and are idle while another works. Raises ConfigError where a
     worker fails.
     """
-    roof = measure_roof(isa, threads, machine)
     messages = worker_messages(tasks)
     with ExitStack() as stack:
         workers = [stack.enter_context(Worker(KVARN, kvarn_command(path, threads, isa, tasks)))]
         for name, variant in peer.variants.items():
             command = [peer_python, str(peer.script), str(path.absolute()), str(threads), variant, messages]
             workers.append(stack.enter_context(Worker(name, command)))
-        times = time_in_turns(workers, tasks, rounds, progress)
+        times = time_in_turns(workers, tasks, rounds, RoofProbe(isa, threads, machine), progress)
         engines = tuple(Engine(w.name, w.info, w.load_s, w.peak_rss) for w in workers)
-    roof = best(roof, measure_roof(isa, threads, machine))
-    rows = tuple(_compared(task, times[task.name], sizes, roof) for task in tasks)
-    return Comparison(peer_name, engines, rows, roof)
+    rows = tuple(_compared(task, times[task.name], sizes) for task in tasks)
+    return Comparison(peer_name, engines, rows, middle([row.kvarn.roof for row in rows]))
 
 
-def _compared(task: Task, times: dict[str, list[float]], sizes: Sizes, roof: Roof) -> Compared:
-    rates = {name: Spread.of([task.total_tokens / s for s in seconds]) for name, seconds in times.items()}
+def _compared(task: Task, times: Timings, sizes: Sizes) -> Compared:
+    rates = {name: Spread.of([task.total_tokens / s for s in seconds]) for name, seconds in times.seconds.items()}
     against = max((name for name in rates if name != KVARN), key=lambda name: rates[name].median)
     return Compared(
-        kvarn=make_row(task, times[KVARN], sizes.cost(task), roof),
+        kvarn=make_row(task, times.seconds[KVARN], sizes.cost(task), times.roofs),
         rates=rates,
-        seconds={name: tuple(seconds) for name, seconds in times.items()},
+        seconds={name: tuple(seconds) for name, seconds in times.seconds.items()},
         against=against,
         ratio=rates[KVARN].median / rates[against].median,
     )

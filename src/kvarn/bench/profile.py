@@ -8,9 +8,9 @@ from time import perf_counter
 from typing import Literal
 
 from kvarn.backends.cpu import Cost, StageCost, StageCounter, stage_costs
-from kvarn.bench.latency import Progress, Sizes
+from kvarn.bench.latency import Probe, Progress, Sizes
 from kvarn.bench.limits import Limit, bound
-from kvarn.bench.roofline import Roof
+from kvarn.bench.roofline import Roof, middle
 from kvarn.bench.stepper import KV, Stepper
 from kvarn.bench.tasks import Task
 
@@ -53,6 +53,8 @@ class StepProfile:
     rest_ms: float
     share: float
     """Of the roof that all stages together are."""
+    roof: Roof
+    """Around the round that is shown."""
 
 
 @dataclass(slots=True)
@@ -71,6 +73,7 @@ class _Sum:
 class _Round:
     seconds: float
     counters: list[StageCounter]
+    roof: Roof
 
 
 def profile_tasks(*, prefill: int, batch: int, depth: int) -> tuple[Task, ...]:
@@ -89,31 +92,35 @@ def profile(
     stepper: Stepper,
     sizes: Sizes,
     tasks: Sequence[Task],
-    roof: Roof,
+    probe: Probe,
     *,
     by: By = "op",
     rounds: int = 5,
     progress: Progress = lambda _done, _total: None,
 ) -> tuple[StepProfile, ...]:
-    """Runs each task `rounds` times, after once to warm up, and profiles the round whose time is the median."""
+    """Runs each task `rounds` times, after once to warm up, and profiles the round whose time is the median.
+
+    probe: measures the roof; called before and after each round.
+    """
     total, done = len(tasks) * (rounds + 1), 0
     found = []
     for task in tasks:
         stepper.prepare(task)
         times = []
         for _ in range(rounds + 1):
-            times.append(_run(stepper, task))
+            times.append(_run(stepper, task, probe))
             done += 1
             progress(done, total)
-        middle = sorted(times[1:], key=lambda each: each.seconds)[(rounds - 1) // 2]
+        shown = sorted(times[1:], key=lambda each: each.seconds)[(rounds - 1) // 2]
         costs = [stage_costs(sizes.program, shape, sizes.dtypes, KV) for shape in task.steps()]
-        found.append(step_profile(task, middle.seconds, middle.counters, costs, roof, by))
+        found.append(step_profile(task, shown.seconds, shown.counters, costs, shown.roof, by))
     return tuple(found)
 
 
-def _run(stepper: Stepper, task: Task) -> _Round:
+def _run(stepper: Stepper, task: Task, probe: Probe) -> _Round:
     executable = stepper.executable
     batches = list(stepper.batches(task))
+    before = probe()
     executable.count_stages(True)
     started = perf_counter()
     for batch in batches:
@@ -121,7 +128,7 @@ def _run(stepper: Stepper, task: Task) -> _Round:
     seconds = perf_counter() - started
     counters = executable.stage_counters()
     executable.count_stages(False)
-    return _Round(seconds, counters)
+    return _Round(seconds, counters, middle([before, probe()]))
 
 
 def step_profile(
@@ -156,6 +163,7 @@ def step_profile(
         rows=rows,
         rest_ms=1e3 * (seconds - spent) / steps,
         share=sum(entry.bound_s for entry in sums.values()) / seconds,
+        roof=roof,
     )
 
 

@@ -165,9 +165,9 @@ def comparison_text(model: str, machine: Machine, isa: str, result: Comparison) 
     )
 
 
-def profile_text(model: str, machine: Machine, isa: str, roof: Roof, by: str, profiles: Sequence[StepProfile]) -> str:
+def profile_text(model: str, machine: Machine, isa: str, by: str, profiles: Sequence[StepProfile]) -> str:
     """The tables of `kvarn profile`."""
-    parts = [f"{model}: {machine_line(machine, isa)}\n{roof_line(roof)}"]
+    parts = [f"{model}: {machine_line(machine, isa)}"]
     parts += [_profile_table(by, profile) for profile in profiles]
     return "\n\n".join(parts)
 
@@ -186,7 +186,7 @@ def _profile_table(by: str, profile: StepProfile) -> str:
                  *[""] * 5, percent(profile.share), "", ""))  # fmt: skip
     columns = (by, "stages", "ms", "part", "MB", "rows MB", "MMAC", "GB/s", "GMAC/s", "of its roof", "limit", "waits")
     gain = slowest(profile)
-    lines = [f"{profile.task.name}", table(columns, rows)]
+    lines = [f"{profile.task.name}; {roof_line(profile.roof)}", table(columns, rows)]
     if gain is not None and gain.share is not None:
         least = gain.ms * gain.share
         lines.append(f"furthest from its limit: {gain.name}, {number(gain.ms)} ms where {number(least)} would do")

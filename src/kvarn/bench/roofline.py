@@ -5,6 +5,7 @@ The roofline model: Williams, Waterman, Patterson, "Roofline: an insightful visu
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -17,8 +18,9 @@ MIB = 1 << 20
 SMALLEST_BUFFER = 256 * MIB
 CACHES_IN_BUFFER = 4
 """The buffer that is read is so many times the last cache."""
-READ_PASSES = 30
-PEAK_PASSES = 30
+PASSES = 30
+PROBE_PASSES = 6
+"""Of a look at the roof between two measurements."""
 PASS_SECONDS = 0.008
 """Short, so that among many some are undisturbed by whatever else the machine does."""
 ITEMS = 16
@@ -76,24 +78,36 @@ def measure_rooflines(
         pool = _native.Pool(count, pins(count))
         if native is None:
             native = _native.Roofline(isa, num_bytes, pool)
-        roofs.append(_measure(native, pool))
+        roofs.append(_measure(native, pool, PASSES))
         if progress is not None:
             progress(index + 1, len(threads))
     return Rooflines(isa, num_bytes, tuple(roofs))
 
 
-def measure_roof(isa: str, threads: int, machine: Machine) -> Roof:
-    """The roof at one number of threads."""
-    return measure_rooflines(isa, (threads,), buffer_bytes(machine)).roofs[0]
+class RoofProbe:
+    """Measures the roof at one number of threads, as often as it is called, in about a quarter of a second each.
+
+    What a machine can do changes while it is measured, on a virtual one twofold within seconds: the roof of a
+    measurement is the one that was there around it.
+    """
+
+    def __init__(self, isa: str, threads: int, machine: Machine) -> None:
+        """Allocates the buffer that is read."""
+        self._pool = _native.Pool(threads, pins(threads))
+        self._native = _native.Roofline(isa, buffer_bytes(machine), self._pool)
+
+    def __call__(self) -> Roof:
+        """The roof now."""
+        return _measure(self._native, self._pool, PROBE_PASSES)
 
 
-def best(a: Roof, b: Roof) -> Roof:
-    """The better of two measurements in each figure: a limit is what was reached at least once."""
+def middle(roofs: Sequence[Roof]) -> Roof:
+    """The median of at least one roof of the same number of threads, in each figure; of two it is their mean."""
     return Roof(
-        a.threads,
-        max(a.read_bytes, b.read_bytes),
-        max(a.integer_macs, b.integer_macs),
-        max(a.float_macs, b.float_macs),
+        roofs[0].threads,
+        statistics.median(roof.read_bytes for roof in roofs),
+        statistics.median(roof.integer_macs for roof in roofs),
+        statistics.median(roof.float_macs for roof in roofs),
     )
 
 
@@ -103,18 +117,18 @@ def pins(threads: int) -> list[list[int]]:
     return [list(core) for core in cores] if threads == len(cores) else []
 
 
-def _measure(native: _native.Roofline, pool: _native.Pool) -> Roof:
-    read = max(amount / seconds for amount, seconds in (native.read(pool) for _ in range(READ_PASSES)))
+def _measure(native: _native.Roofline, pool: _native.Pool, passes: int) -> Roof:
+    read = max(amount / seconds for amount, seconds in (native.read(pool) for _ in range(passes)))
     return Roof(
         threads=pool.threads,
         read_bytes=read,
-        integer_macs=_peak(lambda iterations: native.integer(pool, iterations, ITEMS)),
-        float_macs=_peak(lambda iterations: native.floating(pool, iterations, ITEMS)),
+        integer_macs=_peak(lambda iterations: native.integer(pool, iterations, ITEMS), passes),
+        float_macs=_peak(lambda iterations: native.floating(pool, iterations, ITEMS), passes),
     )
 
 
-def _peak(run: Callable[[int], tuple[float, float]]) -> float:
+def _peak(run: Callable[[int], tuple[float, float]], passes: int) -> float:
     """The best rate of passes that last about PASS_SECONDS each."""
-    seconds = min(run(FIRST_ITERATIONS)[1] for _ in range(PEAK_PASSES))
+    seconds = min(run(FIRST_ITERATIONS)[1] for _ in range(passes))
     iterations = max(FIRST_ITERATIONS, int(FIRST_ITERATIONS * PASS_SECONDS / seconds))
-    return max(amount / seconds for amount, seconds in (run(iterations) for _ in range(PEAK_PASSES)))
+    return max(amount / seconds for amount, seconds in (run(iterations) for _ in range(passes)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,6 +96,30 @@ def measure_steps(
         return [MeasuredStep(shape, seconds) for shape, seconds in zip(shapes, medians, strict=True)]
     finally:
         engine.core.close()
+
+
+@dataclass(frozen=True, slots=True)
+class KvMoves:
+    """What a token takes in the KV cache, and how fast it goes to a second tier or comes back."""
+
+    bytes_per_token: int
+    move_bandwidth: float
+    """Bytes a second: the mean of saving and loading, checksums included."""
+
+
+def measure_kv(path: Path) -> KvMoves:
+    """Moves a block of the model's cache to a file and back, as an engine does at its start."""
+    with tempfile.TemporaryDirectory() as folder:
+        cache = CacheConfig(kv_offload_bytes=1 << 26, kv_offload_dir=folder)
+        config = EngineConfig(max_model_len=cache.block_size, scheduler=SchedulerConfig(1, 1), cache=cache)
+        engine = load_engine(str(path), config)
+        try:
+            memory, moves = engine.memory_plan, engine.move_seconds
+            assert memory is not None and moves is not None
+            block = memory.use.kv_cache // memory.num_blocks
+            return KvMoves(block * len(memory.windows) // cache.block_size, 2 * block / sum(moves))
+        finally:
+            engine.core.close()
 
 
 def by_shape(steps: Sequence[MeasuredStep]) -> list[tuple[str, MeasuredStep]]:

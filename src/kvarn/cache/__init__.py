@@ -8,7 +8,7 @@ for each KV group, whose layers see what `Windows` says, and
 
 from kvarn.cache.offload import OffloadIndex
 from kvarn.cache.pool import BlockPool, OutOfBlocksError
-from kvarn.cache.prefix import NullPrefixCache, PrefixCache, PrefixPath
+from kvarn.cache.prefix import NullPrefixCache, PrefixCache, PrefixHit, PrefixPath
 from kvarn.cache.radix import RadixPrefixCache
 from kvarn.cache.salt import Salt
 from kvarn.cache.table import HOLE, BlockTable, BlockTables, Tables, new_tables
@@ -17,6 +17,6 @@ from kvarn.cache.windows import Windows, blocks_for
 
 __all__ = [
     "HOLE", "BlockPool", "BlockTable", "BlockTables", "NullPrefixCache", "OffloadIndex", "OutOfBlocksError",
-    "PrefixCache", "PrefixPath", "RadixPrefixCache", "Salt", "Tables", "Windows", "blocks_for", "common_length",
-    "new_tables",
+    "PrefixCache", "PrefixHit", "PrefixPath", "RadixPrefixCache", "Salt", "Tables", "Windows", "blocks_for",
+    "common_length", "new_tables",
 ]  # fmt: skip

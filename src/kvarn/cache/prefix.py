@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Sequence
-from typing import Protocol, Self
+from typing import NamedTuple, Protocol, Self
 
 from kvarn.cache.offload import OffloadIndex
 from kvarn.cache.salt import Salt
 from kvarn.cache.table import Tables
+
+
+class PrefixHit(NamedTuple):
+    """What a sequence would find in the cache."""
+
+    num_tokens: int = 0
+    """Those whose KV is there."""
+    num_held_blocks: int = 0
+    """Blocks of them that it would share with a table, or that are never evicted: they take none that are available."""
 
 
 class PrefixPath(Protocol):
@@ -25,6 +34,10 @@ class PrefixPath(Protocol):
         compute, since somebody must sample from it. The last block may be adopted for its first tokens only, unless
         `whole_blocks`; `BlockTable.prepare_write` copies it before the rest is written.
         """
+        ...
+
+    def peek(self, token_ids: Sequence[int]) -> PrefixHit:
+        """What `adopt` would find now, for a sequence with an empty table. Changes nothing, counts as no use."""
         ...
 
     def insert(self, token_ids: Sequence[int], known: int, table: Tables) -> None:
@@ -101,6 +114,11 @@ class NullPrefixPath:
         """Nothing more is known."""
         del token_ids, table, whole_blocks
         return known
+
+    def peek(self, token_ids: Sequence[int]) -> PrefixHit:
+        """Nothing."""
+        del token_ids
+        return PrefixHit()
 
     def insert(self, token_ids: Sequence[int], known: int, table: Tables) -> None:
         """Keeps nothing."""

@@ -174,7 +174,7 @@ def steps_command(
         )
     if as_json:
         about = report.about(this, path, backend.isa, backend.threads)
-        print(report.to_json({**about, "rounds": rounds, "steps": measured}))
+        print(report.to_json({**about, "rounds": rounds, "steps": measured, "kv": steps.measure_kv(path)}))
     else:
         print(report.steps_text(f"{path.name}, {backend.threads} threads", this, backend.isa, measured))
 

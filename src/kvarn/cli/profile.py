@@ -44,7 +44,7 @@ def command(
     from kvarn.bench.latency import read_sizes
     from kvarn.bench.machine import machine
     from kvarn.bench.profile import profile, profile_tasks
-    from kvarn.bench.roofline import measure_roof
+    from kvarn.bench.roofline import RoofProbe
     from kvarn.bench.stepper import open_stepper
     from kvarn.bench.tasks import check_tasks, default_depth
     from kvarn.cli.bench import at_least
@@ -70,16 +70,16 @@ def command(
     )
     check_tasks(tasks, sizes.max_positions)
     with work_bar("rounds") as progress:
-        roof = measure_roof(backend.isa, backend.threads, this)
+        probe = RoofProbe(backend.isa, backend.threads, this)
         with open_stepper(path, backend, tasks) as stepper:
             results = profile(
-                stepper, sizes, tasks, roof, by="layer" if by == "layer" else "op", rounds=rounds, progress=progress
+                stepper, sizes, tasks, probe, by="layer" if by == "layer" else "op", rounds=rounds, progress=progress
             )
     title = f"{path.name}, {backend.threads} threads"
     if plot is not None:
         plots.profiles(plot, f"{title}, {this.cpu}, {backend.isa}", results)
     if as_json:
         about = report.about(this, path, backend.isa, backend.threads)
-        print(report.to_json({**about, "rounds": rounds, "by": by, "roof": roof, "profiles": results}))
+        print(report.to_json({**about, "rounds": rounds, "by": by, "profiles": results}))
     else:
-        print(report.profile_text(title, this, backend.isa, roof, by, results))
+        print(report.profile_text(title, this, backend.isa, by, results))

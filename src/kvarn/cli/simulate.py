@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from kvarn.cli.options import optional_size, size_option
 from kvarn.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ Examples:
   kvarn simulate --cost steps.json --trace AzureLLMInferenceTrace_conv.csv --speed 0.2
   kvarn simulate --cost steps.json --traffic long-tail --rate 2 --batching static,dynamic,continuous --plot modes.png
   kvarn simulate --cost steps.json --trace chat.jsonl --policy fcfs,fair --cache-blocks 1000,4000 --json
+  kvarn simulate --cost steps.json --trace chat.jsonl --cache-blocks 1000 --kv-offload-bytes 0,4GiB --ttft-slo-ms 2000
   kvarn simulate --cost steps.json --trace chat.jsonl --config runs.json
 \b
 A line of a .jsonl trace:
@@ -58,6 +60,19 @@ def command(
     itl_target_ms: Annotated[
         float, typer.Option(help="Milliseconds between tokens that long prompts are chunked for; 0: no target.")
     ] = 0.0,
+    ttft_slo_ms: Annotated[
+        float, typer.Option(help="Refuse requests whose first token is not to be expected within so many ms; 0: none.")
+    ] = 0.0,
+    kv_offload_bytes: Annotated[
+        str, typer.Option(help="Size of a second tier for evicted blocks, as 2GiB; several as above; 0: none.")
+    ] = "0",
+    kv_bytes_per_token: Annotated[
+        int | None, typer.Option(help="Of the KV cache, for that tier; default: what the --cost file says.")
+    ] = None,
+    kv_move_bandwidth: Annotated[
+        str | None,
+        typer.Option(help="Bytes a second to that tier and back, as 1GB; default: what the --cost file says."),
+    ] = None,
     window: Annotated[float, typer.Option(help="Seconds that dynamic batching waits for a batch to fill.")] = 1.0,
     config: Annotated[
         Path | None, typer.Option(help="Runs from a JSON file instead of these options.")
@@ -72,8 +87,8 @@ def command(
     from kvarn import figures
     from kvarn.cli.progress import work_bar
     from kvarn.simulate import Synthetic, make_traffic, read_traffic, report, simulate
-    from kvarn.simulate.fit import fit, read_steps
-    from kvarn.simulate.settings import Settings, combinations, read_settings
+    from kvarn.simulate.fit import fit, read_kv, read_steps
+    from kvarn.simulate.settings import Settings, combinations, read_settings, with_kv
 
     if (trace is None) == (traffic is None):
         raise ConfigError("give either --trace FILE or --traffic KIND")
@@ -89,12 +104,17 @@ def command(
             "num_blocks": [*_integers("cache-blocks", cache_blocks)],
             "max_num_batched_tokens": [*_integers("chunk", chunk)],
             "max_num_seqs": [*_integers("max-num-seqs", max_num_seqs)],
+            "kv_offload_bytes": [*_sizes("kv-offload-bytes", kv_offload_bytes)],
         }
         base = Settings(
             block_size=block_size, max_model_len=max_model_len, prefix_cache=prefix_cache, itl_target_ms=itl_target_ms,
-            window=window,
+            ttft_slo_ms=ttft_slo_ms, window=window,
+            kv_bytes_per_token=kv_bytes_per_token or 0,
+            kv_move_bandwidth=float(optional_size("kv-move-bandwidth", kv_move_bandwidth) or 0),
         )  # fmt: skip
         runs = combinations(values, base)
+    kv = read_kv(cost)
+    runs = [with_kv(run, kv.bytes_per_token, kv.move_bandwidth) for run in runs]
     if trace is not None:
         arrivals = read_traffic(trace)
     else:
@@ -153,6 +173,10 @@ def _words(option: str, text: str) -> list[str]:
     if not all(words):
         raise ConfigError(f"--{option} must be names with commas between, not {text!r}")
     return words
+
+
+def _sizes(option: str, text: str) -> list[int]:
+    return [size_option(option, word) for word in _words(option, text)]
 
 
 def _integers(option: str, text: str) -> list[int]:

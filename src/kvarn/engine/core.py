@@ -68,7 +68,7 @@ class EngineCore:
     ) -> None:
         """new_scheduler: makes an empty scheduler over the runner's blocks. vocab_size: width of the logits.
 
-        cost: learns from every step that succeeds, scheduling and texts included.
+        cost: learns from every step that succeeds, scheduling and texts included, but not what moving blocks took.
         observer: told of every step, with times of `clock` in seconds; `new_scheduler` tells it of the rest.
         on_close: called after the runner is closed (the model's files, from which a back-end may still read).
         """
@@ -132,7 +132,7 @@ class EngineCore:
         executed = self._clock()
         events = self._book(scheduled, result)
         times = StepTimes(began, decided, executed, self._clock())
-        self._cost.observe(StepShape.of(scheduled), times.ended - times.began)
+        self._cost.observe(StepShape.of(scheduled), times.ended - times.began - result.move_seconds)
         self._observer.stepped(scheduled, times)
         return events
 
@@ -176,6 +176,7 @@ class EngineCore:
         self._counters = self._counters.plus(self._scheduler)
         self._counters.failed_steps += 1
         self._texts.clear()
+        self._observer.reset()
         self._scheduler = self._new_scheduler()
         self._runner.reset()
 

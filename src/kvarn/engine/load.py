@@ -22,9 +22,9 @@ from kvarn.errors import ConfigError
 from kvarn.models import Model, ModelConfig, load_model
 from kvarn.planning import Available, MemoryPlan, available_memory, plan_memory
 from kvarn.program import Program
-from kvarn.runner import Runner
+from kvarn.runner import MoveSeconds, Runner
 from kvarn.sampling import NativeSampler
-from kvarn.scheduler import MeasuredCost, Observer, Scheduler, make_scheduler
+from kvarn.scheduler import MeasuredCost, MoveCost, Observer, Scheduler, make_scheduler
 from kvarn.tensors import TensorSource
 from kvarn.text import Tokenizer, load_tokenizer
 from kvarn.weights import ModelFiles, open_model, packed_cache
@@ -74,6 +74,8 @@ class LoadedEngine:
     memory_plan: MemoryPlan | None = None
     load_times: LoadTimes | None = None
     """Both None where the engine was put together by hand."""
+    move_seconds: MoveSeconds | None = None
+    """What moving a block to and from the second tier takes; None where there is none."""
 
 
 def make_backend(name: str, threads: int = 0, packed: PackedSlot | None = None) -> Backend:
@@ -187,6 +189,8 @@ def build_engine(
     ends = dict.fromkeys((*model.config.eos_token_ids, *tokenizer.eos_token_ids))
 
     cost = MeasuredCost()
+    seconds, groups = tier.move_seconds, len(program.kv_groups)  # the KV of a block's tokens is a block of each group
+    moves = MoveCost(memory.block_size, groups * seconds.save, groups * seconds.load, cost)
 
     def new_scheduler() -> Scheduler:
         pool = BlockPool(memory.num_blocks, memory.block_size, memory.windows)
@@ -194,7 +198,7 @@ def build_engine(
         prefixes = RadixPrefixCache(pool, shared, tier.new_index()) if caching else NullPrefixCache()
         return make_scheduler(
             config.scheduler, pool, memory.max_model_len, cost,
-            eos_token_ids=ends, prefix_cache=prefixes, moves=tier.moves, observer=observer,
+            eos_token_ids=ends, prefix_cache=prefixes, moves=moves, observer=observer,
         )  # fmt: skip
 
     sampler = NativeSampler(program.vocab_size)
@@ -204,7 +208,10 @@ def build_engine(
     core = EngineCore(
         runner, new_scheduler, tokenizer, program.vocab_size, cost=cost, observer=observer, on_close=on_close
     )
-    return LoadedEngine(core, name, tokenizer, model.config, memory.max_model_len, config, memory)
+    moving = seconds if tier.file is not None else None
+    return LoadedEngine(
+        core, name, tokenizer, model.config, memory.max_model_len, config, memory, move_seconds=moving
+    )
 
 
 def engine_memory(model: LoadableModel, config: EngineConfig, backend: Backend, available: Available) -> MemoryPlan:

@@ -12,19 +12,18 @@ from kvarn.cache import OffloadIndex
 from kvarn.config import EngineConfig
 from kvarn.errors import ConfigError
 from kvarn.program import Program
-from kvarn.runner import BlockFile, measure_move
-from kvarn.scheduler import MoveCost
+from kvarn.runner import BlockFile, MoveSeconds, measure_move
 
 FILE_NAME = "blocks.kv"
 
 
 @dataclass(frozen=True, slots=True)
 class Tier:
-    """file: None where there is no tier. moves: knows what saving and loading a block takes here."""
+    """file: None where there is no tier. move_seconds: what saving and loading a block takes here."""
 
     file: BlockFile | None
     identity: str
-    moves: MoveCost
+    move_seconds: MoveSeconds
 
     def new_index(self) -> OffloadIndex:
         """What is in the file now, as the prefix cache needs it."""
@@ -40,15 +39,13 @@ def open_tier(config: EngineConfig, program: Program, executable: Executable, mo
     """
     cache = config.cache
     if not cache.kv_offload_bytes:
-        return Tier(None, "", MoveCost(cache.block_size, 0.0))
+        return Tier(None, "", MoveSeconds(0.0, 0.0))
     if not model:
         raise ConfigError("kv_offload_bytes: a model that was not read from files has no identity to keep KV under")
     identity = _identity(config, program, model)
     path = _folder(cache.kv_offload_dir) / FILE_NAME
     file = BlockFile(path, cache.kv_offload_bytes, executable.block_bytes, identity)
-    # The KV of a block's tokens is a block of each group.
-    seconds = len(program.kv_groups) * measure_move(executable, file)
-    return Tier(file, identity, MoveCost(cache.block_size, seconds))
+    return Tier(file, identity, measure_move(executable, file))
 
 
 def _identity(config: EngineConfig, program: Program, model: str) -> str:

@@ -38,24 +38,16 @@ class EvalSession:
         total = int(token_ids.size)
         if total > self.context:
             raise ValueError(f"{total} tokens in a session for {self.context}")
-        table = np.arange((self.context + BLOCK_SIZE - 1) // BLOCK_SIZE, dtype=np.int32)[None, :]
         for start in range(0, total, self.chunk):
             end = min(start + self.chunk, total)
-            positions = np.arange(start, end, dtype=np.int32)
-            wanted = np.arange(max(first, start), end, dtype=np.int32)
-            batch = InputBatch.of_tables(
-                token_ids=np.ascontiguousarray(token_ids[start:end], dtype=np.int32),
-                positions=positions,
-                query_start=np.array([0, end - start], dtype=np.int32),
-                seq_lens=np.array([end], dtype=np.int32),
-                tables=table,
-                output_rows=np.ascontiguousarray(wanted - start, dtype=np.int32),
-                block_size=BLOCK_SIZE,
-                num_groups=len(self.model.program.kv_groups),
+            wanted = max(0, end - max(first, start))
+            groups = len(self.model.program.kv_groups)
+            batch = InputBatch.of_one(
+                token_ids[start:end], start, num_outputs=wanted, block_size=BLOCK_SIZE, num_groups=groups
             )
             out = self.executable.execute(batch)
-            if wanted.size:
-                yield int(wanted[0]), out[self.model.program.output]
+            if wanted:
+                yield end - wanted, out[self.model.program.output]
 
 
 @contextmanager

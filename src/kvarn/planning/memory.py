@@ -12,9 +12,8 @@ from dataclasses import dataclass
 
 from kvarn.backends import KvCacheSpec, MemoryUse, StepLimits
 from kvarn.cache import Windows, blocks_for
-from kvarn.config import CacheConfig, EngineConfig
+from kvarn.config import EngineConfig
 from kvarn.errors import CapacityError, ConfigError
-from kvarn.kv_types import KV_TYPES
 from kvarn.planning.available import Available
 from kvarn.planning.sizes import size_text
 from kvarn.program import Program
@@ -88,11 +87,6 @@ class MemoryPlan:
         return StepLimits(self.max_num_batched_tokens, self.max_num_seqs, self.max_model_len)
 
 
-def block_bytes(program: Program, cache: CacheConfig) -> int:
-    """Bytes of one block, of any KV group."""
-    return program.kv_groups.block_bytes(KV_TYPES[cache.dtype], cache.block_size)
-
-
 def sequence_blocks(groups: Windows, length: int, chunk: int) -> tuple[int, int]:
     """Blocks that a sequence of `length` tokens holds at most: while its prompt is computed, `chunk` tokens a step, and
     then. The scheduler counts by the same function."""
@@ -122,12 +116,13 @@ class _Planner:
         self._config = config
         self._available = available
         self._block_size = config.cache.block_size
-        self._block_bytes = block_bytes(program, config.cache)
         self._groups = Windows(self._block_size, program.kv_groups.windows)
         self._chunk = config.scheduler.max_num_batched_tokens
         self._budget = int(available.num_bytes * config.cache.memory_utilization)
-        self._offload_index = config.cache.kv_offload_bytes // self._block_bytes * OFFLOAD_ENTRY_BYTES
         self._known: dict[StepLimits, MemoryUse] = {}
+        # What the back-end takes for a block: it may keep a type in more bytes than the type has.
+        self._block_bytes = self._fixed(config.max_model_len or program.max_positions).kv_cache
+        self._offload_index = config.cache.kv_offload_bytes // self._block_bytes * OFFLOAD_ENTRY_BYTES
 
     def plan(self) -> MemoryPlan:
         config = self._config

@@ -2,7 +2,7 @@
 
 from kvarn.runner.batch import BatchBuilder
 from kvarn.runner.block_file import BlockFile
-from kvarn.runner.block_mover import BlockMover, measure_move
+from kvarn.runner.block_mover import BlockMover, MoveSeconds, measure_move
 from kvarn.runner.runner import Runner
 
-__all__ = ["BatchBuilder", "BlockFile", "BlockMover", "Runner", "measure_move"]
+__all__ = ["BatchBuilder", "BlockFile", "BlockMover", "MoveSeconds", "Runner", "measure_move"]

@@ -95,9 +95,14 @@ class BlockFile:
         ENTRY.pack_into(self._map, PAGE + slot * ENTRY.size, name, checksum, number)
 
 
+def slots_in(num_bytes: int, block_bytes: int) -> int:
+    """How many blocks a file of that size holds."""
+    return max(0, (num_bytes - 2 * PAGE) // (block_bytes + ENTRY.size))
+
+
 def _geometry(num_bytes: int, block_bytes: int) -> tuple[int, int]:
     """(slots that fit, where the first begins)."""
-    slots = max(0, (num_bytes - 2 * PAGE) // (block_bytes + ENTRY.size))
+    slots = slots_in(num_bytes, block_bytes)
     return slots, PAGE + -(-slots * ENTRY.size // PAGE) * PAGE
 
 

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
+from typing import NamedTuple
 
 from kvarn.backends import Executable
 from kvarn.runner.block_file import BlockFile
 from kvarn.step import BlockLoad, BlockSave
+
+
+class MoveSeconds(NamedTuple):
+    """What moving one block takes."""
+
+    save: float
+    load: float
 
 
 class BlockMover:
@@ -18,15 +27,32 @@ class BlockMover:
         """file: owned from now on; None: there is nothing to carry out."""
         self._executable = executable
         self._file = file
+        self._seconds = 0.0
 
     def save(self, saves: Sequence[BlockSave]) -> None:
         """Copies blocks into slots, in order."""
-        for save in saves:
-            self._open().save(save.slot, save.name, partial(self._executable.read_block, save.block))
+        if saves:
+            with self._timed():
+                for save in saves:
+                    self._open().save(save.slot, save.name, partial(self._executable.read_block, save.block))
 
     def load(self, loads: Sequence[BlockLoad]) -> tuple[int, ...]:
         """Copies slots into blocks; for each load the number of blocks up to the first slot that was wrong."""
-        return tuple(self._load(load) for load in loads)
+        if not loads:
+            return ()
+        with self._timed():
+            return tuple(self._load(load) for load in loads)
+
+    def take_seconds(self) -> float:
+        """What saves and loads took since the last call."""
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self._seconds += time.perf_counter() - started
 
     def _load(self, load: BlockLoad) -> int:
         for count, (block, slot, name) in enumerate(zip(load.blocks, load.slots, load.names, strict=True)):
@@ -45,15 +71,18 @@ class BlockMover:
         return self._file
 
 
-def measure_move(executable: Executable, file: BlockFile, rounds: int = 5) -> float:
-    """Seconds to save a block and load it again: the least of some rounds. Uses a slot that is empty or used least."""
+def measure_move(executable: Executable, file: BlockFile, rounds: int = 5) -> MoveSeconds:
+    """Of a block: the least of some rounds. Uses a slot that is empty or used least."""
     present = set(file.present().values())
     slot = next((slot for slot in range(file.num_slots) if slot not in present), 0)
-    name, times = b"measured".ljust(32), []
+    name, saves, loads = b"measured".ljust(32), [], []
     for _ in range(rounds):
-        started = time.perf_counter()
+        times = [time.perf_counter()]
         file.save(slot, name, partial(executable.read_block, 0))
+        times.append(time.perf_counter())
         file.load(slot, name, partial(executable.write_block, 0))
-        times.append(time.perf_counter() - started)
+        times.append(time.perf_counter())
+        saves.append(times[1] - times[0])
+        loads.append(times[2] - times[1])
     file.clear(slot)
-    return min(times)
+    return MoveSeconds(min(saves), min(loads))

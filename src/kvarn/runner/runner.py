@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import time
+from collections.abc import Sequence
 
 from kvarn.backends import Executable, StepLimits
 from kvarn.runner.batch import BatchBuilder
 from kvarn.runner.block_file import BlockFile
 from kvarn.runner.block_mover import BlockMover
 from kvarn.sampling import Sampler
-from kvarn.step import ScheduledSequence, SchedulerOutput, StepOutput
+from kvarn.step import SampledToken, ScheduledSequence, SchedulerOutput, StepOutput
 
 
 class Runner:
@@ -52,16 +52,15 @@ class Runner:
         if scheduled.block_copies:
             self._executable.copy_blocks(scheduled.block_copies)
         loaded = self._blocks.load(scheduled.block_loads)
-        if not scheduled.sequences:
-            return StepOutput(scheduled.step, (), loaded)
-        started = time.perf_counter()
-        logits = self._executable.execute(self._batches.build(scheduled.sequences))[self._logits]
-        seconds = time.perf_counter() - started
-        rows = [s for s in scheduled.sequences if s.sample]
+        sampled = self._compute(scheduled.sequences) if scheduled.sequences else []
+        return StepOutput(scheduled.step, tuple(sampled), loaded, self._blocks.take_seconds())
+
+    def _compute(self, sequences: Sequence[ScheduledSequence]) -> list[SampledToken]:
+        logits = self._executable.execute(self._batches.build(sequences))[self._logits]
+        rows = [s for s in sequences if s.sample]
         if not rows:
-            return StepOutput(scheduled.step, (), loaded, seconds)
-        sampled = self._sampler.sample(logits, [s.sequence_id for s in rows], [s.end for s in rows])
-        return StepOutput(scheduled.step, tuple(sampled), loaded, seconds)
+            return []
+        return self._sampler.sample(logits, [s.sequence_id for s in rows], [s.end for s in rows])
 
     def reset(self) -> None:
         """Forgets all sequences, then runs one token to see that the program still runs. Raises what that raises."""

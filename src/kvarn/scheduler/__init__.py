@@ -11,14 +11,15 @@ from kvarn.scheduler.cost import StepCost, StepShape
 from kvarn.scheduler.fairness import FairShare
 from kvarn.scheduler.forecast import Forecast, QueueForecast
 from kvarn.scheduler.measured import MeasuredCost
-from kvarn.scheduler.moves import MoveCost
+from kvarn.scheduler.moves import AlwaysMove, MoveCost, Moves
 from kvarn.scheduler.observer import Hold, NullObserver, Observer, StepTimes
 from kvarn.scheduler.policy import FirstComeFirstServed, Policy, PriorityClasses
 from kvarn.scheduler.scheduler import Scheduler
 from kvarn.scheduler.sequence import Sequence
 
 __all__ = [
-    "Backlog", "Budget", "ConstantBudget", "FairShare", "FirstComeFirstServed", "Forecast", "Hold", "ItlBudget",
-    "Limits", "MeasuredCost", "MoveCost", "NullObserver", "Observer", "Policy", "PriorityClasses", "QueueForecast",
-    "Scheduler", "Sequence", "StepCost", "StepShape", "StepTimes", "make_budget", "make_policy", "make_scheduler",
+    "AlwaysMove", "Backlog", "Budget", "ConstantBudget", "FairShare", "FirstComeFirstServed", "Forecast", "Hold",
+    "ItlBudget", "Limits", "MeasuredCost", "MoveCost", "Moves", "NullObserver", "Observer", "Policy", "PriorityClasses",
+    "QueueForecast", "Scheduler", "Sequence", "StepCost", "StepShape", "StepTimes", "make_budget", "make_policy",
+    "make_scheduler",
 ]  # fmt: skip

@@ -10,7 +10,7 @@ from kvarn.scheduler.budget import Budget, ConstantBudget, ItlBudget
 from kvarn.scheduler.cost import StepCost
 from kvarn.scheduler.fairness import FairShare
 from kvarn.scheduler.forecast import QueueForecast
-from kvarn.scheduler.moves import MoveCost
+from kvarn.scheduler.moves import Moves
 from kvarn.scheduler.observer import Observer
 from kvarn.scheduler.policy import FirstComeFirstServed, Policy, PriorityClasses
 from kvarn.scheduler.scheduler import Scheduler
@@ -40,7 +40,7 @@ def make_scheduler(
     *,
     eos_token_ids: Iterable[int] = (),
     prefix_cache: PrefixCache | None = None,
-    moves: MoveCost | None = None,
+    moves: Moves | None = None,
     observer: Observer | None = None,
 ) -> Scheduler:
     """The scheduler that the settings ask for, empty. pool: owned by it. cost: see `make_budget`."""

@@ -17,7 +17,7 @@ MEMORY = 32
 
 @dataclass(frozen=True, slots=True)
 class Crowd:
-    """What a request finds when it comes. free_blocks: all that no running sequence holds.
+    """What a request finds when it comes. free_blocks: all that no sequence holds.
 
     blocks_for: most blocks that a sequence of so many tokens holds.
     """
@@ -62,6 +62,9 @@ class QueueForecast:
     A request waits for the longer of two: until the prompts ahead of it are computed, beside decodes and within the
     budget, and until so many running sequences have ended that there is a place and blocks for it. How long answers
     will be is not known: the mean of those that ended, no longer than they may be. Then its own prompt is computed.
+
+    Of a prompt that waits counts what the prefix cache did not have of it when it came. What it will find because
+    another before it computes the same, or in the second tier, is not foreseen; nor what is evicted by then.
     """
 
     def __init__(self, budget: Budget, cost: StepCost) -> None:
@@ -74,23 +77,22 @@ class QueueForecast:
         """See `Forecast`."""
         if not crowd.running and not crowd.ahead:
             return 0.0
-        ahead = [s.num_uncomputed_tokens for s in (*crowd.prompts, *crowd.ahead)]
         # Those ahead become decodes one after the other: half of them on average.
         busy = min(len(crowd.running) + len(crowd.ahead) // 2, crowd.max_num_seqs)
         places = self._steps_to_a_place(sequence, crowd) * self._cost.seconds(_decodes(crowd, busy))
         decodes = _decodes(crowd, min(busy, crowd.max_num_seqs - 1))
-        prompts = self._compute(ahead, decodes)
-        return max(prompts, places) + self._compute([sequence.num_uncomputed_tokens], decodes)
+        prompts = self._compute([*crowd.prompts, *crowd.ahead], decodes)
+        return max(prompts, places) + self._compute([sequence], decodes)
 
     def ended(self, sequence: Sequence) -> None:
         """See `Forecast`."""
         self._num_ended = min(self._num_ended + 1, MEMORY)
         self._mean_output += (sequence.num_output_tokens - self._mean_output) / self._num_ended
 
-    def _compute(self, prompts: ListOf[int], decodes: StepShape) -> float:
-        """Seconds for prompts of so many tokens, in steps that have the decodes too."""
-        tokens = sum(prompts)
-        start = tokens // max(1, 2 * len(prompts))  # of a typical chunk
+    def _compute(self, prompts: ListOf[Sequence], decodes: StepShape) -> float:
+        """Seconds for what is left of prompts, in steps that have the decodes too."""
+        tokens = sum(_to_compute(s) for s in prompts)
+        start = sum(s.num_tokens - _to_compute(s) // 2 for s in prompts) // max(1, len(prompts))  # of a typical chunk
         chunk = max(1, self._budget.open(decodes).room(start, tokens, 0))
         steps, rest = divmod(tokens, chunk)
         seconds = steps * self._cost.seconds(decodes.plus(start, chunk))
@@ -101,7 +103,7 @@ class QueueForecast:
         places = crowd.max_num_seqs - len(crowd.running) - len(crowd.ahead) - 1
         blocks = crowd.free_blocks
         for waiting in (*crowd.ahead, sequence):
-            blocks -= crowd.blocks_for(waiting.num_tokens)
+            blocks -= crowd.blocks_for(waiting.num_tokens) - waiting.expected_hit.num_held_blocks
         steps = 0.0
         for left, held in sorted((self._left(s), s.table.num_held) for s in crowd.running):
             if places >= 0 and blocks >= 0:
@@ -117,6 +119,13 @@ class QueueForecast:
         if not self._num_ended:
             return most
         return min(most, max(1.0, self._mean_output - sequence.num_output_tokens))
+
+
+def _to_compute(sequence: Sequence) -> int:
+    """Tokens, at least 1."""
+    if sequence.num_computed_tokens:
+        return sequence.num_uncomputed_tokens
+    return max(1, sequence.num_tokens - sequence.expected_hit.num_tokens)
 
 
 def _decodes(crowd: Crowd, count: int) -> StepShape:

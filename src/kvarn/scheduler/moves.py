@@ -1,35 +1,64 @@
-"""`MoveCost`: whether a block is better kept in the second tier or computed again, by what both took."""
+"""When blocks go to the second tier and come back: `Moves`, and `MoveCost`, which compares that with computing."""
 
 from __future__ import annotations
 
-LEAST_TOKENS = 32
-"""Steps with fewer tokens are decodes, bound by the weights: a prompt's tokens cost less than theirs."""
-SHARE = 0.1
-"""Of each new measurement in the average."""
+from typing import Protocol
+
+from kvarn.scheduler.cost import StepCost, StepShape
+
+NOTHING = StepShape(0, 0, 0, 0)
+
+
+class Moves(Protocol):
+    """Decides between moving blocks and computing their tokens again."""
+
+    def worth_saving(self) -> bool:
+        """Whether a block that is evicted is to be saved."""
+        ...
+
+    def worth_loading(self, start: int, num_blocks: int) -> bool:
+        """Whether so many blocks from position `start` on, which the second tier has, are to be loaded."""
+        ...
+
+
+class AlwaysMove:
+    """Moves whatever can be moved."""
+
+    def worth_saving(self) -> bool:
+        """Yes."""
+        return True
+
+    def worth_loading(self, start: int, num_blocks: int) -> bool:
+        """Yes."""
+        del start, num_blocks
+        return True
 
 
 class MoveCost:
-    """Compares the bytes to move with the tokens to recompute, block by block: both grow with their number alike."""
+    """Moves what takes less to move than to compute, by the engine's model of what steps take.
 
-    def __init__(self, block_size: int, block_seconds: float) -> None:
-        """block_seconds: to save and load a block of `block_size` tokens, measured."""
-        self.block_seconds = block_seconds
+    A block is saved where saving and loading it takes less than computing it at the begin of a text, where that is
+    cheapest: so it is worth loading wherever it stands. When it is to be loaded, saving it is past and counts no more,
+    and its tokens look at all that is before them.
+    """
+
+    def __init__(self, block_size: int, save_seconds: float, load_seconds: float, cost: StepCost) -> None:
+        """save_seconds, load_seconds: of a block of `block_size` tokens. cost: of steps that move nothing."""
         self._block_size = block_size
-        self._token_seconds: float | None = None
+        self._save_seconds = save_seconds
+        self._load_seconds = load_seconds
+        self._cost = cost
 
-    def observe(self, num_tokens: int, seconds: float) -> None:
-        """Told what each step took; 0: not measured."""
-        if num_tokens >= LEAST_TOKENS and seconds > 0:
-            mean, new = self._token_seconds, seconds / num_tokens
-            self._token_seconds = new if mean is None else mean + SHARE * (new - mean)
+    def worth_saving(self) -> bool:
+        """See `Moves`."""
+        return self._save_seconds + self._load_seconds <= self.compute_seconds(0, 1)
 
-    @property
-    def recompute_seconds(self) -> float | None:
-        """To compute the tokens of a block again; None: not known yet."""
-        return None if self._token_seconds is None else self._token_seconds * self._block_size
+    def worth_loading(self, start: int, num_blocks: int) -> bool:
+        """See `Moves`."""
+        return num_blocks * self._load_seconds <= self.compute_seconds(start, num_blocks)
 
-    @property
-    def worthwhile(self) -> bool:
-        """Whether moving is cheaper; also while nothing was measured."""
-        recompute = self.recompute_seconds
-        return recompute is None or self.block_seconds < recompute
+    def compute_seconds(self, start: int, num_blocks: int) -> float:
+        """What so many blocks from position `start` on add to a step that computes and samples what follows them."""
+        tokens = num_blocks * self._block_size
+        whole, rest = NOTHING.plus(start, tokens + 1), NOTHING.plus(start + tokens, 1)
+        return self._cost.seconds(whole) - self._cost.seconds(rest)

@@ -77,6 +77,10 @@ class Observer(Protocol):
         """A step is done."""
         ...
 
+    def reset(self) -> None:
+        """A step failed: all sequences are lost, and nobody tells of their end. Ids and steps are numbered anew."""
+        ...
+
 
 class NullObserver:
     """Sees nothing."""
@@ -106,4 +110,7 @@ class NullObserver:
         """Nothing."""
 
     def stepped(self, scheduled: SchedulerOutput, times: StepTimes) -> None:
+        """Nothing."""
+
+    def reset(self) -> None:
         """Nothing."""

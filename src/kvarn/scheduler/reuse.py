@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 
 from kvarn.cache import BlockPool, NullPrefixCache, PrefixCache, common_length
-from kvarn.scheduler.moves import MoveCost
+from kvarn.scheduler.moves import AlwaysMove, Moves
 from kvarn.scheduler.observer import Observer
 from kvarn.scheduler.sequence import Sequence
 from kvarn.step import BlockLoad, BlockSave
@@ -15,14 +15,14 @@ class PrefixReuse:
     """The scheduler's side of the prefix cache. It changes tables, paths and counts of computed tokens of sequences."""
 
     def __init__(
-        self, pool: BlockPool, cache: PrefixCache | None, moves: MoveCost | None, observer: Observer
+        self, pool: BlockPool, cache: PrefixCache | None, moves: Moves | None, observer: Observer
     ) -> None:
         """cache: of that pool; owned from now on; None: none. moves: when its second tier is used; None: always.
 
         observer: told of hits of running sequences, of loads, and of evictions.
         """
         self.cache = cache or NullPrefixCache()
-        self.moves = moves or MoveCost(pool.block_size, 0.0)
+        self._moves = moves or AlwaysMove()
         self.num_queries = 0
         """Tokens of the sequences that were admitted with an empty table, again after a preemption included."""
         self.num_hits = 0
@@ -87,7 +87,7 @@ class PrefixReuse:
         """Takes the blocks to write positions start … end - 1, which are known to be available; returns the copies."""
         missing = sequence.table.blocks_needed(start, end) - self._pool.num_free
         if missing > 0:
-            self._observer.evicted(self.cache.evict(missing, spill=self.moves.worthwhile))
+            self._observer.evicted(self.cache.evict(missing, spill=self._moves.worth_saving()))
         return sequence.table.prepare_write(start, end)
 
     def give_up_blocks(self, sequence: Sequence) -> None:
@@ -134,12 +134,15 @@ class PrefixReuse:
         Its blocks must be available. most: tokens to load at most.
         """
         size, prefix = self._pool.block_size, sequence.prefix
-        if sequence.num_computed_tokens >= sequence.num_tokens - 1 or not self.moves.worthwhile:
+        if sequence.num_computed_tokens >= sequence.num_tokens - 1:
             return False
         found = prefix.offloaded(sequence.token_ids, most // size)
         start = prefix.num_blocks * size
-        end = start + len(found) // len(self._pool.windows) * size
+        whole = len(found) // len(self._pool.windows)
+        end = start + whole * size
         if end < sequence.num_computed_tokens + size or not sequence.table.sees(start):
+            return False
+        if not self._moves.worth_loading(start, whole):
             return False
         self.count_hits(sequence, start - sequence.num_computed_tokens)
         sequence.table.truncate(prefix.num_blocks)

@@ -15,7 +15,7 @@ from kvarn.scheduler.admission import Backlog, Limits, check_deadline
 from kvarn.scheduler.budget import Budget, ConstantBudget, StepBudget
 from kvarn.scheduler.cost import StepShape
 from kvarn.scheduler.forecast import Crowd, Forecast, NoForecast
-from kvarn.scheduler.moves import MoveCost
+from kvarn.scheduler.moves import Moves
 from kvarn.scheduler.observer import Hold, NullObserver, Observer
 from kvarn.scheduler.policy import FirstComeFirstServed, Policy, order_key
 from kvarn.scheduler.queue import WaitingQueue
@@ -64,7 +64,7 @@ class Scheduler:
     compute looks there before each chunk, so that it goes on from what another has computed meanwhile. One that waits,
     and would compute in this step mostly what another computes in it, waits for the next.
 
-    What was evicted may lie in the cache's second tier. Where moving is cheaper than computing (`MoveCost`), evicted
+    What was evicted may lie in the cache's second tier. Where moving is cheaper than computing (`Moves`), evicted
     blocks are saved there, and the blocks of a sequence that could be admitted are loaded in a step of their own, in
     which it waits; what turns out to be wrong then is computed. So a preempted sequence is swapped or recomputed,
     whichever takes less.
@@ -81,7 +81,7 @@ class Scheduler:
         budget: Budget | None = None,
         forecast: Forecast | None = None,
         prefix_cache: PrefixCache | None = None,
-        moves: MoveCost | None = None,
+        moves: Moves | None = None,
         observer: Observer | None = None,
     ) -> None:
         """pool: all blocks of the KV cache, owned from now on. eos_token_ids: the model's own ends of text.
@@ -177,6 +177,7 @@ class Scheduler:
             )
             for index in range(sampling.n)
         ]
+        sequences[0].expected_hit = sequences[0].prefix.peek(sequences[0].token_ids)
         self._check_deadline(sequences[0])
         group = _Group({s.sequence_id: s for s in sequences}, forks=sequences[1:])
         self._groups[request.request_id] = group
@@ -231,7 +232,6 @@ class Scheduler:
         """
         if result.step != scheduled.step:
             raise ValueError(f"the result of step {result.step} for step {scheduled.step}")
-        self.reuse.moves.observe(scheduled.num_tokens, result.seconds)
         for load, count in zip(scheduled.block_loads, result.loaded, strict=True):
             self.reuse.book_load(load, count, self._sequences.get(load.sequence_id))
         for part in scheduled.sequences:
@@ -295,7 +295,7 @@ class Scheduler:
             prompts=[s for s in running if s.num_uncomputed_tokens > 1 and self._key(s) < key],
             ahead=list(self._waiting.ahead(sequence)),
             max_num_seqs=self._config.max_num_seqs,
-            free_blocks=self._pool.num_blocks - sum(s.table.num_held for s in running),
+            free_blocks=self._pool.num_available,
             blocks_for=lambda tokens: self._pool.windows.most_blocks(tokens, self._config.max_num_batched_tokens),
         )
 

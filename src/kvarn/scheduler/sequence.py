@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from kvarn.cache import PrefixPath, Tables
+from kvarn.cache import PrefixHit, PrefixPath, Tables
 from kvarn.request import FinishReason, Request, SamplingParams
 from kvarn.step import NewSequence
 
@@ -36,6 +36,8 @@ class Sequence:
     num_computed_tokens: int = 0
     num_cached_tokens: int = 0
     """Prompt tokens whose KV was found in the prefix cache; not those found again after a preemption."""
+    expected_hit: PrefixHit = field(default_factory=PrefixHit)
+    """What the prefix cache had of the prompt when the sequence was queued. For forecasts."""
     num_preemptions: int = 0
     prompt_charged: bool = field(init=False)
     """Whether the policy has been told of the prompt's tokens. Only the first of a request's sequences pays them."""

@@ -25,7 +25,9 @@ class SteadySteps:
             return 0
         steps = min(limit, min(s.max_length - s.num_tokens for s in running) - 1)
         # Evicting goes on as in single steps; equal blocks that become one in the prefix cache only leave more free.
-        while steps > 0 and self._blocks_to_grow(running, steps) > self._pool.num_available:
+        # Into a second tier it does not: what that takes is a part of the step.
+        room = self._pool.num_free if self._reuse.cache.tier.num_slots else self._pool.num_available
+        while steps > 0 and self._blocks_to_grow(running, steps) > room:
             steps //= 2
         return max(0, steps)
 

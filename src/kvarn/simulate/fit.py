@@ -56,16 +56,44 @@ def fit(steps: Sequence[tuple[StepShape, float]]) -> Fit:
 
 def read_steps(path: Path) -> list[tuple[StepShape, float]]:
     """The steps of a file that `kvarn bench steps MODEL --json` printed. Raises ConfigError naming step and field."""
+    steps = _content(path).get("steps")
+    if not isinstance(steps, list) or len(steps) > MOST_STEPS:
+        raise ConfigError(f"--cost: {path.name} has no steps; `kvarn bench steps MODEL --json` makes such a file")
+    return [_step(f"--cost: {path.name}, step {number}", item) for number, item in enumerate(steps, 1)]
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredKv:
+    """What a model's KV takes; 0: not measured."""
+
+    bytes_per_token: int = 0
+    move_bandwidth: float = 0.0
+    """Bytes a second between the cache and the second tier."""
+
+
+def read_kv(path: Path) -> MeasuredKv:
+    """What such a file says of KV; older ones say nothing. Raises ConfigError naming the field."""
+    kv = _content(path).get("kv", {})
+    where = f"--cost: {path.name}, kv"
+    if not isinstance(kv, dict):
+        raise ConfigError(f"{where} is not an object")
+    values = {name: kv.get(name, 0) for name in ("bytes_per_token", "move_bandwidth")}
+    for name, value in values.items():
+        whole = name == "bytes_per_token"
+        if type(value) not in ((int,) if whole else (int, float)) or not 0 <= value < 1 << 53:
+            must = "a whole number" if whole else "a number"
+            raise ConfigError(f"{where}: {name} must be {must} of at least 0, not {value!r:.40}")
+    return MeasuredKv(values["bytes_per_token"], float(values["move_bandwidth"]))
+
+
+def _content(path: Path) -> dict[str, Any]:
     try:
         content: Any = json.loads(path.read_bytes())
     except OSError as error:
         raise ConfigError(f"--cost: {path} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError):
         raise ConfigError(f"--cost: {path.name} is not a JSON file") from None
-    steps = content.get("steps") if isinstance(content, dict) else None
-    if not isinstance(steps, list) or len(steps) > MOST_STEPS:
-        raise ConfigError(f"--cost: {path.name} has no steps; `kvarn bench steps MODEL --json` makes such a file")
-    return [_step(f"--cost: {path.name}, step {number}", item) for number, item in enumerate(steps, 1)]
+    return content if isinstance(content, dict) else {}
 
 
 def _step(where: str, item: Any) -> tuple[StepShape, float]:

@@ -41,7 +41,9 @@ class Results:
     requests: int
     finished: int
     refused: int
-    """They fit neither the cache nor the length, or the queue was full."""
+    """They fit neither the cache nor the length, the queue was full, or they were late."""
+    late: int
+    """Those of the refused whose first token was not to be expected in time."""
     duration: float
     """From the first arrival to the last token."""
     steps: int
@@ -60,6 +62,10 @@ class Results:
     preemptions: int
     recomputed_tokens: int
     """Tokens that were computed again after a preemption."""
+    saved_tokens: int
+    """Tokens whose KV was saved to the second tier."""
+    loaded_tokens: int
+    """Tokens whose KV was loaded from it."""
     utilization: float
     """Share of the duration in which a step ran."""
     mean_batch: float
@@ -85,6 +91,7 @@ class Recorder:
         self._last: dict[int, float] = {}
         self._gaps, self._gap_counts = array("d"), array("q")
         self._num_refused = 0
+        self._num_late = 0
         self._steps = 0
         self._busy = 0.0
         self._sequence_seconds = 0.0
@@ -94,10 +101,10 @@ class Recorder:
         tenants = {arrival.tenant for arrival in traffic}
         self._shares = _Shares() if len(tenants) > 1 else None
 
-    def refused(self, index: int) -> None:
-        """A request was not taken."""
-        del index
+    def refused(self, *, late: bool) -> None:
+        """A request was not taken. late: for its deadline."""
         self._num_refused += 1
+        self._num_late += late
         self.num_ended += 1
 
     def added(self, index: int, sequence_id: int) -> None:
@@ -188,6 +195,7 @@ class Recorder:
             requests=len(traffic),
             finished=int(done.sum()),
             refused=self._num_refused,
+            late=self._num_late,
             duration=duration,
             steps=self._steps,
             prompt_tokens=prompt_tokens,
@@ -200,6 +208,8 @@ class Recorder:
             hit_rate=cached / prompt_tokens if prompt_tokens else 0.0,
             preemptions=scheduler.num_preemptions,
             recomputed_tokens=self._recomputed,
+            saved_tokens=scheduler.reuse.num_saved_tokens,
+            loaded_tokens=scheduler.reuse.num_loaded_tokens,
             utilization=_rate(self._busy, duration),
             mean_batch=_rate(self._sequence_seconds, self._busy),
             fairness=None if self._shares is None else self._shares.fairness(),

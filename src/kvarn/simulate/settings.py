@@ -13,6 +13,7 @@ from typing import Any
 
 from kvarn.config import SchedulerConfig
 from kvarn.errors import ConfigError
+from kvarn.runner.block_file import slots_in
 from kvarn.simulate.batching import BATCHINGS
 
 
@@ -32,6 +33,14 @@ class Settings:
     prefix_cache: bool = True
     itl_target_ms: float = 0.0
     """Milliseconds that a step with decodes is kept to where prompts are chunked; 0: none."""
+    ttft_slo_ms: float = 0.0
+    """Milliseconds within which a first token must be expected, or the request is refused; 0: any time will do."""
+    kv_offload_bytes: int = 0
+    """Of the second tier's file; 0: none."""
+    kv_bytes_per_token: int = 0
+    """Of the KV cache, for the second tier."""
+    kv_move_bandwidth: float = 0.0
+    """Bytes a second between the cache and the second tier, in either direction."""
     window: float = 1.0
     """Seconds that dynamic batching waits for a batch to fill."""
     windowed_groups: int = 0
@@ -48,8 +57,14 @@ class Settings:
         ):  # fmt: skip
             if not least <= getattr(self, name) <= most:
                 raise ConfigError(f"{name} must be between {least} and {most}, not {getattr(self, name)}")
-        if not (math.isfinite(self.window) and self.window >= 0):
-            raise ConfigError(f"window must be seconds of at least 0, not {self.window}")
+        for name in ("window", "itl_target_ms", "ttft_slo_ms", "kv_offload_bytes", "kv_bytes_per_token",
+                     "kv_move_bandwidth"):  # fmt: skip
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
+                raise ConfigError(f"{name} must be at least 0, not {getattr(self, name)}")
+        if self.kv_offload_bytes and not self.prefix_cache:
+            raise ConfigError("prefix_cache must be true where there is kv_offload_bytes")
+        if self.ttft_slo_ms and self.batching != "continuous":
+            raise ConfigError(f"ttft_slo_ms is for continuous batching, not for {self.batching}")
         self.scheduler()
 
     @property
@@ -65,7 +80,31 @@ class Settings:
             max_num_queued_requests=self.max_num_queued_requests,
             policy=self.policy,
             itl_target_ms=self.itl_target_ms or None,
+            ttft_slo_ms=self.ttft_slo_ms or None,
         )
+
+    @property
+    def block_bytes(self) -> int:
+        """Of the KV of a block's tokens the share of one KV group."""
+        return self.block_size * self.kv_bytes_per_token // len(self.windows)
+
+    @property
+    def tier_slots(self) -> int:
+        """Blocks that the second tier holds. Raises ConfigError where it is not known what they take, or too little."""
+        if not self.kv_offload_bytes:
+            return 0
+        for name in ("kv_bytes_per_token", "kv_move_bandwidth"):
+            if not getattr(self, name):
+                raise ConfigError(f"{name} must be given where there is kv_offload_bytes (see `kvarn bench steps`)")
+        slots = slots_in(self.kv_offload_bytes, self.block_bytes)
+        if not slots:
+            raise ConfigError(f"kv_offload_bytes {self.kv_offload_bytes} has no room for a block")
+        return slots
+
+    @property
+    def move_seconds(self) -> float:
+        """To save a block to the second tier, or to load it."""
+        return self.block_bytes / self.kv_move_bandwidth if self.kv_move_bandwidth else 0.0
 
 
 FIELDS = {field.name: type(field.default) for field in dataclasses.fields(Settings)}
@@ -109,6 +148,15 @@ def combinations(values: Mapping[str, Sequence[object]], base: Settings | None =
         dataclasses.replace(base, **dict(zip(names, chosen, strict=True)))  # type: ignore[arg-type]
         for chosen in itertools.product(*values.values())
     ]
+
+
+def with_kv(settings: Settings, bytes_per_token: int, move_bandwidth: float) -> Settings:
+    """The same, with what was measured of KV where the settings do not say it."""
+    return dataclasses.replace(
+        settings,
+        kv_bytes_per_token=settings.kv_bytes_per_token or bytes_per_token,
+        kv_move_bandwidth=settings.kv_move_bandwidth or move_bandwidth,
+    )
 
 
 def label(settings: Settings, among: Sequence[Settings]) -> str:

@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
-from kvarn.cache import BlockPool, NullPrefixCache, RadixPrefixCache
-from kvarn.errors import RequestError
+from kvarn.cache import BlockPool, NullPrefixCache, OffloadIndex, PrefixCache, RadixPrefixCache
+from kvarn.errors import DeadlineError, RequestError
 from kvarn.request import Request, SamplingParams
-from kvarn.scheduler import NullObserver, Observer, StepCost, StepShape, StepTimes, make_scheduler
+from kvarn.scheduler import MoveCost, NullObserver, Observer, StepCost, StepShape, StepTimes, make_scheduler
 from kvarn.simulate.batching import NEVER, Gate, make_gate
 from kvarn.simulate.results import Recorder, Results
 from kvarn.simulate.settings import Settings
@@ -84,6 +84,12 @@ class PromptMaker:
         return self._next - 1
 
 
+def _prefix_cache(pool: BlockPool, settings: Settings) -> PrefixCache:
+    if not settings.prefix_cache:
+        return NullPrefixCache()
+    return RadixPrefixCache(pool, tier=OffloadIndex(settings.tier_slots, "simulated"))
+
+
 class Simulation:
     """One run. `run` may be called once."""
 
@@ -96,14 +102,17 @@ class Simulation:
         progress: Progress,
     ) -> None:
         pool = BlockPool(settings.num_blocks, settings.block_size, settings.windows)
+        move_seconds = settings.move_seconds
         self.scheduler = make_scheduler(
             settings.scheduler(),
             pool,
             settings.max_model_len,
             cost,
-            prefix_cache=RadixPrefixCache(pool) if settings.prefix_cache else NullPrefixCache(),
+            prefix_cache=_prefix_cache(pool, settings),
+            moves=MoveCost(settings.block_size, *(len(settings.windows) * move_seconds,) * 2, cost),
             observer=observer,
         )
+        self._move_seconds = move_seconds
         self._traffic = traffic
         self._cost = cost
         self._gate: Gate = make_gate(settings.batching, settings.max_num_seqs, settings.window)
@@ -151,8 +160,8 @@ class Simulation:
         )
         try:
             (sequence,) = self.scheduler.add(request)
-        except RequestError:
-            self._recorder.refused(index)
+        except RequestError as error:
+            self._recorder.refused(late=isinstance(error, DeadlineError))
             return
         self._answers[sequence.sequence_id] = self._prompts.answer(arrival)
         self._recorder.added(index, sequence.sequence_id)
@@ -187,11 +196,13 @@ class Simulation:
         scheduled = self.scheduler.schedule()
         if scheduled.sequences:
             self.now += self._cost.seconds(StepShape.of(scheduled))
+        loaded = tuple(len(load.blocks) for load in scheduled.block_loads)
+        self.now += self._move_seconds * (len(scheduled.block_saves) + sum(loaded))
         answers = self._answers
         sampled = tuple(
             SampledToken(part.sequence_id, answers[part.sequence_id]) for part in scheduled.sequences if part.sample
         )
-        gained = self.scheduler.update(scheduled, StepOutput(scheduled.step, sampled))
+        gained = self.scheduler.update(scheduled, StepOutput(scheduled.step, sampled, loaded))
         self._recorder.stepped(scheduled, self.now - began, self.now)
         for sequence, _ in gained:
             self._recorder.sampled(sequence, self.now)

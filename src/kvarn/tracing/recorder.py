@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from kvarn.request import FinishReason
 from kvarn.scheduler import Hold, Sequence, StepShape, StepTimes
 from kvarn.step import SchedulerOutput
 
@@ -72,6 +73,9 @@ class _Gathered:
 class TraceRecorder:
     """See `kvarn.scheduler.Observer`. Keeps the last steps; of older ones only that there were some.
 
+    After the engine was reset, ids of sequences and numbers of steps go on where they stood, so that none is there
+    twice. The step that failed is one without parts, in which the sequences that were lost ended.
+
     Called in the engine's thread; `steps` may be read when that has ended, or between two steps.
     """
 
@@ -87,12 +91,19 @@ class TraceRecorder:
         self._clock = clock
         self._entries = 0
         self._gathered = _Gathered()
-        self._requests: dict[int, str] = {}
+        self._live: dict[int, Sequence] = {}
+        """By the scheduler's id: those that have not ended before the last step."""
         self._waiting: set[int] = set()
+        self._first_id = 0
+        """What is added to the scheduler's ids, and to its steps' numbers."""
+        self._next_id = 0
+        self._first_step = 0
+        self._last_step = 0
 
     def queued(self, sequence: Sequence) -> None:
         """See `Observer`."""
-        self._requests[sequence.sequence_id] = sequence.request.request_id
+        self._live[sequence.sequence_id] = sequence
+        self._next_id = max(self._next_id, self._first_id + sequence.sequence_id + 1)
         self._waiting.add(sequence.sequence_id)
         self._happened("queued", sequence, sequence.num_prompt_tokens)
 
@@ -131,36 +142,55 @@ class TraceRecorder:
     def stepped(self, scheduled: SchedulerOutput, times: StepTimes) -> None:
         """See `Observer`."""
         parts = tuple(
-            Part(p.sequence_id, self._requests.get(p.sequence_id, ""), p.start, len(p.token_ids), p.sample)
+            Part(self._first_id + p.sequence_id, self._name(p.sequence_id), p.start, len(p.token_ids), p.sample)
             for p in scheduled.sequences
         )
-        gathered, self._gathered = self._gathered, _Gathered()
-        for event in gathered.happened:
+        record = self._record(self._first_step + scheduled.step, times, StepShape.of(scheduled), parts)
+        for event in record.happened:
             if event.kind == "ended":
-                self._requests.pop(event.sequence_id, None)
-        self.steps.append(
-            StepRecord(
-                number=scheduled.step,
-                times=times,
-                shape=StepShape.of(scheduled),
-                budget=self._budget,
-                parts=parts,
-                happened=tuple(gathered.happened),
-                held=gathered.held,
-                waiting=len(self._waiting),
-                evicted_blocks=gathered.evicted_blocks,
-            )
+                self._live.pop(event.sequence_id - self._first_id, None)
+
+    def reset(self) -> None:
+        """See `Observer`."""
+        for sequence in self._live.values():
+            if not sequence.finished:
+                self._happened("ended", sequence, sequence.num_output_tokens, FinishReason.ERROR.value)
+        self._live.clear()
+        self._waiting.clear()
+        now = self._clock()
+        self._record(self._last_step + 1, StepTimes(now, now, now, now), StepShape(0, 0, 0, 0), ())
+        self._first_id, self._first_step = self._next_id, self._last_step
+
+    def _name(self, sequence_id: int) -> str:
+        sequence = self._live.get(sequence_id)
+        return "" if sequence is None else sequence.request.request_id
+
+    def _record(self, number: int, times: StepTimes, shape: StepShape, parts: tuple[Part, ...]) -> StepRecord:
+        """Keeps a step, with what was told since the last one."""
+        self._last_step = number
+        gathered, self._gathered = self._gathered, _Gathered()
+        record = StepRecord(
+            number=number,
+            times=times,
+            shape=shape,
+            budget=self._budget,
+            parts=parts,
+            happened=tuple(gathered.happened),
+            held=gathered.held,
+            waiting=len(self._waiting),
+            evicted_blocks=gathered.evicted_blocks,
         )
-        self._entries += _entries(self.steps[-1])
+        self.steps.append(record)
+        self._entries += _entries(record)
         while self._entries > self._max_entries and len(self.steps) > 1:
             self._entries -= _entries(self.steps.popleft())
             self.num_dropped += 1
+        return record
 
     def _happened(self, kind: str, sequence: Sequence, tokens: int, reason: str = "") -> None:
+        sequence_id = self._first_id + sequence.sequence_id
         self._gathered.happened.append(
-            Happened(
-                kind, self._clock(), sequence.sequence_id, sequence.request.request_id, sequence.index, tokens, reason
-            )
+            Happened(kind, self._clock(), sequence_id, sequence.request.request_id, sequence.index, tokens, reason)
         )
 
 

@@ -1,0 +1,64 @@
+"""A `kvarn serve` of its own for each measurement: on a free port of the loopback interface, ended afterwards."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+START_SECONDS = 120
+STOP_SECONDS = 30
+
+
+@dataclass(frozen=True)
+class Server:
+    """Where a server answers."""
+
+    host: str
+    port: int
+
+    @property
+    def url(self) -> str:
+        """The base of all its routes."""
+        return f"http://{self.host}:{self.port}"
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """What a socket connects to."""
+        return self.host, self.port
+
+
+@contextlib.contextmanager
+def served(model: str, *options: str, env: Mapping[str, str] | None = None) -> Iterator[Server]:
+    """A server of the model that is ready to answer. options: of `kvarn serve`. env: beside this process' own.
+
+    Raises SystemExit where it does not start; what it says of that is on stderr.
+    """
+    command = [sys.executable, "-m", "kvarn", "serve", model, "--port", "0", *options]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, **(env or {})})
+    too_late = threading.Timer(START_SECONDS, process.kill)
+    too_late.start()
+    try:
+        server = _ready(process, model)
+        too_late.cancel()
+        yield server
+    finally:
+        too_late.cancel()
+        process.terminate()
+        process.wait(timeout=STOP_SECONDS)
+
+
+def _ready(process: subprocess.Popen[str], model: str) -> Server:
+    """Waits for the line with its address, which it says when it is ready; then reads on, so that it can say more."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        found = re.match(r"http://([\d.]+):(\d+)", line)
+        if found:
+            threading.Thread(target=process.stdout.read, daemon=True).start()
+            return Server(found[1], int(found[2]))
+    raise SystemExit(f"the server of {model} did not start")
