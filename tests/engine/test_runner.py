@@ -123,7 +123,7 @@ def test_a_step_says_what_moving_its_blocks_took(tmp_path):
     try:
         saved = runner.execute(SchedulerOutput(1, (), block_saves=(BlockSave(3, 0, name),)))
         loaded = runner.execute(SchedulerOutput(2, (), block_loads=(BlockLoad(1, (5,), (0,), (name,)),)))
-        computed = runner.execute(SchedulerOutput(3, (ScheduledSequence(1, (7,), 0, (0,), False),)))
+        computed = runner.execute(SchedulerOutput(3, (ScheduledSequence(1, (7,), 0, ((0,),), False),)))
     finally:
         runner.close()
     assert saved.move_seconds > 0 < loaded.move_seconds
