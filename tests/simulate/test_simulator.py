@@ -313,7 +313,7 @@ def test_the_engine_takes_the_same_steps_at_the_same_times(few, groups, family, 
     traffic = [dataclasses.replace(a, prompt_tokens=min(a.prompt_tokens, 90), output_tokens=min(a.output_tokens, 60))
                for a in traffic]  # fmt: skip
     windowed = int(family == "gemma3_text")
-    num_blocks = (17 if windowed else 12) if few else 64 * (1 + windowed)
+    num_blocks = (17 + groups if windowed else 12) if few else 64 * (1 + windowed)
     server = dataclasses.replace(SMALL, num_blocks=num_blocks, max_model_len=160, policy=policy,
                                  windowed_groups=windowed, sliding_window=24)  # fmt: skip
     watch = Watching()

@@ -82,15 +82,13 @@ class CacheMachine(CountedMachine):
     def come(self, salt, tokens):
         table, path = new_tables(self.pool), self.cache.path(salt)
         expected = self.there(salt, tokens)
-        available, order = self.pool.num_available, [*self.pool._spare, *self.pool._idle]
+        available, order = self.pool.num_available, [*self.pool._idle, *self.pool._spare]
         hit = path.peek(tokens)
-        assert [*self.pool._spare, *self.pool._idle] == order, "to look is not to use"
+        assert [*self.pool._idle, *self.pool._spare] == order, "to look is not to use"
         known = path.adopt(tokens, table, 0)
         assert hit.num_tokens == known == expected
-        whole = known // SIZE
-        taken = sum(whole - one.num_holes for one in table.by_group) - hit.num_held_blocks
-        parts = len(self.windows) * (known % SIZE > 0)
-        assert taken <= available - self.pool.num_available <= taken + parts
+        taken = sum(known // SIZE - one.num_holes for one in table.by_group) - hit.num_held_blocks
+        assert taken <= available - self.pool.num_available <= taken + (known % SIZE > 0) * len(self.windows)
         assert known <= self.known_to(salt, tokens)
         if not self.evicted:
             assert known == self.known_to(salt, tokens), "nothing was evicted, so all is there"

@@ -58,8 +58,7 @@ class SchedulerMachine(CountedMachine):
         config = SchedulerConfig(max_num_seqs=seqs, max_num_batched_tokens=tokens, max_num_queued_requests=queue)
         self.cost = LinearCost()
         block_seconds = self.cost.token * BLOCK
-        seconds = block_seconds / 2 / len(self.windows)
-        moves = MoveCost(BLOCK, seconds, seconds, self.cost, num_groups=len(self.windows))
+        moves = MoveCost(BLOCK, block_seconds / 2, block_seconds / 2, self.cost)
         self.scheduler = Scheduler(
             config, self.pool, 60, eos_token_ids=ENDS, policy=self.policy(), budget=self.budget(tokens),
             prefix_cache=self.cache, moves=moves, speculation=self.speculation(), max_step_drafts=9,
@@ -182,7 +181,7 @@ class SchedulerMachine(CountedMachine):
                 assert (len(sequence.table) - 1) * BLOCK < sequence.num_computed_tokens, "it has blocks for nothing"
             for group, table in enumerate(sequence.table.by_group):
                 most = self.pool.windows.most_in_group(group, self.tokens)
-                assert most is None or len(table.held) <= most, "it keeps what it does not see"
+                assert most is None or table.num_held <= most, "it keeps what it does not see"
         self.count_step()
         self.unchecked = False
 

@@ -116,9 +116,8 @@ def measure_kv(path: Path) -> KvMoves:
         try:
             memory, moves = engine.memory_plan, engine.move_seconds
             assert memory is not None and moves is not None
-            # There is room for the one sequence that may run: a block of each KV group.
-            bandwidth = 2 * memory.use.kv_cache / memory.num_blocks / sum(moves)
-            return KvMoves(memory.use.kv_cache // cache.block_size, bandwidth)
+            block = memory.use.kv_cache // memory.num_blocks
+            return KvMoves(block * len(memory.windows) // cache.block_size, 2 * block / sum(moves))
         finally:
             engine.core.close()
 

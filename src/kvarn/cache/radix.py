@@ -249,33 +249,33 @@ class RadixPath:
 
     def adopt(self, token_ids: Sequence[int], table: Tables, known: int, *, whole_blocks: bool = False) -> int:
         """Walks on as far as the tree knows the tokens. See `PrefixPath.adopt`."""
-        begins = [one.num_holes for one in table.by_group]
-        nodes, part, length = self._following(token_ids, begins, known, whole_blocks)
-        if length <= known:
+        nodes, found = self._following(token_ids, whole_blocks, [one.num_holes for one in table.by_group])
+        if found <= known:
             return known
         table.truncate(self.num_blocks)
-        table.adopt([found.blocks for found in (nodes if part is None else [*nodes, part])], length)
-        self._node = nodes[-1] if nodes else self._node
-        self.num_blocks += len(nodes)
-        return length
+        table.adopt([node.blocks for node in nodes], found)
+        whole = found // self._cache.pool.block_size - self.num_blocks
+        self._node = nodes[whole - 1] if whole else self._node
+        self.num_blocks += whole
+        return found
 
     def peek(self, token_ids: Sequence[int]) -> PrefixHit:
         """See `PrefixPath.peek`."""
         pool = self._cache.pool
-        nodes, _, length = self._following(token_ids, [0] * len(pool.windows), 0)
-        held = 0
-        for group in range(len(pool.windows)):
-            seen = nodes[pool.windows.first(group, length) :]
-            held += sum(isinstance(node, CommonNode) or pool.references(node.blocks[group]) > 1 for node in seen)
-        return PrefixHit(length, held)
+        nodes, found = self._following(token_ids, False, [0] * len(pool.windows))
+        shared = (
+            (node, block)
+            for index, node in enumerate(nodes[: found // pool.block_size])
+            for group, block in enumerate(node.blocks)
+            if index >= pool.windows.first(group, found)
+        )
+        held = sum(isinstance(node, CommonNode) or pool.references(block) > 1 for node, block in shared)
+        return PrefixHit(found, held)
 
-    def _following(
-        self, token_ids: Sequence[int], begins: Sequence[int], known: int, whole_blocks: bool = False
-    ) -> tuple[list[Node], Node | None, int]:
-        """The nodes of whole blocks that follow, the one that has a part of the next, and how many tokens that is in
-        all; of all but the last token. Where it is no more than `known` tokens, nodes and number mean nothing.
+    def _following(self, token_ids: Sequence[int], whole_blocks: bool, holes: list[int]) -> tuple[list[Node], int]:
+        """The nodes that follow, the last of them perhaps for a part of its tokens only, and how many are known then.
 
-        begins: of each group the first block that the table has, of those before.
+        Of all but the last token. holes: of the table, by group.
         """
         cache, salt, size = self._cache, self._salt, self._cache.pool.block_size
         node, start, last = self._node, self.num_blocks * size, len(token_ids) - 1
@@ -286,32 +286,29 @@ class RadixPath:
                 break
             node = child
             nodes.append(child)
-        whole = start + len(nodes) * size
-        inside, part = 0, None
+        known = start + len(nodes) * size
         if not whole_blocks:
-            inside, part = cache.nearest(node, salt, tuple(token_ids[whole : min(whole + size, last)]))
-        length = whole + inside
-        if length > known and not cache.pool.windows.endless:
-            length = self._visible([*nodes, *([] if part is None else [part])], length, begins)
-        return nodes[: max(0, length // size - self.num_blocks)], part if length > whole else None, length
+            inside, part = cache.nearest(node, salt, tuple(token_ids[known : min(known + size, last)]))
+            if part is not None:
+                known += inside
+                nodes.append(part)
+        if cache.pool.windows.endless:
+            return nodes, known
+        return self._visible(nodes, known, holes)
 
-    def _visible(self, nodes: Sequence[Node], most: int, held_from: Sequence[int]) -> int:
-        """The longest beginning, of up to `most` tokens, of which every group has what the token after it sees.
-
-        nodes: those after the place, the last of them perhaps for a part of its tokens only. held_from: of each group
-        the first block that is there, of those before the place. 0: there is none.
-        """
+    def _visible(self, nodes: list[Node], most: int, holes: list[int]) -> tuple[list[Node], int]:
+        """The longest beginning, of up to `most` tokens, of which every group has what the token after it sees."""
         windows, size = self._cache.pool.windows, self._cache.pool.block_size
-        begins = list(held_from)  # index after the last block that is gone
-        best = 0
+        begins = list(holes)  # by group, the index after the last block that is gone
+        best, count = 0, 0
         for index, node in enumerate(nodes, self.num_blocks):
             for group, block in enumerate(node.blocks):
                 if block == HOLE:
                     begins[group] = index + 1
-            length = min(most, (index + 1) * size)
-            if all(begin <= windows.first(group, length) for group, begin in enumerate(begins)):
-                best = length
-        return best
+            known = min(most, (index + 1) * size)
+            if all(begin <= windows.first(group, known) for group, begin in enumerate(begins)):
+                best, count = known, index + 1 - self.num_blocks
+        return nodes[:count], best
 
     def insert(self, token_ids: Sequence[int], known: int, table: Tables) -> None:
         """Files the whole blocks since the last call."""

@@ -190,7 +190,8 @@ def build_engine(
     ends = dict.fromkeys((*model.config.eos_token_ids, *tokenizer.eos_token_ids))
 
     cost = MeasuredCost()
-    moves = MoveCost(memory.block_size, *tier.move_seconds, cost, num_groups=len(program.kv_groups))
+    seconds, groups = tier.move_seconds, len(program.kv_groups)  # the KV of a block's tokens is a block of each group
+    moves = MoveCost(memory.block_size, groups * seconds.save, groups * seconds.load, cost)
 
     def new_scheduler() -> Scheduler:
         pool = BlockPool(memory.num_blocks, memory.block_size, memory.windows)
@@ -209,7 +210,7 @@ def build_engine(
     core = EngineCore(
         runner, new_scheduler, tokenizer, program.vocab_size, cost=cost, observer=observer, on_close=on_close
     )
-    moving = tier.move_seconds if tier.file is not None else None
+    moving = seconds if tier.file is not None else None
     return LoadedEngine(
         core, name, tokenizer, model.config, memory.max_model_len, config, memory, move_seconds=moving
     )

@@ -41,10 +41,10 @@ class EvalSession:
         for start in range(0, total, self.chunk):
             end = min(start + self.chunk, total)
             wanted = max(0, end - max(first, start))
+            groups = len(self.model.program.kv_groups)
             batch = InputBatch.of_one(
-                token_ids[start:end], start,
-                num_outputs=wanted, block_size=BLOCK_SIZE, num_groups=len(self.model.program.kv_groups),
-            )  # fmt: skip
+                token_ids[start:end], start, num_outputs=wanted, block_size=BLOCK_SIZE, num_groups=groups
+            )
             out = self.executable.execute(batch)
             if wanted:
                 yield end - wanted, out[self.model.program.output]

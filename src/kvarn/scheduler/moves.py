@@ -13,11 +13,11 @@ class Moves(Protocol):
     """Decides between moving blocks and computing their tokens again."""
 
     def worth_saving(self) -> bool:
-        """Whether a block that is evicted is to be saved, with those of other KV groups for the same tokens."""
+        """Whether a block that is evicted is to be saved."""
         ...
 
     def worth_loading(self, start: int, num_blocks: int) -> bool:
-        """Whether so many blocks of each KV group, from position `start` on, are to be loaded from the second tier."""
+        """Whether so many blocks from position `start` on, which the second tier has, are to be loaded."""
         ...
 
 
@@ -42,16 +42,11 @@ class MoveCost:
     and its tokens look at all that is before them.
     """
 
-    def __init__(
-        self, block_size: int, save_seconds: float, load_seconds: float, cost: StepCost, *, num_groups: int = 1
-    ) -> None:
-        """save_seconds, load_seconds: of a block of `block_size` tokens, of one of `num_groups` KV groups.
-
-        cost: of steps that move nothing.
-        """
+    def __init__(self, block_size: int, save_seconds: float, load_seconds: float, cost: StepCost) -> None:
+        """save_seconds, load_seconds: of a block of `block_size` tokens. cost: of steps that move nothing."""
         self._block_size = block_size
-        self._save_seconds = num_groups * save_seconds
-        self._load_seconds = num_groups * load_seconds
+        self._save_seconds = save_seconds
+        self._load_seconds = load_seconds
         self._cost = cost
 
     def worth_saving(self) -> bool:

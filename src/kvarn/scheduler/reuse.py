@@ -138,11 +138,11 @@ class PrefixReuse:
             return False
         found = prefix.offloaded(sequence.token_ids, most // size)
         start = prefix.num_blocks * size
-        count = len(found) // len(self._pool.windows)
-        end = start + count * size
+        whole = len(found) // len(self._pool.windows)
+        end = start + whole * size
         if end < sequence.num_computed_tokens + size or not sequence.table.sees(start):
             return False
-        if not self._moves.worth_loading(start, count):
+        if not self._moves.worth_loading(start, whole):
             return False
         self.count_hits(sequence, start - sequence.num_computed_tokens)
         sequence.table.truncate(prefix.num_blocks)

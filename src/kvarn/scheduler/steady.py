@@ -26,8 +26,9 @@ class SteadySteps:
         steps = min(limit, min(s.max_length - s.num_tokens for s in running) - 1)
         # Evicting goes on as in single steps; equal blocks that become one in the prefix cache only leave more free.
         # Into a second tier it does not: what that takes is a part of the step.
-        room = self._pool.num_free if self._reuse.cache.tier.num_slots else self._pool.num_available
-        while steps > 0 and self._blocks_to_grow(running, steps) > room:
+        evicting = not self._reuse.cache.tier.num_slots
+        room = self._pool.num_available if evicting else self._pool.num_free
+        while steps > 0 and self._blocks_to_grow(running, steps, evicting) > room:
             steps //= 2
         return max(0, steps)
 
@@ -73,6 +74,9 @@ class SteadySteps:
                     booked.setdefault(step, []).append(place)
         return booked
 
-    def _blocks_to_grow(self, running: Collection[Sequence], steps: int) -> int:
-        ends = ((s, s.num_computed_tokens) for s in running)
-        return sum(s.table.blocks_to_reach(start, start + steps, 1) for s, start in ends)
+    def _blocks_to_grow(self, running: Collection[Sequence], steps: int, evicting: bool) -> int:
+        """Blocks that they take; evicting: but for those that fall out of windows meanwhile."""
+        starts = ((s.table, s.num_computed_tokens) for s in running)
+        if evicting:
+            return sum(table.blocks_to_reach(start, start + steps, 1) for table, start in starts)
+        return sum(table.blocks_needed(start, start + steps) for table, start in starts)

@@ -84,6 +84,11 @@ class Settings:
         )
 
     @property
+    def block_bytes(self) -> int:
+        """Of the KV of a block's tokens the share of one KV group."""
+        return self.block_size * self.kv_bytes_per_token // len(self.windows)
+
+    @property
     def tier_slots(self) -> int:
         """Blocks that the second tier holds. Raises ConfigError where it is not known what they take, or too little."""
         if not self.kv_offload_bytes:
@@ -91,19 +96,15 @@ class Settings:
         for name in ("kv_bytes_per_token", "kv_move_bandwidth"):
             if not getattr(self, name):
                 raise ConfigError(f"{name} must be given where there is kv_offload_bytes (see `kvarn bench steps`)")
-        slots = slots_in(self.kv_offload_bytes, self._block_bytes)
+        slots = slots_in(self.kv_offload_bytes, self.block_bytes)
         if not slots:
             raise ConfigError(f"kv_offload_bytes {self.kv_offload_bytes} has no room for a block")
         return slots
 
     @property
     def move_seconds(self) -> float:
-        """To save a block, of one KV group, to the second tier, or to load it."""
-        return self._block_bytes / self.kv_move_bandwidth if self.kv_move_bandwidth else 0.0
-
-    @property
-    def _block_bytes(self) -> int:
-        return -(-self.block_size * self.kv_bytes_per_token // len(self.windows))
+        """To save a block to the second tier, or to load it."""
+        return self.block_bytes / self.kv_move_bandwidth if self.kv_move_bandwidth else 0.0
 
 
 FIELDS = {field.name: type(field.default) for field in dataclasses.fields(Settings)}

@@ -109,7 +109,7 @@ class Simulation:
             settings.max_model_len,
             cost,
             prefix_cache=_prefix_cache(pool, settings),
-            moves=MoveCost(settings.block_size, move_seconds, move_seconds, cost, num_groups=len(pool.windows)),
+            moves=MoveCost(settings.block_size, *(len(settings.windows) * move_seconds,) * 2, cost),
             observer=observer,
         )
         self._move_seconds = move_seconds
