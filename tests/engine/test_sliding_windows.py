@@ -151,6 +151,8 @@ def test_guesses_change_no_token(engine, case, pressure, count, make_model):
     assert stats.prefix_hits > 0
     assert stats.free_blocks == stats.num_blocks
     if count > 1:
+        assert (stats.evicted_tokens > 0) == pressure
+    if count > 1 and make_model is gemma:  # with windows alone nobody grows, so that all who get in stay
         assert (stats.preemptions > 0) == pressure
 
 

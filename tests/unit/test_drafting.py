@@ -183,7 +183,8 @@ def test_a_draft_takes_no_block_that_another_needs(windows):
             steps.append([(s.sequence_id, s.start, s.token_ids) for s in bench.step().sequences])
         seen.append((steps, bench.scheduler.num_preemptions, bench.said))
     assert seen[0] == seen[1]
-    assert drafting.scheduler.num_preemptions > 0
+    if None in windows:  # else nobody grows beyond windows
+        assert drafting.scheduler.num_preemptions > 0
     assert len(drafting.observer.drafts) > 20
     assert not plain.observer.drafts
 
