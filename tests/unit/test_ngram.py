@@ -70,7 +70,8 @@ def step(drafter, number, *sampled, wanted=3):
     """What is proposed after a step in which these tokens came."""
     part = ScheduledSequence(number, (0,), 0, (0,), sample=True, num_drafts_wanted=wanted)
     tokens = [SampledToken(number, token) for token in sampled]
-    return {p.sequence_id: p.token_ids for p in drafter.propose(SchedulerOutput(1, (part,)), tokens, {})}.get(number, ())
+    proposals = {p.sequence_id: p.token_ids for p in drafter.propose(SchedulerOutput(1, (part,)), tokens, {})}
+    return proposals.get(number, ())
 
 
 def test_it_looks_in_prompt_and_output():
