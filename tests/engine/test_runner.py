@@ -57,10 +57,12 @@ def test_batches_say_what_was_scheduled(steps):
         assert batch.output_rows.tolist() == [end - 1 for end, s in zip(ends, sequences, strict=True) if s.sample]
         for row, s in zip(batch.block_tables, sequences, strict=True):
             assert row.tolist() == [*s.block_table, *([-1] * (len(row) - len(s.block_table)))]
-        types = {name: getattr(batch, name).dtype for name in batch.__slots__}
+        assert batch.tree_parents is None
+        arrays = [name for name in batch.__slots__ if name != "tree_parents"]
+        types = {name: getattr(batch, name).dtype for name in arrays}
         assert types.pop("slot_mapping") == np.int64
         assert set(types.values()) == {np.dtype(np.int32)}
-        assert all(getattr(batch, name).flags.c_contiguous for name in batch.__slots__)
+        assert all(getattr(batch, name).flags.c_contiguous for name in arrays)
 
 
 def make_runner():
