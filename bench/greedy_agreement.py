@@ -105,7 +105,7 @@ def greedy(session, ids, count):
     tokens, produced = list(ids), []
     start = 0
     while len(produced) < count:
-        batch = InputBatch.of_one(tokens[start:], start)
+        batch = InputBatch.of_one(tokens[start:], start, num_groups=len(session.model.program.kv_groups))
         logits = session.executable.execute(batch)[session.model.program.output]
         start = len(tokens)
         tokens.append(int(logits[0].argmax()))

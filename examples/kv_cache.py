@@ -40,18 +40,19 @@ def read(executable: Executable, token_ids: list[int], first_position: int) -> n
     Their keys and values are written into the cache, and attention reads those of all positions before from there.
     The cache is an array of blocks of 16 tokens. A block table says which blocks hold a sequence; with a single
     sequence it is simply 0, 1, 2, …, and the slot of a token is its position. A server gives each sequence the blocks
-    that happen to be free (see kvarn.cache).
+    that happen to be free (see kvarn.cache). Layers of different kinds have blocks of their own; `of_tables` knows.
     """
     end = first_position + len(token_ids)
     positions = np.arange(first_position, end, dtype=np.int32)
-    batch = InputBatch(
+    batch = InputBatch.of_tables(
         token_ids=np.array(token_ids, np.int32),
         positions=positions,
-        slot_mapping=positions.astype(np.int64),
         query_start=np.array([0, len(token_ids)], np.int32),
         seq_lens=np.array([end], np.int32),
-        block_tables=np.arange(-(-end // BLOCK_SIZE), dtype=np.int32)[None, :],
+        tables=np.arange(-(-end // BLOCK_SIZE), dtype=np.int32)[None, :],
         output_rows=np.array([len(token_ids) - 1], np.int32),
+        block_size=BLOCK_SIZE,
+        num_groups=len(executable.program.kv_groups),
     )
     return executable.execute(batch)["logits"][0].copy()
 
@@ -91,7 +92,8 @@ def main() -> None:
     longest = max(options.contexts) + options.tokens
     with open_model(catalog.resolve(options.model)) as files:
         model, tokenizer = load_model(files), load_tokenizer(files)
-        cache = KvCacheSpec(num_blocks=-(-longest // BLOCK_SIZE), block_size=BLOCK_SIZE)
+        blocks = -(-longest // BLOCK_SIZE) * len(model.program.kv_groups)
+        cache = KvCacheSpec(num_blocks=blocks, block_size=BLOCK_SIZE)
         limits = StepLimits(max_num_tokens=longest, max_num_sequences=1, max_model_len=longest)
         executable = make_backend("cpu", options.threads).load(model.program, model.weights, cache, limits)
 

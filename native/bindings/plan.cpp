@@ -7,6 +7,7 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <stdexcept>
 #include <tuple>
 
@@ -23,10 +24,10 @@ using namespace kvarn;
 namespace {
 
 using Ints = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-using Longs = nb::ndarray<const int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Rows = nb::ndarray<nb::numpy, float, nb::ndim<2>>;
 using OptionalInts = std::optional<Ints>;
-using IntTable = nb::ndarray<const int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Slots = nb::ndarray<const int64_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Tables = nb::ndarray<const int32_t, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
 
 void require(bool ok, const char *what) {
     if (!ok) throw std::invalid_argument(what);
@@ -40,25 +41,27 @@ Function function_of(const std::string &name) {
     return Function::kRelu;
 }
 
-Batch make_batch(const Ints &token_ids, const Ints &positions, const Longs &slot_mapping, const Ints &query_start,
-                 const Ints &seq_lens, const IntTable &block_tables, const Ints &output_rows,
+Batch make_batch(const Ints &token_ids, const Ints &positions, const Slots &slot_mapping, const Ints &query_start,
+                 const Ints &seq_lens, const Tables &block_tables, const Ints &output_rows,
                  const OptionalInts &tree_parents) {
     const size_t tokens = token_ids.size(), sequences = seq_lens.size();
     require(positions.size() == tokens, "positions must have as many elements as token_ids");
-    require(slot_mapping.size() == tokens, "slot_mapping must have as many elements as token_ids");
+    require(slot_mapping.shape(0) == tokens, "slot_mapping must have a row for each of token_ids");
     require(query_start.size() == sequences + 1, "query_start must have one element more than seq_lens");
     require(block_tables.shape(0) == sequences, "block_tables must have a row for each of seq_lens");
+    require(block_tables.shape(1) == slot_mapping.shape(1), "block_tables and slot_mapping must be of as many KV groups");
     require(!tree_parents || tree_parents->size() == tokens, "tree_parents must have as many elements as token_ids");
     return {int64_t(tokens), int64_t(sequences), int64_t(output_rows.size()), int64_t(block_tables.shape(1)),
-            token_ids.data(), positions.data(), slot_mapping.data(), query_start.data(), seq_lens.data(),
-            block_tables.data(), output_rows.data(), tree_parents ? tree_parents->data() : nullptr};
+            int64_t(block_tables.shape(2)), token_ids.data(), positions.data(), slot_mapping.data(),
+            query_start.data(), seq_lens.data(), block_tables.data(), output_rows.data(),
+            tree_parents ? tree_parents->data() : nullptr};
 }
 
 // Raw arrays of a batch, kept by reference while a step runs without the GIL.
 template <class Run>
 auto with_batch(Run run) {
-    return [run](StepPlan &plan, const Ints &token_ids, const Ints &positions, const Longs &slot_mapping,
-                 const Ints &query_start, const Ints &seq_lens, const IntTable &block_tables, const Ints &output_rows,
+    return [run](StepPlan &plan, const Ints &token_ids, const Ints &positions, const Slots &slot_mapping,
+                 const Ints &query_start, const Ints &seq_lens, const Tables &block_tables, const Ints &output_rows,
                  const OptionalInts &tree_parents) {
         const Batch batch = make_batch(token_ids, positions, slot_mapping, query_start, seq_lens, block_tables,
                                        output_rows, tree_parents);
@@ -75,13 +78,21 @@ Rows array(nb::handle plan, const FloatBuffer &buffer, int64_t rows) {
     return Rows(buffer.data, 2, shape, plan, strides);
 }
 
-AttentionShape attention_shape(const StepPlan &plan, size_t layer, int64_t heads, float scale, float softcap,
-                               int64_t window) {
-    require(layer < plan.kv().num_layers(), "no such KV layer");
-    const KvLayerView &kv = plan.kv().layer(layer);
+// Where a layer's keys and values are: a slot of the blocks of a KV group.
+const KvLayerView &kv_layer(const StepPlan &plan, size_t group, size_t slot) {
+    require(group < plan.limits().windows.size(), "no such KV group");
+    require(slot < plan.kv().num_slots(), "no such slot of a KV block");
+    return plan.kv().slot(slot);
+}
+
+AttentionShape attention_shape(const StepPlan &plan, size_t kv_group, size_t slot, int64_t heads, float scale,
+                               float softcap, int64_t window) {
+    const KvLayerView &kv = kv_layer(plan, kv_group, slot);
+    const int64_t kept = plan.limits().windows[kv_group];
+    require(kept == 0 || (window > 0 && window <= kept), "a layer sees no more than its KV group keeps");
     require(heads > 0 && heads % kv.heads == 0, "heads must be a multiple of the KV heads");
     require(window >= 0, "a window is not negative");
-    return {kv, heads, scale, softcap, window, (plan.limits().max_model_len + kKeySpan - 1) / kKeySpan};
+    return {kv, int64_t(kv_group), heads, scale, softcap, window, (plan.limits().max_model_len + kKeySpan - 1) / kKeySpan};
 }
 
 void check_heads(const HeadRecipe &recipe, int64_t width, int64_t head_dim, const StepPlan &plan) {
@@ -92,10 +103,10 @@ void check_heads(const HeadRecipe &recipe, int64_t width, int64_t head_dim, cons
                 "the rotary table does not fit heads or positions");
 }
 
-void add_attention(StepPlan &plan, size_t layer, const HeadRecipe &q, const HeadRecipe &k, const FloatBuffer &v,
-                   bool write, int64_t heads, float scale, float softcap, int64_t window, const FloatBuffer &out,
-                   const QuantBuffer &quants, size_t partials) {
-    const AttentionShape shape = attention_shape(plan, layer, heads, scale, softcap, window);
+void add_attention(StepPlan &plan, size_t kv_group, size_t slot, const HeadRecipe &q, const HeadRecipe &k,
+                   const FloatBuffer &v, bool write, int64_t heads, float scale, float softcap, int64_t window,
+                   const FloatBuffer &out, const QuantBuffer &quants, size_t partials) {
+    const AttentionShape shape = attention_shape(plan, kv_group, slot, heads, scale, softcap, window);
     const KvLayerView &kv = shape.kv;
     check_heads(q, heads * kv.key_dim, kv.key_dim, plan);
     require(out.width == heads * kv.value_dim, "attention's out has heads * value_dim elements");
@@ -204,12 +215,11 @@ void bind_row_stages(nb::class_<StepPlan> &plan) {
                         table->positions >= p.limits().max_model_len, "the rotary table does not fit");
             p.add(std::make_unique<RopeStage>(p.context(), std::move(table), x, out, heads));
         }, "table"_a, "x"_a, "out"_a, "heads"_a)
-        .def("kv_write", [](StepPlan &p, size_t layer, const FloatBuffer &k, const FloatBuffer &v) {
-            require(layer < p.kv().num_layers(), "no such KV layer");
-            const KvLayerView &kv = p.kv().layer(layer);
+        .def("kv_write", [](StepPlan &p, size_t kv_group, size_t slot, const FloatBuffer &k, const FloatBuffer &v) {
+            const KvLayerView &kv = kv_layer(p, kv_group, slot);
             require(k.width == kv.heads * kv.key_dim && v.width == kv.heads * kv.value_dim, "k and v must fit the layer");
-            p.add(std::make_unique<KvWriteStage>(p.context(), kv, k, v));
-        }, "layer"_a, "k"_a, "v"_a)
+            p.add(std::make_unique<KvWriteStage>(p.context(), kv, int64_t(kv_group), k, v));
+        }, "kv_group"_a, "slot"_a, "k"_a, "v"_a)
         .def("activation", [](StepPlan &p, const std::string &f, const FloatBuffer &x, const FloatBuffer &out) {
             require(x.width == out.width, "widths must agree");
             p.add(std::make_unique<ActivationStage>(p.context(), function_of(f), x, out));
@@ -257,17 +267,20 @@ void bind_plan(nb::module_ &m) {
     auto plan = nb::class_<StepPlan>(m, "StepPlan", "Stages over buffers in one arena, run as one call per step.");
     plan.def("__init__", [](StepPlan *self, std::shared_ptr<Pool> pool, std::shared_ptr<KvCache> kv,
                             const std::string &isa, int64_t max_tokens, int64_t max_sequences, int64_t max_outputs,
-                            int64_t max_model_len, int64_t vocab_size, size_t arena_bytes) {
+                            int64_t max_model_len, int64_t vocab_size, size_t arena_bytes,
+                            const std::vector<int64_t> &windows) {
             require(max_tokens >= 1 && max_sequences >= 1 && max_outputs >= 1 && max_model_len >= 1,
                     "limits are at least 1");
+            require(!windows.empty() && *std::min_element(windows.begin(), windows.end()) >= 0,
+                    "there is a KV group, and no window is negative");
             new (self) StepPlan(std::move(pool), std::move(kv), choose_kernels(isa),
-                                {max_tokens, max_sequences, max_outputs, max_model_len, vocab_size}, arena_bytes);
+                                {max_tokens, max_sequences, max_outputs, max_model_len, vocab_size, windows}, arena_bytes);
         }, "pool"_a, "kv"_a, "isa"_a, "max_tokens"_a, "max_sequences"_a, "max_outputs"_a, "max_model_len"_a,
-           "vocab_size"_a, "arena_bytes"_a)
+           "vocab_size"_a, "arena_bytes"_a, "windows"_a)
         .def("float_buffer", &StepPlan::float_buffer, "offset"_a, "width"_a, "stride"_a, "outputs"_a)
         .def("quant_buffer", &StepPlan::quant_buffer, "offset"_a, "cols"_a, "outputs"_a)
-        .def("attention", &add_attention, "layer"_a, "q"_a, "k"_a, "v"_a, "write"_a, "heads"_a, "scale"_a, "softcap"_a,
-             "window"_a, "out"_a, "quants"_a, "partials"_a)
+        .def("attention", &add_attention, "kv_group"_a, "slot"_a, "q"_a, "k"_a, "v"_a, "write"_a, "heads"_a, "scale"_a,
+             "softcap"_a, "window"_a, "out"_a, "quants"_a, "partials"_a)
         .def("linear", &add_linear, "label"_a, "input"_a, "quants"_a, "recipe"_a.none(), "jobs"_a)
         .def("finish", &StepPlan::finish)
         .def_prop_ro("arena_bytes", &StepPlan::arena_bytes)

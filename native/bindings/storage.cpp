@@ -79,7 +79,7 @@ void bind_storage(nb::module_ &m) {
     m.def("kv_bytes", [](const std::vector<LayerShape> &layers, int64_t num_blocks, int64_t block_size,
                          const std::string &type) {
         return KvCache::bytes(layers_of(layers), num_blocks, block_size, kv_type_of(type));
-    }, "layers"_a, "num_blocks"_a, "block_size"_a, "type"_a, "Bytes of a KV cache.");
+    }, "slots"_a, "num_blocks"_a, "block_size"_a, "type"_a, "Bytes of a KV cache.");
     m.attr("KEY_SPAN") = kKeySpan;
 
     nb::class_<Pool>(m, "Pool", "Threads that run step plans; the caller of a run is one of them.")
@@ -120,11 +120,11 @@ void bind_storage(nb::module_ &m) {
             new (self) RotaryTable{std::vector<float>(t.data(), t.data() + t.size()), int64_t(t.shape(0)),
                                    int64_t(t.shape(2)), interleaved};
         }, "values"_a, "interleaved"_a);
-    nb::class_<KvCache>(m, "KvCache", "Keys and values of all layers, by blocks.")
+    nb::class_<KvCache>(m, "KvCache", "Keys and values by blocks, with a slot for each layer of a KV group.")
         .def("__init__", [](KvCache *self, const std::vector<LayerShape> &layers, int64_t num_blocks,
                             int64_t block_size, const std::string &type) {
             new (self) KvCache(layers_of(layers), num_blocks, block_size, kv_type_of(type));
-        }, "layers"_a, "num_blocks"_a, "block_size"_a, "type"_a)
+        }, "slots"_a, "num_blocks"_a, "block_size"_a, "type"_a)
         .def_prop_ro("nbytes", [](const KvCache &kv) { return kv.bytes(); })
         .def_prop_ro("block_bytes", &KvCache::block_bytes)
         .def("copy", &KvCache::copy, "pairs"_a, nb::call_guard<nb::gil_scoped_release>())

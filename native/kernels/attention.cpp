@@ -284,7 +284,7 @@ void attention_of_tree(const AttentionArgs &a) {
     w.total.reset(w.padded());
     w.span.reset(w.padded());
     for (int64_t start = first_key / kKeyTile * kKeyTile; start < common; start += kKeyTile) {
-        visit_tile(w, cached_tile(w, start, common - 1), start);
+        visit_tile(w, cached_tile(w, start, first_key, common - 1), start);
         if ((start + kKeyTile) % kKeySpan != 0) continue;
         merge_span(w.total, w.span, w.queries, w.old_factor, w.now_factor);
         w.span.reset(w.padded());
@@ -313,7 +313,7 @@ void attention(const AttentionArgs &a) {
         w.span.reset(w.padded());
         for (int64_t tile = span * kSpanTiles; tile < (span + 1) * kSpanTiles; ++tile) {
             const int64_t start = tile * kKeyTile;
-            if (start <= last && start + kKeyTile > first_key) visit_tile(w, cached_tile(w, start, last), start);
+            if (start <= last && start + kKeyTile > first_key) visit_tile(w, cached_tile(w, start, first_key, last), start);
         }
         if (!a.partial) {
             merge_span(w.total, w.span, w.queries, w.old_factor, w.now_factor);

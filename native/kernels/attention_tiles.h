@@ -120,11 +120,13 @@ private:
     }
 };
 
-// A tile's sub-blocks: keys [key_dim][16], values [16][value_stride]. Those beyond the sequence repeat the first one:
-// their scores are masked, their values not read.
+// A tile's sub-blocks: keys [key_dim][16], values [16][value_stride]. Those that no row sees, beyond the sequence or before
+// the first row's window, repeat the first one that is seen: their scores are masked, their values not read, and the block
+// table may have anything there.
 struct Tile {
     const uint8_t *keys[kSubs], *values[kSubs];
     int64_t value_stride;
+    int64_t first;  // position of the first sub-block that is seen
     int64_t count;  // tokens that the sequence has
     // Where the tile after this one is, to ask for it in time: its blocks lie anywhere. The tile itself at the end.
     const uint8_t *next_keys[kSubs], *next_values[kSubs];
@@ -135,7 +137,7 @@ struct Tile {
 void locate_int4(const Work &w, int64_t start, int64_t last, Tile &tile) {
     const KvLayerView &kv = *w.a.kv;
     const auto locate = [&](int64_t position) {
-        const int64_t seen = position <= last ? position : start;
+        const int64_t seen = position >= tile.first && position <= last ? position : tile.first;
         return kv.int4_scales(kv.head(w.a.block_table[seen / kv.block_size], w.a.kv_head), seen % kv.block_size);
     };
     for (int64_t s = 0; s < kSubs; ++s) {
@@ -144,8 +146,8 @@ void locate_int4(const Work &w, int64_t start, int64_t last, Tile &tile) {
     }
 }
 
-// Keys and values from position `start` on, as far as `last`.
-Tile cached_tile(const Work &w, int64_t start, int64_t last) {
+// Keys and values from position `start` on, as far as `last`. first_key: the first one that any of the rows sees.
+Tile cached_tile(const Work &w, int64_t start, int64_t first_key, int64_t last) {
     const KvLayerView &kv = *w.a.kv;
     const int64_t key_bytes = kv.vector_bytes(kv.key_dim), value_bytes = kv.vector_bytes(kv.value_dim);
     const int64_t values_at = kv.block_size * key_bytes, scales_at = values_at + kv.block_size * value_bytes;
@@ -159,14 +161,17 @@ Tile cached_tile(const Work &w, int64_t start, int64_t last) {
         return reinterpret_cast<const float *>(head + scales_at) + offset;
     };
     Tile tile;
+    const int64_t seen = first_key / kSub * kSub;
     tile.value_stride = kv.value_dim;
+    tile.first = seen > start ? seen : start;
     tile.count = last + 1 - start < kKeyTile ? last + 1 - start : kKeyTile;
     for (int64_t s = 0; s < kSubs; ++s) {
         const int64_t position = start + s * kSub, next = position + kKeyTile;
-        const float *scales = locate(position <= last ? position : start, tile.keys[s], tile.values[s]);
+        const bool is_seen = position >= tile.first && position <= last;
+        const float *scales = locate(is_seen ? position : tile.first, tile.keys[s], tile.values[s]);
         tile.key_scales[s] = kv.type == KvType::kInt8 ? scales : nullptr;
         tile.value_scales[s] = kv.type == KvType::kInt8 ? scales + kv.block_size : nullptr;
-        locate(next <= last ? next : start, tile.next_keys[s], tile.next_values[s]);
+        locate(next <= last ? next : tile.first, tile.next_keys[s], tile.next_values[s]);
     }
     if (kv.type == KvType::kInt4) locate_int4(w, start, last, tile);
     return tile;
@@ -178,7 +183,7 @@ Tile tile_of_path(const Work &w, const TreeRows &tree, int64_t row, int64_t star
     const KvLayerView &kv = *w.a.kv;
     const KvLayerView own{reinterpret_cast<uint8_t *>(scratch), kSub, 1, kv.key_dim, kv.value_dim, kv.type};
     const int64_t last = w.a.position;
-    Tile tile = cached_tile(w, start, last);
+    Tile tile = cached_tile(w, start, w.first_key(last), last);
     const int64_t begin = tree.begin > start ? tree.begin : start;
     for (int64_t s = (begin - start) / kSub; s < kSubs && start + s * kSub <= last; ++s) {
         const int64_t position = start + s * kSub, block = w.a.block_table[position / kv.block_size];
@@ -190,7 +195,7 @@ Tile tile_of_path(const Work &w, const TreeRows &tree, int64_t row, int64_t star
         if (kv.type == KvType::kInt4) tile.scales[s] = at.scales;
     }
     for (int64_t position; (position = tree.positions[row]) >= begin; row = tree.parents[row])
-        if (position < start + kKeyTile) copy_token(kv, tree.slots[row], w.a.kv_head, own, position - start, 0);
+        if (position < start + kKeyTile) copy_token(kv, tree.slot(row), w.a.kv_head, own, position - start, 0);
     return tile;
 }
 

@@ -40,7 +40,7 @@ void HeadsStage::run(const Step &step, uint32_t item, Scratch &scratch) noexcept
         }
         for (int64_t h = 0; h < kv.heads; ++h) {
             input_.k.apply(kernels(), input_.k.x.row(r) + h * kv.key_dim, key, kv.key_dim, position);
-            kernels().kv_write(kv, step.batch.slot_mapping[r], step.places[r], h, key,
+            kernels().kv_write(kv, step.batch.slot(r, shape_.kv_group), step.place(r, shape_.kv_group), h, key,
                                input_.v.row(r) + h * kv.value_dim);
         }
     }
@@ -112,12 +112,14 @@ void AttentionStage::prefill_item(const Step &step, uint32_t item, Scratch &scra
     tile.position += skipped;
     AttentionArgs args{};
     args.kv = &shape_.kv;
-    args.block_table = step.batch.block_tables + tile.sequence * step.batch.table_width;
+    args.block_table = step.batch.table(tile.sequence, shape_.kv_group);
     args.kv_head = kv_head;
     args.group = group;
     args.q = input_.q.x.row(tile.row) + kv_head * group * shape_.kv.key_dim;
     args.q_stride = input_.q.x.stride;
-    const TreeRows tree{step.batch.tree_parents, step.batch.positions, step.batch.slot_mapping, tile.row, tile.tree};
+    const Batch &batch = step.batch;
+    const TreeRows tree{batch.tree_parents, batch.positions, batch.slot_mapping + shape_.kv_group,
+                        batch.groups,       tile.row,        tile.tree};
     args.rows = tile.rows;
     args.tree = tile.tree < 0 ? nullptr : &tree;
     args.position = tile.position;
@@ -150,7 +152,7 @@ void AttentionStage::decode_item(const Step &step, uint32_t item, Scratch &scrat
     }
     if (input_.write && part == count - 1) {  // the part that has the newest key
         input_.k.apply(kernels(), input_.k.x.row(s) + kv_head * kd, key, kd, position);
-        const int64_t slot = step.batch.slot_mapping[s];
+        const int64_t slot = step.batch.slot(s, shape_.kv_group);
         kernels().kv_write(shape_.kv, slot, slot, kv_head, key, input_.v.row(s) + kv_head * vd);
     }
     const int64_t entry = attention_partial_elements(vd);
@@ -158,7 +160,7 @@ void AttentionStage::decode_item(const Step &step, uint32_t item, Scratch &scrat
     if (begin < end) {
         AttentionArgs args{};
         args.kv = &shape_.kv;
-        args.block_table = step.batch.block_tables + s * step.batch.table_width;
+        args.block_table = step.batch.table(s, shape_.kv_group);
         args.kv_head = kv_head;
         args.group = group;
         args.q = q;

@@ -25,6 +25,7 @@ struct AttentionInput {
 
 struct AttentionShape {
     KvLayerView kv;
+    int64_t kv_group;  // whose block tables the layer reads
     int64_t heads;
     float scale, softcap;
     int64_t window;  // 0: none

@@ -36,7 +36,7 @@ void KvWriteStage::run(const Step &step, uint32_t item, Scratch &) noexcept {
 
 void KvWriteStage::row(const Step &step, int64_t r) noexcept {
     for (int64_t h = 0; h < kv_.heads; ++h)
-        kernels().kv_write(kv_, step.batch.slot_mapping[r], step.places[r], h, k_.row(r) + h * kv_.key_dim,
+        kernels().kv_write(kv_, step.batch.slot(r, kv_group_), step.place(r, kv_group_), h, k_.row(r) + h * kv_.key_dim,
                            v_.row(r) + h * kv_.value_dim);
 }
 

@@ -57,13 +57,14 @@ private:
 
 class KvWriteStage final : public RowStage {
 public:
-    KvWriteStage(StageContext c, KvLayerView kv, FloatBuffer k, FloatBuffer v)
-        : RowStage("kv_write", c, false), kv_(kv), k_(k), v_(v) {}
+    KvWriteStage(StageContext c, KvLayerView kv, int64_t kv_group, FloatBuffer k, FloatBuffer v)
+        : RowStage("kv_write", c, false), kv_(kv), kv_group_(kv_group), k_(k), v_(v) {}
     void run(const Step &step, uint32_t item, Scratch &scratch) noexcept override;
     void row(const Step &step, int64_t r) noexcept override;
 
 private:
     KvLayerView kv_;
+    int64_t kv_group_;
     FloatBuffer k_, v_;
 };
 

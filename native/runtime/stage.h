@@ -66,10 +66,10 @@ inline int64_t rows_of(const Step &step, bool outputs) { return outputs ? step.b
 // The first row from `row` on that does not go on with the sub-block of the row before it: who writes to the cache takes
 // sub-blocks whole, since a key may be stored as its difference from their first one. Trees, too, in int4.
 inline int64_t sub_block_from(const Batch &batch, int64_t row, KvType type) {
-    const int64_t *slots = batch.slot_mapping;
+    // The same in every KV group: blocks begin where sub-blocks do.
     const auto goes_on = [&](int64_t r) {
         if (type == KvType::kInt4 && batch.draft(r)) return true;
-        return slots[r] % kSubBlock != 0 && slots[r] == slots[r - 1] + 1;
+        return batch.slot(r, 0) % kSubBlock != 0 && batch.slot(r, 0) == batch.slot(r - 1, 0) + 1;
     };
     while (row > 0 && row < batch.tokens && goes_on(row)) ++row;
     return row;

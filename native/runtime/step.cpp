@@ -10,9 +10,9 @@ std::string out_of_range(const char *field, int64_t index, int64_t value, int64_
            ", outside of 0 to " + std::to_string(limit - 1);
 }
 
-// Slot of a position of sequence s.
-int64_t slot_of(const Batch &b, int64_t s, int64_t position, int64_t block_size) {
-    return b.block_tables[s * b.table_width + position / block_size] * block_size + position % block_size;
+// Slot of a position of sequence s in a KV group.
+int64_t slot_of(const Batch &b, int64_t s, int64_t group, int64_t position, int64_t block_size) {
+    return b.table(s, group)[position / block_size] * block_size + position % block_size;
 }
 
 // Where the drafts of a tree begin in a sequence's rows; `end` where it has none.
@@ -45,6 +45,25 @@ std::string check_tree(const Batch &b, int64_t begin, int64_t end, bool one_star
     return "";
 }
 
+// What a sequence's rows see of a KV group, and where they are written. Before its window a table may hold anything.
+std::string check_group(const Batch &b, int64_t s, int64_t group, int64_t window, int64_t num_blocks,
+                        int64_t block_size) {
+    const int64_t begin = b.query_start[s], end = b.query_start[s + 1], length = b.seq_lens[s];
+    const int32_t *table = b.table(s, group);
+    const int64_t first = length - (end - begin) - window + 1;  // that the first row sees
+    for (int64_t i = window > 0 && first > 0 ? first / block_size : 0; i * block_size < length; ++i)
+        if (table[i] < 0 || table[i] >= num_blocks)
+            return out_of_range("block_tables of a sequence", i, table[i], num_blocks);
+    for (int64_t row = begin; row < end; ++row) {
+        const int64_t place = length - (end - row);
+        if (b.slot(row, group) != slot_of(b, s, group, place, block_size))
+            return "slot_mapping[" + std::to_string(row) + "] is " + std::to_string(b.slot(row, group)) +
+                   ", which is not where the block table of sequence " + std::to_string(s) + " has position " +
+                   std::to_string(place);
+    }
+    return "";
+}
+
 std::string check_sequence(const Batch &b, int64_t s, const Limits &limits, int64_t num_blocks, int64_t block_size,
                            bool one_start) {
     const int64_t begin = b.query_start[s], end = b.query_start[s + 1], length = b.seq_lens[s];
@@ -65,16 +84,10 @@ std::string check_sequence(const Batch &b, int64_t s, const Limits &limits, int6
     if (blocks > b.table_width)
         return "block_tables: " + name + " needs " + std::to_string(blocks) + " blocks, the table has " +
                std::to_string(b.table_width);
-    for (int64_t i = 0; i < blocks; ++i) {
-        const int64_t block = b.block_tables[s * b.table_width + i];
-        if (block < 0 || block >= num_blocks) return out_of_range("block_tables of a sequence", i, block, num_blocks);
-    }
-    for (int64_t row = begin; row < end; ++row) {
-        const int64_t place = length - (end - row);
-        if (b.slot_mapping[row] != slot_of(b, s, place, block_size))
-            return "slot_mapping[" + std::to_string(row) + "] is " + std::to_string(b.slot_mapping[row]) +
-                   ", which is not where the block table of " + name + " has position " + std::to_string(place);
-    }
+    for (int64_t group = 0; group < b.groups; ++group)
+        if (std::string problem = check_group(b, s, group, limits.windows[size_t(group)], num_blocks, block_size);
+            !problem.empty())
+            return problem;
     return "";
 }
 
@@ -90,6 +103,9 @@ std::string check_batch(const Batch &b, const Limits &limits, int64_t num_blocks
     if (b.outputs > limits.max_outputs)
         return "output_rows has " + std::to_string(b.outputs) + " rows, the limit is " +
                std::to_string(limits.max_outputs);
+    if (b.groups != int64_t(limits.windows.size()))
+        return "block_tables are of " + std::to_string(b.groups) + " KV groups, the program has " +
+               std::to_string(limits.windows.size());
     if (b.query_start[0] != 0 || b.query_start[b.sequences] != b.tokens)
         return "query_start must run from 0 to the number of tokens";
     for (int64_t s = 0; s < b.sequences; ++s)
@@ -128,10 +144,11 @@ void add_tiles(const Batch &b, int64_t s, int64_t begin, int64_t end, int64_t tr
 }
 
 void place_drafts(const Batch &b, int64_t block_size, Step &step) {
-    step.own_places.resize(size_t(b.tokens));
+    step.own_places.resize(size_t(b.tokens * b.groups));
     for (int64_t s = 0; s < b.sequences; ++s)
         for (int64_t row = b.query_start[s]; row < b.query_start[s + 1]; ++row)
-            step.own_places[size_t(row)] = slot_of(b, s, b.positions[row], block_size);
+            for (int64_t group = 0; group < b.groups; ++group)
+                step.own_places[size_t(row * b.groups + group)] = slot_of(b, s, group, b.positions[row], block_size);
     step.places = step.own_places.data();
 }
 

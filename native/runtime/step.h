@@ -10,7 +10,7 @@ namespace kvarn {
 
 // The arrays of kvarn.backends.base.InputBatch; shapes as documented there. Not owned.
 struct Batch {
-    int64_t tokens, sequences, outputs, table_width;
+    int64_t tokens, sequences, outputs, groups, table_width;
     const int32_t *token_ids;
     const int32_t *positions;
     const int64_t *slot_mapping;
@@ -21,10 +21,16 @@ struct Batch {
     const int32_t *tree_parents;  // null: no trees
 
     bool draft(int64_t row) const { return tree_parents && tree_parents[row] >= 0; }
+    // Of a KV group: the slot of a row, and the block table of a sequence.
+    int64_t slot(int64_t row, int64_t group) const { return slot_mapping[row * groups + group]; }
+    const int32_t *table(int64_t sequence, int64_t group) const {
+        return block_tables + (sequence * groups + group) * table_width;
+    }
 };
 
 struct Limits {
     int64_t max_tokens, max_sequences, max_outputs, max_model_len, vocab_size;
+    std::vector<int64_t> windows;  // of each KV group: the last so many tokens that its layers see; 0: all
 };
 
 // Empty where every index is in range and the arrays agree; else what is wrong, naming the field. one_start: drafts of a
@@ -44,8 +50,10 @@ struct Step {
     bool decode;                    // every sequence has exactly one token
     std::vector<QueryTile> tiles;   // longest contexts first
     int64_t tile_rows;              // of the tile with most
-    const int64_t *places;          // of each row, the slot of its position: where it is, but for drafts of a tree
+    const int64_t *places;          // the slot of each row's position, as slot_mapping has it but for drafts of a tree
     std::vector<int64_t> own_places;  // what `places` is in a step with trees
+
+    int64_t place(int64_t row, int64_t group) const { return places[row * batch.groups + group]; }
 };
 
 // Fills `step` from a checked batch.

@@ -72,21 +72,21 @@ KvType kv_type_of(const std::string &name) {
     throw std::invalid_argument("a KV cache cannot be of type " + name);
 }
 
-KvCache::KvCache(const std::vector<Layer> &layers, int64_t num_blocks, int64_t block_size, KvType type)
-    : num_blocks_(num_blocks), block_size_(block_size), type_(type), pages_(bytes(layers, num_blocks, block_size, type)) {
+KvCache::KvCache(const std::vector<Layer> &slots, int64_t num_blocks, int64_t block_size, KvType type)
+    : num_blocks_(num_blocks), block_size_(block_size), type_(type), pages_(bytes(slots, num_blocks, block_size, type)) {
     uint8_t *next = pages_.data();
-    for (const Layer &layer : layers) {
+    for (const Layer &layer : slots) {
         views_.push_back(view(layer, block_size, type));
         views_.back().data = next;
         next += layer_bytes(views_.back(), num_blocks);
     }
 }
 
-size_t KvCache::bytes(const std::vector<Layer> &layers, int64_t num_blocks, int64_t block_size, KvType type) {
+size_t KvCache::bytes(const std::vector<Layer> &slots, int64_t num_blocks, int64_t block_size, KvType type) {
     if (num_blocks < 1 || block_size < 16 || block_size % 16 != 0)
         throw std::invalid_argument("a KV cache has at least one block, of a multiple of 16 tokens");
     size_t total = 0;
-    for (const Layer &layer : layers) total += layer_bytes(view(layer, block_size, type), num_blocks);
+    for (const Layer &layer : slots) total += layer_bytes(view(layer, block_size, type), num_blocks);
     return total;
 }
 

@@ -53,33 +53,33 @@ struct RotaryTable {
 // Throws std::invalid_argument where no cache is of a type of that name.
 KvType kv_type_of(const std::string &name);
 
-// All layers' keys and values, by blocks. Layouts: KvLayerView.
+// Keys and values by blocks, each with a slot for every layer of a KV group. Layouts: KvLayerView.
 class KvCache {
 public:
     struct Layer {
         int64_t heads, key_dim, value_dim;
     };
-    KvCache(const std::vector<Layer> &layers, int64_t num_blocks, int64_t block_size, KvType type);
+    KvCache(const std::vector<Layer> &slots, int64_t num_blocks, int64_t block_size, KvType type);
 
-    static size_t bytes(const std::vector<Layer> &layers, int64_t num_blocks, int64_t block_size, KvType type);
+    static size_t bytes(const std::vector<Layer> &slots, int64_t num_blocks, int64_t block_size, KvType type);
 
-    const KvLayerView &layer(size_t i) const { return views_.at(i); }
-    size_t num_layers() const { return views_.size(); }
+    const KvLayerView &slot(size_t i) const { return views_.at(i); }
+    size_t num_slots() const { return views_.size(); }
     int64_t num_blocks() const { return num_blocks_; }
     int64_t block_size() const { return block_size_; }
     KvType type() const { return type_; }
     size_t bytes() const { return pages_.size(); }
 
-    // Copies whole blocks in all layers, in order. Throws std::invalid_argument where a block does not exist.
+    // Copies whole blocks, in order. Throws std::invalid_argument where a block does not exist.
     void copy(const std::vector<std::pair<int64_t, int64_t>> &pairs);
 
-    // Copies tokens from slot to slot in all layers, as if all at once. Of int4 a token goes to where its reference is: the
-    // slot of its position. Throws where a slot does not exist or is twice a destination; nothing is copied then.
+    // Copies tokens from slot to slot, as if all at once. Of int4 a token goes to where its reference is: the slot of its
+    // position. Throws where a slot does not exist or is twice a destination; nothing is copied then.
     void move(const std::vector<std::pair<int64_t, int64_t>> &pairs);
 
-    // Bytes of one block over all layers.
+    // Bytes of one block.
     size_t block_bytes() const;
-    // A block's bytes, layer by layer. Throws where there is no such block.
+    // A block's bytes, slot by slot. Throws where there is no such block.
     void read(int64_t block, uint8_t *out) const;
     void write(int64_t block, const uint8_t *in);
 

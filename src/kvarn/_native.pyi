@@ -16,7 +16,7 @@ def packed_bytes(format: str, rows: int, cols: int) -> int:
 def quant_bytes(rows: int, cols: int) -> int:
     """Bytes of int8 activations with their scales and sums."""
 
-def kv_bytes(layers: Sequence[tuple[int, int, int]], num_blocks: int, block_size: int, type: str) -> int:
+def kv_bytes(slots: Sequence[tuple[int, int, int]], num_blocks: int, block_size: int, type: str) -> int:
     """Bytes of a KV cache."""
 
 KEY_SPAN: int = 256
@@ -93,9 +93,9 @@ class RotaryTable:
     def __init__(self, values: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None), order='C', device='cpu', writable=False)], interleaved: bool) -> None: ...
 
 class KvCache:
-    """Keys and values of all layers, by blocks."""
+    """Keys and values by blocks, with a slot for each layer of a KV group."""
 
-    def __init__(self, layers: Sequence[tuple[int, int, int]], num_blocks: int, block_size: int, type: str) -> None: ...
+    def __init__(self, slots: Sequence[tuple[int, int, int]], num_blocks: int, block_size: int, type: str) -> None: ...
 
     @property
     def nbytes(self) -> int: ...
@@ -176,13 +176,13 @@ def thread_bytes(scratch: int, own: int) -> int:
 class StepPlan:
     """Stages over buffers in one arena, run as one call per step."""
 
-    def __init__(self, pool: Pool, kv: KvCache, isa: str, max_tokens: int, max_sequences: int, max_outputs: int, max_model_len: int, vocab_size: int, arena_bytes: int) -> None: ...
+    def __init__(self, pool: Pool, kv: KvCache, isa: str, max_tokens: int, max_sequences: int, max_outputs: int, max_model_len: int, vocab_size: int, arena_bytes: int, windows: Sequence[int]) -> None: ...
 
     def float_buffer(self, offset: int, width: int, stride: int, outputs: bool) -> FloatBuffer: ...
 
     def quant_buffer(self, offset: int, cols: int, outputs: bool) -> QuantBuffer: ...
 
-    def attention(self, layer: int, q: HeadRecipe, k: HeadRecipe, v: FloatBuffer, write: bool, heads: int, scale: float, softcap: float, window: int, out: FloatBuffer, quants: QuantBuffer, partials: int) -> None: ...
+    def attention(self, kv_group: int, slot: int, q: HeadRecipe, k: HeadRecipe, v: FloatBuffer, write: bool, heads: int, scale: float, softcap: float, window: int, out: FloatBuffer, quants: QuantBuffer, partials: int) -> None: ...
 
     def linear(self, label: str, input: FloatBuffer, quants: QuantBuffer, recipe: InputRecipe | None, jobs: Sequence[LinearJob]) -> None: ...
 
@@ -197,7 +197,7 @@ class StepPlan:
     @property
     def labels(self) -> list[str]: ...
 
-    def run(self, token_ids: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], positions: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], slot_mapping: Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C', device='cpu', writable=False)], query_start: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], seq_lens: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], block_tables: Annotated[NDArray[numpy.int32], dict(shape=(None, None), order='C', device='cpu', writable=False)], output_rows: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], tree_parents: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)] | None) -> None:
+    def run(self, token_ids: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], positions: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], slot_mapping: Annotated[NDArray[numpy.int64], dict(shape=(None, None), order='C', device='cpu', writable=False)], query_start: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], seq_lens: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], block_tables: Annotated[NDArray[numpy.int32], dict(shape=(None, None, None), order='C', device='cpu', writable=False)], output_rows: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], tree_parents: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)] | None) -> None:
         """
         Runs a step with the GIL released. Raises ValueError where the batch is out of range.
         """
@@ -221,7 +221,7 @@ class StepPlan:
 
     def rope(self, table: RotaryTable, x: FloatBuffer, out: FloatBuffer, heads: int) -> None: ...
 
-    def kv_write(self, layer: int, k: FloatBuffer, v: FloatBuffer) -> None: ...
+    def kv_write(self, kv_group: int, slot: int, k: FloatBuffer, v: FloatBuffer) -> None: ...
 
     def activation(self, function: str, x: FloatBuffer, out: FloatBuffer) -> None: ...
 

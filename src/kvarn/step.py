@@ -23,8 +23,9 @@ class ScheduledSequence:
     """The tokens whose KV is computed in this step."""
     start: int
     """Position of token_ids[0]; equals the sequence's num_computed_tokens."""
-    block_table: tuple[int, ...]
-    """Ids of all blocks that hold positions 0 … start + num_rows."""
+    block_tables: tuple[tuple[int, ...], ...]
+    """For each KV group the ids of the blocks that hold positions 0 … start + num_rows; -1 where no token of the step
+    sees the block."""
     sample: bool
     """Whether the last token's logits are needed and a token is to be sampled from them."""
     draft: tuple[int, ...] = ()
@@ -71,7 +72,9 @@ class BlockSave:
 
 @dataclass(frozen=True, slots=True)
 class BlockLoad:
-    """Copy slots of the second tier into consecutive blocks of one sequence, which computes nothing in this step."""
+    """Copy slots of the second tier into consecutive blocks of one sequence, which computes nothing in this step.
+
+    Those of all KV groups for the same tokens stand together."""
 
     sequence_id: int
     blocks: tuple[int, ...]

@@ -35,7 +35,7 @@ def schedules(draw):
         table, blocks = tuple(blocks[:needed]), blocks[needed:]
         tokens = tuple(draw(st.integers(0, 258)) for _ in range(count + drafts))
         draft = tokens[count:]
-        sequences.append(ScheduledSequence(sequence_id, tokens[:count], start, table, sample, draft))
+        sequences.append(ScheduledSequence(sequence_id, tokens[:count], start, (table,), sample, draft))
         left -= count + drafts
         if len(blocks) < 8:
             break
@@ -53,15 +53,16 @@ def test_batches_say_what_was_scheduled(steps):
         rows = [(s, i) for s in sequences for i in range(s.num_rows)]
         assert batch.token_ids.tolist() == [(s.token_ids + s.draft)[i] for s, i in rows]
         assert batch.positions.tolist() == [s.start + i for s, i in rows]
-        slots = [s.block_table[(s.start + i) // BLOCK] * BLOCK + (s.start + i) % BLOCK for s, i in rows]
-        assert batch.slot_mapping.tolist() == slots
+        slots = [s.block_tables[0][(s.start + i) // BLOCK] * BLOCK + (s.start + i) % BLOCK for s, i in rows]
+        assert batch.slot_mapping[:, 0].tolist() == slots
         assert batch.seq_lens.tolist() == [s.end + len(s.draft) for s in sequences]
         ends = np.cumsum([s.num_rows for s in sequences]).tolist()
         assert batch.query_start.tolist() == [0, *ends]
         wanted = [row for row, (s, i) in enumerate(rows) if s.sample and i >= len(s.token_ids) - 1]
         assert batch.output_rows.tolist() == wanted
         for row, s in zip(batch.block_tables, sequences, strict=True):
-            assert row.tolist() == [*s.block_table, *([-1] * (len(row) - len(s.block_table)))]
+            (table,) = s.block_tables
+            assert row.tolist() == [[*table, *([-1] * (row.size - len(table)))]]
         assert batch.tree_parents is None
         arrays = {name: getattr(batch, name) for name in batch.__slots__ if name != "tree_parents"}
         assert all(array.flags.c_contiguous for array in arrays.values())
@@ -81,7 +82,7 @@ def new(sequence_id):
 
 def test_an_empty_step_only_forgets():
     runner = make_runner()
-    part = ScheduledSequence(0, (1, 2), 0, (3,), sample=True)
+    part = ScheduledSequence(0, (1, 2), 0, ((3,),), sample=True)
     assert len(runner.execute(SchedulerOutput(1, (part,), new=(new(0),))).sampled) == 1
     assert runner.execute(SchedulerOutput(2, (), finished=(0,))).sampled == ()
     assert len(runner.execute(SchedulerOutput(3, (part,), new=(new(0),))).sampled) == 1, "the id is free again"
@@ -89,8 +90,8 @@ def test_an_empty_step_only_forgets():
 
 def test_a_chunk_that_is_not_the_last_samples_nothing():
     runner = make_runner()
-    first = ScheduledSequence(0, (1,), 0, (3,), sample=False)
-    last = ScheduledSequence(0, (2,), 1, (3,), sample=True)
+    first = ScheduledSequence(0, (1,), 0, ((3,),), sample=False)
+    last = ScheduledSequence(0, (2,), 1, ((3,),), sample=True)
     assert runner.execute(SchedulerOutput(1, (first,), new=(new(0),))).sampled == ()
     (token,) = runner.execute(SchedulerOutput(2, (last,))).sampled
     assert token.sequence_id == 0
@@ -99,10 +100,10 @@ def test_a_chunk_that_is_not_the_last_samples_nothing():
 def test_blocks_are_copied_before_the_step():
     """A sequence goes on in a copy of the block that it began in, and says the same."""
     runner = make_runner()
-    start = ScheduledSequence(0, (1, 2), 0, (3,), sample=True)
+    start = ScheduledSequence(0, (1, 2), 0, ((3,),), sample=True)
     runner.execute(SchedulerOutput(1, (start,), new=(new(0),)))
-    there = ScheduledSequence(0, (5,), 2, (3,), sample=True)
-    copied = ScheduledSequence(0, (5,), 2, (9,), sample=True)
+    there = ScheduledSequence(0, (5,), 2, ((3,),), sample=True)
+    copied = ScheduledSequence(0, (5,), 2, ((9,),), sample=True)
     (expected,) = runner.execute(SchedulerOutput(2, (there,))).sampled
     (token,) = runner.execute(SchedulerOutput(3, (copied,), block_copies=((3, 9),))).sampled
     assert token == expected
@@ -134,12 +135,12 @@ def test_a_drawn_draft_is_verified_with_what_it_was_drawn_from():
         sampling = SamplingParams(temperature=1.0, seed=1, logprobs=0)
         first = runner.execute(
             SchedulerOutput(
-                1, (ScheduledSequence(0, (1, 2), 0, (3,), True, num_drafts_wanted=3),),
+                1, (ScheduledSequence(0, (1, 2), 0, ((3,),), True, num_drafts_wanted=3),),
                 new=(NewSequence(0, (1, 2), sampling, seed=1, stream=0),),
             )
         )  # fmt: skip
         assert first.drafts == (DraftTokens(0, (7, 7, 7)),)
-        part = ScheduledSequence(0, (first.sampled[0].token_id,), 2, (3,), True, draft=(7, 7))
+        part = ScheduledSequence(0, (first.sampled[0].token_id,), 2, ((3,),), True, draft=(7, 7))
         second = runner.execute(SchedulerOutput(2, (part,)))
         ids = [t.token_id for t in second.sampled]
         assert (ids[:2] == [7, 7]) == accepted
@@ -150,7 +151,7 @@ def test_a_drawn_draft_is_verified_with_what_it_was_drawn_from():
 
 def test_reset_forgets_and_tries_the_program():
     runner = make_runner()
-    part = ScheduledSequence(0, (1, 2), 0, (3,), sample=True)
+    part = ScheduledSequence(0, (1, 2), 0, ((3,),), sample=True)
     runner.execute(SchedulerOutput(1, (part,), new=(new(0),)))
     runner.reset()
     with pytest.raises(ValueError, match="sequence 0"):
@@ -168,7 +169,7 @@ def test_a_step_says_what_moving_its_blocks_took(tmp_path):
     try:
         saved = runner.execute(SchedulerOutput(1, (), block_saves=(BlockSave(3, 0, name),)))
         loaded = runner.execute(SchedulerOutput(2, (), block_loads=(BlockLoad(1, (5,), (0,), (name,)),)))
-        computed = runner.execute(SchedulerOutput(3, (ScheduledSequence(1, (7,), 0, (0,), False),)))
+        computed = runner.execute(SchedulerOutput(3, (ScheduledSequence(1, (7,), 0, ((0,),), False),)))
     finally:
         runner.close()
     assert saved.move_seconds > 0 < loaded.move_seconds

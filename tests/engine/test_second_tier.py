@@ -45,7 +45,7 @@ def answers(core, texts=TEXTS, **sampling):
 
 @pytest.mark.parametrize(("backend", "dtype"), [("cpu", "float16"), ("cpu", "int4"), ("reference", "float32")])
 def test_what_was_evicted_is_loaded_and_says_the_same(engine, backend, dtype):
-    core = engine(backend, dtype=dtype, family="gemma3_text")
+    core = engine(backend, dtype=dtype, family="gemma3_text", num_blocks=20)  # of one layer each
     first, _ = answers(core, logprobs=3)
     assert core.stats().evicted_tokens > 0
     computed = core.stats().prompt_tokens - core.stats().prefix_hits

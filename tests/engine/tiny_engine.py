@@ -108,10 +108,14 @@ def handmade_engine(
     clock=time.perf_counter,
     speculative=None,
     wrap_drafter=lambda d: d,
+    model=None,
     **scheduling,
 ) -> LoadedEngine:
-    """An engine put together part by part, so that a test can get between them. scheduling: of `SchedulerConfig`."""
-    model = shared_model(family, 0, stored)
+    """An engine put together part by part, so that a test can get between them. scheduling: of `SchedulerConfig`.
+
+    model: instead of a tiny one of `family` and `stored`.
+    """
+    model = model or shared_model(family, 0, stored)
     config = EngineConfig(
         max_model_len=max_model_len,
         backend=backend,
@@ -129,7 +133,7 @@ def handmade_engine(
     runner = Runner(wrap_executable(executable), sampler, limits, block_size, drafter=drafter)
 
     def new_scheduler():
-        pool = BlockPool(num_blocks, block_size)
+        pool = BlockPool(num_blocks, block_size, model.program.kv_groups.windows)
         prefixes = RadixPrefixCache(pool) if prefix_caching else NullPrefixCache()
         return make_scheduler(
             config.scheduler, pool, max_model_len, cost, eos_token_ids=(EOS,), prefix_cache=prefixes, observer=observer,

@@ -13,7 +13,8 @@ LIMIT = 256
 
 def executable_of(model):
     return ReferenceBackend().load(
-        model.program, model.weights, KvCacheSpec(32, BLOCK, "float32"), StepLimits(LIMIT, 8, LIMIT)
+        model.program, model.weights, KvCacheSpec(32 * len(model.program.kv_groups), BLOCK, "float32"),
+        StepLimits(LIMIT, 8, LIMIT),
     )
 
 
@@ -26,16 +27,16 @@ def step(executable, spans, tables):
     """Runs one step of several sequences: spans of (token ids, position of the first); logits of all rows."""
     counts = [len(ids) for ids, _ in spans]
     positions = np.concatenate([np.arange(start, start + len(ids)) for ids, start in spans]).astype(np.int32)
-    owner = np.repeat(np.arange(len(spans)), counts)
     table = np.asarray(tables, dtype=np.int32)
-    batch = InputBatch(
+    batch = InputBatch.of_tables(
         token_ids=np.concatenate([ids for ids, _ in spans]).astype(np.int32),
         positions=positions,
-        slot_mapping=table[owner, positions // BLOCK].astype(np.int64) * BLOCK + positions % BLOCK,
         query_start=np.concatenate([[0], np.cumsum(counts)]).astype(np.int32),
         seq_lens=np.array([start + len(ids) for ids, start in spans], dtype=np.int32),
-        block_tables=table,
+        tables=table,
         output_rows=np.arange(sum(counts), dtype=np.int32),
+        block_size=BLOCK,
+        num_groups=len(executable.program.kv_groups),
     )
     return executable.execute(batch)["logits"].copy()
 

@@ -14,15 +14,16 @@ from kvarn.text import IncrementalDetokenizer, load_tokenizer
 from kvarn.weights import open_model
 
 
-def one_prompt(ids):
-    return InputBatch.of_one(ids, num_outputs=len(ids))
+def one_prompt(ids, groups=1):
+    return InputBatch.of_one(ids, num_outputs=len(ids), num_groups=groups)
 
 
 @pytest.mark.parametrize("family", SETTINGS)
 def test_logits_are_finite_and_varied(family):
     model = tiny_model(family, seed=3)
-    executable = ReferenceBackend().load(model.program, model, KvCacheSpec(8), StepLimits(128, 4, 128))
-    logits = executable.execute(one_prompt(range(40)))["logits"]
+    groups = len(model.program.kv_groups)
+    executable = ReferenceBackend().load(model.program, model, KvCacheSpec(8 * groups), StepLimits(128, 4, 128))
+    logits = executable.execute(one_prompt(range(40), groups=groups))["logits"]
     assert np.isfinite(logits).all()
     assert 0.1 < logits.std() < 100
     assert len(set(logits.argmax(1))) > 5
@@ -44,7 +45,7 @@ def test_a_batch_that_names_what_is_not_there_is_refused():
         "token_ids": np.full(20, 259, np.int32),
         "positions": good.positions + 1,
         "slot_mapping": good.slot_mapping[::-1].copy(),
-        "block_tables": np.array([[0, 2]], np.int32),
+        "block_tables": np.array([[[0, 2]]], np.int32),
         "seq_lens": np.array([33], np.int32),
         "query_start": np.array([0, 19], np.int32),
         "output_rows": np.array([20], np.int32),

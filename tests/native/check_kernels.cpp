@@ -380,7 +380,7 @@ struct Tree {
             slots.push_back(cache.slot(known - 1 + r));
             if (r > 0) write(k, cache, known + r - 1, known + r - 1, positions[size_t(r)]);
         }
-        const TreeRows tree{parents.data(), positions.data(), slots.data(), first, begin};
+        const TreeRows tree{parents.data(), positions.data(), slots.data(), 1, first, begin};
         const std::vector<float> got = run(k, cache, first, rows() - first, 0, &tree);
         for (int64_t r = first; r < rows(); ++r) {
             const float *together = &got[size_t((r - first) * group * dim)];

@@ -57,18 +57,29 @@ class Stream:
     """One sequence on an executable, in blocks of its own."""
 
     def __init__(self, executable: Executable, table: Sequence[int], block_size: int) -> None:
+        """table: block b of it is a block of each KV group (see `InputBatch.of_tables`)."""
         self.executable, self.table, self.block_size = executable, list(table), block_size
+        self.num_groups = len(executable.program.kv_groups)
 
     def run(self, ids: Sequence[int], start: int, drafts: Sequence[int] = (), parents: Parents = ()) -> np.ndarray:
         """Every row's output of a step of tokens from position `start` on, and of a tree of drafts after them."""
-        batch = ragged([([*ids, *drafts], start)], tables=[self.table], block_size=self.block_size)
+        batch = ragged(
+            [([*ids, *drafts], start)],
+            tables=[self.table], block_size=self.block_size, num_groups=self.num_groups,
+        )  # fmt: skip
         outputs = self.executable.execute(with_trees(batch, [parents]))
         return next(iter(outputs.values())).copy()
 
     def accept(self, known: int, path: Sequence[int]) -> None:
-        """Moves a path's drafts to where their positions are, after `known` tokens."""
-        moves = [(self._slot(known + draft), self._slot(known + level)) for level, draft in enumerate(path)]
-        self.executable.move_slots(moves)
+        """Moves a path's drafts to where their positions are, after `known` tokens, in all groups."""
+        self.executable.move_slots(
+            [
+                (self._slot(known + draft, group), self._slot(known + level, group))
+                for level, draft in enumerate(path)
+                for group in range(self.num_groups)
+            ]
+        )
 
-    def _slot(self, position: int) -> int:
-        return self.table[position // self.block_size] * self.block_size + position % self.block_size
+    def _slot(self, position: int, group: int) -> int:
+        block = self.table[position // self.block_size] * self.num_groups + group
+        return block * self.block_size + position % self.block_size

@@ -10,6 +10,7 @@ import numpy as np
 from kvarn.backends import Backend, InputBatch, KvCacheSpec, StepLimits
 from kvarn.program import Buffer, Embed, KvLayer, Op, Program, Rows, Weight
 from kvarn.tensors import Tensor
+from kvarn.testing.models import TinyModel
 
 BLOCK = 16
 
@@ -58,10 +59,10 @@ class OpProgram:
     def run(self, backend: Backend, output: str, batch: InputBatch | None = None, kv: str = "float32") -> np.ndarray:
         """The output buffer after one step of all tokens as one sequence (or of `batch`)."""
         batch = ragged([(range(self.tokens), 0)]) if batch is None else batch
-        length = int(batch.seq_lens.max())
+        length, program = int(batch.seq_lens.max()), self.program(output)
         spec = KvCacheSpec(int(batch.block_tables.max()) + 1, BLOCK, kv)
         limits = StepLimits(batch.num_tokens, max(batch.num_sequences, batch.output_rows.size, 1), length)
-        executable = backend.load(self.program(output), self, spec, limits)
+        executable = backend.load(program, self, spec, limits)
         try:
             return executable.execute(batch)[output].copy()
         finally:
@@ -74,10 +75,11 @@ def ragged(
     block_size: int = BLOCK,
     outputs: Sequence[int] | None = None,
     tables: Sequence[Sequence[int]] | None = None,
+    num_groups: int = 1,
 ) -> InputBatch:
     """A batch of sequences given as (token ids, position of the first). outputs: None: all rows.
 
-    tables: block ids of each sequence; None: consecutive blocks, sequence after sequence.
+    tables: block ids of each sequence; None: consecutive blocks, sequence after sequence. num_groups: see `of_tables`.
     """
     lengths = [start + len(ids) for ids, start in parts]
     needed = [-(-length // block_size) for length in lengths]
@@ -85,23 +87,25 @@ def ragged(
         starts = np.concatenate([[0], np.cumsum(needed)])
         tables = [list(range(starts[i], starts[i + 1])) for i in range(len(parts))]
     table = np.full((len(parts), max(len(t) for t in tables)), -1, np.int32)
-    positions, slots = [], []
-    for i, (ids, start) in enumerate(parts):
-        table[i, : len(tables[i])] = tables[i]
-        p = np.arange(start, start + len(ids))
-        positions.append(p)
-        slots.append(table[i, p // block_size].astype(np.int64) * block_size + p % block_size)
+    for i, blocks in enumerate(tables):
+        table[i, : len(blocks)] = blocks
     counts = [len(ids) for ids, _ in parts]
     total = sum(counts)
-    return InputBatch(
+    return InputBatch.of_tables(
         token_ids=np.concatenate([np.asarray(ids, np.int32) for ids, _ in parts]),
-        positions=np.concatenate(positions).astype(np.int32),
-        slot_mapping=np.concatenate(slots),
+        positions=np.concatenate([np.arange(start, start + len(ids)) for ids, start in parts]).astype(np.int32),
         query_start=np.concatenate([[0], np.cumsum(counts)]).astype(np.int32),
         seq_lens=np.asarray(lengths, np.int32),
-        block_tables=table,
+        tables=table,
         output_rows=np.asarray(range(total) if outputs is None else outputs, np.int32),
+        block_size=block_size,
+        num_groups=num_groups,
     )
+
+
+def groups_of(model: TinyModel) -> int:
+    """The KV groups of a model."""
+    return len(model.program.kv_groups)
 
 
 def quantized_activations(x: np.ndarray) -> np.ndarray:

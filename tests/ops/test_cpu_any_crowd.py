@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from op_programs import BLOCK, ragged
+from op_programs import BLOCK, groups_of, ragged
 
 from kvarn.backends import KvCacheSpec, StepLimits
 from kvarn.backends.cpu import CpuBackend, CpuExecutable, available_isas
@@ -68,7 +68,7 @@ def model(case: str) -> TinyModel:
 @functools.cache
 def executable(case: str, isa: str, threads: int) -> CpuExecutable:
     tiny = model(case)
-    blocks = MOST * -(-MAX_LEN // BLOCK)
+    blocks = MOST * -(-MAX_LEN // BLOCK) * groups_of(tiny)
     limits = StepLimits(STEP_TOKENS, STEP_TOKENS, MAX_LEN)
     return CpuBackend(threads, isa).load(tiny.program, tiny, KvCacheSpec(blocks, BLOCK, CASES[case][2]), limits)
 
@@ -79,7 +79,9 @@ def prompt(number: int, length: int) -> list[int]:
 
 @functools.cache
 def alone(case: str, isa: str, number: int, length: int) -> np.ndarray:
-    return executable(case, isa, 1).execute(ragged([(prompt(number, length), 0)]))["logits"].copy()
+    return executable(case, isa, 1).execute(
+        ragged([(prompt(number, length), 0)], num_groups=groups_of(model(case)))
+    )["logits"].copy()
 
 
 def steps(lengths: list[int], rng: np.random.Generator) -> Iterator[list[tuple[int, int, int]]]:
@@ -108,7 +110,8 @@ def crowd(case: str, isa: str, threads: int, lengths: list[int], seed: int) -> l
     rows: list[list[np.ndarray]] = [[] for _ in lengths]
     for step in steps(lengths, rng):
         parts = [(prompts[i][start : start + count], start) for i, start, count in step]
-        logits = run.execute(ragged(parts, tables=[tables[i] for i, _, _ in step]))["logits"]
+        batch = ragged(parts, tables=[tables[i] for i, _, _ in step], num_groups=groups_of(model(case)))
+        logits = run.execute(batch)["logits"]
         ends = np.cumsum([count for _, _, count in step])
         for (i, _, _), part in zip(step, np.split(logits, ends[:-1]), strict=True):
             rows[i].append(part.copy())

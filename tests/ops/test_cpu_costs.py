@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from op_programs import BLOCK, ragged
+from op_programs import BLOCK, groups_of, ragged
 
 from kvarn.backends import KvCacheSpec, StepLimits
 from kvarn.backends.cpu import Cost, CpuBackend, stage_costs, step_cost
@@ -21,11 +21,11 @@ SHAPES = {
     "ragged": StepShape(((20, 20), (2, 7)), 2),
 }
 BATCHES = {
-    "prompt": ragged([(range(20), 0)], outputs=[19]),
-    "chunk without logits": ragged([(range(16), 0)], outputs=[]),
-    "one decode": ragged([([1], 11)], outputs=[0]),
-    "three decodes": ragged([([1], 11), ([2], 11), ([3], 11)], outputs=[0, 1, 2]),
-    "ragged": ragged([(range(20), 0), ([1, 2], 5)], outputs=[19, 21]),
+    "prompt": lambda groups: ragged([(range(20), 0)], outputs=[19], num_groups=groups),
+    "chunk without logits": lambda groups: ragged([(range(16), 0)], outputs=[], num_groups=groups),
+    "one decode": lambda groups: ragged([([1], 11)], outputs=[0], num_groups=groups),
+    "three decodes": lambda groups: ragged([([1], 11), ([2], 11), ([3], 11)], outputs=[0, 1, 2], num_groups=groups),
+    "ragged": lambda groups: ragged([(range(20), 0), ([1, 2], 5)], outputs=[19, 21], num_groups=groups),
 }
 
 
@@ -50,13 +50,15 @@ def test_stages_cost_together_what_the_programs_ops_cost(family, dtype, shape):
 @pytest.mark.parametrize(("family", "dtype"), MODELS)
 def test_every_stage_is_counted_once_a_step_and_has_its_cost(family, dtype, name):
     model, dtypes = tiny(family, dtype)
-    executable = CpuBackend(threads=2).load(model.program, model, KvCacheSpec(8, BLOCK), StepLimits(32, 4, 64))
+    kv = KvCacheSpec(8 * groups_of(model), BLOCK)
+    executable = CpuBackend(threads=2).load(model.program, model, kv, StepLimits(32, 4, 64))
+    batch = BATCHES[name](groups_of(model))
     try:
-        uncounted = executable.execute(BATCHES[name])["logits"].copy()
+        uncounted = executable.execute(batch)["logits"].copy()
         assert executable.stage_counters() == []
         executable.count_stages(True)
         for _ in range(3):
-            assert np.array_equal(executable.execute(BATCHES[name])["logits"], uncounted)
+            assert np.array_equal(executable.execute(batch)["logits"], uncounted)
         counters = executable.stage_counters()
         costs = stage_costs(model.program, SHAPES[name], dtypes, KV_TYPES["float16"])
         assert [counter.label for counter in counters] == [cost.label for cost in costs]
@@ -66,7 +68,7 @@ def test_every_stage_is_counted_once_a_step_and_has_its_cost(family, dtype, name
         executable.count_stages(True)
         assert {counter.calls for counter in executable.stage_counters()} == {0}
         executable.count_stages(False)
-        executable.execute(BATCHES[name])
+        executable.execute(batch)
         assert executable.stage_counters() == []
     finally:
         executable.close()
@@ -78,7 +80,7 @@ def test_a_step_that_skips_a_stage_leaves_its_counter_alone():
     try:
         executable.count_stages(True)
         for name in ("prompt", "one decode", "one decode"):
-            executable.execute(BATCHES[name])
+            executable.execute(BATCHES[name](1))
         calls = [(counter.label, counter.calls) for counter in executable.stage_counters()]
         assert {times for label, times in calls if label in ("heads", "prepare")} == {0, 1}  # 0: one row of logits
         assert {times for label, times in calls if label not in ("heads", "prepare")} == {3}

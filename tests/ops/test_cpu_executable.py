@@ -57,8 +57,8 @@ def with_element(batch: InputBatch, field: str, index, value) -> InputBatch:
         ("seq_lens", 0, 65),
         ("seq_lens", 0, 19),
         ("seq_lens", 1, -2),
-        ("block_tables", (0, 1), 8),
-        ("block_tables", (1, 0), -1),
+        ("block_tables", (0, 0, 1), 8),
+        ("block_tables", (1, 0, 0), -1),
         ("output_rows", 1, 22),
         ("output_rows", 0, -1),
         ("output_rows", 1, 19),
@@ -92,7 +92,7 @@ def test_steps_beyond_the_limits_are_refused(loaded):
             loaded.execute(ragged(parts, outputs=list(outputs), tables=[[0, 1, 2, 3, 4]] * len(parts)))
     empty = np.zeros(0, np.int32)
     nothing = InputBatch(
-        empty, empty, np.zeros(0, np.int64), np.zeros(1, np.int32), empty, np.zeros((0, 1), np.int32), empty
+        empty, empty, np.zeros((0, 1), np.int64), np.zeros(1, np.int32), empty, np.zeros((0, 1, 1), np.int32), empty
     )
     with pytest.raises(ValueError, match="0 tokens"):
         loaded.execute(nothing)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from op_programs import BLOCK, quantized_activations, ragged
+from op_programs import BLOCK, groups_of, quantized_activations, ragged
 
 from kvarn.backends import KvCacheSpec, StepLimits
 from kvarn.backends.cpu import CpuBackend, available_isas
@@ -15,7 +15,8 @@ from kvarn.tensors import DType
 from kvarn.testing.models import SETTINGS, tiny_model
 
 ISAS = available_isas()
-KV = KvCacheSpec(32, BLOCK, "float32")
+KV = KvCacheSpec(64, BLOCK, "float32")
+"""Room for two KV groups."""
 LIMITS = StepLimits(200, 200, 256)
 STEPS = [
     [(range(70), 0), (range(5, 9), 0)],
@@ -32,7 +33,7 @@ def test_families_of_float_weights(family, isa):
     cpu = CpuBackend(2, isa).load(tiny.program, tiny, KV, LIMITS)
     reference = ReferenceBackend().load(tiny.program, tiny, KV, LIMITS)
     for parts in STEPS:
-        batch = ragged(parts, tables=TABLES[: len(parts)])
+        batch = ragged(parts, tables=TABLES[: len(parts)], num_groups=groups_of(tiny))
         got, wanted = cpu.execute(batch)["logits"], reference.execute(batch)["logits"]
         np.testing.assert_allclose(got, wanted, atol=3e-5, rtol=3e-5)
     cpu.close()
@@ -72,7 +73,7 @@ def test_any_buffer_can_be_asked_for_and_changes_nothing(family, dtype):
     tiny = tiny_model(family, dtype=dtype)
     cpu = CpuBackend(2).load(tiny.program, tiny, KV, LIMITS)
     reference = ReferenceBackend().load(tiny.program, tiny, KV, LIMITS)
-    batch = ragged([(range(20), 0)], outputs=[3, 19])
+    batch = ragged([(range(20), 0)], outputs=[3, 19], num_groups=groups_of(tiny))
     plain = cpu.execute(batch)["logits"].copy()
     names = [buffer.name for buffer in tiny.program.buffers]
     wanted = reference.execute(batch, names)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from op_programs import BLOCK, ragged
+from op_programs import BLOCK, groups_of, ragged
 
 from kvarn.backends import KvCacheSpec, StepLimits
 from kvarn.backends.cpu import CpuBackend, CpuExecutable, available_isas
@@ -39,7 +39,7 @@ def model(case: str) -> TinyModel:
 @functools.cache
 def executable(case: str, isa: str, threads: int) -> CpuExecutable:
     tiny = model(case)
-    blocks = 66 * -(-MAX_LEN // BLOCK)
+    blocks = 66 * -(-MAX_LEN // BLOCK) * groups_of(tiny)
     limits = StepLimits(MAX_LEN, MAX_LEN, MAX_LEN)
     return CpuBackend(threads, isa).load(tiny.program, tiny, KvCacheSpec(blocks, BLOCK, "float16"), limits)
 
@@ -53,7 +53,7 @@ def prompt(case: str, seed: int, length: int) -> tuple[int, ...]:
 def alone(case: str, isa: str, seed: int, length: int) -> np.ndarray:
     """Logits of every position: one sequence, one step, one thread."""
     ids = prompt(case, seed, length)
-    return executable(case, isa, 1).execute(ragged([(ids, 0)]))["logits"].copy()
+    return executable(case, isa, 1).execute(ragged([(ids, 0)], num_groups=groups_of(model(case))))["logits"].copy()
 
 
 def crowded(case: str, isa: str, threads: int, sequences: list[tuple[int, int]], rng) -> list[np.ndarray]:
@@ -75,7 +75,7 @@ def crowded(case: str, isa: str, threads: int, sequences: list[tuple[int, int]],
             members.append(i)
             counts.append(count)
             room -= count
-        batch = ragged(parts, tables=[order[i].tolist() for i in members])
+        batch = ragged(parts, tables=[order[i].tolist() for i in members], num_groups=groups_of(model(case)))
         logits = run.execute(batch)["logits"]
         for i, part in zip(members, np.split(logits, np.cumsum(counts)[:-1]), strict=True):
             rows[i].append(part.copy())
@@ -125,9 +125,9 @@ def crowded_copies(case: str, isa: str, copies: int) -> list[np.ndarray]:
     """A prefill of 4 tokens, then a decode step, of `copies` equal sequences."""
     run = executable(case, isa, 2)
     ids = prompt(case, 0, 5)
-    tables = [[i] for i in range(copies)]
-    first = run.execute(ragged([(ids[:4], 0)] * copies, tables=tables))["logits"].copy()
-    last = run.execute(ragged([(ids[4:], 4)] * copies, tables=tables))["logits"].copy()
+    how = {"tables": [[i] for i in range(copies)], "num_groups": groups_of(model(case))}
+    first = run.execute(ragged([(ids[:4], 0)] * copies, **how))["logits"].copy()
+    last = run.execute(ragged([(ids[4:], 4)] * copies, **how))["logits"].copy()
     return [np.concatenate([first[4 * i : 4 * i + 4], last[i : i + 1]]) for i in range(copies)]
 
 

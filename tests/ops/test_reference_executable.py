@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from op_programs import ragged
+from op_programs import groups_of, ragged
 
 from kvarn.backends import KvCacheSpec, StepLimits
 from kvarn.backends.reference import ReferenceBackend
@@ -18,13 +18,14 @@ FAMILIES = ["llama", "gemma3_text", "gpt2"]
 
 
 def load(model, blocks=16, block_size=8, dtype="float32", limit=128):
-    spec = KvCacheSpec(blocks, block_size, dtype)
+    spec = KvCacheSpec(blocks * groups_of(model), block_size, dtype)
     return ReferenceBackend().load(model.program, model, spec, StepLimits(64, 8, limit))
 
 
 def run(executable, parts, tables, outputs=None):
     size = executable.kv.block_size
-    return executable.execute(ragged(parts, tables=tables, outputs=outputs, block_size=size))["logits"]
+    batch = ragged(parts, tables=tables, outputs=outputs, block_size=size, num_groups=groups_of(executable))
+    return executable.execute(batch)["logits"]
 
 
 def assert_same(got, want):

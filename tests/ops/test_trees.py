@@ -10,7 +10,7 @@ import pytest
 from draft_trees import Parents, Stream, leaves, path_to, shapes, tree_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from op_programs import ragged
+from op_programs import groups_of, ragged
 from test_cpu_attention import attention_program
 
 from kvarn.backends import Executable, InputBatch, KvCacheSpec, StepLimits
@@ -30,6 +30,7 @@ CASES = {
     "llama": ("llama", {**WIDE, "num_attention_heads": 6}, DType.Q4_1),
     "qwen3": ("qwen3", WIDE, DType.F32),
     "gemma3": ("gemma3_text", {**WIDE, "sliding_window": 70, "num_key_value_heads": 1}, DType.Q8_0),
+    "mistral": ("mistral", {**WIDE, "sliding_window": 19}, DType.F16),
     "gpt2": ("gpt2", {"n_positions": MAX_LEN}, DType.F16),
 }
 
@@ -42,7 +43,7 @@ def model(case: str) -> TinyModel:
 
 @functools.cache
 def reference(case: str, kv: str, block_size: int) -> Executable:
-    spec = KvCacheSpec(BLOCKS * 16 // block_size, block_size, kv)
+    spec = KvCacheSpec(BLOCKS * 16 // block_size * groups_of(model(case)), block_size, kv)
     return ReferenceBackend().load(model(case).program, model(case), spec, StepLimits(MAX_LEN, MAX_LEN, MAX_LEN))
 
 
@@ -108,7 +109,7 @@ def test_a_whole_model_of_the_reference_does_so_too(case):
 
 @functools.cache
 def cpu(case: str, isa: str, threads: int, kv: str, block_size: int) -> Executable:
-    spec = KvCacheSpec(BLOCKS * 16 // block_size, block_size, kv)
+    spec = KvCacheSpec(BLOCKS * 16 // block_size * groups_of(model(case)), block_size, kv)
     limits = StepLimits(MAX_LEN, MAX_LEN, MAX_LEN)
     return CpuBackend(threads, isa).load(model(case).program, model(case), spec, limits)
 
@@ -181,7 +182,8 @@ def crowd(tables, parents: Parents, drafts: list[int]) -> InputBatch:
     """A prompt, a tree, a decode step and a tree again in one step; positions 20, 40 and 30 are known."""
     prompt, tree, decode = tokens(50, 5), [*tokens(40, 6)[39:], *drafts], tokens(31, 7)[30:]
     again = [*tokens(30, 8)[28:], *drafts]
-    batch = ragged([(prompt, 0), (tree, 39), (decode, 30), (again, 28)], tables=tables, block_size=16)
+    parts = [(prompt, 0), (tree, 39), (decode, 30), (again, 28)]
+    batch = ragged(parts, tables=tables, block_size=16, num_groups=groups_of(model("gemma3")))
     return with_trees(batch, [(), parents, (), parents])
 
 

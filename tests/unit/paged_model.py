@@ -1,8 +1,9 @@
 """A model made of a hash, for tests of the scheduler: it computes nothing, but it reads what paged attention reads.
 
-The "KV" of a token is the token and a hash of those before it, as a real one depends on them. The next token is a hash
-of the sequence's stream and of all its tokens, read back from the blocks, so a lost copy, a block with two owners, a
-block that was computed after other tokens or a wrong table is found.
+The "KV" of a token is the whole text up to it, as a real one depends on it, and the KV group that it is of. The next
+token is a hash of the sequence's stream and of its text, read back from the blocks, and what attention would see is
+compared with that text: so a lost copy, a block with two owners, a block that was computed after other tokens or is
+gone too early, or a wrong table is found.
 """
 
 from collections.abc import Iterable, Sequence
@@ -28,6 +29,10 @@ def expected_tokens(
     return tokens[len(prompt) :]
 
 
+Kv = tuple[int, tuple[int, ...]]
+"""KV group and text."""
+
+
 class PagedModel:
     """Executes steps over real block tables, and checks what a runner may rely on."""
 
@@ -35,13 +40,17 @@ class PagedModel:
         """A draft of what follows these tokens. Tests put something else here."""
         return ()
 
-    def __init__(self, num_blocks: int, block_size: int, *, max_tokens: int, max_seqs: int) -> None:
-        self.slots: list[list[tuple[int, int] | None]] = [[None] * block_size for _ in range(num_blocks)]
+    def __init__(
+        self, num_blocks: int, block_size: int, *, max_tokens: int, max_seqs: int,
+        windows: tuple[int | None, ...] = (None,),
+    ) -> None:  # fmt: skip
+        self.slots: list[list[Kv | None]] = [[None] * block_size for _ in range(num_blocks)]
         self.block_size = block_size
+        self.windows = windows
         self.max_tokens = max_tokens
         self.max_seqs = max_seqs
         self.streams: dict[int, int] = {}
-        self.tier: dict[int, tuple[bytes, list[tuple[int, int] | None]]] = {}
+        self.tier: dict[int, tuple[bytes, list[Kv | None]]] = {}
         """By slot: name and content."""
 
     def execute(self, step: SchedulerOutput) -> StepOutput:
@@ -62,11 +71,13 @@ class PagedModel:
         for part in step.sequences:
             assert part.token_ids, "scheduled with nothing to compute"
             assert part.sample or not part.draft
+            assert len(part.block_tables) == len(self.windows)
             for position, token in enumerate(part.token_ids + part.draft, part.start):
-                block, offset = self._slot(part.block_table, position)
-                assert (block, offset) not in written, "two sequences write one slot"
-                written.add((block, offset))
-                self.slots[block][offset] = token, self._history(part.block_table, position)
+                for group, table in enumerate(part.block_tables):
+                    block, offset = self._slot(table, position)
+                    assert (block, offset) not in written, "two sequences write one slot"
+                    written.add((block, offset))
+                    self.slots[block][offset] = group, (*self._text(group, table, position), token)
         sampled, drafts = [], []
         for part in step.sequences:
             if not part.sample:
@@ -93,22 +104,28 @@ class PagedModel:
         return len(load.blocks)
 
     def _slot(self, table: Sequence[int], position: int) -> tuple[int, int]:
-        return table[position // self.block_size], position % self.block_size
+        block = table[position // self.block_size]
+        assert block >= 0, "a token's block is gone"
+        return block, position % self.block_size
 
-    def _history(self, table: Sequence[int], position: int) -> int:
-        """A hash of the tokens before that position."""
-        if position == 0:
-            return 0
-        block, offset = self._slot(table, position - 1)
-        return hash(self.slots[block][offset])
+    def _text(self, group: int, table: Sequence[int], length: int) -> tuple[int, ...]:
+        """What was written for the token before that position."""
+        if length == 0:
+            return ()
+        block, offset = self._slot(table, length - 1)
+        kv = self.slots[block][offset]
+        assert kv is not None, "attention reads a slot that nobody wrote"
+        assert kv[0] == group, "attention reads KV of another group's layers"
+        assert len(kv[1]) == length, "attention reads KV of another position"
+        return kv[1]
 
     def _read(self, part) -> list[int]:
         """The known tokens. Also looks at what was written for the draft."""
-        tokens = []
-        for position in range(part.end + len(part.draft)):
-            block, offset = self._slot(part.block_table, position)
-            kv = self.slots[block][offset]
-            assert kv is not None, "attention reads a slot that nobody wrote"
-            assert kv[1] == self._history(part.block_table, position), "attention reads KV of another text"
-            tokens.append(kv[0])
-        return tokens[: part.end]
+        texts, end = set(), part.end + len(part.draft)
+        for group, (table, window) in enumerate(zip(part.block_tables, self.windows, strict=True)):
+            text = self._text(group, table, end)
+            texts.add(text)
+            for position in range(0 if window is None else max(0, part.start - window + 1), end):
+                assert self._text(group, table, position + 1) == text[: position + 1], "reads KV of another text"
+        (text,) = texts
+        return list(text[: part.end])

@@ -3,8 +3,8 @@
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, run_state_machine_as_test
 
-SHARE = 8_400
-"""Steps of each machine over the cache or the scheduler: the twelve of them take more than 100,000."""
+SHARE = 5_300
+"""Steps of each machine over the cache or the scheduler: the nineteen of them take more than 100,000."""
 
 
 class CountedMachine(RuleBasedStateMachine):

@@ -18,12 +18,13 @@ COST = LinearCost()
 class Bench:
     """A scheduler with a forecast, in virtual time."""
 
-    def __init__(self, *, policy="fcfs", seqs=16, tokens=128, blocks=2048, caching=False, **settings):
+    def __init__(self, *, policy="fcfs", seqs=16, tokens=128, blocks=2048, caching=False,
+                 windows=(None,), **settings):  # fmt: skip
         config = SchedulerConfig(seqs, tokens, policy=policy, **settings)
-        pool = BlockPool(blocks, BLOCK)
+        pool = BlockPool(blocks, BLOCK, windows)
         cache = RadixPrefixCache(pool) if caching else None
         self.scheduler = make_scheduler(config, pool, 2000, COST, prefix_cache=cache)
-        self.model = PagedModel(blocks, BLOCK, max_tokens=tokens, max_seqs=seqs)
+        self.model = PagedModel(blocks, BLOCK, max_tokens=tokens, max_seqs=seqs, windows=windows)
         self.now, self.number, self.first = 0.0, 0, {}
 
     def add(self, prompt=200, output=20, *, slo=None, shared=0, **kind):
@@ -166,8 +167,13 @@ def crowded_by_others(bench):
         bench.step()
 
 
-def test_what_the_cache_has_of_a_request_is_not_waited_for():
-    bench = Bench(caching=True)
+WINDOWS = pytest.mark.parametrize("windows", [(None,), (None, 100, 100)])
+"""Of KV groups whose layers see so many tokens."""
+
+
+@WINDOWS
+def test_what_the_cache_has_of_a_request_is_not_waited_for(windows):
+    bench = Bench(caching=True, windows=windows)
     crowded_by_others(bench)
     hit, miss = bench.forecast(prompt=1650, shared=1600), bench.forecast(prompt=1650)
     assert miss - hit > 1600 * COST.token
@@ -175,8 +181,9 @@ def test_what_the_cache_has_of_a_request_is_not_waited_for():
     assert miss == pytest.approx(bench.actual(prompt=1650), rel=0.5)
 
 
-def test_what_the_cache_has_of_those_before_is_not_waited_for():
-    bench = Bench(caching=True, seqs=32)
+@WINDOWS
+def test_what_the_cache_has_of_those_before_is_not_waited_for(windows):
+    bench = Bench(caching=True, seqs=32, windows=windows)
     crowded_by_others(bench)
     for _ in range(12):
         bench.add(prompt=1650, shared=1600)

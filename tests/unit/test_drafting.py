@@ -26,9 +26,12 @@ class Verified(NullObserver):
 class Bench:
     """A scheduler, and a model with a drafter that is right for `right` tokens."""
 
-    def __init__(self, *, k=3, right=99, blocks=64, seqs=8, tokens=64, eos=(), caching=False, most=64, **parts):
-        self.pool = BlockPool(blocks, BLOCK)
-        self.model = PagedModel(blocks, BLOCK, max_tokens=tokens, max_seqs=seqs)
+    def __init__(self, *, k=3, right=99, blocks=64, seqs=8, tokens=64, eos=(), caching=False, most=64,
+                 windows=(None,), **parts):  # fmt: skip
+        """blocks: of each KV group."""
+        blocks *= len(windows)
+        self.pool = BlockPool(blocks, BLOCK, windows)
+        self.model = PagedModel(blocks, BLOCK, max_tokens=tokens, max_seqs=seqs, windows=windows)
         self.right = right
         self.model.guess = self.guess
         self.observer = Verified()
@@ -76,9 +79,14 @@ def test_what_was_guessed_right_comes_in_one_step():
     assert (sequence.num_draft_tokens, sequence.num_accepted_tokens) == (6, 6)
 
 
+WINDOWS = pytest.mark.parametrize("windows", [(None,), (None, 6, 2), (5, 7)])
+"""Of KV groups whose layers see so many tokens."""
+
+
+@WINDOWS
 @pytest.mark.parametrize("right", [0, 1, 2])
-def test_after_the_first_wrong_guess_the_rest_is_forgotten(right):
-    bench = Bench(right=right, caching=True)
+def test_after_the_first_wrong_guess_the_rest_is_forgotten(right, windows):
+    bench = Bench(right=right, caching=True, windows=windows)
     sequence = bench.add("a", range(6), max_tokens=20)
     bench.step()
     for _ in range(4):
@@ -87,6 +95,9 @@ def test_after_the_first_wrong_guess_the_rest_is_forgotten(right):
         assert sequence.num_tokens == tokens + right + 1
         assert sequence.num_computed_tokens == sequence.num_tokens - 1
         assert len(sequence.table) == -(-sequence.num_computed_tokens // BLOCK), "no block for what was forgotten"
+        last = sequence.num_computed_tokens - 1
+        for group, table in enumerate(sequence.table.by_group):
+            assert table.num_holes == bench.pool.windows.first(group, last), "windows end at the last computed token"
     bench.run()
     assert bench.said[0] == expected_tokens(range(6), 0, max_length=26)
     counts = bench.scheduler.drafting.counts
@@ -158,9 +169,10 @@ def test_guesses_keep_to_the_target_of_a_steps_time():
         assert sum(len(part.draft) for part in bench.step().sequences) == drafts
 
 
-def test_a_draft_takes_no_block_that_another_needs():
+@WINDOWS
+def test_a_draft_takes_no_block_that_another_needs(windows):
     """Guesses that are all wrong change neither who runs in a step nor who is preempted."""
-    drafting, plain = Bench(k=8, right=0, blocks=7), Bench(k=8, right=0, blocks=7)
+    drafting, plain = (Bench(k=8, right=0, blocks=7, windows=windows) for _ in range(2))
     plain.model.guess = lambda *_: ()
     seen = []
     for bench in (drafting, plain):

@@ -4,7 +4,7 @@ import pytest
 from paged_model import PagedModel
 from virtual_time import LinearCost
 
-from kvarn.cache import BlockPool, BlockTable, OffloadIndex, RadixPrefixCache
+from kvarn.cache import BlockPool, OffloadIndex, RadixPrefixCache, new_tables
 from kvarn.config import SchedulerConfig
 from kvarn.request import Request, SamplingParams
 from kvarn.scheduler import MeasuredCost, MoveCost, PriorityClasses, Scheduler, StepShape
@@ -15,7 +15,7 @@ ME, OTHER = ("", "mine"), ("", "other")
 
 def names_of(cache, tokens, salt, slots=8):
     """The names under which the whole blocks of a text are saved when they are evicted."""
-    table, path = BlockTable(cache.pool), cache.path(salt)
+    table, path = new_tables(cache.pool), cache.path(salt)
     table.prepare_write(0, len(tokens))
     path.leave(list(tokens), len(tokens), table)
     table.release()

@@ -2,7 +2,7 @@
 
 import pytest
 
-from kvarn.cache import BlockPool, BlockTable, RadixPrefixCache
+from kvarn.cache import BlockPool, RadixPrefixCache, new_tables
 
 SIZE = 4
 ME, OTHER = ("", "mine"), ("", "other")
@@ -13,7 +13,7 @@ class Writer:
 
     def __init__(self, cache, salt=ME):
         self.cache = cache
-        self.table = BlockTable(cache.pool)
+        self.table = new_tables(cache.pool)
         self.path = cache.path(salt)
         self.known = 0
 
@@ -49,7 +49,7 @@ def computed(cache, tokens, salt=ME):
     writer = Writer(cache, salt)
     writer.start(tokens)
     writer.compute()
-    blocks = writer.table.ids
+    (blocks,) = writer.table.ids
     writer.end()
     return blocks
 
@@ -69,7 +69,7 @@ def test_the_same_tokens_get_the_same_blocks_but_for_the_last_token(cache):
     blocks = computed(cache, range(10))
     writer = Writer(cache)
     assert writer.start(range(10)) == 9
-    assert writer.table.ids == blocks
+    assert writer.table.ids == (blocks,)
 
 
 @pytest.mark.parametrize(("same", "hit"), [(0, 0), (1, 1), (3, 3), (4, 4), (5, 5), (8, 8), (9, 9), (10, 10)])
@@ -95,7 +95,7 @@ def test_what_ends_inside_a_block_is_copied_before_it_is_written(cache):
     writer.start([*range(9), 77, 78])
     ((source, copy),) = writer.compute()
     assert source == blocks[2]
-    assert writer.table.ids == (*blocks[:2], copy)
+    assert writer.table.ids == ((*blocks[:2], copy),)
     writer.end()
     assert found(cache, range(12)) == 10, "the first is as it was"
     assert found(cache, [*range(9), 77, 78, 79]) == 11
@@ -106,7 +106,7 @@ def test_blocks_of_a_running_sequence_are_found_as_soon_as_they_are_full(cache):
     first.start(range(20))
     first.compute(range(9))
     assert second.start(range(20)) == 8, "two blocks are full; the third is still being written"
-    assert second.table.ids == first.table.ids[:2]
+    assert second.table.ids[0] == first.table.ids[0][:2]
 
 
 def test_one_goes_on_from_what_another_has_computed_meanwhile(cache):
@@ -117,7 +117,7 @@ def test_one_goes_on_from_what_another_has_computed_meanwhile(cache):
     first.compute(range(16))
     assert second.start(range(20), whole_blocks=True) == 16
     assert second.table.ids == first.table.ids
-    cache.pool.check([first.table.ids, second.table.ids, cache.check()])
+    cache.pool.check([first.table.held, second.table.held, cache.check()])
 
 
 def test_whole_blocks_only_where_a_copy_is_not_wanted(cache):
@@ -166,7 +166,7 @@ def test_a_fork_above_its_parent_files_below_the_right_node(cache):
     fork.prepare_write(7, 9)
     path.insert([*range(7), 50, 51], 9, fork)
     assert found(cache, [*range(7), 50, 51]) == 8
-    cache.pool.check([writer.table.ids, fork.ids, cache.check()])
+    cache.pool.check([writer.table.held, fork.held, cache.check()])
 
 
 class TestEviction:

@@ -38,6 +38,8 @@ class SchedulerMachine(CountedMachine):
     shared_prefixes: tuple[tuple[int, ...], ...] | None = None
     """None: no prefix cache."""
     tier_slots = 0
+    windows: tuple[int | None, ...] = (None,)
+    """Of the KV groups."""
     policy = FirstComeFirstServed
     budget = ConstantBudget
     speculation = NoSpeculation
@@ -46,11 +48,12 @@ class SchedulerMachine(CountedMachine):
         blocks=st.integers(4, 24), seqs=st.integers(1, 6), spare_tokens=st.integers(0, 20), queue=st.integers(1, 6)
     )
     def start(self, blocks, seqs, spare_tokens, queue):
-        tokens = seqs + spare_tokens
-        self.pool = BlockPool(blocks, BLOCK)
+        tokens, blocks = seqs + spare_tokens, blocks * len(self.windows)
+        self.pool = BlockPool(blocks, BLOCK, self.windows)
         shared = self.shared_prefixes
         self.cache = NullPrefixCache() if shared is None else RadixPrefixCache(self.pool, shared, self.new_tier())
-        self.model = PagedModel(blocks, BLOCK, max_tokens=tokens, max_seqs=seqs)
+        self.model = PagedModel(blocks, BLOCK, max_tokens=tokens, max_seqs=seqs, windows=self.windows)
+        self.tokens = tokens
         self.queue = queue
         config = SchedulerConfig(max_num_seqs=seqs, max_num_batched_tokens=tokens, max_num_queued_requests=queue)
         self.cost = LinearCost()
@@ -104,7 +107,8 @@ class SchedulerMachine(CountedMachine):
         except QueueFullError:
             assert self.scheduler.backlog.requests == self.queue
         except RequestError:
-            limit = min(60, (self.pool.num_blocks - self.cache.num_reserved) * BLOCK)
+            room = self.pool.num_blocks - self.cache.num_reserved
+            limit = min(60, self.pool.windows.longest(room, self.tokens, 60))
             assert length == 0 or length >= limit or length + most > limit
         else:
             self.sequences += sequences
@@ -175,6 +179,9 @@ class SchedulerMachine(CountedMachine):
         for sequence in self.sequences:
             if sequence.sequence_id in self.scheduler.running_ids:
                 assert (len(sequence.table) - 1) * BLOCK < sequence.num_computed_tokens, "it has blocks for nothing"
+            for group, table in enumerate(sequence.table.by_group):
+                most = self.pool.windows.most_in_group(group, self.tokens)
+                assert most is None or table.num_held <= most, "it keeps what it does not see"
         self.count_step()
         self.unchecked = False
 
@@ -363,8 +370,41 @@ class WithDraftsAndTargets(WithDrafts, WithTargets):
         return ItlBudget(tokens, 0.012, LinearCost())
 
 
-MACHINES = [SchedulerMachine, WithPrefixCache, WithSharedPrefixes, WithSecondTier, WithAnotherPolicy, WithPriorities,
-            WithTenants, WithTargets, WithDrafts, WithChosenDrafts, WithDraftsAndTargets]  # fmt: skip
+class WithWindows(WithSecondTier):
+    """Layers of three kinds: some see all, others less than what is common or a block's worth."""
+
+    windows = (None, 9, 3)
+
+
+class WithWindowsOnly(WithSecondTier):
+    """No layer sees all."""
+
+    windows = (6,)
+
+
+class WithWindowsAndNoCache(SchedulerMachine):
+    """What nobody sees any more is free at once."""
+
+    windows = (None, 7)
+
+
+class WithWindowsAndDrafts(WithDrafts):
+    """What was guessed is written in every group, and given back in every group where it was wrong."""
+
+    windows = (None, 9, 3)
+
+
+class WithWindowsAndDraftsOnly(WithDrafts):
+    """Windows of less than a draft, and nobody sees all."""
+
+    windows = (2, 6)
+
+
+MACHINES = [
+    SchedulerMachine, WithPrefixCache, WithSharedPrefixes, WithSecondTier, WithAnotherPolicy, WithPriorities,
+    WithTenants, WithTargets, WithDrafts, WithChosenDrafts, WithDraftsAndTargets, WithWindows, WithWindowsOnly,
+    WithWindowsAndNoCache, WithWindowsAndDrafts, WithWindowsAndDraftsOnly,
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("machine", MACHINES)
@@ -373,5 +413,5 @@ def test_any_order_of_requests_aborts_and_steps(machine):
 
 
 def test_all_machines_together_take_as_many_steps_as_they_should():
-    """Beside these there is the one of test_radix_properties.py."""
-    assert (len(MACHINES) + 1) * SHARE >= 100_000
+    """Beside these there are the three of test_radix_properties.py."""
+    assert (len(MACHINES) + 3) * SHARE >= 100_000

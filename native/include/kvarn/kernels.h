@@ -143,14 +143,17 @@ constexpr int64_t kKeySpan = kKeyTile * kSpanTiles;
 struct TreeRows {
     const int32_t *parents;    // row of a draft's parent
     const int32_t *positions;
-    const int64_t *slots;
+    const int64_t *slots;      // of the layer's KV group, `stride` apart
+    int64_t stride;
     int64_t row;               // the step's row of a call's first one
     int64_t begin;
+
+    int64_t slot(int64_t r) const { return slots[r * stride]; }
 };
 
 struct AttentionArgs {
     const KvLayerView *kv;
-    const int32_t *block_table;  // of this sequence
+    const int32_t *block_table;  // of this sequence; read from the block of the first key that a row sees on
     int64_t kv_head;
     int64_t group;               // query heads that share kv_head
     const float *q;              // row r, grouped head j: q + r * q_stride + j * key_dim

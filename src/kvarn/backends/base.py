@@ -17,18 +17,20 @@ from kvarn.tensors import DType, TensorSource
 class InputBatch:
     """The arrays of one step: T tokens of S sequences, ragged, R rows with logits. Passed, never ambient.
 
-    token_ids, positions: int32[T]. slot_mapping: int64[T], block id * block_size + offset in the block. query_start:
-    int32[S+1], rows query_start[s] … query_start[s+1] belong to sequence s, in order of position. seq_lens: int32[S],
-    tokens with KV after this step (so the last row of s is at position seq_lens[s] - 1). block_tables: int32[S, B],
-    block ids by position, padded with -1. output_rows: int32[R], rows whose logits are needed, ascending.
+    token_ids, positions: int32[T]. slot_mapping: int64[T, G], block id * block_size + offset in the block, for each KV
+    group of the program (`KvGroups`). query_start: int32[S+1], rows query_start[s] … query_start[s+1] belong to
+    sequence s, in order of position. seq_lens: int32[S], tokens with KV after this step (so the last row of s is at
+    position seq_lens[s] - 1). block_tables: int32[S, G, B], block ids by position, padded with -1; those that lie
+    before the window of a group, as the sequence's first row sees it, may be anything and are not looked at.
+    output_rows: int32[R], rows whose logits are needed, ascending.
 
     tree_parents: the last rows of a sequence may be a tree of draft tokens (Miao et al. 2024, SpecInfer). int32[T]: the
     row of a draft's parent, an earlier draft of its sequence or the sequence's last known token, which is in the step
     too; -1 for known tokens. None: no trees. A draft's position is its parent's + 1, and it reads the keys of all known
     tokens and of its ancestors, itself included. Positions repeat, slots do not: a sequence's rows are in consecutive
-    ones, so that draft i (from 0) has that of position (known tokens + i), and seq_lens counts drafts too. In a chain,
-    where every parent is the row before, slots are those of the positions: that is the batch without `tree_parents`.
-    In an int4 cache one draft of a tree at most may be at a multiple of 16.
+    ones of every KV group, so that draft i (from 0) has that of position (known tokens + i), and seq_lens counts drafts
+    too. In a chain, where every parent is the row before, slots are those of the positions: that is the batch without
+    `tree_parents`. In an int4 cache one draft of a tree at most may be at a multiple of 16.
     """
 
     token_ids: NDArray[np.int32]
@@ -41,24 +43,50 @@ class InputBatch:
     tree_parents: NDArray[np.int32] | None = None
 
     @classmethod
-    def of_one(cls, token_ids: ArrayLike, start: int = 0, *, num_outputs: int = 1, block_size: int = 16) -> InputBatch:
-        """A sequence that is alone: tokens from position `start` on, in the blocks 0, 1, 2, …
+    def of_one(
+        cls, token_ids: ArrayLike, start: int = 0, *, num_outputs: int = 1, block_size: int = 16, num_groups: int = 1
+    ) -> InputBatch:
+        """A sequence that is alone: tokens from position `start` on, in the blocks 0, 1, 2, … (see `of_tables`).
 
         num_outputs: how many of the last tokens' logits are needed. For many sequences, and in the engine, see
         `kvarn.runner.BatchBuilder`.
         """
         ids = np.asarray(token_ids, np.int32)
         end = start + ids.size
-        positions = np.arange(start, end, dtype=np.int32)
-        return cls(
+        return cls.of_tables(
             token_ids=ids,
-            positions=positions,
-            slot_mapping=positions.astype(np.int64),
+            positions=np.arange(start, end, dtype=np.int32),
             query_start=np.array([0, ids.size], np.int32),
             seq_lens=np.array([end], np.int32),
-            block_tables=np.arange(-(-end // block_size), dtype=np.int32)[None, :],
+            tables=np.arange(-(-end // block_size), dtype=np.int32)[None, :],
             output_rows=np.arange(ids.size - num_outputs, ids.size, dtype=np.int32),
+            block_size=block_size,
+            num_groups=num_groups,
         )
+
+    @classmethod
+    def of_tables(
+        cls,
+        token_ids: NDArray[np.int32],
+        positions: NDArray[np.int32],
+        query_start: NDArray[np.int32],
+        seq_lens: NDArray[np.int32],
+        tables: NDArray[np.int32],
+        output_rows: NDArray[np.int32],
+        *,
+        block_size: int,
+        num_groups: int = 1,
+    ) -> InputBatch:
+        """The batch of sequences with a table each: block b of `tables`, int32[S, B], is block b * G + g of group g.
+
+        So the cache must have G times as many blocks.
+        """
+        groups = np.arange(num_groups, dtype=np.int32)
+        spread = np.where(tables[:, None, :] < 0, -1, tables[:, None, :] * num_groups + groups[:, None])
+        owner = np.repeat(np.arange(seq_lens.size), np.diff(query_start))
+        slots = spread[owner, :, positions // block_size].astype(np.int64) * block_size
+        slots += (positions % block_size)[:, None]
+        return cls(token_ids, positions, slots, query_start, seq_lens, spread.astype(np.int32), output_rows)
 
     @property
     def num_tokens(self) -> int:
@@ -73,7 +101,9 @@ class InputBatch:
 
 @dataclass(frozen=True, slots=True)
 class KvCacheSpec:
-    """Size and type of the KV cache that a back-end allocates at load. block_size: tokens in a block."""
+    """Size and type of the KV cache that a back-end allocates at load. block_size: tokens in a block.
+
+    A block holds what one KV group of the program keeps of so many tokens."""
 
     num_blocks: int
     block_size: int = 16
@@ -123,6 +153,11 @@ class MemoryUse:
 class Executable(Protocol):
     """A loaded program. Owns its packed weights, KV cache and activations. Not thread-safe: one caller at a time."""
 
+    @property
+    def program(self) -> Program:
+        """What runs."""
+        ...
+
     def execute(self, batch: InputBatch, outputs: Sequence[str] = ()) -> Mapping[str, NDArray[np.float32]]:
         """Runs one step; writes the KV of all T tokens.
 
@@ -133,13 +168,14 @@ class Executable(Protocol):
         ...
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
-        """Copies whole KV blocks (source, destination) in all layers, in order."""
+        """Copies whole KV blocks (source, destination), in order."""
         ...
 
     def move_slots(self, pairs: Sequence[tuple[int, int]]) -> None:
-        """Copies keys and values from slot to slot (source, destination) in all layers, as if all at once.
+        """Copies keys and values from slot to slot (source, destination), as if all at once.
 
-        For the accepted path of a tree: each draft's slot and the one of its position, before the next step. What
+        For the accepted path of a tree: each draft's slot and the one of its position, in each KV group, before the
+        next step. What
         comes after has the bits then that it has without trees. Raises ValueError, before anything is copied, where a
         slot is out of range or two pairs have one destination.
         """
@@ -147,11 +183,11 @@ class Executable(Protocol):
 
     @property
     def block_bytes(self) -> int:
-        """Bytes of one KV block over all layers, as `read_block` gives them."""
+        """Bytes of one KV block, as `read_block` gives them."""
         ...
 
     def read_block(self, block: int, out: NDArray[np.uint8]) -> None:
-        """Copies a block's keys and values of all layers to uint8[block_bytes]. Raises ValueError."""
+        """Copies a block's keys and values, of all layers of its group, to uint8[block_bytes]. Raises ValueError."""
         ...
 
     def write_block(self, block: int, data: NDArray[np.uint8]) -> None:

@@ -15,12 +15,18 @@ def _check(ok: bool | np.bool, message: str) -> None:
         raise ValueError(message)
 
 
+def first_blocks(batch: InputBatch, window: int | None, block_size: int) -> NDArray[np.int64]:
+    """Of each sequence the index of the first block that any of its rows sees."""
+    starts = batch.seq_lens.astype(np.int64) - np.diff(batch.query_start)
+    return np.zeros_like(starts) if window is None else np.maximum(0, starts - window + 1) // block_size
+
+
 def check_batch(batch: InputBatch, program: Program, kv: KvCacheSpec, limits: StepLimits) -> None:
     """Raises ValueError where the batch is inconsistent, exceeds the limits, or names anything out of range."""
     tokens, sequences, rows = batch.num_tokens, batch.num_sequences, batch.output_rows.size
     _check(0 < tokens <= limits.max_num_tokens, f"{tokens} tokens in a step, 1 to {limits.max_num_tokens} are allowed")
     _check(0 < sequences <= limits.max_num_sequences, f"{sequences} sequences, at most {limits.max_num_sequences}")
-    _check(batch.positions.size == batch.slot_mapping.size == tokens, "positions and slots must match the tokens")
+    _check(batch.positions.size == tokens, "positions must match the tokens")
     starts, lengths = batch.query_start, batch.seq_lens
     _check(starts.size == sequences + 1 and starts[0] == 0 and starts[-1] == tokens, "query_start must span all tokens")
     counts = np.diff(starts)
@@ -34,13 +40,7 @@ def check_batch(batch: InputBatch, program: Program, kv: KvCacheSpec, limits: St
         _check(np.array_equal(batch.positions, places), "positions must end at seq_lens - 1, without gaps")
     else:
         _check_trees(batch, batch.tree_parents, places, owner, kv)
-    needed = -(-lengths // kv.block_size)
-    width = batch.block_tables.shape[1]
-    _check(batch.block_tables.shape[0] == sequences and width >= needed.max(), "a block table is too short")
-    used = batch.block_tables[np.arange(width)[None, :] < needed[:, None]]
-    _check(used.min() >= 0 and used.max() < kv.num_blocks, f"a block id is out of range 0…{kv.num_blocks - 1}")
-    slots = batch.block_tables[owner, places // kv.block_size].astype(np.int64) * kv.block_size
-    _check(np.array_equal(batch.slot_mapping, slots + places % kv.block_size), "a slot is not its position's")
+    _check_tables(batch, program, places, owner, kv)
     _check(rows <= tokens, "more output rows than tokens")
     _check(
         rows == 0
@@ -51,6 +51,26 @@ def check_batch(batch: InputBatch, program: Program, kv: KvCacheSpec, limits: St
         ),
         "output_rows must be ascending and within the tokens",
     )
+
+
+def _check_tables(
+    batch: InputBatch, program: Program, places: NDArray[np.int64], owner: NDArray[np.int64], kv: KvCacheSpec
+) -> None:
+    """places, owner: see `_check_trees`."""
+    groups = len(program.kv_groups)
+    _check(batch.slot_mapping.shape == (batch.num_tokens, groups), f"slots must be those of {groups} KV groups")
+    needed = -(-batch.seq_lens // kv.block_size)
+    width = batch.block_tables.shape[-1]
+    _check(batch.block_tables.shape == (needed.size, groups, width), f"there must be tables of {groups} KV groups")
+    _check(width >= needed.max(), "a block table is too short")
+    index = np.arange(width)[None, :]
+    for group, window in enumerate(program.kv_groups.windows):
+        table = batch.block_tables[:, group]
+        begins = first_blocks(batch, window, kv.block_size)
+        used = table[(index >= begins[:, None]) & (index < needed[:, None])]
+        _check(used.min() >= 0 and used.max() < kv.num_blocks, f"a block id is out of range 0…{kv.num_blocks - 1}")
+        slots = table[owner, places // kv.block_size].astype(np.int64) * kv.block_size + places % kv.block_size
+        _check(np.array_equal(batch.slot_mapping[:, group], slots), "a slot is not its position's")
 
 
 def _check_trees(

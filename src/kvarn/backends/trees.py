@@ -42,30 +42,36 @@ def _is_chain(parents: Sequence[int]) -> bool:
     return all(parent == index - 1 for index, parent in enumerate(parents))
 
 
-def position_slots(batch: InputBatch, block_size: int) -> Slots:
-    """int64[T]: the slot that a row's position has in its block table. A draft of a tree has another one of its own."""
+def position_slots(batch: InputBatch, group: int, block_size: int) -> Slots:
+    """int64[T]: the slot that a row's position has in a KV group. A draft of a tree has another one of its own."""
     if batch.tree_parents is None:
-        return batch.slot_mapping
+        return batch.slot_mapping[:, group]
     owner = np.repeat(np.arange(batch.num_sequences), np.diff(batch.query_start))
-    blocks = batch.block_tables[owner, batch.positions // block_size].astype(np.int64)
+    blocks = batch.block_tables[owner, group, batch.positions // block_size].astype(np.int64)
     slots: Slots = blocks * block_size + batch.positions % block_size
     return slots
 
 
-def contexts(batch: InputBatch, sequence: int, block_size: int) -> Iterator[tuple[slice, Slots]]:
-    """(rows, slots by position) of one sequence: known tokens read one context, a draft of a tree that of its path."""
+def contexts(
+    batch: InputBatch, sequence: int, group: int, block_size: int, start: int = 0
+) -> Iterator[tuple[slice, int, Slots]]:
+    """(rows, `start`, slots by position from there on) of one sequence in a KV group.
+
+    Known tokens read one context, a draft of a tree that of its path. start: what is before it is not looked at.
+    """
     begin, end = (int(row) for row in batch.query_start[sequence : sequence + 2])
-    places = np.arange(batch.seq_lens[sequence])
-    slots = batch.block_tables[sequence, places // block_size].astype(np.int64) * block_size + places % block_size
+    places = np.arange(start, batch.seq_lens[sequence])
+    blocks = batch.block_tables[sequence, group, places // block_size].astype(np.int64)
+    slots: Slots = blocks * block_size + places % block_size
     parents = batch.tree_parents
     first = end if parents is None else end - int((parents[begin:end] >= 0).sum())
     known = slots[: len(slots) - (end - first)]
-    yield slice(begin, first), known
+    yield slice(begin, first), start, known
     for row in range(first, end):
         path: list[int] = []
         at = row
         while at >= first:
             assert parents is not None
-            path.insert(0, int(batch.slot_mapping[at]))
+            path.insert(0, int(batch.slot_mapping[at, group]))
             at = int(parents[at])
-        yield slice(row, row + 1), np.concatenate([known, np.array(path, np.int64)])
+        yield slice(row, row + 1), start, np.concatenate([known, np.array(path, np.int64)])

@@ -30,7 +30,8 @@ class Stepper:
         deep = max((_cache_tokens(task) for task in every if task.depth), default=0)
         batch = max(task.batch for task in every)
         limits = StepLimits(max(CHUNK, batch), batch, max(task.depth + task.tokens for task in every))
-        blocks = (self._shallow + deep) // BLOCK_SIZE
+        self._num_groups = len(model.program.kv_groups)
+        blocks = (self._shallow + deep) // BLOCK_SIZE * self._num_groups
         self.executable: CpuExecutable = backend.load(
             model.program, model.weights, KvCacheSpec(blocks, BLOCK_SIZE, KV.name), limits
         )
@@ -76,17 +77,17 @@ class Stepper:
         base = self._shallow if task.depth else 0
         count, length = len(tokens), len(tokens[0])
         positions = np.tile(np.arange(start, start + length), count)
-        first_slots = base + (sequence + np.repeat(np.arange(count), length)) * each
         first_blocks = (base + (sequence + np.arange(count)) * each) // BLOCK_SIZE
         query_start = (np.arange(count + 1) * length).astype(np.int32)
-        return InputBatch(
+        return InputBatch.of_tables(
             token_ids=(np.concatenate(tokens) % self.model.config.vocab_size).astype(np.int32),
             positions=positions.astype(np.int32),
-            slot_mapping=(first_slots + positions).astype(np.int64),
             query_start=query_start,
             seq_lens=np.full(count, start + length, np.int32),
-            block_tables=(first_blocks[:, None] + np.arange(each // BLOCK_SIZE)[None, :]).astype(np.int32),
+            tables=(first_blocks[:, None] + np.arange(each // BLOCK_SIZE)[None, :]).astype(np.int32),
             output_rows=(query_start[1:] - 1 if wanted else np.empty(0)).astype(np.int32),
+            block_size=BLOCK_SIZE,
+            num_groups=self._num_groups,
         )
 
 

@@ -110,13 +110,14 @@ class KvMoves:
 def measure_kv(path: Path) -> KvMoves:
     """Moves a block of the model's cache to a file and back, as an engine does at its start."""
     with tempfile.TemporaryDirectory() as folder:
-        cache = CacheConfig(num_blocks=1, kv_offload_bytes=1 << 26, kv_offload_dir=folder)
+        cache = CacheConfig(kv_offload_bytes=1 << 26, kv_offload_dir=folder)
         config = EngineConfig(max_model_len=cache.block_size, scheduler=SchedulerConfig(1, 1), cache=cache)
         engine = load_engine(str(path), config)
         try:
             memory, moves = engine.memory_plan, engine.move_seconds
             assert memory is not None and moves is not None
-            return KvMoves(memory.use.kv_cache // cache.block_size, 2 * memory.use.kv_cache / sum(moves))
+            block = memory.use.kv_cache // memory.num_blocks
+            return KvMoves(block * len(memory.windows) // cache.block_size, 2 * block / sum(moves))
         finally:
             engine.core.close()
 

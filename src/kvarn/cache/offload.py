@@ -15,7 +15,8 @@ NAME_BYTES = 32
 class OffloadIndex:
     """The slots of the second tier, the least recently used given away first. Never more entries than slots.
 
-    A block's name is a hash of the block before it and of its own tokens; the first hashes the identity of what
+    A block's name is a hash of the block before it and of its own tokens (and of the KV group, for those but the first:
+    `of_group`); the first hashes the identity of what
     computes (model, type of cache, block size, instruction set) and the salt. So equal names mean equal bits, nothing
     of one salt is found by another, and a name gives neither tokens nor salts away to who does not guess them whole.
     What is in the tier is not checked here: whoever reads it says where it was wrong (`drop`).
@@ -48,6 +49,13 @@ class OffloadIndex:
     def after(self, before: bytes, tokens: Iterable[int]) -> bytes:
         """The name of the block of `tokens` that follows the block named `before`."""
         return hashlib.blake2b(array("q", tokens).tobytes(), key=before, digest_size=NAME_BYTES).digest()
+
+    @staticmethod
+    def of_group(name: bytes, group: int) -> bytes:
+        """The name of a KV group's block, where `name` is what the blocks of all of them are named after."""
+        if group == 0:
+            return name
+        return hashlib.blake2b(bytes((group,)), key=name, digest_size=NAME_BYTES, person=b"group").digest()
 
     def save(self, name: bytes, block: int) -> None:
         """Asks for the block to be saved, unless it is there. The block must keep its values until `take_saves`."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
+from kvarn.cache.windows import Windows
+
 
 class OutOfBlocksError(Exception):
     """More blocks were asked for than are free. Callers check `num_free` first, so this marks a bug."""
@@ -20,18 +22,24 @@ class BlockPool:
     of it. Idle blocks stand in the order in which they became idle. Tables free theirs from the last to the first and
     share whole beginnings, so a block stands before those it continues: taken in this order (`oldest_idle`), the least
     recently used go first, and each after all that continue it, without a search.
+
+    A block that fell out of a window while its sequence went on is of use only to who turns off there, the others to
+    all who go on from where the sequence ends: such spare blocks are taken before all others, those first that fell out
+    first.
     """
 
-    def __init__(self, num_blocks: int, block_size: int) -> None:
-        """num_blocks: ids to hand out. block_size: tokens in a block."""
+    def __init__(self, num_blocks: int, block_size: int, windows: tuple[int | None, ...] = (None,)) -> None:
+        """num_blocks: ids to hand out. block_size: tokens in a block. windows: of the KV groups that share them."""
         if num_blocks < 1 or block_size < 1:
             raise ValueError(f"a pool of {num_blocks} blocks of {block_size} tokens")
         self.num_blocks = num_blocks
         self.block_size = block_size
+        self.windows = Windows(block_size, windows)
         self._free = list(range(num_blocks - 1, -1, -1))
         self._references = [0] * num_blocks
         self._kept = bytearray(num_blocks)
         self._idle: dict[int, None] = {}
+        self._spare: dict[int, None] = {}
 
     @property
     def num_free(self) -> int:
@@ -41,17 +49,17 @@ class BlockPool:
     @property
     def num_idle(self) -> int:
         """Blocks that only a prefix cache holds, and would let go of."""
-        return len(self._idle)
+        return len(self._idle) + len(self._spare)
 
     @property
     def num_available(self) -> int:
         """Free or idle."""
-        return len(self._free) + len(self._idle)
+        return len(self._free) + len(self._idle) + len(self._spare)
 
     @property
     def oldest_idle(self) -> int | None:
-        """The block that has been idle for longest."""
-        return next(iter(self._idle), None)
+        """The block that is to go first: the one that has been spare for longest, or else idle."""
+        return next(iter(self._spare or self._idle), None)
 
     def references(self, block: int) -> int:
         """How many owners hold the block."""
@@ -72,11 +80,12 @@ class BlockPool:
             if self._references[block] == 0:
                 raise ValueError(f"block {block} is free and cannot be shared")
             if self._references[block] == 1 and self._kept[block]:
-                del self._idle[block]
+                self._use(block)
             self._references[block] += 1
 
-    def free(self, blocks: Iterable[int]) -> None:
-        """Drops one reference from each of the blocks."""
+    def free(self, blocks: Iterable[int], *, spare: bool = False) -> None:
+        """Drops one reference from each of the blocks. spare: which fell out of a window."""
+        idle = self._spare if spare else self._idle
         for block in blocks:
             if self._references[block] == 0:
                 raise ValueError(f"block {block} is freed twice")
@@ -84,7 +93,7 @@ class BlockPool:
             if self._references[block] == 0:
                 self._free.append(block)
             elif self._references[block] == 1 and self._kept[block]:
-                self._idle[block] = None
+                idle[block] = None
 
     def keep(self, block: int) -> None:
         """Adds the prefix cache's reference to a block that a table holds, until `drop`."""
@@ -94,8 +103,13 @@ class BlockPool:
     def drop(self, block: int) -> None:
         """Takes back what `keep` added."""
         self._kept[block] = False
-        self._idle.pop(block, None)
+        self._use(block)
         self.free((block,))
+
+    def _use(self, block: int) -> None:
+        """It is not idle any more, if it was."""
+        self._idle.pop(block, None)
+        self._spare.pop(block, None)
 
     def check(self, owners: Iterable[Iterable[int]]) -> None:
         """Raises AssertionError unless `owners` (all block lists that exist) explain every count and every free block.
@@ -109,4 +123,5 @@ class BlockPool:
         expected = [block for block, count in enumerate(self._references) if count == 0]
         assert free == expected, f"free list {free}, but unreferenced are {expected}"
         idle = [block for block, count in enumerate(self._references) if count == 1 and self._kept[block]]
-        assert sorted(self._idle) == idle, f"idle are {sorted(self._idle)}, but only the cache holds {idle}"
+        known = sorted([*self._idle, *self._spare])
+        assert known == idle, f"idle are {known}, but only the cache holds {idle}"

@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol, Self
 
 from kvarn.cache.offload import OffloadIndex
 from kvarn.cache.salt import Salt
-from kvarn.cache.table import BlockTable
+from kvarn.cache.table import Tables
 
 
 class PrefixHit(NamedTuple):
@@ -16,7 +16,8 @@ class PrefixHit(NamedTuple):
     num_tokens: int = 0
     """Those whose KV is there."""
     num_held_blocks: int = 0
-    """Blocks of them that it would share with a table, or that are never evicted: they take none that are available."""
+    """Blocks of them, of all KV groups, that it would share with a table or that are never evicted: they take none
+    that are available."""
 
 
 class PrefixPath(Protocol):
@@ -24,10 +25,10 @@ class PrefixPath(Protocol):
 
     @property
     def num_blocks(self) -> int:
-        """Whole blocks, from the first, that the sequence's table has in common with the cache."""
+        """Whole blocks of a group, from the first, that the sequence's table has in common with the cache."""
         ...
 
-    def adopt(self, token_ids: Sequence[int], table: BlockTable, known: int, *, whole_blocks: bool = False) -> int:
+    def adopt(self, token_ids: Sequence[int], table: Tables, known: int, *, whole_blocks: bool = False) -> int:
         """Puts cached blocks into `table`, which holds the KV of `known` tokens, where more are known then.
 
         Returns how many are known now: at least `known`, at most all but the last of `token_ids`, which is left to
@@ -40,7 +41,7 @@ class PrefixPath(Protocol):
         """What `adopt` would find now, for a sequence with an empty table. Changes nothing, counts as no use."""
         ...
 
-    def insert(self, token_ids: Sequence[int], known: int, table: BlockTable) -> None:
+    def insert(self, token_ids: Sequence[int], known: int, table: Tables) -> None:
         """Told when `table` holds the KV of the first `known` tokens: keeps its whole blocks.
 
         Where the cache has a block with the same KV already, the table gets that one for its own. O(1) where no block
@@ -48,7 +49,7 @@ class PrefixPath(Protocol):
         """
         ...
 
-    def leave(self, token_ids: Sequence[int], known: int, table: BlockTable) -> None:
+    def leave(self, token_ids: Sequence[int], known: int, table: Tables) -> None:
         """Told before the sequence releases `table`: keeps a partly filled last block, too. Back at the start then."""
         ...
 
@@ -59,7 +60,8 @@ class PrefixPath(Protocol):
     def offloaded(self, token_ids: Sequence[int], most: int) -> list[tuple[int, bytes]]:
         """(slot, name) in the second tier of the whole blocks that follow, up to `most` and the first that it lacks.
 
-        Of all but the last of `token_ids`. What is there is not checked: see `BlockLoad`.
+        Those of all KV groups one after the other, before the next. Of all but the last of `token_ids`. What is there
+        is not checked: see `BlockLoad`.
         """
         ...
 
@@ -89,7 +91,7 @@ class PrefixCache(Protocol):
         ...
 
     def evict(self, count: int, *, spill: bool = True) -> int:
-        """Lets go of blocks that no table holds until `count` more are free, or none is left; returns how many.
+        """Lets go of blocks that no table holds until `count` more are free, or none is left; returns how many are.
 
         spill: asks the tier to save them. They must keep their values until the saves are taken and done.
         """
@@ -109,7 +111,7 @@ class NullPrefixPath:
 
     num_blocks = 0
 
-    def adopt(self, token_ids: Sequence[int], table: BlockTable, known: int, *, whole_blocks: bool = False) -> int:
+    def adopt(self, token_ids: Sequence[int], table: Tables, known: int, *, whole_blocks: bool = False) -> int:
         """Nothing more is known."""
         del token_ids, table, whole_blocks
         return known
@@ -119,10 +121,10 @@ class NullPrefixPath:
         del token_ids
         return PrefixHit()
 
-    def insert(self, token_ids: Sequence[int], known: int, table: BlockTable) -> None:
+    def insert(self, token_ids: Sequence[int], known: int, table: Tables) -> None:
         """Keeps nothing."""
 
-    def leave(self, token_ids: Sequence[int], known: int, table: BlockTable) -> None:
+    def leave(self, token_ids: Sequence[int], known: int, table: Tables) -> None:
         """Keeps nothing."""
 
     def fork(self, num_tokens: int) -> Self:

@@ -6,6 +6,7 @@ from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 
 from kvarn.cache.salt import Salt
+from kvarn.cache.table import HOLE, Column
 
 Tokens = tuple[int, ...]
 
@@ -17,24 +18,31 @@ def common_length(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 class Node:
-    """A block and what is known to continue it. `tokens`: those whose KV it holds, a full block but in leaves.
+    """A block of each KV group and what is known to continue it. `tokens`: whose KV it holds, full but in leaves.
+
+    A group that keeps all has its block; of one with a window it may be gone, and then the node still says the way.
 
     Children are sorted by their tokens, and none's begin with another's. So the child with the longest common
     beginning with some tokens is next to where these would sort in: O(log n) comparisons of tuples.
     """
 
-    __slots__ = ("block", "children", "keys", "name", "parent", "tokens")
+    __slots__ = ("blocks", "children", "keys", "name", "parent", "tokens")
 
-    def __init__(self, tokens: Tokens, block: int, parent: Node | None) -> None:
-        """A leaf. parent: knows of it only after `add`."""
+    def __init__(self, tokens: Tokens, blocks: Column, parent: Node | None) -> None:
+        """A leaf. blocks: by group; `HOLE` where it is gone. parent: knows of it only after `add`."""
         self.tokens = tokens
-        self.block = block
+        self.blocks = list(blocks)
         self.parent = parent
         self.name: bytes | None = None
-        """Of its KV in the second tier, once it was asked for."""
+        """Of its KV in the second tier, once it was asked for: what the blocks' names are made from."""
         self.keys: list[Tokens] = []
         """Tokens of the children, sorted; the children in the same order."""
         self.children: list[Node] = []
+
+    @property
+    def present(self) -> list[int]:
+        """Its blocks that are not gone."""
+        return [block for block in self.blocks if block != HOLE]
 
     def find(self, tokens: Tokens) -> Node | None:
         """The child of exactly these tokens."""
@@ -68,20 +76,20 @@ class CommonNode(Node):
 
     __slots__ = ("branches", "declared")
 
-    def __init__(self, tokens: Tokens, block: int, declared: Declared) -> None:
+    def __init__(self, tokens: Tokens, blocks: Column, declared: Declared) -> None:
         """declared: what was declared to follow, block by block, whether or not it has been computed."""
-        super().__init__(tokens, block, None)
+        super().__init__(tokens, blocks, None)
         self.declared = declared
         self.branches: dict[Salt, Branch] = {}
 
 
 class Branch(Node):
-    """Where the tree of one salt begins. It has no block, and goes with its last child."""
+    """Where the tree of one salt begins. It has no blocks, and goes with its last child."""
 
     __slots__ = ("home", "salt")
 
     def __init__(self, home: CommonNode, salt: Salt) -> None:
-        super().__init__((), -1, home)
+        super().__init__((), (), home)
         self.home = home
         self.salt = salt
 

@@ -178,7 +178,7 @@ def _print(model: str, config: ModelConfig, p: Plan) -> None:
         (f"KV cache, a sequence of {p.max_model_len:,}", _size(p.kv_bytes_per_sequence)),
     ]
     if p.kv_bytes_per_sequence_needed < p.kv_bytes_per_sequence:
-        rows.append(("  inside its sliding windows", _size(p.kv_bytes_per_sequence_needed)))
+        rows.append(("  of it kept, with its sliding windows", _size(p.kv_bytes_per_sequence_needed)))
     rows += [
         (f"KV cache, {p.batch} such sequence{'s' if p.batch > 1 else ''}", f"{_size(p.kv_bytes_total)}  {p.kv_dtype}"),
         ("activations on the CPU", _size(p.activation_bytes)),

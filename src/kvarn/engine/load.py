@@ -76,7 +76,7 @@ class LoadedEngine:
     load_times: LoadTimes | None = None
     """Both None where the engine was put together by hand."""
     move_seconds: MoveSeconds | None = None
-    """What moving a block to and from the second tier takes; None where there is none."""
+    """What moving a block, of one KV group, to and from the second tier takes; None where there is none."""
 
 
 def make_backend(name: str, threads: int = 0, packed: PackedSlot | None = None) -> Backend:
@@ -183,17 +183,18 @@ def build_engine(
     program = model.program
     backend = make_backend(config.backend, config.threads, packed)
     memory = engine_memory(model, config, backend, available_memory())
-    shared = shared_prefixes(tokenizer, config.cache, memory.num_blocks)
+    shared = shared_prefixes(tokenizer, config.cache, memory.num_blocks, memory.windows)
     on_plan(memory)
     executable = backend.load(program, model.weights, memory.kv, memory.limits)
     tier = open_tier(config, program, executable, identity)
     ends = dict.fromkeys((*model.config.eos_token_ids, *tokenizer.eos_token_ids))
 
     cost = MeasuredCost()
-    moves = MoveCost(memory.block_size, *tier.move_seconds, cost)
+    seconds, groups = tier.move_seconds, len(program.kv_groups)  # the KV of a block's tokens is a block of each group
+    moves = MoveCost(memory.block_size, groups * seconds.save, groups * seconds.load, cost)
 
     def new_scheduler() -> Scheduler:
-        pool = BlockPool(memory.num_blocks, memory.block_size)
+        pool = BlockPool(memory.num_blocks, memory.block_size, memory.windows)
         caching = config.cache.enable_prefix_caching
         prefixes = RadixPrefixCache(pool, shared, tier.new_index()) if caching else NullPrefixCache()
         return make_scheduler(
@@ -209,7 +210,7 @@ def build_engine(
     core = EngineCore(
         runner, new_scheduler, tokenizer, program.vocab_size, cost=cost, observer=observer, on_close=on_close
     )
-    moving = tier.move_seconds if tier.file is not None else None
+    moving = seconds if tier.file is not None else None
     return LoadedEngine(
         core, name, tokenizer, model.config, memory.max_model_len, config, memory, move_seconds=moving
     )

@@ -8,18 +8,22 @@ from kvarn.errors import CapacityError
 from kvarn.text import Tokenizer
 
 
-def shared_prefixes(tokenizer: Tokenizer, cache: CacheConfig, num_blocks: int) -> tuple[tuple[int, ...], ...]:
+def shared_prefixes(
+    tokenizer: Tokenizer, cache: CacheConfig, num_blocks: int, windows: tuple[int | None, ...] = (None,)
+) -> tuple[tuple[int, ...], ...]:
     """What the config declares, texts of system prompts as the tokens that conversations with them begin with.
+
+    windows: of the KV groups that share the `num_blocks`; all of them keep the whole of what is declared.
 
     Raises CapacityError where their blocks leave none of `num_blocks` to requests, TemplateError where the model's chat
     template takes no system message.
     """
     prefixes = (*cache.shared_prefixes, *(_system_prompt(tokenizer, text) for text in cache.shared_system_prompts))
-    taken = RadixPrefixCache(BlockPool(num_blocks, cache.block_size), prefixes).num_reserved
+    taken = RadixPrefixCache(BlockPool(num_blocks, cache.block_size, windows), prefixes).num_reserved
     if taken >= num_blocks:
         raise CapacityError(
             f"the shared prefixes take {taken} blocks of KV cache, but there are {num_blocks}; "
-            f"give it more than {taken * cache.block_size} tokens or share less"
+            f"give it more than {taken // len(windows) * cache.block_size} tokens or share less"
         )
     return prefixes
 

@@ -19,7 +19,7 @@ FILE_NAME = "blocks.kv"
 
 @dataclass(frozen=True, slots=True)
 class Tier:
-    """file: None where there is no tier. move_seconds: what saving and loading a block takes here."""
+    """file: None where there is no tier. move_seconds: what saving and loading a block, of one KV group, takes here."""
 
     file: BlockFile | None
     identity: str

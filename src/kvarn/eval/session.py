@@ -41,7 +41,10 @@ class EvalSession:
         for start in range(0, total, self.chunk):
             end = min(start + self.chunk, total)
             wanted = max(0, end - max(first, start))
-            batch = InputBatch.of_one(token_ids[start:end], start, num_outputs=wanted, block_size=BLOCK_SIZE)
+            groups = len(self.model.program.kv_groups)
+            batch = InputBatch.of_one(
+                token_ids[start:end], start, num_outputs=wanted, block_size=BLOCK_SIZE, num_groups=groups
+            )
             out = self.executable.execute(batch)
             if wanted:
                 yield end - wanted, out[self.model.program.output]
@@ -57,7 +60,7 @@ def open_session(
         model = load_model(files)
         if context > model.config.max_positions:
             raise ConfigError(f"context must be at most {model.config.max_positions} for this model, not {context}")
-        blocks = (context + BLOCK_SIZE - 1) // BLOCK_SIZE
+        blocks = (context + BLOCK_SIZE - 1) // BLOCK_SIZE * len(model.program.kv_groups)
         cache = KvCacheSpec(blocks, BLOCK_SIZE, kv_dtype)
         executable = make_backend(backend, threads).load(
             model.program, model.weights, cache, StepLimits(chunk, chunk, context)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from kvarn.backends import KvCacheSpec, MemoryUse, StepLimits
+from kvarn.cache import Windows, blocks_for
 from kvarn.config import EngineConfig
 from kvarn.errors import CapacityError, ConfigError
 from kvarn.planning.available import Available
@@ -46,6 +47,8 @@ class MemoryPlan:
     """Of the second tier's file: on disk, not in memory."""
     offload_index: int = 0
     """Memory for what is known of that file's blocks."""
+    windows: tuple[int | None, ...] = (None,)
+    """Of the KV groups: each block is one group's."""
 
     @property
     def total(self) -> int:
@@ -59,13 +62,21 @@ class MemoryPlan:
 
     @property
     def cache_tokens(self) -> int:
-        """Tokens that all blocks hold."""
-        return self.num_blocks * self.block_size
+        """Tokens that all blocks hold; where layers have windows, in sequences of max_model_len."""
+        if self.groups.endless:
+            return self.num_blocks // len(self.windows) * self.block_size
+        return self.full_sequences * self.max_model_len
+
+    @property
+    def groups(self) -> Windows:
+        """What the KV groups see."""
+        return Windows(self.block_size, self.windows)
 
     @property
     def full_sequences(self) -> int:
-        """How many sequences of max_model_len tokens fit the cache together."""
-        return self.num_blocks // _blocks(self.max_model_len, self.block_size)
+        """How many sequences of max_model_len tokens fit the cache together, one of them with a prompt to compute."""
+        alone, each = sequence_blocks(self.groups, self.max_model_len, self.max_num_batched_tokens)
+        return 0 if self.num_blocks < alone else 1 + (self.num_blocks - alone) // each
 
     @property
     def kv(self) -> KvCacheSpec:
@@ -76,6 +87,12 @@ class MemoryPlan:
     def limits(self) -> StepLimits:
         """The largest step, as a back-end wants it."""
         return StepLimits(self.max_num_batched_tokens, self.max_num_seqs, self.max_model_len, self.max_step_drafts)
+
+
+def sequence_blocks(groups: Windows, length: int, chunk: int) -> tuple[int, int]:
+    """Blocks that a sequence of `length` tokens holds at most: while its prompt is computed, `chunk` tokens a step, and
+    then. The scheduler counts by the same function."""
+    return groups.most_blocks(length, chunk), groups.most_blocks(length, 1)
 
 
 def plan_memory(program: Program, uses: Uses, config: EngineConfig, available: Available) -> MemoryPlan:
@@ -101,6 +118,8 @@ class _Planner:
         self._config = config
         self._available = available
         self._block_size = config.cache.block_size
+        self._groups = Windows(self._block_size, program.kv_groups.windows)
+        self._chunk = config.scheduler.max_num_batched_tokens
         self._budget = int(available.num_bytes * config.cache.memory_utilization)
         self._known: dict[StepLimits, MemoryUse] = {}
         # What the back-end takes for a block: it may keep a type in more bytes than the type has.
@@ -110,12 +129,12 @@ class _Planner:
     def plan(self) -> MemoryPlan:
         config = self._config
         length = config.max_model_len or self._program.max_positions
-        if self._fitting(length) < 1 or config.max_model_len is None:
+        if self._fitting(length) < self._needed(1) or config.max_model_len is None:
             length = self._longest(length, _MANY)
         asked = self._asked_blocks(length)
         num_blocks = self._default_blocks(length) if asked is None else asked
         wanted = config.max_model_len
-        if wanted is not None and wanted > min(length, num_blocks * self._block_size):
+        if wanted is not None and (wanted > length or self._needed(wanted) > num_blocks):
             raise self._too_long(wanted, asked)
         length = self._longest(length, num_blocks)
         use = self._uses(KvCacheSpec(num_blocks, self._block_size, config.cache.dtype), self._limits(length))
@@ -133,7 +152,12 @@ class _Planner:
             max_step_drafts=config.max_step_drafts,
             offload_bytes=config.cache.kv_offload_bytes,
             offload_index=self._offload_index,
+            windows=self._groups.sizes,
         )
+
+    def _needed(self, length: int) -> int:
+        """Blocks that a sequence of `length` tokens takes."""
+        return self._groups.most_blocks(length, self._chunk)
 
     def _limits(self, length: int, tokens: int | None = None) -> StepLimits:
         steps, drafts = self._config.scheduler, self._config.max_step_drafts
@@ -156,12 +180,17 @@ class _Planner:
 
         Raises CapacityError where not even one block fits.
         """
-        if num_blocks * self._block_size >= length and self._fitting(length) * self._block_size >= length:
+
+        def fits(blocks: int) -> bool:
+            tokens = min(length, blocks * self._block_size)
+            return self._needed(tokens) <= min(num_blocks, self._fitting(tokens))
+
+        low, high = 0, blocks_for(length, self._block_size)
+        if fits(high):
             return length
-        low, high = 0, min(_blocks(length, self._block_size), num_blocks)
         while low < high:
             middle = (low + high + 1) // 2
-            if self._fitting(min(length, middle * self._block_size)) >= middle:
+            if fits(middle):
                 low = middle
             else:
                 high = middle - 1
@@ -170,9 +199,9 @@ class _Planner:
         return min(length, low * self._block_size)
 
     def _default_blocks(self, length: int) -> int:
-        longest = _blocks(length, self._block_size)
-        modest = max(longest, DEFAULT_CACHE_BYTES // self._block_bytes)
-        return min(self._fitting(length), modest, longest * self._config.scheduler.max_num_seqs)
+        alone, each = sequence_blocks(self._groups, length, self._chunk)
+        modest = max(alone, DEFAULT_CACHE_BYTES // self._block_bytes)
+        return min(self._fitting(length), modest, alone + each * (self._config.scheduler.max_num_seqs - 1))
 
     def _asked_blocks(self, length: int) -> int | None:
         """The number of blocks that the settings ask for. Raises CapacityError where it does not fit."""
@@ -183,10 +212,13 @@ class _Planner:
             name, asked, num_blocks = "kv_cache_bytes", cache.kv_cache_bytes, cache.kv_cache_bytes // per_block
         else:
             return None
-        if num_blocks == 0:
-            raise CapacityError(f"kv_cache_bytes {asked} is less than one block; it must be at least {per_block}")
+        least = self._needed(1)
+        if num_blocks < least:
+            each = "one block" if least == 1 else f"a block for each of {least} groups of layers"
+            must = least if name == "num_blocks" else least * per_block
+            raise CapacityError(f"{name} {asked} is less than {each}; it must be at least {must}")
         if self._config.max_model_len is None:
-            length = min(length, num_blocks * self._block_size)
+            length = min(length, self._groups.longest(num_blocks, self._chunk, length))
         fitting = self._fitting(length)
         if num_blocks > fitting:
             most = fitting if name == "num_blocks" else fitting * per_block
@@ -198,7 +230,7 @@ class _Planner:
         return num_blocks
 
     def _too_long(self, wanted: int, asked: int | None) -> CapacityError:
-        needed = _blocks(wanted, self._block_size)
+        needed = self._needed(wanted)
         fits = self._longest(wanted, asked or _MANY)
         num_blocks = asked or self._fitting(fits)
         return CapacityError(
@@ -208,13 +240,13 @@ class _Planner:
         )
 
     def _nothing_fits(self) -> CapacityError:
-        use = self._fixed(self._block_size)
+        use, least = self._fixed(self._block_size), self._needed(1) * self._block_bytes
         index = f"kv_offload_bytes {size_text(self._offload_index)}, " if self._offload_index else ""
         return CapacityError(
             f"the model takes {size_text(use.weights + use.tables)} of weights and {size_text(use.activations)} of "
-            f"activations, {index}and a block of KV cache {size_text(self._block_bytes)}, but only "
+            f"activations, {index}and a block of KV cache {size_text(least)}, but only "
             f"{size_text(self._budget)} may be used: {self._allowed()}; "
-            f"{self._nearest(use.without_cache + self._offload_index + self._block_bytes)}"
+            f"{self._nearest(use.without_cache + self._offload_index + least)}"
         )
 
     def _nearest(self, needed: int) -> str:
@@ -225,7 +257,7 @@ class _Planner:
         steps = self._config.scheduler
         tokens = steps.max_num_batched_tokens // 2
         while tokens >= steps.max_num_seqs:
-            if self._fitting(self._block_size, tokens) > 0:
+            if self._fitting(self._block_size, tokens) >= self._needed(1):
                 return f"max_num_batched_tokens may be at most {tokens}"
             tokens //= 2
         needed_here = math.ceil(needed / self._config.cache.memory_utilization)
@@ -240,7 +272,3 @@ class _Planner:
 
 
 _MANY = 1 << 60
-
-
-def _blocks(num_tokens: int, block_size: int) -> int:
-    return -(-num_tokens // block_size)

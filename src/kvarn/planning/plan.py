@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from kvarn.backends import KvCacheSpec, MemoryUse, StepLimits
 from kvarn.backends.cpu import memory_use
+from kvarn.cache import Windows
 from kvarn.errors import ConfigError
 from kvarn.kv_types import CACHE_TYPES, KV_TYPES, KvType
 from kvarn.program import Program
@@ -37,12 +38,13 @@ class Plan:
     kv_bytes_per_token_without_grouping: int
     """Were there a KV head for each query head (MHA): what grouped-query attention saves."""
     kv_bytes_per_sequence: int
-    """Of max_model_len tokens."""
+    """Of max_model_len tokens, were all of them kept."""
     kv_bytes_per_sequence_needed: int
-    """Of these, what layers with a sliding window can still see."""
+    """Of these, what is kept: of layers with a sliding window what they can still see."""
     kv_bytes_total: int
+    """What the sequences of the batch keep."""
     kv_bytes_allocated: int
-    """Rounded up to whole blocks."""
+    """The whole blocks that they hold for it."""
     batch: int
     max_model_len: int
     kv_dtype: str
@@ -92,7 +94,12 @@ def plan(
     sizes = {w.name: _stored(dtypes[w.name], w.shape) for w in program.weights}
     weight_bytes = sum(sizes.values())
     per_token = program.kv_bytes_per_token(kv)
-    blocks = -(-length // BLOCK_SIZE)
+    groups = program.kv_groups
+    blocks = Windows(BLOCK_SIZE, groups.windows).most_blocks(length, 1)
+    needed = sum(
+        layer.bytes_per_token(kv) * min(length, groups.windows[group] or length)
+        for layer, (group, _) in zip(program.kv_layers, groups.places, strict=True)
+    )
     cpu = _cpu_memory(program, dtypes, kv_dtype, length, batch, max_num_batched_tokens, threads)
 
     def cost(shape: StepShape) -> StepCost:
@@ -107,12 +114,9 @@ def plan(
         kv_bytes_per_token=per_token,
         kv_bytes_per_token_without_grouping=_ungrouped_bytes(program, kv),
         kv_bytes_per_sequence=per_token * length,
-        kv_bytes_per_sequence_needed=sum(
-            layer.bytes_per_token(kv) * (length if layer.window is None else min(length, layer.window))
-            for layer in program.kv_layers
-        ),
-        kv_bytes_total=per_token * length * batch,
-        kv_bytes_allocated=per_token * blocks * BLOCK_SIZE * batch,
+        kv_bytes_per_sequence_needed=needed,
+        kv_bytes_total=needed * batch,
+        kv_bytes_allocated=groups.block_bytes(kv, BLOCK_SIZE) * blocks * batch,
         batch=batch,
         max_model_len=length,
         kv_dtype=kv_dtype,

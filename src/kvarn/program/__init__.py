@@ -1,6 +1,7 @@
 """A model is a `Program`: a short, typed, immutable list of coarse ops over named buffers (see ARCHITECTURE.md)."""
 
 from kvarn.program.buffers import Buffer, KvLayer, Rows, Weight
+from kvarn.program.kv_groups import KvGroups
 from kvarn.program.ops import (
     Activation,
     Add,
@@ -26,6 +27,7 @@ __all__ = [
     "Buffer",
     "Embed",
     "GatedActivation",
+    "KvGroups",
     "KvLayer",
     "KvWrite",
     "Linear",

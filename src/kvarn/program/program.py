@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from functools import cached_property
 
 from kvarn.kv_types import KvType
 from kvarn.program.buffers import Buffer, KvLayer, Weight
+from kvarn.program.kv_groups import KvGroups, kv_groups
 from kvarn.program.ops import Op
 
 BUFFER_FIELDS = frozenset({"out", "x", "q", "k", "v", "gate", "up", "a", "b"})
@@ -68,6 +70,11 @@ class Program:
     def num_parameters(self) -> int:
         """Elements of all weights; a shared weight counts once."""
         return sum(weight.num_elements for weight in self.weights)
+
+    @cached_property
+    def kv_groups(self) -> KvGroups:
+        """How the KV layers share the blocks of the cache."""
+        return kv_groups(self.kv_layers, self.max_positions)
 
     def kv_bytes_per_token(self, kv: KvType) -> int:
         """Bytes that one token takes in the caches of all layers."""

@@ -17,19 +17,19 @@ class BatchBuilder:
     since a row was last written (the scheduler passes the same tuple then) are not written again.
     """
 
-    def __init__(self, limits: StepLimits, block_size: int) -> None:
-        """Allocates for the largest step that `limits` allow."""
+    def __init__(self, limits: StepLimits, block_size: int, num_groups: int = 1) -> None:
+        """Allocates for the largest step that `limits` allow. num_groups: KV groups of the program."""
         tokens, sequences = limits.max_num_tokens, limits.max_num_sequences
         width = -(-limits.max_model_len // block_size)
         self._block_size = block_size
         self._token_ids = np.zeros(tokens, np.int32)
         self._positions = np.zeros(tokens, np.int32)
-        self._slots = np.zeros(tokens, np.int64)
+        self._slots = np.zeros((tokens, num_groups), np.int64)
         self._query_start = np.zeros(sequences + 1, np.int32)
         self._starts = np.zeros(sequences, np.int32)
         self._seq_lens = np.zeros(sequences, np.int32)
-        self._tables = np.full((sequences, width), -1, np.int32)
-        self._written: list[tuple[int, ...]] = [()] * sequences
+        self._tables = np.full((sequences, num_groups, width), -1, np.int32)
+        self._written: list[tuple[tuple[int, ...], ...]] = [((),) * num_groups] * sequences
         self._arange = np.arange(tokens, dtype=np.int32)
 
     def build(self, sequences: Sequence[ScheduledSequence]) -> InputBatch:
@@ -49,8 +49,8 @@ class BatchBuilder:
 
         token_ids, positions = self._token_ids[:total], self._positions[:total]
         for row, sequence in enumerate(sequences):
-            if self._written[row] is not sequence.block_table:
-                self._write_table(row, sequence.block_table)
+            if self._written[row] is not sequence.block_tables:
+                self._write_tables(row, sequence.block_tables)
         if total == count:
             owner = self._arange[:total]
             token_ids[:] = [ids[0] for ids in tokens]
@@ -61,9 +61,9 @@ class BatchBuilder:
             np.add(self._arange[:total], (starts - query_start[:-1])[owner], out=positions)
         blocks, offsets = np.divmod(positions, self._block_size)
         slots = self._slots[:total]
-        slots[:] = self._tables[owner, blocks]
+        slots[:] = self._tables[owner, :, blocks]
         slots *= self._block_size
-        slots += offsets
+        slots += offsets[:, None]
         if total > count and any(s.draft for s in sequences):
             ends = zip(query_start[1:].tolist(), sequences, strict=True)
             rows = [row for end, s in ends if s.sample for row in range(end - len(s.draft) - 1, end)]
@@ -74,8 +74,10 @@ class BatchBuilder:
             output_rows -= 1
         return InputBatch(token_ids, positions, slots, query_start, seq_lens, self._tables[:count], output_rows)
 
-    def _write_table(self, row: int, table: tuple[int, ...]) -> None:
-        size = len(table)
-        self._tables[row, :size] = table
-        self._tables[row, size : len(self._written[row])] = -1
-        self._written[row] = table
+    def _write_tables(self, row: int, tables: tuple[tuple[int, ...], ...]) -> None:
+        for group, (table, before) in enumerate(zip(tables, self._written[row], strict=True)):
+            if table is not before:
+                size = len(table)
+                self._tables[row, group, :size] = table
+                self._tables[row, group, size : len(before)] = -1
+        self._written[row] = tables

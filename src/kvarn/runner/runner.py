@@ -44,7 +44,8 @@ class Runner:
         self._drafter = drafter or NullDrafter()
         self._drawn: dict[int, Proposal] = {}
         """The last proposals that were drawn from probabilities, by sequence."""
-        self._batches = BatchBuilder(limits, block_size)
+        self._num_groups = len(executable.program.kv_groups)
+        self._batches = BatchBuilder(limits, block_size, self._num_groups)
         self._logits = logits
         self._known: set[int] = set()
 
@@ -102,7 +103,8 @@ class Runner:
             self._sampler.remove(sequence_id)
             self._drafter.remove(sequence_id)
         self._known.clear()
-        probe = ScheduledSequence(sequence_id=-1, token_ids=(0,), start=0, block_table=(0,), sample=True)
+        tables = ((0,),) * self._num_groups
+        probe = ScheduledSequence(sequence_id=-1, token_ids=(0,), start=0, block_tables=tables, sample=True)
         self._executable.execute(self._batches.build((probe,)))
 
     def close(self) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Self
 
+from kvarn.cache import BlockPool
 from kvarn.config import SchedulerConfig
 from kvarn.errors import DeadlineError, QueueFullError, RequestError
 from kvarn.request import Request
@@ -11,10 +13,16 @@ from kvarn.request import Request
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """The bounds of an engine. max_model_len: tokens of prompt and output. cache_tokens: what all blocks hold."""
+    """The bounds of an engine. max_model_len: tokens of prompt and output. cache_tokens: of the longest sequence for
+    which all blocks are enough."""
 
     max_model_len: int
     cache_tokens: int
+
+    @classmethod
+    def of(cls, pool: BlockPool, num_reserved: int, chunk: int, max_model_len: int) -> Self:
+        """Those of a pool, of which no sequence can count on `num_reserved` blocks. chunk: most tokens of a step."""
+        return cls(max_model_len, pool.windows.longest(pool.num_blocks - num_reserved, chunk, max_model_len))
 
     @property
     def max_length(self) -> int:

@@ -100,12 +100,13 @@ class Drafting:
             if place is None:
                 continue  # preempted meanwhile
             part = parts[place]
-            slots = (len(sequence.table) + self._pool.num_available) * self._pool.block_size
+            blocks = len(sequence.table) + self._pool.num_available // len(self._pool.windows)
+            slots = blocks * self._pool.block_size
             draft = sequence.draft[: min(count, slots - part.end)]
             if not draft:
                 continue
             copies += self._reuse.take_blocks(sequence, part.end, part.end + len(draft))
-            parts[place] = dataclasses.replace(part, draft=draft, block_table=sequence.table.ids)
+            parts[place] = dataclasses.replace(part, draft=draft, block_tables=sequence.table.ids)
         return copies
 
     def wanted(self, sequence: Sequence) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as ListOf
 from dataclasses import dataclass
 from typing import Protocol
@@ -16,7 +17,10 @@ MEMORY = 32
 
 @dataclass(frozen=True, slots=True)
 class Crowd:
-    """What a request finds when it comes. free_blocks: all that no sequence holds."""
+    """What a request finds when it comes. free_blocks: all that no sequence holds.
+
+    blocks_for: most blocks that a sequence of so many tokens holds.
+    """
 
     running: ListOf[Sequence]
     prompts: ListOf[Sequence]
@@ -25,7 +29,7 @@ class Crowd:
     """Those that wait and will be admitted before it."""
     max_num_seqs: int
     free_blocks: int
-    block_size: int
+    blocks_for: Callable[[int], int]
 
 
 class Forecast(Protocol):
@@ -99,9 +103,9 @@ class QueueForecast:
         places = crowd.max_num_seqs - len(crowd.running) - len(crowd.ahead) - 1
         blocks = crowd.free_blocks
         for waiting in (*crowd.ahead, sequence):
-            blocks -= -(-waiting.num_tokens // crowd.block_size) - waiting.expected_hit.num_held_blocks
+            blocks -= crowd.blocks_for(waiting.num_tokens) - waiting.expected_hit.num_held_blocks
         steps = 0.0
-        for left, held in sorted((self._left(s), len(s.table)) for s in crowd.running):
+        for left, held in sorted((self._left(s), s.table.num_held) for s in crowd.running):
             if places >= 0 and blocks >= 0:
                 return steps
             steps, places, blocks = left, places + 1, blocks + held

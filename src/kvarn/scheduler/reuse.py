@@ -42,8 +42,8 @@ class PrefixReuse:
 
     @property
     def num_saved_tokens(self) -> int:
-        """Tokens whose KV was saved to the second tier."""
-        return self.cache.tier.num_saved * self._pool.block_size
+        """Tokens whose KV was saved to the second tier; a block of one KV group of several counts for its share."""
+        return self.cache.tier.num_saved * self._pool.block_size // len(self._pool.windows)
 
     def end_step(self) -> tuple[tuple[BlockSave, ...], tuple[BlockLoad, ...]]:
         """What the step that was put together since the last call saves and loads."""
@@ -80,8 +80,8 @@ class PrefixReuse:
     def to_whole_blocks(self, sequence: Sequence) -> None:
         """Gives up the block that the sequence would write into the copy of."""
         assert len(sequence.table) > sequence.prefix.num_blocks, "what fits alone does not fit"
-        sequence.table.truncate(sequence.prefix.num_blocks)
-        sequence.num_computed_tokens = sequence.prefix.num_blocks * self._pool.block_size
+        self.give_up_blocks(sequence)
+        self.adopt(sequence, whole_blocks=True)
 
     def take_blocks(self, sequence: Sequence, start: int, end: int) -> list[tuple[int, int]]:
         """Takes the blocks to write positions start … end - 1, which are known to be available; returns the copies."""
@@ -116,9 +116,13 @@ class PrefixReuse:
         return 2 * common_length(leader.token_ids[start:leader_end], sequence.token_ids[start:end]) >= end - start
 
     def computed(self, sequence: Sequence, end: int) -> None:
-        """Told that the KV of the sequence's tokens up to `end` is in its blocks; files those that are filled."""
+        """Told that the KV of the sequence's tokens up to `end` is in its blocks; files those that are filled.
+
+        Blocks that fell out of a window are given back.
+        """
         sequence.num_computed_tokens = end
         sequence.prefix.insert(sequence.token_ids, end, sequence.table)
+        sequence.table.slide(end)
 
     def loads(self, sequence: Sequence) -> bool:
         """Whether blocks are loaded for the sequence in this step already."""
@@ -134,15 +138,20 @@ class PrefixReuse:
             return False
         found = prefix.offloaded(sequence.token_ids, most // size)
         start = prefix.num_blocks * size
-        end = start + len(found) * size
-        if end < sequence.num_computed_tokens + size or not self._moves.worth_loading(start, len(found)):
+        whole = len(found) // len(self._pool.windows)
+        end = start + whole * size
+        if end < sequence.num_computed_tokens + size or not sequence.table.sees(start):
+            return False
+        if not self._moves.worth_loading(start, whole):
             return False
         self.count_hits(sequence, start - sequence.num_computed_tokens)
         sequence.table.truncate(prefix.num_blocks)
         sequence.num_computed_tokens = start
         self.take_blocks(sequence, start, end)
         slots, names = zip(*found, strict=True)
-        self._loads.append(BlockLoad(sequence.sequence_id, sequence.table.ids[prefix.num_blocks :], slots, names))
+        columns = (sequence.table.column(index) for index in range(prefix.num_blocks, len(sequence.table)))
+        blocks = tuple(block for column in columns for block in column)
+        self._loads.append(BlockLoad(sequence.sequence_id, blocks, slots, names))
         return True
 
     def book_load(self, load: BlockLoad, count: int, sequence: Sequence | None) -> None:
@@ -151,8 +160,9 @@ class PrefixReuse:
             self.cache.tier.drop(load.names[count])
         if sequence is None:
             return
-        loaded = count * self._pool.block_size
-        sequence.table.truncate(sequence.prefix.num_blocks + count)
+        whole = count // len(self._pool.windows)
+        loaded = whole * self._pool.block_size
+        sequence.table.truncate(sequence.prefix.num_blocks + whole)
         self.computed(sequence, sequence.num_computed_tokens + loaded)
         self.num_loaded_tokens += loaded
         self.count_hits(sequence, loaded)

@@ -6,7 +6,7 @@ import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 
-from kvarn.cache import BlockPool, BlockTable, PrefixCache
+from kvarn.cache import BlockPool, PrefixCache, new_tables
 from kvarn.config import SchedulerConfig
 from kvarn.errors import RequestError
 from kvarn.request import FinishReason, Request
@@ -78,7 +78,7 @@ class Scheduler:
         self._observer = observer or NullObserver()
         self.reuse = PrefixReuse(pool, prefix_cache, moves, self._observer)
         self.drafting = Drafting(speculation or NoSpeculation(), pool, self.reuse, self._observer, max_step_drafts)
-        self.limits = Limits(max_model_len, (pool.num_blocks - self.reuse.cache.num_reserved) * pool.block_size)
+        self.limits = Limits.of(pool, self.reuse.cache.num_reserved, config.max_num_batched_tokens, max_model_len)
         self.num_preemptions = 0
         self._config = config
         self._pool = pool
@@ -158,7 +158,7 @@ class Scheduler:
                 seed=seed if sampling.seed is None else sampling.seed,
                 max_length=self.limits.max_length_of(request),
                 eos_token_ids=frozenset() if sampling.ignore_eos else self._eos_token_ids,
-                table=BlockTable(self._pool),
+                table=new_tables(self._pool),
                 prefix=self.reuse.cache.path((request.tenant, request.cache_salt)),
             )
             for index in range(sampling.n)
@@ -273,7 +273,7 @@ class Scheduler:
     def check(self) -> None:
         """Raises AssertionError unless blocks, cache, queues and groups agree with one another. For tests."""
         sequences = list(self._sequences.values())
-        self._pool.check([*(s.table.ids for s in sequences), self.reuse.cache.check()])
+        self._pool.check([*(s.table.held for s in sequences), self.reuse.cache.check()])
         forks = {f.sequence_id for g in self._groups.values() for f in g.forks if not f.finished}
         assert forks | {s.sequence_id for s in (*self._running.values(), *self._waiting)} == set(self._sequences)
         assert len(forks) + len(self._running) + len(self._waiting) == len(sequences)
@@ -297,7 +297,7 @@ class Scheduler:
             ahead=list(self._waiting.ahead(sequence)),
             max_num_seqs=self._config.max_num_seqs,
             free_blocks=self._pool.num_available,
-            block_size=self._pool.block_size,
+            blocks_for=lambda tokens: self._pool.windows.most_blocks(tokens, self._config.max_num_batched_tokens),
         )
 
     def _key(self, sequence: Sequence) -> tuple[float, ...]:
@@ -404,7 +404,7 @@ class Scheduler:
                 sequence_id=sequence.sequence_id,
                 token_ids=tuple(sequence.token_ids[start:end]),
                 start=start,
-                block_table=sequence.table.ids,
+                block_tables=sequence.table.ids,
                 sample=sample,
                 num_drafts_wanted=self.drafting.wanted(sequence) if sample and self.drafting.active else 0,
             )
@@ -419,10 +419,10 @@ class Scheduler:
 
     def _may_fit(self) -> bool:
         """False where nobody can be admitted, whatever the prefix cache has."""
-        return not len(self._running) or self._pool.num_available > len(self._running)
+        return not self._running or self._pool.num_available > len(self._running) * len(self._pool.windows)
 
     def _can_admit(self, sequence: Sequence) -> bool:
-        """Whether there are blocks for all tokens of the sequence and of the running ones, at least one for each.
+        """Whether there are blocks for all tokens of the sequence and of the running ones, at least one more for each.
 
         Room for a first chunk would do, but then a long prompt would soon be preempted, its work lost. Where nothing
         runs, sequences that wait with shared blocks give theirs up, so that the first in order always gets in; so does
@@ -430,7 +430,8 @@ class Scheduler:
         """
         while True:
             wanted = self._blocks_to_catch_up(sequence)
-            wanted += sum(max(1, self._blocks_to_catch_up(running)) for running in self._running.values())
+            least = len(self._pool.windows)
+            wanted += sum(max(least, self._blocks_to_catch_up(running)) for running in self._running.values())
             if wanted <= self._pool.num_available:
                 return True
             if self._running:
@@ -441,9 +442,9 @@ class Scheduler:
             else:
                 self.reuse.to_whole_blocks(sequence)
 
-    @staticmethod
-    def _blocks_to_catch_up(sequence: Sequence) -> int:
-        return sequence.table.blocks_needed(sequence.num_computed_tokens, sequence.num_tokens)
+    def _blocks_to_catch_up(self, sequence: Sequence) -> int:
+        chunk = self._config.max_num_batched_tokens
+        return sequence.table.blocks_to_reach(sequence.num_computed_tokens, sequence.num_tokens, chunk)
 
     def _make_room(self, step: StepAssembly, sequence: Sequence, count: int) -> bool:
         """Frees blocks for `count` tokens of the first pending sequence; False where that one itself was preempted."""

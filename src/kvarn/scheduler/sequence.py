@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from kvarn.cache import BlockTable, PrefixHit, PrefixPath
+from kvarn.cache import PrefixHit, PrefixPath, Tables
 from kvarn.request import FinishReason, Request, SamplingParams
 from kvarn.scheduler.acceptance import Acceptance
 from kvarn.step import NewSequence
@@ -29,7 +29,7 @@ class Sequence:
     """Most tokens, prompt and output together."""
     eos_token_ids: frozenset[int]
     """Tokens that end the sequence as the model's own end; empty with ignore_eos."""
-    table: BlockTable
+    table: Tables
     prefix: PrefixPath
     """Its place in the prefix cache."""
     token_ids: list[int] = field(init=False)

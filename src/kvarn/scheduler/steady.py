@@ -26,8 +26,9 @@ class SteadySteps:
         steps = min(limit, min(s.max_length - s.num_tokens for s in running) - 1)
         # Evicting goes on as in single steps; equal blocks that become one in the prefix cache only leave more free.
         # Into a second tier it does not: what that takes is a part of the step.
-        room = self._pool.num_free if self._reuse.cache.tier.num_slots else self._pool.num_available
-        while steps > 0 and self._blocks_to_grow(running, steps) > room:
+        evicting = not self._reuse.cache.tier.num_slots
+        room = self._pool.num_available if evicting else self._pool.num_free
+        while steps > 0 and self._blocks_to_grow(running, steps, evicting) > room:
             steps //= 2
         return max(0, steps)
 
@@ -40,11 +41,12 @@ class SteadySteps:
         starts = [sequence.num_computed_tokens for sequence in running]
         for sequence in running:
             sequence.token_ids += [token_ids[sequence.sequence_id]] * steps
-        # In the order of the steps, since what is filed decides how many blocks are evicted, and which.
-        for step, begun in sorted(self._begun_blocks(starts, steps).items()):
-            for place in begun:
+        # In the order of the steps, since what is filed and let go decides how many blocks are evicted, and which.
+        begun, booked = self._begun_blocks(starts, steps), self._booked(starts, steps)
+        for step in sorted(begun.keys() | booked.keys()):
+            for place in sorted({*begun.get(step, ()), *booked.get(step, ())}):
                 self._reuse.computed(running[place], starts[place] + step)
-            for place in begun:
+            for place in begun.get(step, ()):
                 start = starts[place] + step
                 self._reuse.take_blocks(running[place], start, start + 1)
         for sequence, start in zip(running, starts, strict=True):
@@ -62,6 +64,19 @@ class SteadySteps:
                 begun.setdefault(step, []).append(place)
         return begun
 
-    def _blocks_to_grow(self, running: Collection[Sequence], steps: int) -> int:
-        ends = ((s, s.num_computed_tokens) for s in running)
-        return sum(s.table.blocks_needed(start, start + steps) for s, start in ends)
+    def _booked(self, starts: ListOf[int], steps: int) -> dict[int, list[int]]:
+        """By step, the places of those of which a block has fallen out of a window before it."""
+        windows = self._pool.windows
+        booked: dict[int, list[int]] = {}
+        for group in range(len(windows)):
+            for place, start in enumerate(starts):
+                for step in windows.falls(group, start, steps):
+                    booked.setdefault(step, []).append(place)
+        return booked
+
+    def _blocks_to_grow(self, running: Collection[Sequence], steps: int, evicting: bool) -> int:
+        """Blocks that they take; evicting: but for those that fall out of windows meanwhile."""
+        starts = ((s.table, s.num_computed_tokens) for s in running)
+        if evicting:
+            return sum(table.blocks_to_reach(start, start + steps, 1) for table, start in starts)
+        return sum(table.blocks_needed(start, start + steps) for table, start in starts)

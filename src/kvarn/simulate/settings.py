@@ -38,18 +38,25 @@ class Settings:
     kv_offload_bytes: int = 0
     """Of the second tier's file; 0: none."""
     kv_bytes_per_token: int = 0
-    """Of the KV cache, for the second tier."""
+    """Of the KV cache, of all KV groups together, for the second tier."""
     kv_move_bandwidth: float = 0.0
     """Bytes a second between the cache and the second tier, in either direction."""
     window: float = 1.0
     """Seconds that dynamic batching waits for a batch to fill."""
+    windowed_groups: int = 0
+    """KV groups of layers with a sliding window, beside one whose layers see all; a block is one group's."""
+    sliding_window: int = 512
+    """Tokens that their layers see."""
 
     def __post_init__(self) -> None:
         if self.batching not in BATCHINGS:
             raise ConfigError(f"batching must be one of {', '.join(BATCHINGS)}, not {self.batching!r}")
-        for name, most in (("num_blocks", 1 << 26), ("block_size", 1 << 20), ("max_model_len", 1 << 31)):
-            if not 1 <= getattr(self, name) <= most:
-                raise ConfigError(f"{name} must be between 1 and {most}, not {getattr(self, name)}")
+        for name, least, most in (
+            ("num_blocks", 1, 1 << 26), ("block_size", 1, 1 << 20), ("max_model_len", 1, 1 << 31),
+            ("windowed_groups", 0, 1 << 8), ("sliding_window", 1, 1 << 31),
+        ):  # fmt: skip
+            if not least <= getattr(self, name) <= most:
+                raise ConfigError(f"{name} must be between {least} and {most}, not {getattr(self, name)}")
         for name in ("window", "itl_target_ms", "ttft_slo_ms", "kv_offload_bytes", "kv_bytes_per_token",
                      "kv_move_bandwidth"):  # fmt: skip
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
@@ -59,6 +66,11 @@ class Settings:
         if self.ttft_slo_ms and self.batching != "continuous":
             raise ConfigError(f"ttft_slo_ms is for continuous batching, not for {self.batching}")
         self.scheduler()
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """What the layers of each KV group see; None: all."""
+        return (None, *(self.sliding_window,) * self.windowed_groups)
 
     def scheduler(self) -> SchedulerConfig:
         """The scheduler's settings."""
@@ -72,6 +84,11 @@ class Settings:
         )
 
     @property
+    def block_bytes(self) -> int:
+        """Of the KV of a block's tokens the share of one KV group."""
+        return self.block_size * self.kv_bytes_per_token // len(self.windows)
+
+    @property
     def tier_slots(self) -> int:
         """Blocks that the second tier holds. Raises ConfigError where it is not known what they take, or too little."""
         if not self.kv_offload_bytes:
@@ -79,7 +96,7 @@ class Settings:
         for name in ("kv_bytes_per_token", "kv_move_bandwidth"):
             if not getattr(self, name):
                 raise ConfigError(f"{name} must be given where there is kv_offload_bytes (see `kvarn bench steps`)")
-        slots = slots_in(self.kv_offload_bytes, self.block_size * self.kv_bytes_per_token)
+        slots = slots_in(self.kv_offload_bytes, self.block_bytes)
         if not slots:
             raise ConfigError(f"kv_offload_bytes {self.kv_offload_bytes} has no room for a block")
         return slots
@@ -87,7 +104,7 @@ class Settings:
     @property
     def move_seconds(self) -> float:
         """To save a block to the second tier, or to load it."""
-        return self.block_size * self.kv_bytes_per_token / self.kv_move_bandwidth if self.kv_move_bandwidth else 0.0
+        return self.block_bytes / self.kv_move_bandwidth if self.kv_move_bandwidth else 0.0
 
 
 FIELDS = {field.name: type(field.default) for field in dataclasses.fields(Settings)}

@@ -101,7 +101,7 @@ class Simulation:
         observer: Observer | None,
         progress: Progress,
     ) -> None:
-        pool = BlockPool(settings.num_blocks, settings.block_size)
+        pool = BlockPool(settings.num_blocks, settings.block_size, settings.windows)
         move_seconds = settings.move_seconds
         self.scheduler = make_scheduler(
             settings.scheduler(),
@@ -109,7 +109,7 @@ class Simulation:
             settings.max_model_len,
             cost,
             prefix_cache=_prefix_cache(pool, settings),
-            moves=MoveCost(settings.block_size, move_seconds, move_seconds, cost),
+            moves=MoveCost(settings.block_size, *(len(settings.windows) * move_seconds,) * 2, cost),
             observer=observer,
         )
         self._move_seconds = move_seconds

@@ -9,7 +9,7 @@ from kvarn import _native
 from kvarn.backends.base import KvCacheSpec, MemoryUse, StepLimits
 from kvarn.backends.cpu.build import Parameters, rotary_table
 from kvarn.backends.cpu.executable import CpuExecutable
-from kvarn.backends.cpu.memory import kv_layers, memory_use
+from kvarn.backends.cpu.memory import kv_slots, memory_use
 from kvarn.backends.cpu.packed_file import PackedWeights
 from kvarn.backends.cpu.packed_slot import PackedSlot, PackedWriter
 from kvarn.backends.cpu.topology import physical_cores
@@ -69,7 +69,7 @@ class CpuBackend:
                 for table in {op.table for op in program.ops if isinstance(op, Rope)}
             },
         )
-        cache = _native.KvCache(kv_layers(program), kv.num_blocks, kv.block_size, kv.dtype)
+        cache = _native.KvCache(kv_slots(program), kv.num_blocks, kv.block_size, kv.dtype)
         return CpuExecutable(program, packed.dtypes, parameters, pool, cache, kv, limits, self.isa, writer)
 
     def _pins(self) -> list[list[int]]:

@@ -12,7 +12,7 @@ from kvarn import _native
 from kvarn.backends.base import StepLimits
 from kvarn.backends.cpu import stages as s
 from kvarn.backends.cpu.memory import Layout
-from kvarn.program import Program, RopeTable, Rows
+from kvarn.program import KvGroups, Program, RopeTable, Rows
 
 ROTARY_CHUNK = 1024
 """Positions whose angles are in memory at once: of all positions they would take more than the table."""
@@ -61,9 +61,9 @@ def build_plan(
     """The native plan of compiled stages. Allocates its activations."""
     plan = _native.StepPlan(
         pool, kv, isa, limits.max_num_tokens, limits.max_num_sequences, limits.max_num_outputs, limits.max_model_len,
-        program.vocab_size, layout.arena_bytes,
+        program.vocab_size, layout.arena_bytes, [window or 0 for window in program.kv_groups.windows],
     )  # fmt: skip
-    builder = _Builder(plan, layout, parameters)
+    builder = _Builder(plan, layout, parameters, program.kv_groups)
     for stage in stages.stages:
         builder.add(stage)
     plan.finish()
@@ -72,10 +72,11 @@ def build_plan(
 
 
 class _Builder:
-    def __init__(self, plan: _native.StepPlan, layout: Layout, parameters: Parameters) -> None:
+    def __init__(self, plan: _native.StepPlan, layout: Layout, parameters: Parameters, groups: KvGroups) -> None:
         self.plan = plan
         self.layout = layout
         self.parameters = parameters
+        self.groups = groups
 
     def floats(self, place: s.Place | None) -> _native.FloatBuffer:
         if place is None:
@@ -132,7 +133,8 @@ class _Builder:
                 table = self.parameters.rotary[stage.table]
                 plan.rope(table, self.floats(stage.x), self.floats(stage.out), stage.heads)
             case s.KvWriteStage():
-                plan.kv_write(stage.layer, self.floats(stage.k), self.floats(stage.v))
+                group, slot = self.groups.places[stage.layer]
+                plan.kv_write(group, slot, self.floats(stage.k), self.floats(stage.v))
             case s.ActivationStage():
                 plan.activation(stage.function, self.floats(stage.x), self.floats(stage.out))
             case s.GatedStage():
@@ -150,8 +152,9 @@ class _Builder:
                 jobs = [self._job(job) for job in stage.jobs]
                 plan.linear(stage.label, self.floats(stage.input), self.quants(stage.quants), recipe, jobs)
             case s.AttentionStage():
+                group, slot = self.groups.places[stage.layer]
                 plan.attention(
-                    stage.layer, self._heads(stage.q), self._heads(stage.k), self.floats(stage.v), stage.k is not None,
+                    group, slot, self._heads(stage.q), self._heads(stage.k), self.floats(stage.v), stage.k is not None,
                     stage.heads, stage.scale, stage.softcap, stage.window, self.floats(stage.out),
                     self.quants(stage.quants), self.layout.offsets[stage.partials],
                 )  # fmt: skip

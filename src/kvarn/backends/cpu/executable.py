@@ -96,7 +96,7 @@ class CpuExecutable:
         return [StageCounter(label, span, busy, calls) for label, (span, busy, calls) in counters]
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
-        """Copies whole KV blocks (source, destination) in all layers, in order. Raises ValueError."""
+        """Copies whole KV blocks (source, destination), in order. Raises ValueError."""
         self._open_cache().copy(list(pairs))
 
     def move_slots(self, pairs: Sequence[tuple[int, int]]) -> None:
@@ -105,11 +105,11 @@ class CpuExecutable:
 
     @property
     def block_bytes(self) -> int:
-        """Bytes of one KV block over all layers."""
+        """Bytes of one KV block."""
         return self._open_cache().block_bytes
 
     def read_block(self, block: int, out: NDArray[np.uint8]) -> None:
-        """Copies a block's keys and values of all layers to uint8[block_bytes]. Raises ValueError."""
+        """Copies a block's keys and values to uint8[block_bytes]. Raises ValueError."""
         self._open_cache().read(block, out)
 
     def write_block(self, block: int, data: NDArray[np.uint8]) -> None:

@@ -83,12 +83,12 @@ def held_bytes(weight: Weight, dtype: DType) -> int:
 
 def kv_cache_bytes(program: Program, kv: KvCacheSpec) -> int:
     """Bytes of the KV cache."""
-    return int(_native.kv_bytes(kv_layers(program), kv.num_blocks, kv.block_size, kv.dtype))
+    return int(_native.kv_bytes(kv_slots(program), kv.num_blocks, kv.block_size, kv.dtype))
 
 
-def kv_layers(program: Program) -> list[tuple[int, int, int]]:
-    """(heads, key_dim, value_dim) of each KV layer, as the native cache wants them."""
-    return [(layer.heads, layer.key_dim, layer.value_dim) for layer in program.kv_layers]
+def kv_slots(program: Program) -> list[tuple[int, int, int]]:
+    """(heads, key_dim, value_dim) of each slot of a KV block, as the native cache wants them."""
+    return [(slot.heads, slot.key_dim, slot.value_dim) for slot in program.kv_groups.slots]
 
 
 def _gap(taken: list[tuple[int, int]], size: int) -> int:

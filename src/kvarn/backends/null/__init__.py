@@ -69,7 +69,7 @@ class NullExecutable:
     @property
     def block_bytes(self) -> int:
         """What a block would take."""
-        return self.program.kv_bytes_per_token(KV_TYPES[self.kv.dtype]) * self.kv.block_size
+        return self.program.kv_groups.block_bytes(KV_TYPES[self.kv.dtype], self.kv.block_size)
 
     def read_block(self, block: int, out: NDArray[np.uint8]) -> None:
         """Nothing to read."""

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvarn.backends.base import InputBatch, KvCacheSpec, MemoryUse, StepLimits
-from kvarn.backends.checks import check_batch, check_moves
+from kvarn.backends.checks import check_batch, check_moves, first_blocks
 from kvarn.backends.reference import functions as f
 from kvarn.backends.reference.cache import cache_bytes, layer_cache
 from kvarn.backends.trees import contexts, position_slots
@@ -38,7 +38,7 @@ class ReferenceBackend:
         return MemoryUse(
             weights=4 * program.num_parameters,
             tables=0,
-            kv_cache=sum(cache_bytes(layer, slots, kv.dtype) for layer in program.kv_layers),
+            kv_cache=sum(cache_bytes(layer, slots, kv.dtype) for layer in program.kv_groups.slots),
             activations=sum(4 * buffer.width * rows[buffer.rows] for buffer in program.buffers),
         )
 
@@ -68,7 +68,7 @@ class ReferenceExecutable:
         self._source = weights
         self._weights: dict[str, Floats] = {}
         slots = kv.num_blocks * kv.block_size
-        self._cache = [layer_cache(layer, slots, kv.dtype) for layer in program.kv_layers]
+        self._cache = [layer_cache(layer, slots, kv.dtype) for layer in program.kv_groups.slots]
 
     def execute(self, batch: InputBatch, outputs: Sequence[str] = ()) -> Mapping[str, Floats]:
         """Runs one step (see `Executable`). A named buffer is returned with the value it has last."""
@@ -99,11 +99,11 @@ class ReferenceExecutable:
 
     @property
     def block_bytes(self) -> int:
-        """Bytes of one block over all layers."""
+        """Bytes of one block."""
         return sum(part.nbytes for cache in self._cache for part in cache.parts(0, self.kv.block_size))
 
     def read_block(self, block: int, out: NDArray[np.uint8]) -> None:
-        """Copies a block's keys and values of all layers. Raises ValueError."""
+        """Copies a block's keys and values. Raises ValueError."""
         for part, kept in self._parts(block, out):
             kept[:] = part
 
@@ -113,7 +113,7 @@ class ReferenceExecutable:
             part[:] = kept
 
     def _parts(self, block: int, flat: NDArray[np.uint8]) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.uint8]]]:
-        """(bytes in the cache, bytes of `flat`) of each layer's part of a block."""
+        """(bytes in the cache, bytes of `flat`) of each slot's part of a block."""
         if not 0 <= block < self.kv.num_blocks or flat.size != self.block_bytes:
             raise ValueError(f"block {block} of {self.kv.num_blocks}, {flat.size} bytes of {self.block_bytes}")
         size, start = self.kv.block_size, 0
@@ -187,15 +187,21 @@ class ReferenceExecutable:
         tokens = batch.num_tokens
         keys = buffers[op.k].reshape(tokens, layer.heads, layer.key_dim)
         values = buffers[op.v].reshape(tokens, layer.heads, layer.value_dim)
-        self._cache[op.layer].write(batch.slot_mapping, position_slots(batch, self.kv.block_size), keys, values)
+        group, slot = self.program.kv_groups.places[op.layer]
+        places = position_slots(batch, group, self.kv.block_size)
+        self._cache[slot].write(batch.slot_mapping[:, group], places, keys, values)
 
     def _attention(self, op: ops.Attention, batch: InputBatch, q: Floats) -> Floats:
-        cache = self._cache[op.layer]
+        group, slot = self.program.kv_groups.places[op.layer]
+        cache = self._cache[slot]
         heads = cache.prepared(q.reshape(-1, op.heads, op.head_dim))
+        size = self.kv.block_size
+        begins = first_blocks(batch, op.window, size) * size
         parts = []
-        every = (contexts(batch, sequence, self.kv.block_size) for sequence in range(batch.num_sequences))
-        for rows, slots in itertools.chain.from_iterable(every):
-            keys, values = cache.read(slots)
+        every = (contexts(batch, sequence, group, size, int(begin)) for sequence, begin in enumerate(begins))
+        for rows, begin, slots in itertools.chain.from_iterable(every):
+            # What nobody sees is not there any more: zeros, which get the weight 0 as all that is masked.
+            keys, values = (np.pad(x, ((begin, 0), (0, 0), (0, 0))) for x in cache.read(slots))
             parts.append(
                 f.attention(
                     heads[rows],
