@@ -13,7 +13,6 @@ KVARN_KERNELS_BEGIN
 namespace {
 
 constexpr int kBlockQueries = 6;             // register tiles: 4 vectors × 6 queries
-constexpr int64_t kFewQueries = 2 * kBlockQueries;
 
 // Merges maxima and sums (m, l), which come after `to` in position, 16 queries at a time; leaves the factors that the
 // values of both are to be multiplied with. A query without keys on either side gives factors 1 and 0: nothing changes.
@@ -232,7 +231,8 @@ void visit_as(const Work &w, const Tile &cached, int64_t start, bool direct) {
 
 void visit_tile(const Work &w, const Tile &cached, int64_t start) {
     const bool whole = w.dim == w.a.kv->value_dim || w.a.kv->type == KvType::kInt4;  // no vector runs into the next row
-    const bool direct = whole && w.queries <= kFewQueries;
+    const bool quantized = w.a.kv->type == KvType::kInt8 || w.a.kv->type == KvType::kInt4;  // to convert them takes longer
+    const bool direct = whole && w.queries <= (quantized ? 2 : 4) * kBlockQueries;
     switch (w.a.kv->type) {
         case KvType::kFloat32: return visit_as<KvType::kFloat32>(w, cached, start, direct);
         case KvType::kFloat16: return visit_as<KvType::kFloat16>(w, cached, start, direct);

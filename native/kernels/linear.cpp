@@ -153,8 +153,9 @@ void quantized_rows(const LinearArgs &a, std::integer_sequence<int, counts...>) 
     const int64_t span = linear_row_span(a.w->cols);
     for (int64_t row = a.row_begin; row < a.row_end; row += span) {
         const int64_t row_end = smaller(a.row_end, row + span);
+        const bool many = row_end - row > kTileTokens;  // for one tile memory bounds, which two panels read as two streams
         for (int64_t p = a.panel_begin; p < a.panel_end;) {
-            const bool all = p + kBlockPanels <= a.panel_end;
+            const bool all = many && p + kBlockPanels <= a.panel_end;
             for (int64_t r = row; r < row_end; r += kTileTokens)
                 (all ? several : one)[smaller(row_end - r, kTileTokens) - 1](a, p, r);
             p += all ? kBlockPanels : 1;

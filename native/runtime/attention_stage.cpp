@@ -79,7 +79,7 @@ uint32_t AttentionStage::items(const Step &step) const {
 // Into how many parts the rows of a tile are cut, for where tiles and KV heads are too few to keep threads busy: all
 // parts read the same keys, so as few as will do.
 int64_t AttentionStage::cuts(const Step &step) const {
-    const int64_t items = int64_t(step.tiles.size()) * shape_.kv.heads;
+    const int64_t items = step.batch.tokens / step.tile_rows * shape_.kv.heads;  // as if all were as large as the largest
     return items >= kItemsPerThread * threads() ? 1 : (kItemsPerThread * threads() + items - 1) / items;
 }
 

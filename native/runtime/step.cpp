@@ -171,6 +171,8 @@ void begin_step(const Batch &batch, uint64_t id, int64_t block_size, Step &step)
         add_tiles(batch, s, begin, branch, -1, step.tiles);
         add_tiles(batch, s, branch, end, tree, step.tiles);
     }
+    step.tile_rows = 0;
+    for (const QueryTile &tile : step.tiles) step.tile_rows = std::max(step.tile_rows, tile.rows);
     std::stable_sort(step.tiles.begin(), step.tiles.end(), [](const QueryTile &a, const QueryTile &b) {
         return (a.position + kKeyTile) * a.rows > (b.position + kKeyTile) * b.rows;
     });

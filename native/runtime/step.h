@@ -49,6 +49,7 @@ struct Step {
     uint64_t id;                    // unique in the plan's life, from 1
     bool decode;                    // every sequence has exactly one token
     std::vector<QueryTile> tiles;   // longest contexts first
+    int64_t tile_rows;              // of the tile with most
     const int64_t *places;          // the slot of each row's position, as slot_mapping has it but for drafts of a tree
     std::vector<int64_t> own_places;  // what `places` is in a step with trees
 

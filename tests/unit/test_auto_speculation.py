@@ -8,12 +8,12 @@ from virtual_time import LinearCost
 
 from kvarn.scheduler import AutoSpeculation, StepShape
 from kvarn.scheduler.acceptance import Acceptance
-from kvarn.scheduler.auto import RowTimes
+from kvarn.scheduler.auto import MARGIN, RowTimes
 
 
 def sequence(draft=8, tokens=50):
     return SimpleNamespace(
-        draft=(1,) * draft, num_tokens=tokens, acceptance=None, sampling=SimpleNamespace(num_speculative_tokens=None)
+        draft=(1,) * draft, num_tokens=tokens, acceptance={}, sampling=SimpleNamespace(num_speculative_tokens=None)
     )
 
 
@@ -80,7 +80,7 @@ def test_as_many_are_verified_as_bring_most_tokens_a_second(rate, row):
     plain = 1 / cost.seconds(decodes(1))
     gain = (machine.tokens / machine.seconds) / plain
     ideal = sum(rate**i for i in range(best + 1)) / cost.seconds(decodes(1).drafted(50, best)) / plain
-    assert gain > 0.97 + 0.75 * (ideal - 1), "it loses no more than what trying costs"
+    assert gain > 0.97 + 0.75 * max(0.0, ideal - MARGIN), "it loses no more than what trying costs"
     assert abs(sum(chosen) / len(chosen) - best) < 2.5
 
 
@@ -127,6 +127,24 @@ def test_guesses_that_are_not_verified_teach_as_well():
     assert machine.step() == [0]
     machine.rates = [1.0]
     assert next(i for i in range(200) if machine.step()[0]) < 60
+
+
+def test_drafts_of_different_length_are_judged_apart():
+    """The short ones of a drafter that proposes more where it is surer are wrong here, the long ones right."""
+    control = AutoSpeculation(8, cost := LinearCost(fixed=0.004, token=0.001, sampled=0.0))
+    one = sequence()
+    chosen = {2: [], 8: []}
+    for turn in range(400):
+        length = (2, 8)[turn % 2]
+        one.draft = (1,) * min(length, control.wanted(one))
+        counts = control.choose([one], decodes(1), 64) if one.draft else [0]
+        said = [0] if length == 2 else [1] * counts[0] + [1]
+        control.compare(one, one.draft, said)
+        chosen[length].append(counts[0])
+        shape = decodes(1).drafted(50, counts[0])
+        control.timed(shape, cost.seconds(shape))
+    assert sum(chosen[2][50:]) < 10
+    assert sum(chosen[8][50:]) > 4 * 100
 
 
 def test_acceptance_counts_guesses_up_to_the_first_wrong_one():

@@ -70,13 +70,14 @@ def step(drafter, number, *sampled, wanted=3):
     """What is proposed after a step in which these tokens came."""
     part = ScheduledSequence(number, (0,), 0, (0,), sample=True, num_drafts_wanted=wanted)
     tokens = [SampledToken(number, token) for token in sampled]
-    return {p.sequence_id: p.token_ids for p in drafter.propose(SchedulerOutput(1, (part,)), tokens, {})}.get(number)
+    proposals = {p.sequence_id: p.token_ids for p in drafter.propose(SchedulerOutput(1, (part,)), tokens, {})}
+    return proposals.get(number, ())
 
 
 def test_it_looks_in_prompt_and_output():
     lookup = drafter()
     lookup.add(new(0, [1, 2, 3, 4, 5]))
-    assert step(lookup, 0, 7, wanted=0) is None
+    assert step(lookup, 0, 7, wanted=0) == ()
     assert step(lookup, 0, 2, 3) == (4, 5, 7)
     assert step(lookup, 0, 8, 7, 2) == (3, 8, 7)
     assert step(lookup, 0, 6) == ()

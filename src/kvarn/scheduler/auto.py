@@ -7,7 +7,7 @@ import heapq
 from collections.abc import Sequence as ListOf
 
 from kvarn.request import Request
-from kvarn.scheduler.acceptance import Acceptance
+from kvarn.scheduler.acceptance import MOST_KINDS, Acceptance, kind_of
 from kvarn.scheduler.cost import StepCost, StepShape
 from kvarn.scheduler.sequence import Sequence
 from kvarn.scheduler.speculation import check_asked, limit
@@ -16,8 +16,8 @@ MARGIN = 1.05
 """By how much guessing must be expected to pay: estimates err."""
 LEAST_GAIN = 0.05
 """Guesses that are right less often are not considered."""
-LONGEST_REST = 8
-"""Steps in which nothing is guessed after steps in which it would not have paid; 1, 2, 4, … until it does again."""
+PATIENCE, LONGEST_REST = 4, 8
+"""After so many choices in a row against guesses none are asked for in 1 step, then 2, 4, … and so many at most."""
 PROBE_EVERY = 8
 """Of the choices against guesses that would pay if rows cost half as much as is believed, one is to try them."""
 PLAIN_EVERY = 64
@@ -102,7 +102,8 @@ class AutoSpeculation:
     (`Acceptance`). Guesses are taken by that, the likeliest first, whosever they are, and as many as make the quotient
     of expected tokens and expected time largest: so a busy batch, in which each row costs, stops guessing by itself.
 
-    What was right is learned from every draft that was proposed, verified or not, since the tokens come in any case.
+    What was right is learned from every draft that was proposed, verified or not, since the tokens come in any case;
+    apart for drafts of different length, since a drafter that is surer proposes more.
     What rows cost is learned from steps that have them; where it is believed to be too much, they are tried now and
     then to measure it anew. Where guesses do not pay, they are asked for in some of the steps only.
     """
@@ -111,9 +112,9 @@ class AutoSpeculation:
         """most: guesses for a sequence at most. cost: predicts steps, as a start."""
         self.most = most
         self._times = RowTimes(cost)
-        self._common = Acceptance.prior(FIRST, LATER, COMMON_MEMORY)
+        self._common = [Acceptance.prior(FIRST, LATER, COMMON_MEMORY) for _ in range(MOST_KINDS)]
         self._choices = self._refusals = 0
-        self._steps = self._awake = self._rest = 0
+        self._steps = self._awake = self._against = 0
 
     def check(self, request: Request) -> None:
         """See `Speculation`."""
@@ -132,8 +133,9 @@ class AutoSpeculation:
         length = sum(s.num_tokens for s in drafted) // len(drafted)
         times = self._times.seconds(shape, length, len(order))
         count = _best(shape.num_sequences, gains, times)
-        self._rest = 0 if count else min(LONGEST_REST, max(1, 2 * self._rest))
-        self._awake = self._steps + self._rest
+        self._against = 0 if count else self._against + 1
+        if self._against >= PATIENCE:
+            self._awake = self._steps + min(LONGEST_REST, 1 << min(self._against - PATIENCE, 30))
         if not count:
             count = self._probe(shape.num_sequences, gains, [0.5 * (times[0] + seconds) for seconds in times])
         counts = [0] * len(drafted)
@@ -144,22 +146,26 @@ class AutoSpeculation:
     def compare(self, sequence: Sequence, draft: tuple[int, ...], tokens: ListOf[int]) -> None:
         """See `Speculation`."""
         if draft:
-            self._of(sequence).compare(draft, tokens)
-            self._common.compare(draft, tokens)
+            self._of(sequence, draft).compare(draft, tokens)
+            self._common[kind_of(draft)].compare(draft, tokens)
 
     def timed(self, shape: StepShape, seconds: float) -> None:
         """See `Speculation`."""
         self._steps += 1
         self._times.observe(shape, seconds)
 
-    def _of(self, sequence: Sequence) -> Acceptance:
-        if sequence.acceptance is None:
-            sequence.acceptance = Acceptance.prior(self._common.first.mean, self._common.later.mean)
-        return sequence.acceptance
+    def _of(self, sequence: Sequence, draft: tuple[int, ...]) -> Acceptance:
+        """What is known of the sequence's drafts of that kind."""
+        kind = kind_of(draft)
+        known = sequence.acceptance.get(kind)
+        if known is None:
+            common = self._common[kind]
+            known = sequence.acceptance[kind] = Acceptance.prior(common.first.mean, common.later.mean)
+        return known
 
     def _likeliest(self, drafted: ListOf[Sequence], room: int) -> tuple[list[int], list[float]]:
         """The guesses of all drafts, the likeliest first, `room` at most: whose each is, and what it brings."""
-        rates = [self._of(sequence) for sequence in drafted]
+        rates = [self._of(sequence, sequence.draft) for sequence in drafted]
         heap = [(-rate.gain(0), place, 0) for place, rate in enumerate(rates)]
         heapq.heapify(heap)
         order: list[int] = []

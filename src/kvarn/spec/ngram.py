@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,19 +62,22 @@ class NgramDrafter:
         del values
         for token in sampled:
             self._texts[token.sequence_id].tokens.append(token.token_id)
-        wanted = [part for part in scheduled.sequences if part.num_drafts_wanted]
-        return [Proposal(part.sequence_id, self._guess(part.sequence_id, part.num_drafts_wanted)) for part in wanted]
+        proposals = []
+        for part in scheduled.sequences:
+            if part.num_drafts_wanted:
+                draft = self._guess(part.sequence_id, part.num_drafts_wanted)
+                if draft:
+                    proposals.append(Proposal(part.sequence_id, draft))
+        return proposals
 
     def _guess(self, sequence_id: int, count: int) -> tuple[int, ...]:
         text = self._texts[sequence_id]
         if text.index is None:
             text.index = NgramIndex(text.tokens, self._n_min, self._n_max)
         best = text.index.find(text.tokens)
-        for index in self._others(text.new):
-            found = index.find(text.tokens)
-            if found is not None and (best is None or found.length > best.length):
-                best = found
+        if self._corpora is not None:
+            for index in self._corpora.of(text.new.salt):
+                found = index.find(text.tokens)
+                if found is not None and (best is None or found.length > best.length):
+                    best = found
         return () if best is None else best.following(min(count, best.length + BEYOND))
-
-    def _others(self, new: NewSequence) -> Iterable[NgramIndex]:
-        return () if self._corpora is None else self._corpora.of(new.salt)
