@@ -234,8 +234,13 @@ def test_an_interrupt_gives_the_file_up(model, tmp_path):
 
     weights = pack_weights(model.program, model, _native.Pool(1, []))
     writer = PackedWriter(slot_at(tmp_path / "tiny.packed", admit=admit), model.program, weights)
-    with pytest.raises(KeyboardInterrupt):
-        writer.finish()
+    # A shell's background jobs are started with interrupts ignored, and with them the tests.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            writer.finish()
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert list(tmp_path.iterdir()) == []
 
 
