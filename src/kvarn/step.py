@@ -102,7 +102,7 @@ class SchedulerOutput:
     @property
     def num_tokens(self) -> int:
         """Tokens computed in the step, drafts among them; at most the token budget."""
-        return sum(len(s.token_ids) + len(s.draft) for s in self.sequences)
+        return sum(s.num_rows for s in self.sequences)
 
 
 @dataclass(frozen=True, slots=True)

@@ -175,9 +175,8 @@ class Executable(Protocol):
         """Copies keys and values from slot to slot (source, destination), as if all at once.
 
         For the accepted path of a tree: each draft's slot and the one of its position, in each KV group, before the
-        next step. What
-        comes after has the bits then that it has without trees. Raises ValueError, before anything is copied, where a
-        slot is out of range or two pairs have one destination.
+        next step. What comes after has the bits then that it has without trees. Raises ValueError, before anything is
+        copied, where a slot is out of range or two pairs have one destination.
         """
         ...
 

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from collections.abc import Sequence as ListOf
 from dataclasses import dataclass, field
 
-from kvarn.cache import BlockPool
+from kvarn.cache import BlockPool, blocks_for
 from kvarn.scheduler.budget import MIN_PROMPT_TOKENS, Budget
 from kvarn.scheduler.cost import StepShape
 from kvarn.scheduler.observer import Observer
@@ -146,4 +146,4 @@ class Drafting:
         sequence.num_accepted_tokens += accepted
         self._observer.verified(sequence, drafted, accepted)
         if not sequence.finished:
-            sequence.table.truncate(-(-sequence.num_computed_tokens // self._pool.block_size))
+            sequence.table.truncate(blocks_for(sequence.num_computed_tokens, self._pool.block_size))
