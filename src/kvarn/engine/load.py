@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Protocol
 
 from kvarn import __version__, _native
-from kvarn.backends import Backend
+from kvarn.backends import Backend, Executable
 from kvarn.backends.cpu import CpuBackend, PackedSlot
 from kvarn.cache import BlockPool, NullPrefixCache, RadixPrefixCache
-from kvarn.config import EngineConfig
+from kvarn.config import CacheConfig, EngineConfig
+from kvarn.engine.commit import MemoryCommit
 from kvarn.engine.core import EngineCore
 from kvarn.engine.prefixes import shared_prefixes
 from kvarn.engine.tier import open_tier
@@ -208,12 +209,21 @@ def build_engine(
         drafter=make_drafter(config.speculative),
     )  # fmt: skip
     core = EngineCore(
-        runner, new_scheduler, tokenizer, program.vocab_size, cost=cost, observer=observer, on_close=on_close
-    )
+        runner, new_scheduler, tokenizer, program.vocab_size,
+        cost=cost, observer=observer, idle=_idle_work(config.cache, memory, executable), on_close=on_close,
+    )  # fmt: skip
     moving = seconds if tier.file is not None else None
     return LoadedEngine(
         core, name, tokenizer, model.config, memory.max_model_len, config, memory, move_seconds=moving
     )
+
+
+def _idle_work(cache: CacheConfig, memory: MemoryPlan, executable: Executable) -> Callable[[], bool]:
+    """What the engine does while it has no work."""
+    if not cache.commit_memory:
+        return lambda: False
+    spare = memory.available.num_bytes - memory.budget
+    return MemoryCommit(executable, spare, available_memory).piece
 
 
 def engine_memory(model: LoadableModel, config: EngineConfig, backend: Backend, available: Available) -> MemoryPlan:
