@@ -139,8 +139,8 @@ def test_a_drawn_draft_is_verified_with_what_it_was_drawn_from():
                 new=(NewSequence(0, (1, 2), sampling, seed=1, stream=0),),
             )
         )  # fmt: skip
-        assert first.drafts == (DraftTokens(0, (7, 7, 7)),)
-        part = ScheduledSequence(0, (first.sampled[0].token_id,), 2, ((3,),), True, draft=(7, 7))
+        assert first.drafts == (DraftTokens(0, (7, 7, 7), (-1, 0, 1)),)
+        part = ScheduledSequence(0, (first.sampled[0].token_id,), 2, ((3,),), True, draft=(7, 7), parents=(-1, 0))
         second = runner.execute(SchedulerOutput(2, (part,)))
         ids = [t.token_id for t in second.sampled]
         assert (ids[:2] == [7, 7]) == accepted

@@ -7,6 +7,7 @@ from kvarn.backends import KvCacheSpec, StepLimits
 from kvarn.cache import BlockPool, NullPrefixCache, RadixPrefixCache
 from kvarn.config import CacheConfig, EngineConfig, SchedulerConfig
 from kvarn.engine import EngineCore, LoadedEngine, build_engine, make_backend
+from kvarn.kv_types import KV_TYPES
 from kvarn.request import Request, RequestOutput, SamplingParams
 from kvarn.runner import Runner
 from kvarn.sampling import NativeSampler
@@ -137,7 +138,7 @@ def handmade_engine(
         prefixes = RadixPrefixCache(pool) if prefix_caching else NullPrefixCache()
         return make_scheduler(
             config.scheduler, pool, max_model_len, cost, eos_token_ids=(EOS,), prefix_cache=prefixes, observer=observer,
-            speculative=speculative,
+            speculative=speculative, reference_every=KV_TYPES[dtype].reference_every,
         )  # fmt: skip
 
     tokenizer = tokenizer or byte_tokenizer()

@@ -43,6 +43,7 @@ class SchedulerMachine(CountedMachine):
     policy = FirstComeFirstServed
     budget = ConstantBudget
     speculation = NoSpeculation
+    reference_every = 0
 
     @initialize(
         blocks=st.integers(4, 24), seqs=st.integers(1, 6), spare_tokens=st.integers(0, 20), queue=st.integers(1, 6)
@@ -62,6 +63,7 @@ class SchedulerMachine(CountedMachine):
         self.scheduler = Scheduler(
             config, self.pool, 60, eos_token_ids=ENDS, policy=self.policy(), budget=self.budget(tokens),
             prefix_cache=self.cache, moves=moves, speculation=self.speculation(), max_step_drafts=9,
+            reference_every=self.reference_every,
         )  # fmt: skip
         self.sequences = []
         self.said = {}
@@ -207,7 +209,8 @@ class SchedulerMachine(CountedMachine):
             accepted = sum(token.sequence_id == part.sequence_id for token in result.sampled) - 1
             sequence = by_id[part.sequence_id]
             if part.draft and not sequence.finished:
-                text = (*sequence.token_ids, *part.draft[:accepted])
+                said = [token.token_id for token in result.sampled if token.sequence_id == part.sequence_id]
+                text = (*sequence.token_ids, *said[:accepted])
                 ends = range(len(sequence.token_ids) + 1, len(text) + 1)
                 self.computed[sequence.request.tenant].update(text[:end] for end in ends)
 
@@ -333,7 +336,7 @@ class WithDrafts(WithTenants):
         drafts = sum(len(part.draft) for part in scheduled.sequences)
         assert drafts <= 9
         for part in scheduled.sequences:
-            assert part.num_drafts_wanted <= 5
+            assert part.num_drafts_wanted <= part.num_nodes_wanted <= self.scheduler.drafting.control.most
         super().book(scheduled)
         self.scheduler.drafting.control.timed(StepShape.of(scheduled), self.rng.choice([0.001, 0.1]))
 
@@ -352,6 +355,43 @@ class WithDrafts(WithTenants):
                 sum(getattr(s, name) for s in self.sequences) for name in ("num_accepted_tokens", "num_draft_tokens")
             )
             assert counts.accepted_tokens == sum(counts.by_position) == accepted <= counts.draft_tokens == drafted
+
+
+class WithTrees(WithDrafts):
+    """Guesses branch."""
+
+    reference_every = 3
+
+    def book(self, scheduled):
+        self.model.guess_tree = self.tree
+        super().book(scheduled)
+
+    def tree(self, token_ids, stream, part):
+        """Guesses that follow random ones before them, some of them right."""
+        texts, tokens, parents = [list(token_ids)], [], []
+        for _ in range(self.rng.randint(0, part.num_nodes_wanted)):
+            parent = self.rng.randrange(max(0, len(texts) - 3), len(texts))
+            right = self.rng.random() < 0.7
+            tokens.append(next_token(texts[parent], stream) if right else self.rng.randrange(VOCAB))
+            parents.append(parent - 1)
+            texts.append([*texts[parent], tokens[-1]])
+        return tokens, parents
+
+
+class WithChosenTrees(WithTrees):
+    """And as many of them are verified as seem to pay."""
+
+    reference_every = 0
+
+    @staticmethod
+    def speculation():
+        return AutoSpeculation(7, LinearCost())
+
+
+class WithWindowsAndTrees(WithTrees):
+    """In every group, of which some see less than a branch is long."""
+
+    windows = (None, 9, 3)
 
 
 class WithChosenDrafts(WithDrafts):
@@ -404,6 +444,7 @@ MACHINES = [
     SchedulerMachine, WithPrefixCache, WithSharedPrefixes, WithSecondTier, WithAnotherPolicy, WithPriorities,
     WithTenants, WithTargets, WithDrafts, WithChosenDrafts, WithDraftsAndTargets, WithWindows, WithWindowsOnly,
     WithWindowsAndNoCache, WithWindowsAndDrafts, WithWindowsAndDraftsOnly,
+    WithTrees, WithChosenTrees, WithWindowsAndTrees,
 ]  # fmt: skip
 
 

@@ -14,8 +14,9 @@ Speculative = Annotated[
     str | None,
     typer.Option(
         help="Guess tokens ahead, so that several come in one step: 'method=ngram,k=auto' or k=4. ngram: what followed "
-        "when the last tokens occurred before, in prompt or output. auto: as many as pay. Also: max_k (of auto), "
-        "ngram_min, ngram_max, corpus_tokens, max_step_drafts."
+        "when the last tokens occurred before, in prompt or output. lookahead: n-grams that the model makes up itself "
+        "(window, ngram, guesses). auto: as many as pay. Also: max_k (of auto), ngram_min, ngram_max, corpus_tokens, "
+        "max_step_drafts."
     ),
 ]
 _NUMBERS = tuple(field.name for field in dataclasses.fields(SpeculativeConfig) if field.name != "method")

@@ -19,6 +19,7 @@ from kvarn.engine.core import EngineCore
 from kvarn.engine.prefixes import shared_prefixes
 from kvarn.engine.tier import open_tier
 from kvarn.errors import ConfigError
+from kvarn.kv_types import KV_TYPES
 from kvarn.models import Model, ModelConfig, load_model
 from kvarn.planning import Available, MemoryPlan, available_memory, plan_memory
 from kvarn.program import Program
@@ -200,12 +201,13 @@ def build_engine(
         return make_scheduler(
             config.scheduler, pool, memory.max_model_len, cost,
             eos_token_ids=ends, prefix_cache=prefixes, moves=moves, observer=observer, speculative=config.speculative,
+            reference_every=KV_TYPES[config.cache.dtype].reference_every,
         )  # fmt: skip
 
     sampler = NativeSampler(program.vocab_size)
     runner = Runner(
         executable, sampler, memory.limits, memory.block_size, logits=program.output, block_file=tier.file,
-        drafter=make_drafter(config.speculative),
+        drafter=make_drafter(config.speculative, program.output),
     )  # fmt: skip
     core = EngineCore(
         runner, new_scheduler, tokenizer, program.vocab_size, cost=cost, observer=observer, on_close=on_close

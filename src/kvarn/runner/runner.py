@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvarn.backends import Executable, StepLimits
+from kvarn.draft_tree import chain, path
 from kvarn.runner.batch import BatchBuilder
 from kvarn.runner.block_file import BlockFile
 from kvarn.runner.block_mover import BlockMover
@@ -46,6 +47,7 @@ class Runner:
         """The last proposals that were drawn from probabilities, by sequence."""
         self._num_groups = len(executable.program.kv_groups)
         self._batches = BatchBuilder(limits, block_size, self._num_groups)
+        self._block_size = block_size
         self._logits = logits
         self._known: set[int] = set()
 
@@ -75,7 +77,7 @@ class Runner:
         proposals = self._drafter.propose(scheduled, sampled, values)
         draft_seconds = time.perf_counter() - started if proposals else 0.0
         self._drawn = {p.sequence_id: p for p in proposals if p.probabilities is not None}
-        drafts = tuple(DraftTokens(p.sequence_id, p.token_ids) for p in proposals if p.token_ids)
+        drafts = tuple(_tokens(p) for p in proposals if p.token_ids)
         return StepOutput(scheduled.step, tuple(sampled), loaded, moved, drafts, draft_seconds)
 
     def _sample(self, logits: NDArray[np.float32], parts: list[ScheduledSequence]) -> list[SampledToken]:
@@ -84,16 +86,38 @@ class Runner:
         ids, positions = [s.sequence_id for s in parts], [s.end for s in parts]
         if logits.shape[0] == len(parts):
             return self._sampler.sample(logits, ids, positions)
-        return self._sampler.verify(logits, ids, positions, [self._draft(s) for s in parts])
+        sampled = self._sampler.verify(logits, ids, positions, [self._draft(s) for s in parts])
+        self._move_accepted(parts, sampled)
+        return sampled
+
+    def _move_accepted(self, parts: list[ScheduledSequence], sampled: list[SampledToken]) -> None:
+        """Moves the KV of accepted guesses to the slots of their positions, where they were behind other branches."""
+        said: dict[int, list[int]] = {}
+        for token in sampled:
+            said.setdefault(token.sequence_id, []).append(token.token_id)
+        moves = [
+            (self._slot(table, part.end + place), self._slot(table, part.end + level))
+            for part in parts
+            if part.draft
+            for level, place in enumerate(path(part.draft, part.parents, said[part.sequence_id]))
+            if place != level
+            for table in part.block_tables
+        ]
+        if moves:
+            self._executable.move_slots(moves)
+
+    def _slot(self, table: tuple[int, ...], position: int) -> int:
+        block, offset = divmod(position, self._block_size)
+        return table[block] * self._block_size + offset
 
     def _draft(self, part: ScheduledSequence) -> Draft:
         """The draft with the probabilities that it was drawn from, if it was."""
         drawn = self._drawn.get(part.sequence_id)
         count = len(part.draft)
         if not count or drawn is None or drawn.probabilities is None:
-            return Draft(part.draft)
+            return Draft(part.draft, parents=part.parents)
         assert drawn.token_ids[:count] == part.draft, "a draft is a beginning of what was proposed last"
-        return Draft(part.draft, drawn.probabilities[:count])
+        return Draft(part.draft, drawn.probabilities[:count], part.parents)
 
     def reset(self) -> None:
         """Forgets all sequences, then runs one token to see that the program still runs. Raises what that raises."""
@@ -109,3 +133,8 @@ class Runner:
         """Closes the executable and the block file. Idempotent."""
         self._executable.close()
         self._blocks.close()
+
+
+def _tokens(proposal: Proposal) -> DraftTokens:
+    parents = chain(len(proposal.token_ids)) if proposal.parents is None else proposal.parents
+    return DraftTokens(proposal.sequence_id, proposal.token_ids, parents)

@@ -73,13 +73,14 @@ class NativeSampler:
         masks: TokenMasks | None = None,
     ) -> list[SampledToken]:
         """See `Sampler.verify`."""
-        check_drafts(len(logits), self._vocab_size, drafts)
+        parents = check_drafts(len(logits), self._vocab_size, drafts)
         check_masks(len(logits), self._vocab_size, masks)
         found = self._native.verify(
             logits,
             list(sequence_ids),
             list(positions),
             [list(draft.token_ids) for draft in drafts],
+            [list(tree) for tree in parents],
             [None if d.probabilities is None else np.ascontiguousarray(d.probabilities, np.float32) for d in drafts],
             *((None, None) if masks is None else (np.ascontiguousarray(masks.bits), masks.rows.tolist())),
         )

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from kvarn.draft_tree import child
 from kvarn.request import SamplingParams, TokenLogprob
 from kvarn.sampling.base import Draft, TokenMasks, check_drafts, check_ids, check_masks
 from kvarn.step import NewSequence, SampledToken
@@ -137,21 +138,24 @@ class ReferenceSampler:
         masks: TokenMasks | None = None,
     ) -> list[SampledToken]:
         """See `Sampler.verify`."""
-        check_drafts(len(logits), self._vocab_size, drafts)
+        trees = check_drafts(len(logits), self._vocab_size, drafts)
         check_masks(len(logits), self._vocab_size, masks)
         allowed = [None if masks is None or m < 0 else masks.bits[m] for m in _mask_rows(masks, len(logits))]
         tokens: list[SampledToken] = []
         row = 0
-        for sequence_id, position, draft in zip(sequence_ids, positions, drafts, strict=True):
-            guesses = [*draft.token_ids, None]
-            for offset, guess in enumerate(guesses):
-                q = None if draft.probabilities is None or guess is None else draft.probabilities[offset]
-                at = row + offset
+        for sequence_id, position, draft, parents in zip(sequence_ids, positions, drafts, trees, strict=True):
+            place, level = -1, 0
+            while True:
+                at = row + 1 + place
+                guess = q = None
+                if draft.probabilities is not None and place + 1 < len(parents):
+                    guess, q = draft.token_ids[place + 1], draft.probabilities[place + 1]
                 x = logits[at].astype(np.float64)
-                tokens.append(self._choose(x, sequence_id, position + offset, allowed[at], guess, q))
-                if tokens[-1].token_id != guess:
+                tokens.append(self._choose(x, sequence_id, position + level, allowed[at], guess, q))
+                place, level = child(draft.token_ids, parents, place, tokens[-1].token_id), level + 1
+                if place < 0:
                     break
-            row += len(guesses)
+            row += 1 + len(parents)
         return tokens
 
     def _choose(

@@ -143,11 +143,12 @@ class AutoSpeculation:
             counts[place] += 1
         return counts
 
-    def compare(self, sequence: Sequence, draft: tuple[int, ...], tokens: ListOf[int]) -> None:
+    def compare(self, sequence: Sequence, tokens: ListOf[int]) -> None:
         """See `Speculation`."""
+        draft = sequence.draft
         if draft:
-            self._of(sequence, draft).compare(draft, tokens)
-            self._common[kind_of(draft)].compare(draft, tokens)
+            for known in (self._of(sequence, draft), self._common[kind_of(draft)]):
+                known.compare(draft, tokens, sequence.parents)
 
     def timed(self, shape: StepShape, seconds: float) -> None:
         """See `Speculation`."""
@@ -160,22 +161,26 @@ class AutoSpeculation:
         known = sequence.acceptance.get(kind)
         if known is None:
             common = self._common[kind]
-            known = sequence.acceptance[kind] = Acceptance.prior(common.first.mean, common.later.mean)
+            known = sequence.acceptance[kind] = common.start()
         return known
 
     def _likeliest(self, drafted: ListOf[Sequence], room: int) -> tuple[list[int], list[float]]:
-        """The guesses of all drafts, the likeliest first, `room` at most: whose each is, and what it brings."""
-        rates = [self._of(sequence, sequence.draft) for sequence in drafted]
-        heap = [(-rate.gain(0), place, 0) for place, rate in enumerate(rates)]
+        """The guesses of all drafts, the likeliest first, `room` at most: whose each is, and what it brings.
+
+        Of a draft they are in its order. One that makes way for likelier ones is taken where those are.
+        """
+        of = [self._of(sequence, sequence.draft).gains(sequence.parents) for sequence in drafted]
+        worth = [_worth(gains) for gains in of]
+        heap = [(-values[0], place, 0) for place, values in enumerate(worth)]
         heapq.heapify(heap)
         order: list[int] = []
         gains: list[float] = []
         while heap and len(order) < room and -heap[0][0] >= LEAST_GAIN:
-            gain, place, guess = heapq.heappop(heap)
+            _, place, guess = heapq.heappop(heap)
             order.append(place)
-            gains.append(-gain)
-            if guess + 1 < len(drafted[place].draft):
-                heapq.heappush(heap, (-rates[place].gain(guess + 1), place, guess + 1))
+            gains.append(of[place][guess])
+            if guess + 1 < len(of[place]):
+                heapq.heappush(heap, (-worth[place][guess + 1], place, guess + 1))
         return order, gains
 
     def _probe(self, tokens: int, gains: list[float], times: list[float]) -> int:
@@ -185,6 +190,20 @@ class AutoSpeculation:
             return 0
         self._refusals += 1
         return count if self._refusals % PROBE_EVERY == 0 else 0
+
+
+def _worth(gains: list[float]) -> list[float]:
+    """What each of some guesses is worth, of which the first so many may be had: its own gain, or the mean of it and
+    its neighbours where later ones bring more. Never more than the one before. (Sidney 1975, "Decomposition algorithms
+    for single-machine sequencing with precedence relations", for chains.)"""
+    blocks: list[tuple[float, int]] = []
+    for gain in gains:
+        total, count = gain, 1
+        while blocks and total * blocks[-1][1] > blocks[-1][0] * count:
+            before, more = blocks.pop()
+            total, count = total + before, count + more
+        blocks.append((total, count))
+    return [total / count for total, count in blocks for _ in range(count)]
 
 
 def _best(tokens: int, gains: list[float], times: list[float]) -> int:

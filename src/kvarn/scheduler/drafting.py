@@ -9,13 +9,14 @@ from collections.abc import Sequence as ListOf
 from dataclasses import dataclass, field
 
 from kvarn.cache import BlockPool, blocks_for
+from kvarn.draft_tree import pruned
 from kvarn.scheduler.budget import MIN_PROMPT_TOKENS, Budget
 from kvarn.scheduler.cost import StepShape
 from kvarn.scheduler.observer import Observer
 from kvarn.scheduler.reuse import PrefixReuse
 from kvarn.scheduler.sequence import Sequence
 from kvarn.scheduler.speculation import Speculation
-from kvarn.step import SampledToken, ScheduledSequence, SchedulerOutput, StepOutput
+from kvarn.step import DraftTokens, SampledToken, ScheduledSequence, SchedulerOutput, StepOutput
 
 
 @dataclass(slots=True)
@@ -26,7 +27,7 @@ class DraftCounts:
     draft_tokens: int = 0
     accepted_tokens: int = 0
     by_position: list[int] = field(default_factory=list)
-    """Accepted tokens by their place in the draft."""
+    """Accepted tokens by how far ahead they were guessed, the next one at 0."""
     seconds: float = 0.0
     """Spent on proposing."""
 
@@ -40,8 +41,22 @@ class DraftCounts:
             self.by_position[place] += 1
 
 
+@dataclass(frozen=True, slots=True)
+class DraftLimits:
+    """What there is room for."""
+
+    max_step_drafts: int
+    """Guesses in one step, of all sequences."""
+    max_model_len: int
+    """Slots of a sequence. Each branch of a tree has its own, so that a tree needs more than the text has positions."""
+    reference_every: int = 0
+    """See `KvType`."""
+
+
 class Drafting:
     """Puts drafts into steps and books them. It changes drafts, counts and tables of sequences.
+
+    A draft is a tree; its first guesses, however many, are a tree, too, so that a part of it is its beginning.
 
     Drafts are for sequences that compute one token. They count in the step's budget like all tokens, but take blocks
     only that nobody else wants in this step, and give back after it those that hold no known token: nobody is held
@@ -49,15 +64,15 @@ class Drafting:
     """
 
     def __init__(
-        self, control: Speculation, pool: BlockPool, reuse: PrefixReuse, observer: Observer, max_step_drafts: int
+        self, control: Speculation, pool: BlockPool, reuse: PrefixReuse, observer: Observer, limits: DraftLimits
     ) -> None:
-        """control: says how many. max_step_drafts: in one step, of all sequences. observer: told what was right."""
+        """control: says how many. observer: told what was right."""
         self.control = control
         self.counts = DraftCounts()
         self._pool = pool
         self._reuse = reuse
         self._observer = observer
-        self._max_step_drafts = max_step_drafts
+        self._limits = limits
         self._chosen: list[tuple[Sequence, int]] = []
         self.active = control.most > 0
         """Whether any token may ever be guessed."""
@@ -75,15 +90,13 @@ class Drafting:
             drafted = [s for s in ready if s.draft]
             if drafted:
                 room = budget.draft_room(shape, len(running) - count + MIN_PROMPT_TOKENS)
-                return self._choose(drafted, shape, min(room, self._max_step_drafts))
+                return self._choose(drafted, shape, min(room, self._limits.max_step_drafts))
         return shape
 
     def _choose(self, drafted: list[Sequence], shape: StepShape, room: int) -> StepShape:
         if room <= 0:
             return shape
         for sequence, count in zip(drafted, self.control.choose(drafted, shape, room), strict=True):
-            # One token comes in any case, and no more than max_length.
-            count = min(count, sequence.max_length - sequence.num_tokens - 1)
             if count > 0:
                 self._chosen.append((sequence, count))
                 shape = shape.drafted(sequence.num_tokens, count)
@@ -106,12 +119,16 @@ class Drafting:
             if not draft:
                 continue
             copies += self._reuse.take_blocks(sequence, part.end, part.end + len(draft))
-            parts[place] = dataclasses.replace(part, draft=draft, block_tables=sequence.table.ids)
+            parents, tables = sequence.parents[: len(draft)], sequence.table.ids
+            parts[place] = dataclasses.replace(part, draft=draft, parents=parents, block_tables=tables)
         return copies
 
-    def wanted(self, sequence: Sequence) -> int:
-        """Tokens to guess for the step after this one, which samples a token of the sequence."""
-        return max(0, min(self.control.wanted(sequence), sequence.max_length - sequence.num_tokens - 2))
+    def wanted(self, sequence: Sequence) -> tuple[int, int]:
+        """How far to guess ahead for the step after this one, which samples a token of the sequence, and how many
+        guesses a tree of them may have."""
+        nodes = min(self.control.wanted(sequence), self._limits.max_model_len - sequence.num_tokens - 1)
+        ahead = min(nodes, sequence.max_length - sequence.num_tokens - 2)
+        return (ahead, nodes) if ahead > 0 else (0, 0)
 
     def book(
         self,
@@ -130,15 +147,32 @@ class Drafting:
         verified = Counter(token.sequence_id for token in result.sampled)
         parts = {part.sequence_id: part for part in scheduled.sequences if part.draft}
         for sequence, said in tokens.items():
-            self.control.compare(sequence, sequence.draft, said)
-            sequence.draft = ()
+            self.control.compare(sequence, said)
+            sequence.draft = sequence.parents = ()
             part = parts.get(sequence.sequence_id)
             if part is not None:
                 self._count(sequence, len(part.draft), min(len(said), verified[sequence.sequence_id] - 1))
         for draft in result.drafts:
             owner = alive.get(draft.sequence_id)
             if owner is not None:
-                owner.draft = draft.token_ids
+                owner.draft, owner.parents = self._fitting(owner, draft)
+
+    def _fitting(self, sequence: Sequence, draft: DraftTokens) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The draft without what the sequence would not say, one token coming in any case, or the cache cannot hold."""
+        start, every = sequence.num_tokens, self._limits.reference_every
+        most, longest = self._limits.max_model_len - start, sequence.max_length - start - 1
+        referred: set[int] = set()
+
+        def fits(place: int, level: int) -> bool:
+            if place >= most or level >= longest:
+                return False
+            if not every or (start + level) % every:
+                return True
+            alone = level not in referred
+            referred.add(level)
+            return alone
+
+        return pruned(draft.token_ids, draft.parents, fits)
 
     def _count(self, sequence: Sequence, drafted: int, accepted: int) -> None:
         self.counts.add(drafted, accepted)

@@ -13,7 +13,7 @@ from kvarn.request import FinishReason, Request
 from kvarn.scheduler.admission import Backlog, Limits, check_deadline
 from kvarn.scheduler.assembly import Group, StepAssembly
 from kvarn.scheduler.budget import Budget, ConstantBudget
-from kvarn.scheduler.drafting import Drafting
+from kvarn.scheduler.drafting import Drafting, DraftLimits
 from kvarn.scheduler.forecast import Crowd, Forecast, NoForecast
 from kvarn.scheduler.moves import Moves
 from kvarn.scheduler.observer import Hold, NullObserver, Observer
@@ -66,6 +66,7 @@ class Scheduler:
         observer: Observer | None = None,
         speculation: Speculation | None = None,
         max_step_drafts: int = 64,
+        reference_every: int = 0,
     ) -> None:
         """pool: all blocks of the KV cache, owned from now on. eos_token_ids: the model's own ends of text.
 
@@ -73,11 +74,14 @@ class Scheduler:
         refused for their deadlines, unless given.
         prefix_cache: of that pool; owned from now on. moves: when its second tier is used; None: always.
         observer: told of every decision. speculation: how many tokens are guessed; None: none. max_step_drafts: of
-        them in one step at most.
+        them in one step at most. reference_every: see `KvType.reference_every`.
         """
         self._observer = observer or NullObserver()
         self.reuse = PrefixReuse(pool, prefix_cache, moves, self._observer)
-        self.drafting = Drafting(speculation or NoSpeculation(), pool, self.reuse, self._observer, max_step_drafts)
+        self.drafting = Drafting(
+            speculation or NoSpeculation(), pool, self.reuse, self._observer,
+            DraftLimits(max_step_drafts, max_model_len, reference_every),
+        )  # fmt: skip
         self.limits = Limits.of(pool, self.reuse.cache.num_reserved, config.max_num_batched_tokens, max_model_len)
         self.num_preemptions = 0
         self._config = config
@@ -395,6 +399,7 @@ class Scheduler:
         start = sequence.num_computed_tokens
         end = start + count
         sample = end == sequence.num_tokens
+        ahead, nodes = self.drafting.wanted(sequence) if sample and self.drafting.active else (0, 0)
         self.reuse.computes(sequence, end)
         step.copies += self.reuse.take_blocks(sequence, start, end)
         if end >= sequence.num_prompt_tokens:
@@ -406,7 +411,8 @@ class Scheduler:
                 start=start,
                 block_tables=sequence.table.ids,
                 sample=sample,
-                num_drafts_wanted=self.drafting.wanted(sequence) if sample and self.drafting.active else 0,
+                num_drafts_wanted=ahead,
+                num_nodes_wanted=nodes,
             )
         )
 
@@ -465,7 +471,7 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         self._observer.preempted(sequence)
         self.reuse.give_up_blocks(sequence)
-        sequence.draft = ()
+        sequence.draft = sequence.parents = ()
         sequence.num_preemptions += 1
         self.num_preemptions += 1
         if self._running.pop(sequence.sequence_id, None) is not None:

@@ -32,8 +32,9 @@ class Speculation(Protocol):
         """
         ...
 
-    def compare(self, sequence: Sequence, draft: tuple[int, ...], tokens: ListOf[int]) -> None:
-        """Told which tokens came in the place of a draft, of which some may have been verified, or none."""
+    def compare(self, sequence: Sequence, tokens: ListOf[int]) -> None:
+        """Told which tokens came in the place of the sequence's draft, of which some may have been verified, or none.
+        """
         ...
 
     def timed(self, shape: StepShape, seconds: float) -> None:
@@ -83,7 +84,7 @@ class NoSpeculation:
         del shape, room
         return [0] * len(drafted)
 
-    def compare(self, sequence: Sequence, draft: tuple[int, ...], tokens: ListOf[int]) -> None:
+    def compare(self, sequence: Sequence, tokens: ListOf[int]) -> None:
         """Learns nothing."""
 
     def timed(self, shape: StepShape, seconds: float) -> None:
@@ -113,7 +114,7 @@ class FixedSpeculation:
             counts.append(min(len(sequence.draft), (room - sum(counts)) // (len(drafted) - place)))
         return counts
 
-    def compare(self, sequence: Sequence, draft: tuple[int, ...], tokens: ListOf[int]) -> None:
+    def compare(self, sequence: Sequence, tokens: ListOf[int]) -> None:
         """Learns nothing."""
 
     def timed(self, shape: StepShape, seconds: float) -> None:

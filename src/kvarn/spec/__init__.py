@@ -7,6 +7,8 @@ how much of it (`kvarn.scheduler.Speculation`).
 from kvarn.spec.build import make_drafter
 from kvarn.spec.corpus import Corpora
 from kvarn.spec.index import NgramIndex
+from kvarn.spec.lookahead import LookaheadDrafter, LookaheadWindow
 from kvarn.spec.ngram import NgramDrafter
+from kvarn.spec.ngram_pool import NgramPool
 
-__all__ = ["Corpora", "NgramDrafter", "NgramIndex", "make_drafter"]
+__all__ = ["Corpora", "LookaheadDrafter", "LookaheadWindow", "NgramDrafter", "NgramIndex", "NgramPool", "make_drafter"]
