@@ -286,6 +286,16 @@ def test_a_tree_goes_no_further_than_the_sequence_may_and_its_slots_no_further_t
     assert bench.said[0] == expected_tokens(range(92), 0, max_length=100)
 
 
+def test_of_a_draft_that_is_longer_than_was_asked_what_has_a_slot_is_verified():
+    bench = trees(k=9)
+    bench.model.guess_tree = lambda text, stream, part: ([0] * 40, [-1] * 40)
+    bench.add("a", range(92))
+    while bench.scheduler.has_work():
+        assert all(part.end + len(part.draft) <= 100 for part in bench.step().sequences)
+    assert bench.scheduler.drafting.counts.draft_tokens > 0
+    assert bench.said[0] == expected_tokens(range(92), 0, max_length=100)
+
+
 def test_of_a_tree_there_is_room_for_a_beginning():
     bench = trees(k=8, most=5)
     bench.add("a", range(4), max_tokens=40)
