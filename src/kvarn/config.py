@@ -114,11 +114,11 @@ class SpeculativeConfig:
     """Output tokens remembered of ended sequences of the same tenant and cache_salt, for matches; 0: none."""
     max_step_drafts: int = 64
     """Guessed tokens in one step at most, of all sequences; logits of so many more rows are allocated."""
-    window: int = 4
+    window: int = 2
     """Of lookahead: n-grams that are being made at a time."""
     ngram: int = 3
     """Of lookahead: tokens of an n-gram, the one that it is found by among them."""
-    guesses: int = 4
+    guesses: int = 2
     """Of lookahead: n-grams that are verified at a time."""
 
     def __post_init__(self) -> None:

@@ -15,7 +15,7 @@ from kvarn.errors import ConfigError
         ("method=ngram,k=auto", SpeculativeConfig(k=None)),
         ("k=4", SpeculativeConfig(k=4)),
         ("k = 3 , ngram_min=1,ngram_max=3, corpus_tokens=5000", SpeculativeConfig("ngram", 3, 8, 1, 3, 5000)),
-        ("method=lookahead", SpeculativeConfig("lookahead", window=4, ngram=3, guesses=4)),
+        ("method=lookahead", SpeculativeConfig("lookahead", window=2, ngram=3, guesses=2)),
         ("method=lookahead,window=7,ngram=5,guesses=6,k=40", SpeculativeConfig("lookahead", 40, window=7, ngram=5,
                                                                                guesses=6)),
         ("k=auto,max_k=16,max_step_drafts=128", SpeculativeConfig(max_k=16, max_step_drafts=128)),

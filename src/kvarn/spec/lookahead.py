@@ -21,7 +21,8 @@ class LookaheadWindow:
     In each step a row is computed for each of its tokens, which gives each column a token more at its end, the model's
     own; then it is an n-gram, and loses its first token (Jacobi iterations of different age, one below the other). It
     begins with tokens of the prompt in any order, and an n-gram of which more than the first token still is such a one
-    does not count.
+    does not count. Where several tokens came in a step the columns stay where they are in relation to the text's end:
+    moving them with the text makes no better n-grams.
     """
 
     def __init__(self, width: int, depth: int, text: Sequence[int], seed: int) -> None:
