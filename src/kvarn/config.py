@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from kvarn.errors import ConfigError
 from kvarn.kv_types import CACHE_TYPES
 
-DRAFT_METHODS = ("ngram",)
+DRAFT_METHODS = ("ngram", "draft")
 """Ways to guess tokens ahead; `kvarn.spec` says what each is."""
 MAX_SPECULATIVE_TOKENS = 32
 """Guessed ahead for one sequence."""
@@ -99,7 +99,8 @@ class SpeculativeConfig:
     """Speculative decoding: tokens are guessed ahead, and those that are right come in one step."""
 
     method: str = "ngram"
-    """One of `DRAFT_METHODS`. ngram: what followed when the last tokens occurred before, in prompt or output."""
+    """One of `DRAFT_METHODS`. ngram: what followed when the last tokens occurred before, in prompt or output. draft: what
+    a smaller model says."""
     k: int | None = None
     """Tokens guessed ahead for each sequence; None: chosen in each step by what was right lately and what it costs."""
     max_k: int = 8
@@ -112,6 +113,8 @@ class SpeculativeConfig:
     """Output tokens remembered of ended sequences of the same tenant and cache_salt, for matches; 0: none."""
     max_step_drafts: int = 64
     """Guessed tokens in one step at most, of all sequences; logits of so many more rows are allocated."""
+    model: str = ""
+    """Of draft: a model with the same vocabulary, a name or a path."""
 
     def __post_init__(self) -> None:
         most = MAX_SPECULATIVE_TOKENS
@@ -123,8 +126,15 @@ class SpeculativeConfig:
         _check(self.ngram_min <= self.ngram_max <= 64, "speculative ngram_max", self.ngram_max, must)
         must = "between 0 and 16777216"
         _check(0 <= self.corpus_tokens <= 1 << 24, "speculative corpus_tokens", self.corpus_tokens, must)
+        named = bool(self.model) == (self.method == "draft")
+        _check(named, "speculative model", self.model, "the name or path of a model with method=draft, absent otherwise")
         must = "between 1 and 4096"
         _check(1 <= self.max_step_drafts <= 4096, "speculative max_step_drafts", self.max_step_drafts, must)
+
+    @property
+    def writes_ahead(self) -> bool:
+        """Whether the drafter writes KV of its own for tokens that it guesses, in blocks of the sequence."""
+        return self.method == "draft"
 
     @property
     def most(self) -> int:

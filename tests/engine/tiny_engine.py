@@ -7,6 +7,7 @@ from kvarn.backends import KvCacheSpec, StepLimits
 from kvarn.cache import BlockPool, NullPrefixCache, RadixPrefixCache
 from kvarn.config import CacheConfig, EngineConfig, SchedulerConfig
 from kvarn.engine import EngineCore, LoadedEngine, build_engine, make_backend
+from kvarn.engine.draft import DraftModel
 from kvarn.request import Request, RequestOutput, SamplingParams
 from kvarn.runner import Runner
 from kvarn.sampling import NativeSampler
@@ -15,6 +16,7 @@ from kvarn.spec import make_drafter
 from kvarn.step import SampledToken
 from kvarn.tensors import DType
 from kvarn.testing import byte_tokenizer, tiny_model
+from kvarn.text import spellings
 
 EOS = 257
 
@@ -42,9 +44,11 @@ def tiny_engine(
     on_plan=lambda plan: None,
     observer=None,
     speculative=None,
+    draft=None,
     **cache,
 ):
-    """cache: more of `CacheConfig`; scheduling: of `SchedulerConfig`; identity and what follows: of `build_engine`."""
+    """draft: the model that guesses, with method draft. cache: more of `CacheConfig`; scheduling: of `SchedulerConfig`;
+    identity and what follows: of `build_engine`."""
     config = EngineConfig(
         max_model_len=max_model_len,
         backend=backend,
@@ -54,8 +58,10 @@ def tiny_engine(
         speculative=speculative,
     )
     model = shared_model(family, seed)
+    if draft is not None:
+        draft = DraftModel(draft, spellings(byte_tokenizer().vocabulary), make_backend(backend, threads), "tinier")
     return build_engine(
-        model, byte_tokenizer(), config, name="tiny", identity=identity, on_plan=on_plan, observer=observer
+        model, byte_tokenizer(), config, name="tiny", identity=identity, draft=draft, on_plan=on_plan, observer=observer
     )
 
 

@@ -70,4 +70,5 @@ def make_scheduler(
         observer=observer,
         speculation=make_speculation(speculative, cost),
         max_step_drafts=speculative.max_step_drafts if speculative else 0,
+        writes_ahead=speculative is not None and speculative.writes_ahead,
     )

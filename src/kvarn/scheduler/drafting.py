@@ -46,10 +46,19 @@ class Drafting:
     Drafts are for sequences that compute one token. They count in the step's budget like all tokens, but take blocks
     only that nobody else wants in this step, and give back after it those that hold no known token: nobody is held
     up or preempted for a guess, and what the scheduler holds between two steps is the same as without guesses.
+
+    But for a drafter that computes keys and values of its own for what it guesses (`writes_ahead`): it gets blocks for
+    that, too, and what it has guessed keeps them for the next step, unless somebody needs them (`give_back`).
     """
 
     def __init__(
-        self, control: Speculation, pool: BlockPool, reuse: PrefixReuse, observer: Observer, max_step_drafts: int
+        self,
+        control: Speculation,
+        pool: BlockPool,
+        reuse: PrefixReuse,
+        observer: Observer,
+        max_step_drafts: int,
+        writes_ahead: bool = False,
     ) -> None:
         """control: says how many. max_step_drafts: in one step, of all sequences. observer: told what was right."""
         self.control = control
@@ -58,7 +67,10 @@ class Drafting:
         self._reuse = reuse
         self._observer = observer
         self._max_step_drafts = max_step_drafts
+        self._writes_ahead = writes_ahead
         self._chosen: list[tuple[Sequence, int]] = []
+        self._ahead: list[Sequence] = []
+        """Sequences with blocks behind their known tokens."""
         self.active = control.most > 0
         """Whether any token may ever be guessed."""
 
@@ -89,25 +101,41 @@ class Drafting:
                 shape = shape.drafted(sequence.num_tokens, count)
         return shape
 
-    def put(self, parts: list[ScheduledSequence]) -> list[tuple[int, int]]:
-        """Adds the chosen drafts to the step's parts, as far as blocks are left over; returns the blocks to copy."""
+    def put(self, parts: list[ScheduledSequence], sequences: Mapping[int, Sequence]) -> list[tuple[int, int]]:
+        """Adds the chosen drafts to the step's parts, as far as blocks are left over; returns the blocks to copy.
+
+        sequences: those of the parts, by id.
+        """
         copies: list[tuple[int, int]] = []
-        if not self._chosen:
+        chosen = {sequence.sequence_id: count for sequence, count in self._chosen}
+        self._chosen = []
+        if not chosen and not self._writes_ahead:
             return copies
-        places = {part.sequence_id: place for place, part in enumerate(parts)}
-        for sequence, count in self._chosen:
-            place = places.get(sequence.sequence_id)
-            if place is None:
-                continue  # preempted meanwhile
-            part = parts[place]
-            blocks = len(sequence.table) + self._pool.num_available // len(self._pool.windows)
-            slots = blocks * self._pool.block_size
-            draft = sequence.draft[: min(count, slots - part.end)]
-            if not draft:
-                continue
-            copies += self._reuse.take_blocks(sequence, part.end, part.end + len(draft))
-            parts[place] = dataclasses.replace(part, draft=draft, block_tables=sequence.table.ids)
+        for place, part in enumerate(parts):
+            count = chosen.get(part.sequence_id, 0)
+            ahead = part.num_drafts_wanted if self._writes_ahead else 0
+            if count or ahead:
+                sequence = sequences[part.sequence_id]
+                draft = self._take(sequence, part.end, count, copies)
+                self._take(sequence, part.end + len(draft), ahead, copies)
+                parts[place] = dataclasses.replace(part, draft=draft, block_tables=sequence.table.ids)
         return copies
+
+    def _take(self, sequence: Sequence, end: int, count: int, copies: list[tuple[int, int]]) -> tuple[int, ...]:
+        """Takes blocks for `count` guesses from position `end` on, or for fewer; returns as many of its draft."""
+        blocks = len(sequence.table) + self._pool.num_available // len(self._pool.windows)
+        last = min(end + count, blocks * self._pool.block_size, sequence.max_length)
+        if last > end:
+            copies += self._reuse.take_blocks(sequence, end, last)
+        return sequence.draft[: max(0, last - end)]
+
+    def give_back(self) -> bool:
+        """Gives back the blocks that were kept for guesses, since somebody needs them; whether there were any."""
+        before = self._pool.num_available
+        for sequence in self._ahead:
+            self._truncate(sequence, sequence.num_tokens)  # the last one may be in this step already
+        self._ahead = []
+        return self._pool.num_available > before
 
     def wanted(self, sequence: Sequence) -> int:
         """Tokens to guess for the step after this one, which samples a token of the sequence."""
@@ -123,7 +151,7 @@ class Drafting:
         """Told of a step when its tokens are booked. gained: those that were not dropped. alive: who goes on, by id."""
         if not self.active:
             return
-        self.counts.seconds += result.draft_seconds
+        self.counts.seconds += result.draft_seconds + result.prepare_seconds
         tokens: dict[Sequence, list[int]] = {}
         for sequence, token in gained:
             tokens.setdefault(sequence, []).append(token.token_id)
@@ -139,11 +167,27 @@ class Drafting:
             owner = alive.get(draft.sequence_id)
             if owner is not None:
                 owner.draft = draft.token_ids
+        self._keep_ahead(scheduled, alive)
+
+    def _keep_ahead(self, scheduled: SchedulerOutput, alive: Mapping[int, Sequence]) -> None:
+        """Gives back the blocks of the step that hold neither known tokens nor what the drafter has of its guesses."""
+        step = (alive.get(p.sequence_id) for p in scheduled.sequences if p.draft or p.num_drafts_wanted)
+        touched = dict.fromkeys([*self._ahead, *(sequence for sequence in step if sequence is not None)])
+        self._ahead = []
+        for sequence in touched:
+            if alive.get(sequence.sequence_id) is not sequence:
+                continue
+            # The last known token has its KV from the drafter already, and the last guess none.
+            ahead = len(sequence.draft) if self._writes_ahead else 0
+            self._truncate(sequence, sequence.num_computed_tokens + ahead)
+            if ahead:
+                self._ahead.append(sequence)
+
+    def _truncate(self, sequence: Sequence, num_tokens: int) -> None:
+        sequence.table.truncate(blocks_for(num_tokens, self._pool.block_size))
 
     def _count(self, sequence: Sequence, drafted: int, accepted: int) -> None:
         self.counts.add(drafted, accepted)
         sequence.num_draft_tokens += drafted
         sequence.num_accepted_tokens += accepted
         self._observer.verified(sequence, drafted, accepted)
-        if not sequence.finished:
-            sequence.table.truncate(blocks_for(sequence.num_computed_tokens, self._pool.block_size))
