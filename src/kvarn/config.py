@@ -99,8 +99,8 @@ class SpeculativeConfig:
     """Speculative decoding: tokens are guessed ahead, and those that are right come in one step."""
 
     method: str = "ngram"
-    """One of `DRAFT_METHODS`. ngram: what followed when the last tokens occurred before, in prompt or output. draft: what
-    a smaller model says."""
+    """One of `DRAFT_METHODS`. ngram: what followed when the last tokens occurred before, in prompt or output. draft:
+    what a smaller model says."""
     k: int | None = None
     """Tokens guessed ahead for each sequence; None: chosen in each step by what was right lately and what it costs."""
     max_k: int = 8
@@ -127,7 +127,8 @@ class SpeculativeConfig:
         must = "between 0 and 16777216"
         _check(0 <= self.corpus_tokens <= 1 << 24, "speculative corpus_tokens", self.corpus_tokens, must)
         named = bool(self.model) == (self.method == "draft")
-        _check(named, "speculative model", self.model, "the name or path of a model with method=draft, absent otherwise")
+        must = "the name or path of a model with method=draft, absent otherwise"
+        _check(named, "speculative model", self.model, must)
         must = "between 1 and 4096"
         _check(1 <= self.max_step_drafts <= 4096, "speculative max_step_drafts", self.max_step_drafts, must)
 

@@ -81,8 +81,8 @@ class EngineCore:
     ) -> None:
         """new_scheduler: makes an empty scheduler over the runner's blocks. vocab_size: width of the logits.
 
-        cost: learns from every step that succeeds, scheduling and texts included, but not what moving blocks and guessing
-        took.
+        cost: learns from every step that succeeds, scheduling and texts included, but not what moving blocks and
+        guessing took.
         observer: told of every step, with times of `clock` in seconds; `new_scheduler` tells it of the rest.
         on_close: called after the runner is closed (the model's files, from which a back-end may still read).
         """

@@ -35,13 +35,13 @@ class DraftModel:
 
     def check(self, target: Program, spellings: Sequence[str], name: str, max_model_len: int | None) -> None:
         """Raises ConfigError where it cannot guess for the target: for another vocabulary, or where no layer of the
-        target keeps all of `max_model_len` tokens, so that blocks are given back before the draft model has seen them."""
+        target keeps all of `max_model_len` tokens, so that blocks are given back before the draft model saw them."""
         check_same_vocabulary(spellings, self.spellings, name, self.name)
         window = target.kv_groups.windows[0]
         if window is not None and (max_model_len is None or max_model_len > window):
             raise ConfigError(
-                f"speculative model: a draft model needs a target with a layer that sees all tokens, but those of {name} "
-                f"see the last {window}; with max_model_len up to {window} all are kept"
+                f"speculative model: a draft model needs a target with a layer that sees all tokens, but those of "
+                f"{name} see the last {window}; with max_model_len up to {window} all are kept"
             )
 
     def uses(self, target: Program, config: SpeculativeConfig) -> Uses:
@@ -54,7 +54,9 @@ class DraftModel:
 
         return use
 
-    def load(self, memory: MemoryPlan, sampler: Sampler, vocab_size: int, config: SpeculativeConfig) -> DraftModelDrafter:
+    def load(
+        self, memory: MemoryPlan, sampler: Sampler, vocab_size: int, config: SpeculativeConfig
+    ) -> DraftModelDrafter:
         """The drafter. sampler, vocab_size: the target's. Raises as `Backend.load` does."""
         limits = draft_limits(memory.limits, self.model.program.max_positions)
         self._executable = self.backend.load(self.program, self.model.weights, memory.kv, limits)

@@ -219,7 +219,9 @@ def build_engine(
             draft.close()
         on_close()
 
-    core = EngineCore(runner, new_scheduler, tokenizer, program.vocab_size, cost=cost, observer=observer, on_close=close)
+    core = EngineCore(
+        runner, new_scheduler, tokenizer, program.vocab_size, cost=cost, observer=observer, on_close=close
+    )
     moving = seconds if tier.file is not None else None
     return LoadedEngine(
         core, name, tokenizer, model.config, memory.max_model_len, config, memory, move_seconds=moving
@@ -242,8 +244,8 @@ def engine_memory(
     available: Available,
     draft: DraftModel | None = None,
 ) -> MemoryPlan:
-    """What an engine of the model takes on the back-end, a draft model beside it. Raises CapacityError, ConfigError (see
-    `plan_memory`)."""
+    """What an engine of the model takes on the back-end, with a draft model where there is one. Raises CapacityError,
+    ConfigError (see `plan_memory`)."""
     program, dtypes, chosen = model.program, stored_types(model), config.speculative
     drafter = None if draft is None or chosen is None else draft.uses(program, chosen)
     return plan_memory(

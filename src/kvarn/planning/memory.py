@@ -104,9 +104,10 @@ def plan_memory(
 
     Where neither blocks nor bytes are given, there is room for as many of the longest sequences as may run at once,
     but no more than 4 GiB (or one sequence), and no more than fits. Where max_model_len is not given it is what the
-    model was made for, or the longest that fits. drafter: of a draft model, whose cache has the same blocks, given those
-    of the model and the limits of its steps; None: there is none. Raises CapacityError with the numbers and the nearest setting that
+    model was made for, or the longest that fits. Raises CapacityError with the numbers and the nearest setting that
     fits, ConfigError where max_model_len exceeds what the model was made for.
+
+    drafter: of a draft model beside it, whose cache has as many blocks; None: there is none.
     """
     limit = program.max_positions
     if config.max_model_len is not None and config.max_model_len > limit:

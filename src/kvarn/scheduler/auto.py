@@ -132,7 +132,7 @@ class AutoSpeculation:
         order, gains = self._likeliest(drafted, room)
         length = sum(s.num_tokens for s in drafted) // len(drafted)
         times = self._times.seconds(shape, length, len(order))
-        count = _best(shape.num_sequences, gains, times)
+        count = best_count(shape.num_sequences, gains, times)
         self._against = 0 if count else self._against + 1
         if self._against >= PATIENCE:
             self._awake = self._steps + min(LONGEST_REST, 1 << min(self._against - PATIENCE, 30))
@@ -143,20 +143,32 @@ class AutoSpeculation:
             counts[place] += 1
         return counts
 
+    def plan(self, ready: ListOf[Sequence], shape: StepShape) -> None:
+        """There is nothing to plan: guesses cost nothing until they are verified."""
+
+    def proposed(self, asked: ListOf[int], came: ListOf[int], seconds: float, prepare_seconds: float) -> None:
+        """Learns nothing."""
+
+    def ended(self, sequence: Sequence) -> None:
+        """Learns nothing."""
+
     def compare(self, sequence: Sequence, draft: tuple[int, ...], tokens: ListOf[int]) -> None:
         """See `Speculation`."""
         if draft:
             self._of(sequence, draft).compare(draft, tokens)
-            self._common[kind_of(draft)].compare(draft, tokens)
+            self._common[self._kind(draft)].compare(draft, tokens)
 
     def timed(self, shape: StepShape, seconds: float) -> None:
         """See `Speculation`."""
         self._steps += 1
         self._times.observe(shape, seconds)
 
+    def _kind(self, draft: tuple[int, ...]) -> int:
+        return kind_of(draft)
+
     def _of(self, sequence: Sequence, draft: tuple[int, ...]) -> Acceptance:
         """What is known of the sequence's drafts of that kind."""
-        kind = kind_of(draft)
+        kind = self._kind(draft)
         known = sequence.acceptance.get(kind)
         if known is None:
             common = self._common[kind]
@@ -180,14 +192,14 @@ class AutoSpeculation:
 
     def _probe(self, tokens: int, gains: list[float], times: list[float]) -> int:
         """How many guesses to verify in order to learn what they cost; mostly none."""
-        count = _best(tokens, gains, times)
+        count = best_count(tokens, gains, times)
         if not count:
             return 0
         self._refusals += 1
         return count if self._refusals % PROBE_EVERY == 0 else 0
 
 
-def _best(tokens: int, gains: list[float], times: list[float]) -> int:
+def best_count(tokens: int, gains: list[float], times: list[float]) -> int:
     """How many guesses make expected tokens by expected seconds largest; 0 unless that beats none by `MARGIN`.
 
     tokens: that come in any case. times: seconds of the step with 0, 1, 2, … guesses.

@@ -9,6 +9,7 @@ from kvarn.config import SchedulerConfig, SpeculativeConfig
 from kvarn.scheduler.auto import AutoSpeculation
 from kvarn.scheduler.budget import Budget, ConstantBudget, ItlBudget
 from kvarn.scheduler.cost import StepCost
+from kvarn.scheduler.costly import CostlySpeculation
 from kvarn.scheduler.fairness import FairShare
 from kvarn.scheduler.forecast import QueueForecast
 from kvarn.scheduler.moves import Moves
@@ -40,7 +41,7 @@ def make_speculation(config: SpeculativeConfig | None, cost: StepCost) -> Specul
         return NoSpeculation()
     if config.k is not None:
         return FixedSpeculation(config.k)
-    return AutoSpeculation(config.max_k, cost)
+    return CostlySpeculation(config.max_k, cost) if config.writes_ahead else AutoSpeculation(config.max_k, cost)
 
 
 def make_scheduler(

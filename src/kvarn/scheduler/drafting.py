@@ -83,6 +83,7 @@ class Drafting:
         count, tokens = len(ready), sum([len(s.token_ids) for s in ready])
         shape = StepShape(count, count, count, tokens, tokens)
         if self.active:
+            self.control.plan(ready, shape)
             self._chosen = []
             drafted = [s for s in ready if s.draft]
             if drafted:
@@ -158,15 +159,23 @@ class Drafting:
         verified = Counter(token.sequence_id for token in result.sampled)
         parts = {part.sequence_id: part for part in scheduled.sequences if part.draft}
         for sequence, said in tokens.items():
-            self.control.compare(sequence, sequence.draft, said)
-            sequence.draft = ()
             part = parts.get(sequence.sequence_id)
+            # What a model drew may be accepted without being what would have come: only verified ones tell.
+            told = sequence.draft if not self._writes_ahead else part.draft if part is not None else ()
+            self.control.compare(sequence, told, said)
+            if sequence.finished:
+                self.control.ended(sequence)
+            sequence.draft = ()
             if part is not None:
                 self._count(sequence, len(part.draft), min(len(said), verified[sequence.sequence_id] - 1))
         for draft in result.drafts:
             owner = alive.get(draft.sequence_id)
             if owner is not None:
                 owner.draft = draft.token_ids
+                owner.num_drafter_tokens = owner.num_tokens
+        asked = [part.num_drafts_wanted for part in scheduled.sequences if part.num_drafts_wanted]
+        lengths = [len(draft.token_ids) for draft in result.drafts]
+        self.control.proposed(asked, lengths, result.draft_seconds, result.prepare_seconds)
         self._keep_ahead(scheduled, alive)
 
     def _keep_ahead(self, scheduled: SchedulerOutput, alive: Mapping[int, Sequence]) -> None:

@@ -44,6 +44,8 @@ class Sequence:
     """Whether the policy has been told of the prompt's tokens. Only the first of a request's sequences pays them."""
     draft: tuple[int, ...] = ()
     """Guesses of its next tokens, for the next step."""
+    num_drafter_tokens: int = 0
+    """Tokens that there were when a drafter guessed last: it has read them."""
     acceptance: dict[int, Acceptance] = field(default_factory=dict)
     """How often such guesses were right, by the draft's kind, where somebody asks."""
     num_draft_tokens: int = 0

@@ -71,9 +71,9 @@ class DraftKv:
             valid = min(int(self._valid[block]), position - index * size)
             guessed = self._ahead.pop(block, None)
             same = 0
-            if follows and guessed is not None and valid == position - index * size:
-                if (guessed.sequence_id, guessed.position) == (sequence_id, position):
-                    same = _common(guessed.tokens, tokens[position - start : (index + 1) * size - start])
+            if follows and valid == position - index * size and guessed is not None:
+                its_own = (guessed.sequence_id, guessed.position) == (sequence_id, position)
+                same = _common(guessed.tokens, tokens[position - start : (index + 1) * size - start]) if its_own else 0
             follows = position + same == min(end, (index + 1) * size)
             self._valid[block] = valid + same
         self.forget(sequence_id)
@@ -101,14 +101,14 @@ class DraftKv:
             self._valid[table[index]] = max(int(self._valid[table[index]]), held)
 
     def guessed(self, sequence_id: int, table: Table, position: int, tokens: Sequence[int]) -> None:
-        """The drafter has computed `tokens` from `position` on, which the target has not written; all before are there."""
+        """The drafter has computed `tokens` from `position` on, before the target; all before have theirs."""
         self.forget(sequence_id)
         size, end = self._size, position + len(tokens)
         for index in range(position // size, -(-end // size)):
-            first = max(position, index * size)
-            block = table[index]
+            block, first = table[index], max(position, index * size)
             self._valid[block] = first - index * size
-            self._keep(block, _Ahead(sequence_id, first, tuple(tokens[first - position : (index + 1) * size - position])))
+            own = tuple(tokens[first - position : (index + 1) * size - position])
+            self._keep(block, _Ahead(sequence_id, first, own))
 
     def _keep(self, block: int, ahead: _Ahead) -> None:
         self._ahead[block] = ahead

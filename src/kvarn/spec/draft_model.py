@@ -15,7 +15,7 @@ from kvarn.spec.draft_kv import DraftKv, Table
 from kvarn.step import NewSequence, SampledToken, ScheduledSequence, SchedulerOutput
 
 CATCH_UP_TOKENS = 64
-"""Of texts that the draft model has not seen, computed before a step at most, so that the step is not held up for long."""
+"""Of texts that the draft model has not seen, computed before a step at most, so that no step is held up for long."""
 NEARLY = 8
 """Tokens that may be missing to guess at once: they are computed with the first guess."""
 
@@ -65,15 +65,15 @@ class DraftModelDrafter:
 
     **Its keys and values** are in a storage of its own with the target's block ids, in the blocks of the KV group that
     keeps all tokens, whatever windows its own layers have (`DraftKv`). Prefix hits, copies and preemption are the
-    target's; blocks from the second tier, and text that came while nothing was guessed, lack draft KV, which is computed
-    before a sequence's next guess: up to `CATCH_UP_TOKENS` a step for all, and meanwhile nothing is guessed for it.
+    target's; blocks from the second tier, and text that came while nothing was guessed, lack draft KV, which is
+    computed before a sequence's next guess: up to `CATCH_UP_TOKENS` a step for all, nothing being guessed meanwhile.
 
     **How tokens are drawn**, for each request by what accepts most of those that keep its promise. Greedy ones: the
     draft model's likeliest, compared. With a `seed`: from the draft model's distribution by the very random number that
-    the target's token will be drawn with, and compared: the answer is the same to the bit as without guesses, as a seed
-    promises. Without one, from the draft model's distribution q, after the request's temperature, top-k, top-p, min-p,
-    bias and penalties: accepted by the ratio p / q, which is right as often as any rule can be (1 - the distance between
-    the two distributions), and the answer has the exact distribution, but depends on what was guessed.
+    the target's token will be drawn with, and compared: the answer is the same to the bit as without guesses, as a
+    seed promises. Without one: from the draft model's distribution q after the request's temperature, top-k, top-p,
+    min-p, bias and penalties, and accepted by the ratio p / q. No rule accepts more (1 - the distance between the two
+    distributions); the answer has the exact distribution, but depends on what was guessed.
     """
 
     buffers: Sequence[str] = ()
