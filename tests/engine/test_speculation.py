@@ -6,7 +6,7 @@ import random
 
 import pytest
 from pairwise import pairwise
-from tiny_engine import EOS, Script, handmade_engine, request, run_core, text_of, tiny_engine, tokens_of
+from tiny_engine import EOS, Script, handmade_engine, nearly, request, run_core, text_of, tiny_engine, tokens_of
 
 from kvarn.config import SpeculativeConfig
 from kvarn.engine.events import merge_outputs
@@ -66,7 +66,10 @@ def test_greedy_tokens_are_the_same_in_fewer_steps():
 
 
 FACTORS = {
-    "speculative": [NGRAM, SpeculativeConfig(k=1), SpeculativeConfig(k=7, max_step_drafts=5), SpeculativeConfig()],
+    "speculative": [
+        NGRAM, SpeculativeConfig(k=1), SpeculativeConfig(k=7, max_step_drafts=5), SpeculativeConfig(),
+        SpeculativeConfig("draft", k=3, model="tiny"), SpeculativeConfig("draft", model="tiny"),
+    ],
     "batch": [1, 16],
     "prefix_cache": [True, False],
     "budget": [24, 256],
@@ -99,7 +102,7 @@ def test_every_pair_of_values_is_in_some_case():
     for a, b in itertools.combinations(FACTORS, 2):
         for x, y in itertools.product(FACTORS[a], FACTORS[b]):
             assert any(case[a] == x and case[b] == y for case in CASES), (a, x, b, y)
-    assert len(CASES) < 30
+    assert len(CASES) < 40
 
 
 def asked(case):
@@ -116,8 +119,10 @@ def start(case, folder, speculative):
     caching, tier = case["prefix_cache"], {}
     if caching and case["memory"] == "tier":
         tier = {"kv_offload_bytes": 1 << 20, "kv_offload_dir": str(folder), "identity": "tiny"}
+    draft = nearly("llama", 0, 0.1) if speculative.method == "draft" else None
     return tiny_engine(
         backend="cpu",
+        draft=draft,
         dtype=case["dtype"],
         num_blocks=256 if case["memory"] == "ample" else 8,
         max_model_len=128,
@@ -145,7 +150,8 @@ def test_the_same_answers_with_everything_else(case, tmp_path, monkeypatch):
     requests = asked(case)
     prompts = {r.request_id: r.prompt_token_ids for r in requests}
     known = {(prompts[i], part.index): part.token_ids for i, parts in expected.items() for part in parts}
-    monkeypatch.setattr("kvarn.engine.load.make_drafter", lambda config: Knowing(known))
+    if case["speculative"].method == "ngram":
+        monkeypatch.setattr("kvarn.engine.load.make_drafter", lambda config: Knowing(known))
     monkeypatch.setattr("kvarn.engine.tier.measure_move", lambda executable, file: MoveSeconds(0.0, 0.0))
     core = start(case, tmp_path, case["speculative"])
     outputs = {r.request_id: [] for r in requests}

@@ -23,7 +23,8 @@ from kvarn.scheduler.speculation import FixedSpeculation, NoSpeculation, Specula
 
 __all__ = [
     "AlwaysMove", "AutoSpeculation", "Backlog", "Budget", "ConstantBudget", "CostlySpeculation", "FairShare",
-    "FirstComeFirstServed", "FixedSpeculation", "Forecast", "Hold", "ItlBudget", "Limits", "MeasuredCost", "MoveCost", "Moves", "NoSpeculation",
-    "NullObserver", "Observer", "Policy", "PriorityClasses", "QueueForecast", "Scheduler", "Sequence", "Speculation",
-    "StepCost", "StepShape", "StepTimes", "make_budget", "make_policy", "make_scheduler", "make_speculation",
+    "FirstComeFirstServed", "FixedSpeculation", "Forecast", "Hold", "ItlBudget", "Limits", "MeasuredCost", "MoveCost",
+    "Moves", "NoSpeculation", "NullObserver", "Observer", "Policy", "PriorityClasses", "QueueForecast", "Scheduler",
+    "Sequence", "Speculation", "StepCost", "StepShape", "StepTimes", "make_budget", "make_policy", "make_scheduler",
+    "make_speculation",
 ]  # fmt: skip
