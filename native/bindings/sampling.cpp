@@ -17,6 +17,7 @@ using namespace kvarn;
 namespace {
 
 using Logits = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Probabilities = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Bits = nb::ndarray<const uint32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 
 // The first token of a draft after the one at `parent` that is `token`; -1: there is none.
@@ -109,6 +110,28 @@ class Sampler {
         return result;
     }
 
+    // For each row of another model's logits, of which the first `vocab` count, a draft's token; see
+    // `SequenceSampler::guess`. q_rows: the row of `q` that its distribution goes to; -1: none. A token of -1: none.
+    std::vector<int32_t> guess(const Logits &logits, size_t vocab, const std::vector<int64_t> &sequences,
+                               const std::vector<uint64_t> &positions, const std::vector<std::vector<int32_t>> &ahead,
+                               const Probabilities &q, const std::vector<int64_t> &q_rows) {
+        const size_t rows = logits.shape(0);
+        if (sequences.size() != rows || positions.size() != rows || ahead.size() != rows || q_rows.size() != rows)
+            throw std::invalid_argument("one sequence, position, draft and row of q a row of logits");
+        if (vocab == 0 || vocab > logits.shape(1) || vocab > q.shape(1))
+            throw std::invalid_argument("the vocabulary is wider than logits or q");
+        for (const int64_t row : q_rows)
+            if (row >= 0 && size_t(row) >= q.shape(0)) throw std::invalid_argument("there is no such row of q");
+        const std::vector<SequenceSampler *> state = states(sequences);
+        std::vector<int32_t> tokens(rows);
+        nb::gil_scoped_release release;
+        for (size_t r = 0; r < rows; ++r) {
+            float *to = q_rows[r] < 0 ? nullptr : q.data() + size_t(q_rows[r]) * q.shape(1);
+            tokens[r] = state[r]->guess({logits.data() + r * logits.shape(1), vocab, positions[r]}, ahead[r], to, scratch_);
+        }
+        return tokens;
+    }
+
   private:
     std::vector<SequenceSampler *> states(const std::vector<int64_t> &sequences) {
         std::vector<SequenceSampler *> result;
@@ -181,7 +204,9 @@ void bind_sampling(nb::module_ &m) {
         .def("remove", &Sampler::remove, nb::arg("sequence"))
         .def("sample", &Sampler::sample, nb::arg("logits"), nb::arg("sequences"), nb::arg("positions"))
         .def("verify", &Sampler::verify, nb::arg("logits"), nb::arg("sequences"), nb::arg("positions"),
-             nb::arg("drafts"), nb::arg("parents"), nb::arg("q"), nb::arg("bits").none(), nb::arg("mask_rows").none());
+             nb::arg("drafts"), nb::arg("parents"), nb::arg("q"), nb::arg("bits").none(), nb::arg("mask_rows").none())
+        .def("guess", &Sampler::guess, nb::arg("logits"), nb::arg("vocab"), nb::arg("sequences"), nb::arg("positions"),
+             nb::arg("ahead"), nb::arg("q"), nb::arg("q_rows"));
     m.def("philox4x32", &philox, nb::arg("counter"), nb::arg("key0"), nb::arg("key1"), "Philox4x32-10, for tests.");
     m.def(
         "uniform",

@@ -263,6 +263,8 @@ class Sampler:
 
     def verify(self, logits: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], sequences: Sequence[int], positions: Sequence[int], drafts: Sequence[Sequence[int]], parents: Sequence[Sequence[int]], q: Sequence[Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)] | None], bits: Annotated[NDArray[numpy.uint32], dict(shape=(None, None), order='C', device='cpu', writable=False)] | None, mask_rows: Sequence[int] | None) -> list: ...
 
+    def guess(self, logits: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], vocab: int, sequences: Sequence[int], positions: Sequence[int], ahead: Sequence[Sequence[int]], q: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu')], q_rows: Sequence[int]) -> list[int]: ...
+
 def philox4x32(counter: Sequence[int], key0: int, key1: int) -> list[int]:
     """Philox4x32-10, for tests."""
 

@@ -148,3 +148,10 @@ class StepOutput:
     """For the next step, of sequences with num_drafts_wanted."""
     draft_seconds: float = 0.0
     """What proposing them took."""
+    prepare_seconds: float = 0.0
+    """What bringing the drafter up to date took before the step: one with KV of its own may lack some of the text."""
+
+    @property
+    def aside_seconds(self) -> float:
+        """What the step took beside computing and sampling its tokens, and its shape does not tell."""
+        return self.move_seconds + self.draft_seconds + self.prepare_seconds

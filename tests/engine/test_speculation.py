@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 from pairwise import pairwise
-from tiny_engine import EOS, Script, handmade_engine, request, run_core, text_of, tiny_engine, tokens_of
+from tiny_engine import EOS, Script, handmade_engine, nearly, request, run_core, text_of, tiny_engine, tokens_of
 
 from kvarn.config import SpeculativeConfig
 from kvarn.draft_tree import levels
@@ -114,7 +114,8 @@ def test_lookahead_says_the_same_in_fewer_steps(family, dtype):
 FACTORS = {
     "speculative": [
         NGRAM, SpeculativeConfig(k=1), SpeculativeConfig(k=7, max_step_drafts=8), SpeculativeConfig(),
-        SpeculativeConfig(k=12),
+        SpeculativeConfig(k=12), SpeculativeConfig("draft", k=3, model="tiny"),
+        SpeculativeConfig("draft", model="tiny"),
     ],
     "drafter": ["chain", "tree", "lookahead"],
     "family": ["llama", "gemma3_text"],
@@ -150,7 +151,7 @@ def test_every_pair_of_values_is_in_some_case():
     for a, b in itertools.combinations(FACTORS, 2):
         for x, y in itertools.product(FACTORS[a], FACTORS[b]):
             assert any(case[a] == x and case[b] == y for case in CASES), (a, x, b, y)
-    assert len(CASES) < 30
+    assert len(CASES) < 40
 
 
 def asked(case):
@@ -168,9 +169,11 @@ def start(case, folder, speculative):
     if caching and case["memory"] == "tier":
         tier = {"kv_offload_bytes": 1 << 20, "kv_offload_dir": str(folder), "identity": "tiny"}
     few, many = (20, 512) if case["family"] == "gemma3_text" else (8, 256)  # it has two KV groups
+    draft = nearly(case["family"], 0, 0.1) if speculative.method == "draft" else None
     return tiny_engine(
         family=case["family"],
         backend="cpu",
+        draft=draft,
         dtype=case["dtype"],
         num_blocks=many if case["memory"] == "ample" else few,
         max_model_len=128,
@@ -199,11 +202,11 @@ def test_the_same_answers_with_everything_else(case, tmp_path, monkeypatch):
     prompts = {r.request_id: r.prompt_token_ids for r in requests}
     known = {(prompts[i], part.index): part.token_ids for i, parts in expected.items() for part in parts}
     speculative = case["speculative"]
-    if case["drafter"] == "lookahead":
+    if speculative.method != "draft" and case["drafter"] == "lookahead":
         speculative = replace(speculative, method="lookahead", window=2, ngram=3, guesses=2)
-    else:
+    elif speculative.method != "draft":
         drafter = Knowing(known, case["drafter"] == "tree")
-        monkeypatch.setattr("kvarn.engine.load.make_drafter", lambda *_: drafter)
+        monkeypatch.setattr("kvarn.engine.load.make_drafter", lambda *_, **__: drafter)
     monkeypatch.setattr("kvarn.engine.tier.measure_move", lambda executable, file: MoveSeconds(0.0, 0.0))
     core = start(case, tmp_path, speculative)
     outputs = {r.request_id: [] for r in requests}

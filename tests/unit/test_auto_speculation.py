@@ -55,7 +55,7 @@ class Machine:
             # The token after the accepted ones is what the draft says there, if the draft is longer, or it is not.
             lucky = right == count and self.random.random() < rate
             said = [1] * right + [1 if lucky else 0]
-            self.control.compare(one, said)
+            self.control.compare(one, one.draft, one.parents, said)
             shape = shape.drafted(one.num_tokens, count)
             self.tokens += right + 1
         self.control.timed(shape, self.cost.seconds(shape))
@@ -145,7 +145,7 @@ def test_drafts_of_different_length_are_judged_apart():
         propose(one, min(length, control.wanted(one)))
         counts = control.choose([one], decodes(1), 64) if one.draft else [0]
         said = [0] if length == 2 else [1] * counts[0] + [1]
-        control.compare(one, said)
+        control.compare(one, one.draft, one.parents, said)
         chosen[length].append(counts[0])
         shape = decodes(1).drafted(50, counts[0])
         control.timed(shape, cost.seconds(shape))
@@ -206,7 +206,7 @@ def test_branches_are_verified_where_they_pay():
         (count,) = control.choose([one], decodes(1), 64)
         chosen.append(count)
         said = [2, 3, 4, 7] if count == 5 else [2, 3, 7] if count == 4 else [2, 7] if count else [2]
-        control.compare(one, said)
+        control.compare(one, one.draft, one.parents, said)
         shape = decodes(1).drafted(50, count)
         control.timed(shape, cost.seconds(shape))
     assert sum(count == 5 for count in chosen[50:]) > 200

@@ -5,6 +5,7 @@ import random
 import hypothesis.strategies as st
 import pytest
 from hypothesis.stateful import initialize, invariant, precondition, rule
+from paged_draft import DraftedModel
 from paged_model import VOCAB, PagedModel, expected_tokens, next_token
 from state_machines import SHARE, CountedMachine, run_machine
 from virtual_time import LinearCost
@@ -44,6 +45,8 @@ class SchedulerMachine(CountedMachine):
     budget = ConstantBudget
     speculation = NoSpeculation
     reference_every = 0
+    model_type = PagedModel
+    writes_ahead = False
 
     @initialize(
         blocks=st.integers(4, 24), seqs=st.integers(1, 6), spare_tokens=st.integers(0, 20), queue=st.integers(1, 6)
@@ -53,7 +56,7 @@ class SchedulerMachine(CountedMachine):
         self.pool = BlockPool(blocks, BLOCK, self.windows)
         shared = self.shared_prefixes
         self.cache = NullPrefixCache() if shared is None else RadixPrefixCache(self.pool, shared, self.new_tier())
-        self.model = PagedModel(blocks, BLOCK, max_tokens=tokens, max_seqs=seqs, windows=self.windows)
+        self.model = self.model_type(blocks, BLOCK, max_tokens=tokens, max_seqs=seqs, windows=self.windows)
         self.tokens = tokens
         self.queue = queue
         config = SchedulerConfig(max_num_seqs=seqs, max_num_batched_tokens=tokens, max_num_queued_requests=queue)
@@ -64,6 +67,7 @@ class SchedulerMachine(CountedMachine):
             config, self.pool, 60, eos_token_ids=ENDS, policy=self.policy(), budget=self.budget(tokens),
             prefix_cache=self.cache, moves=moves, speculation=self.speculation(), max_step_drafts=9,
             reference_every=self.reference_every,
+            writes_ahead=self.writes_ahead,
         )  # fmt: skip
         self.sequences = []
         self.said = {}
@@ -179,11 +183,13 @@ class SchedulerMachine(CountedMachine):
             return
         self.scheduler.check()
         for sequence in self.sequences:
+            ahead = len(sequence.draft) if self.writes_ahead else 0
             if sequence.sequence_id in self.scheduler.running_ids:
-                assert (len(sequence.table) - 1) * BLOCK < sequence.num_computed_tokens, "it has blocks for nothing"
+                held = sequence.num_computed_tokens + ahead
+                assert (len(sequence.table) - 1) * BLOCK < held, "it has blocks for nothing"
             for group, table in enumerate(sequence.table.by_group):
                 most = self.pool.windows.most_in_group(group, self.tokens)
-                assert most is None or table.num_held <= most, "it keeps what it does not see"
+                assert most is None or table.num_held <= most + ahead, "it keeps what it does not see"
         self.count_step()
         self.unchecked = False
 
@@ -410,6 +416,40 @@ class WithDraftsAndTargets(WithDrafts, WithTargets):
         return ItlBudget(tokens, 0.012, LinearCost())
 
 
+class Fickle(FixedSpeculation):
+    """Does not want guesses all the time."""
+
+    def __init__(self, k):
+        super().__init__(k)
+        self.rng = random.Random(k)
+
+    def wanted(self, sequence):
+        return super().wanted(sequence) if self.rng.random() < 0.8 else 0
+
+
+class WithADraftModel(WithDrafts):
+    """Whose own KV is in the same blocks: what it guesses follows the text that it has really read."""
+
+    model_type = DraftedModel
+    writes_ahead = True
+
+    @staticmethod
+    def speculation():
+        return Fickle(5)
+
+    def book(self, scheduled):
+        self.model.say = lambda text, stream: (
+            next_token(text, stream) if self.rng.random() < 0.8 else self.rng.randrange(VOCAB)
+        )
+        super().book(scheduled)
+
+
+class WithADraftModelAndWindows(WithADraftModel):
+    """Its KV is in the blocks of the group that keeps all tokens."""
+
+    windows = (None, 9, 3)
+
+
 class WithWindows(WithSecondTier):
     """Layers of three kinds: some see all, others less than what is common or a block's worth."""
 
@@ -443,7 +483,7 @@ class WithWindowsAndDraftsOnly(WithDrafts):
 MACHINES = [
     SchedulerMachine, WithPrefixCache, WithSharedPrefixes, WithSecondTier, WithAnotherPolicy, WithPriorities,
     WithTenants, WithTargets, WithDrafts, WithChosenDrafts, WithDraftsAndTargets, WithWindows, WithWindowsOnly,
-    WithWindowsAndNoCache, WithWindowsAndDrafts, WithWindowsAndDraftsOnly,
+    WithWindowsAndNoCache, WithWindowsAndDrafts, WithWindowsAndDraftsOnly, WithADraftModel, WithADraftModelAndWindows,
     WithTrees, WithChosenTrees, WithWindowsAndTrees,
 ]  # fmt: skip
 

@@ -36,7 +36,7 @@ def test_settings(text, config):
         ("max_k=auto", "max_k must be a whole number, not 'auto'"),
         ("k=0", "speculative k must be auto, or between 1 and 128"),
         ("k=129", "between 1 and 128"),
-        ("method=magic", "speculative method must be one of ngram, lookahead"),
+        ("method=magic", "speculative method must be one of ngram, draft, lookahead"),
         ("window=0", "speculative window must be between 1 and 64, not 0"),
         ("ngram=1", "speculative ngram must be between 2 and 16, not 1"),
         ("guesses=65", "speculative guesses must be between 1 and 64, not 65"),

@@ -47,6 +47,14 @@ class Drafter(Protocol):
         """Forgets a sequence; unknown ones are ignored."""
         ...
 
+    def prepare(self, scheduled: SchedulerOutput) -> None:
+        """Told of every step before the program runs, also of one that only moves blocks.
+
+        By then the step's blocks are saved, copied and loaded. What a drafter keeps for the tokens of blocks it brings
+        up to date here.
+        """
+        ...
+
     def propose(
         self,
         scheduled: SchedulerOutput,
@@ -85,6 +93,9 @@ class NullDrafter:
         """Nothing."""
 
     def remove(self, sequence_id: int) -> None:
+        """Nothing."""
+
+    def prepare(self, scheduled: SchedulerOutput) -> None:
         """Nothing."""
 
     def propose(

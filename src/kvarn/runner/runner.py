@@ -69,8 +69,11 @@ class Runner:
             self._executable.copy_blocks(scheduled.block_copies)
         loaded = self._blocks.load(scheduled.block_loads)
         moved = self._blocks.take_seconds()
+        started = time.perf_counter()
+        self._drafter.prepare(scheduled)
+        prepare_seconds = time.perf_counter() - started
         if not scheduled.sequences:
-            return StepOutput(scheduled.step, (), loaded, moved)
+            return StepOutput(scheduled.step, (), loaded, moved, prepare_seconds=prepare_seconds)
         values = self._executable.execute(self._batches.build(scheduled.sequences), self._drafter.buffers)
         sampled = self._sample(values[self._logits], [s for s in scheduled.sequences if s.sample])
         started = time.perf_counter()
@@ -78,7 +81,7 @@ class Runner:
         draft_seconds = time.perf_counter() - started if proposals else 0.0
         self._drawn = {p.sequence_id: p for p in proposals if p.probabilities is not None}
         drafts = tuple(_tokens(p) for p in proposals if p.token_ids)
-        return StepOutput(scheduled.step, tuple(sampled), loaded, moved, drafts, draft_seconds)
+        return StepOutput(scheduled.step, tuple(sampled), loaded, moved, drafts, draft_seconds, prepare_seconds)
 
     def _sample(self, logits: NDArray[np.float32], parts: list[ScheduledSequence]) -> list[SampledToken]:
         if not parts:

@@ -85,6 +85,29 @@ class Sampler(Protocol):
         """
         ...
 
+    def guess(
+        self,
+        logits: NDArray[np.float32],
+        sequence_ids: Sequence[int],
+        positions: Sequence[int],
+        ahead: Sequence[Sequence[int]],
+        probabilities: NDArray[np.float32],
+        rows: Sequence[int],
+    ) -> list[int]:
+        """A draft's next token from each row of another model's logits (R, any width), by the rules of its sequence.
+
+        ahead: by row the draft's tokens before it, taken as sampled; the state stays as it is. positions: as in
+        `sample`. rows: by row of the logits the row of `probabilities`, float32[any, vocab], that is set to the
+        distribution q, from which the token is then drawn by use 1 of the random numbers: for `verify` with q. -1: the
+        token is what `sample` would say to these logits, by the same random number. Compared with what `sample` says to
+        the model's own logits it is right the more often the more the two agree, and changes nothing. So it is for
+        greedy sequences in any case.
+
+        Tokens that one of the two vocabularies lacks are not guessed. A token of -1: the logits hold NaN or infinity,
+        or leave nothing to choose.
+        """
+        ...
+
 
 def check_drafts(rows: int, vocab_size: int, drafts: Sequence[Draft]) -> list[Parents]:
     """The parents of each draft's tokens. Raises ValueError where `rows` of logits are not what the drafts need, or a
@@ -111,6 +134,18 @@ def _check_parents(draft: Draft) -> Parents:
     if len(draft.parents) != count or any(not -1 <= p < place for place, p in enumerate(draft.parents)):
         raise ValueError(f"{draft.parents} are not the parents of {count} tokens, each before its own")
     return draft.parents
+
+
+def check_guesses(
+    logits: NDArray[np.float32], probabilities: NDArray[np.float32], vocab_size: int, rows: Sequence[int]
+) -> None:
+    """Raises ValueError where there is no room for the probabilities of guesses."""
+    if len(rows) != len(logits):
+        raise ValueError(f"{len(logits)} rows of logits, but {len(rows)} of probabilities")
+    if probabilities.ndim != 2 or probabilities.shape[1] != vocab_size:
+        raise ValueError(f"probabilities of shape {probabilities.shape} for a vocabulary of {vocab_size}")
+    if any(not -1 <= row < len(probabilities) for row in rows):
+        raise ValueError(f"a row of probabilities is out of range 0…{len(probabilities) - 1}")
 
 
 def check_masks(rows: int, vocab_size: int, masks: TokenMasks | None) -> None:

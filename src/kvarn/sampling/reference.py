@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from kvarn.draft_tree import child
 from kvarn.request import SamplingParams, TokenLogprob
-from kvarn.sampling.base import Draft, TokenMasks, check_drafts, check_ids, check_masks
+from kvarn.sampling.base import Draft, TokenMasks, check_drafts, check_guesses, check_ids, check_masks
 from kvarn.step import NewSequence, SampledToken
 
 Floats = NDArray[np.float64]
@@ -102,6 +102,12 @@ class _State:
     new: NewSequence
     output: Counter[int] = field(default_factory=Counter)
 
+    def adjusted(self, row: Floats, allowed: NDArray[np.uint32] | None, ahead: Sequence[int] = ()) -> Floats:
+        """The row's logits after the sequence's rules, had the tokens `ahead` been sampled."""
+        new, output = self.new, self.output + Counter(ahead)
+        masked = new.stop_token_ids if output.total() < new.sampling.min_tokens else ()
+        return adjusted_logits(row, new.sampling, new.prompt_token_ids, output, masked, allowed)
+
 
 class ReferenceSampler:
     """`Sampler` as its rules read; for tests and as documentation."""
@@ -158,6 +164,42 @@ class ReferenceSampler:
             row += 1 + len(parents)
         return tokens
 
+    def guess(
+        self,
+        logits: NDArray[np.float32],
+        sequence_ids: Sequence[int],
+        positions: Sequence[int],
+        ahead: Sequence[Sequence[int]],
+        probabilities: NDArray[np.float32],
+        rows: Sequence[int],
+    ) -> list[int]:
+        """See `Sampler.guess`."""
+        check_guesses(logits, probabilities, self._vocab_size, rows)
+        vocab = min(logits.shape[1], self._vocab_size)
+        padded = np.full((len(logits), self._vocab_size), -np.inf)
+        padded[:, :vocab] = logits[:, :vocab]
+        parts = zip(padded, sequence_ids, positions, ahead, rows, strict=True)
+        return [self._guess(row, self._states[s], at, before, probabilities, to) for row, s, at, before, to in parts]
+
+    def _guess(
+        self,
+        row: Floats,
+        state: _State,
+        position: int,
+        ahead: Sequence[int],
+        probabilities: NDArray[np.float32],
+        to: int,
+    ) -> int:
+        p, x = state.new.sampling, state.adjusted(row, None, ahead)
+        if not (np.isfinite(row.max()) and np.isfinite(x.max())):
+            return -1
+        if p.greedy:
+            return int(x.argmax())
+        q, use = distribution(x, p), TOKEN
+        if to >= 0:
+            probabilities[to], use = q, DRAFT
+        return draw(q, uniform(state.new.seed, state.new.stream, position, use))
+
     def _choose(
         self,
         row: Floats,
@@ -172,8 +214,7 @@ class ReferenceSampler:
             raise ValueError(f"sequence {sequence_id} was not added")
         state = self._states[sequence_id]
         new, p = state.new, state.new.sampling
-        masked = new.stop_token_ids if state.output.total() < p.min_tokens else ()
-        x = adjusted_logits(row, p, new.prompt_token_ids, state.output, masked, allowed)
+        x = state.adjusted(row, allowed)
         if not (np.isfinite(row.max()) and np.isfinite(x.max())):
             raise ValueError(f"the logits of sequence {sequence_id} hold NaN or infinity, or leave no token")
         if p.greedy:

@@ -89,6 +89,10 @@ class Acceptance:
                 return
             at, begin, rates = right, right + 1, self.later
 
+    def gain(self, level: int) -> float:
+        """Tokens that the guess at `level` (0: of the next token) of a chain is expected to bring."""
+        return self.first[0].mean * self.later[0].mean ** level
+
     def gains(self, parents: Sequence[int]) -> list[float]:
         """Tokens that each guess of a draft is expected to bring: whether it and all that it follows are right."""
         gains: list[float] = []

@@ -132,7 +132,7 @@ class AutoSpeculation:
         order, gains = self._likeliest(drafted, room)
         length = sum(s.num_tokens for s in drafted) // len(drafted)
         times = self._times.seconds(shape, length, len(order))
-        count = _best(shape.num_sequences, gains, times)
+        count = best_count(shape.num_sequences, gains, times)
         self._against = 0 if count else self._against + 1
         if self._against >= PATIENCE:
             self._awake = self._steps + min(LONGEST_REST, 1 << min(self._against - PATIENCE, 30))
@@ -143,21 +143,34 @@ class AutoSpeculation:
             counts[place] += 1
         return counts
 
-    def compare(self, sequence: Sequence, tokens: ListOf[int]) -> None:
+    def plan(self, ready: ListOf[Sequence], shape: StepShape) -> None:
+        """There is nothing to plan: guesses cost nothing until they are verified."""
+
+    def proposed(self, asked: ListOf[int], came: ListOf[int], seconds: float, prepare_seconds: float) -> None:
+        """Learns nothing."""
+
+    def ended(self, sequence: Sequence) -> None:
+        """Learns nothing."""
+
+    def compare(
+        self, sequence: Sequence, draft: tuple[int, ...], parents: tuple[int, ...], tokens: ListOf[int]
+    ) -> None:
         """See `Speculation`."""
-        draft = sequence.draft
         if draft:
-            for known in (self._of(sequence, draft), self._common[kind_of(draft)]):
-                known.compare(draft, tokens, sequence.parents)
+            for known in (self._of(sequence, draft), self._common[self._kind(draft)]):
+                known.compare(draft, tokens, parents)
 
     def timed(self, shape: StepShape, seconds: float) -> None:
         """See `Speculation`."""
         self._steps += 1
         self._times.observe(shape, seconds)
 
+    def _kind(self, draft: tuple[int, ...]) -> int:
+        return kind_of(draft)
+
     def _of(self, sequence: Sequence, draft: tuple[int, ...]) -> Acceptance:
         """What is known of the sequence's drafts of that kind."""
-        kind = kind_of(draft)
+        kind = self._kind(draft)
         known = sequence.acceptance.get(kind)
         if known is None:
             common = self._common[kind]
@@ -185,7 +198,7 @@ class AutoSpeculation:
 
     def _probe(self, tokens: int, gains: list[float], times: list[float]) -> int:
         """How many guesses to verify in order to learn what they cost; mostly none."""
-        count = _best(tokens, gains, times)
+        count = best_count(tokens, gains, times)
         if not count:
             return 0
         self._refusals += 1
@@ -206,7 +219,7 @@ def _worth(gains: list[float]) -> list[float]:
     return [total / count for total, count in blocks for _ in range(count)]
 
 
-def _best(tokens: int, gains: list[float], times: list[float]) -> int:
+def best_count(tokens: int, gains: list[float], times: list[float]) -> int:
     """How many guesses make expected tokens by expected seconds largest; 0 unless that beats none by `MARGIN`.
 
     tokens: that come in any case. times: seconds of the step with 0, 1, 2, … guesses.

@@ -9,6 +9,7 @@ from kvarn.config import SchedulerConfig, SpeculativeConfig
 from kvarn.scheduler.auto import AutoSpeculation
 from kvarn.scheduler.budget import Budget, ConstantBudget, ItlBudget
 from kvarn.scheduler.cost import StepCost
+from kvarn.scheduler.costly import CostlySpeculation
 from kvarn.scheduler.fairness import FairShare
 from kvarn.scheduler.forecast import QueueForecast
 from kvarn.scheduler.moves import Moves
@@ -40,7 +41,7 @@ def make_speculation(config: SpeculativeConfig | None, cost: StepCost) -> Specul
         return NoSpeculation()
     if config.k is not None:
         return FixedSpeculation(config.most)
-    return AutoSpeculation(config.most, cost)
+    return CostlySpeculation(config.most, cost) if config.writes_ahead else AutoSpeculation(config.most, cost)
 
 
 def make_scheduler(
@@ -73,4 +74,5 @@ def make_scheduler(
         speculation=make_speculation(speculative, cost),
         max_step_drafts=speculative.max_step_drafts if speculative else 0,
         reference_every=reference_every,
+        writes_ahead=speculative is not None and speculative.writes_ahead,
     )

@@ -51,6 +51,8 @@ class DraftLimits:
     """Slots of a sequence. Each branch of a tree has its own, so that a tree needs more than the text has positions."""
     reference_every: int = 0
     """See `KvType`."""
+    writes_ahead: bool = False
+    """Whether the drafter computes keys and values of its own for what it guesses, in the sequence's blocks."""
 
 
 class Drafting:
@@ -61,6 +63,9 @@ class Drafting:
     Drafts are for sequences that compute one token. They count in the step's budget like all tokens, but take blocks
     only that nobody else wants in this step, and give back after it those that hold no known token: nobody is held
     up or preempted for a guess, and what the scheduler holds between two steps is the same as without guesses.
+
+    But for a drafter that computes keys and values of its own for what it guesses (`writes_ahead`): it gets blocks for
+    that, too, and what it has guessed keeps them for the next step, unless somebody needs them (`give_back`).
     """
 
     def __init__(
@@ -74,6 +79,8 @@ class Drafting:
         self._observer = observer
         self._limits = limits
         self._chosen: list[tuple[Sequence, int]] = []
+        self._ahead: list[Sequence] = []
+        """Sequences with blocks behind their known tokens."""
         self.active = control.most > 0
         """Whether any token may ever be guessed."""
 
@@ -86,6 +93,7 @@ class Drafting:
         count, tokens = len(ready), sum([len(s.token_ids) for s in ready])
         shape = StepShape(count, count, count, tokens, tokens)
         if self.active:
+            self.control.plan(ready, shape)
             self._chosen = []
             drafted = [s for s in ready if s.draft]
             if drafted:
@@ -102,26 +110,43 @@ class Drafting:
                 shape = shape.drafted(sequence.num_tokens, count)
         return shape
 
-    def put(self, parts: list[ScheduledSequence]) -> list[tuple[int, int]]:
-        """Adds the chosen drafts to the step's parts, as far as blocks are left over; returns the blocks to copy."""
+    def put(self, parts: list[ScheduledSequence], sequences: Mapping[int, Sequence]) -> list[tuple[int, int]]:
+        """Adds the chosen drafts to the step's parts, as far as blocks are left over; returns the blocks to copy.
+
+        sequences: those of the parts, by id.
+        """
         copies: list[tuple[int, int]] = []
-        if not self._chosen:
+        chosen = {sequence.sequence_id: count for sequence, count in self._chosen}
+        self._chosen = []
+        if not chosen and not self._limits.writes_ahead:
             return copies
-        places = {part.sequence_id: place for place, part in enumerate(parts)}
-        for sequence, count in self._chosen:
-            place = places.get(sequence.sequence_id)
-            if place is None:
-                continue  # preempted meanwhile
-            part = parts[place]
-            blocks = len(sequence.table) + self._pool.num_available // len(self._pool.windows)
-            slots = blocks * self._pool.block_size
-            draft = sequence.draft[: min(count, slots - part.end)]
-            if not draft:
-                continue
-            copies += self._reuse.take_blocks(sequence, part.end, part.end + len(draft))
-            parents, tables = sequence.parents[: len(draft)], sequence.table.ids
-            parts[place] = dataclasses.replace(part, draft=draft, parents=parents, block_tables=tables)
+        for place, part in enumerate(parts):
+            count = chosen.get(part.sequence_id, 0)
+            ahead = part.num_drafts_wanted if self._limits.writes_ahead else 0
+            if count or ahead:
+                sequence = sequences[part.sequence_id]
+                draft = sequence.draft[: self._take(part.end, count, self._limits.max_model_len, sequence, copies)]
+                self._take(part.end + len(draft), ahead, sequence.max_length, sequence, copies)
+                parents, tables = sequence.parents[: len(draft)], sequence.table.ids
+                parts[place] = dataclasses.replace(part, draft=draft, parents=parents, block_tables=tables)
         return copies
+
+    def _take(self, end: int, count: int, most: int, sequence: Sequence, copies: list[tuple[int, int]]) -> int:
+        """Takes blocks for `count` guesses in slots `end` …, below `most`, or for fewer; returns for how many."""
+        blocks = len(sequence.table) + self._pool.num_available // len(self._pool.windows)
+        last = min(end + count, blocks * self._pool.block_size, most)
+        if last <= end:
+            return 0
+        copies += self._reuse.take_blocks(sequence, end, last)
+        return last - end
+
+    def give_back(self) -> bool:
+        """Gives back the blocks that were kept for guesses, since somebody needs them; whether there were any."""
+        before = self._pool.num_available
+        for sequence in self._ahead:
+            self._truncate(sequence, sequence.num_tokens)  # the last one may be in this step already
+        self._ahead = []
+        return self._pool.num_available > before
 
     def wanted(self, sequence: Sequence) -> tuple[int, int]:
         """How far to guess ahead for the step after this one, which samples a token of the sequence, and how many
@@ -140,22 +165,31 @@ class Drafting:
         """Told of a step when its tokens are booked. gained: those that were not dropped. alive: who goes on, by id."""
         if not self.active:
             return
-        self.counts.seconds += result.draft_seconds
+        self.counts.seconds += result.draft_seconds + result.prepare_seconds
         tokens: dict[Sequence, list[int]] = {}
         for sequence, token in gained:
             tokens.setdefault(sequence, []).append(token.token_id)
         verified = Counter(token.sequence_id for token in result.sampled)
         parts = {part.sequence_id: part for part in scheduled.sequences if part.draft}
         for sequence, said in tokens.items():
-            self.control.compare(sequence, said)
-            sequence.draft = sequence.parents = ()
             part = parts.get(sequence.sequence_id)
+            # What a model drew may be accepted without being what would have come: only verified ones tell.
+            told = sequence.draft if not self._limits.writes_ahead else part.draft if part is not None else ()
+            self.control.compare(sequence, told, sequence.parents[: len(told)], said)
+            if sequence.finished:
+                self.control.ended(sequence)
+            sequence.draft = sequence.parents = ()
             if part is not None:
                 self._count(sequence, len(part.draft), min(len(said), verified[sequence.sequence_id] - 1))
         for draft in result.drafts:
             owner = alive.get(draft.sequence_id)
             if owner is not None:
                 owner.draft, owner.parents = self._fitting(owner, draft)
+                owner.num_drafter_tokens = owner.num_tokens
+        asked = [part.num_drafts_wanted for part in scheduled.sequences if part.num_drafts_wanted]
+        lengths = [len(draft.token_ids) for draft in result.drafts]
+        self.control.proposed(asked, lengths, result.draft_seconds, result.prepare_seconds)
+        self._keep_ahead(scheduled, alive)
 
     def _fitting(self, sequence: Sequence, draft: DraftTokens) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The draft without what the sequence would not say, one token coming in any case, or the cache cannot hold."""
@@ -174,10 +208,25 @@ class Drafting:
 
         return pruned(draft.token_ids, draft.parents, fits)
 
+    def _keep_ahead(self, scheduled: SchedulerOutput, alive: Mapping[int, Sequence]) -> None:
+        """Gives back the blocks of the step that hold neither known tokens nor what the drafter has of its guesses."""
+        step = (alive.get(p.sequence_id) for p in scheduled.sequences if p.draft or p.num_drafts_wanted)
+        touched = dict.fromkeys([*self._ahead, *(sequence for sequence in step if sequence is not None)])
+        self._ahead = []
+        for sequence in touched:
+            if alive.get(sequence.sequence_id) is not sequence:
+                continue
+            # The last known token has its KV from the drafter already, and the last guess none.
+            ahead = len(sequence.draft) if self._limits.writes_ahead else 0
+            self._truncate(sequence, sequence.num_computed_tokens + ahead)
+            if ahead:
+                self._ahead.append(sequence)
+
+    def _truncate(self, sequence: Sequence, num_tokens: int) -> None:
+        sequence.table.truncate(blocks_for(num_tokens, self._pool.block_size))
+
     def _count(self, sequence: Sequence, drafted: int, accepted: int) -> None:
         self.counts.add(drafted, accepted)
         sequence.num_draft_tokens += drafted
         sequence.num_accepted_tokens += accepted
         self._observer.verified(sequence, drafted, accepted)
-        if not sequence.finished:
-            sequence.table.truncate(blocks_for(sequence.num_computed_tokens, self._pool.block_size))

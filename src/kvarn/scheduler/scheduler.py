@@ -67,6 +67,7 @@ class Scheduler:
         speculation: Speculation | None = None,
         max_step_drafts: int = 64,
         reference_every: int = 0,
+        writes_ahead: bool = False,
     ) -> None:
         """pool: all blocks of the KV cache, owned from now on. eos_token_ids: the model's own ends of text.
 
@@ -74,14 +75,14 @@ class Scheduler:
         refused for their deadlines, unless given.
         prefix_cache: of that pool; owned from now on. moves: when its second tier is used; None: always.
         observer: told of every decision. speculation: how many tokens are guessed; None: none. max_step_drafts: of
-        them in one step at most. reference_every: see `KvType.reference_every`.
+        them in one step at most. reference_every: see `KvType`. writes_ahead: the drafter wants blocks for what it
+        guesses.
         """
         self._observer = observer or NullObserver()
         self.reuse = PrefixReuse(pool, prefix_cache, moves, self._observer)
-        self.drafting = Drafting(
-            speculation or NoSpeculation(), pool, self.reuse, self._observer,
-            DraftLimits(max_step_drafts, max_model_len, reference_every),
-        )  # fmt: skip
+        control = speculation or NoSpeculation()
+        limits = DraftLimits(max_step_drafts, max_model_len, reference_every, writes_ahead)
+        self.drafting = Drafting(control, pool, self.reuse, self._observer, limits)
         self.limits = Limits.of(pool, self.reuse.cache.num_reserved, config.max_num_batched_tokens, max_model_len)
         self.num_preemptions = 0
         self._config = config
@@ -201,7 +202,7 @@ class Scheduler:
         step = StepAssembly(self._budget.open(decodes), deque(sorted(self._running.values(), key=self._key)))
         self._schedule_running(step)
         self._admit_waiting(step)
-        step.copies += self.drafting.put(step.sequences)
+        step.copies += self.drafting.put(step.sequences, self._running)
         if step.held is not None:
             self._observer.held(*step.held)
         finished, self._finished_ids = tuple(self._finished_ids), []
@@ -350,7 +351,7 @@ class Scheduler:
             return Hold.BUDGET
         if self.reuse.loads(sequence):
             return Hold.LOADING
-        if not self._may_fit():
+        if not self._may_fit() and not (self.drafting.give_back() and self._may_fit()):
             return Hold.BLOCKS
         forked = len(sequence.table) > 0
         found = self.reuse.adopt(sequence)
@@ -440,6 +441,8 @@ class Scheduler:
             wanted += sum(max(least, self._blocks_to_catch_up(running)) for running in self._running.values())
             if wanted <= self._pool.num_available:
                 return True
+            if self.drafting.give_back():
+                continue
             if self._running:
                 return False
             others = [s for s in self._waiting if len(s.table) and s is not sequence]
@@ -456,6 +459,8 @@ class Scheduler:
         """Frees blocks for `count` tokens of the first pending sequence; False where that one itself was preempted."""
         start = sequence.num_computed_tokens
         while sequence.table.blocks_needed(start, start + count) > self._pool.num_available:
+            if self.drafting.give_back():
+                continue
             # Those that are not pending are in this step already.
             victim = self._last(itertools.chain((step.pending[-1],), (s for s in self._waiting if len(s.table))))
             if victim is step.pending[-1]:

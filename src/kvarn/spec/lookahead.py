@@ -87,6 +87,9 @@ class LookaheadDrafter:
         """See `Drafter.remove`."""
         self._states.pop(sequence_id, None)
 
+    def prepare(self, scheduled: SchedulerOutput) -> None:
+        """There is nothing to prepare."""
+
     def propose(
         self,
         scheduled: SchedulerOutput,
