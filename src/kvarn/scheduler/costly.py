@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import deque
 from collections.abc import Sequence as ListOf
@@ -44,7 +45,7 @@ class GuessTimes:
         if not self._lately:
             return otherwise
         nearest = min(self._lately, key=lambda known: abs(known - count))
-        return statistics.median(self._lately[nearest]) * max(1.0, count / nearest) ** 0.5
+        return statistics.median(self._lately[nearest]) * math.sqrt(max(1.0, count / nearest))
 
 
 class CostlySpeculation(AutoSpeculation):
