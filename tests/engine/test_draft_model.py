@@ -169,7 +169,7 @@ def test_its_memory_is_planned_and_refused_where_it_does_not_fit(monkeypatch):
     monkeypatch.setattr("kvarn.engine.load.available_memory", lambda: Available(alone.total + 1000, "a test"))
     settings = {**PLAIN, "memory_utilization": 1.0}
     tiny_engine(**settings).core.close()
-    with pytest.raises(CapacityError, match=r"the model takes 1\.1 MiB of weights.*at least 1\.5 MiB must be available"):
+    with pytest.raises(CapacityError, match=r"takes 1\.1 MiB of weights.*at least 1\.5 MiB must be available"):
         tiny_engine(**settings, speculative=DRAFT, draft=draft)
 
 
