@@ -22,7 +22,7 @@ PLAIN = {"backend": "cpu", "dtype": "float16", "max_model_len": 192, "num_blocks
 
 def answers(texts, *, one_by_one=False, sampling=None, **settings):
     core = tiny_engine(**{**PLAIN, **settings}).core
-    asked = [request(str(i), text, max_tokens=30, **(sampling or {})) for i, text in enumerate(texts)]
+    asked = [request(str(i), text, **{"max_tokens": 30, **(sampling or {})}) for i, text in enumerate(texts)]
     outputs = {}
     for requests in [[r] for r in asked] if one_by_one else [asked]:
         outputs |= run_core(core, requests)
@@ -41,10 +41,10 @@ SAMPLING = pytest.mark.parametrize(
 def test_answers_are_the_same_in_fewer_steps(batch, sampling):
     texts = TEXTS[:batch]
     expected, plain = answers(texts, sampling=sampling)
-    tokens, stats = answers(texts, sampling=sampling, speculative=DRAFT, draft=nearly("llama", 0, 0.05))
+    tokens, stats = answers(texts, sampling=sampling, speculative=DRAFT, draft=nearly("llama", 0, 0.02))
     assert tokens == expected
     assert stats.steps < plain.steps
-    assert 0.3 < stats.accepted_tokens / stats.draft_tokens < 1
+    assert 0.2 < stats.accepted_tokens / stats.draft_tokens < 1
     assert stats.draft_seconds > 0
 
 
@@ -52,8 +52,8 @@ def test_answers_are_the_same_in_fewer_steps(batch, sampling):
 def test_a_model_that_guesses_for_itself_is_always_right(sampling):
     """With hits in the prefix cache, chunks and preemptions: its keys and values are where the tokens are."""
     _, stats = answers(
-        [*TEXTS, *TEXTS[:4]], sampling=sampling, speculative=DRAFT, draft=shared_model("llama", 0), num_blocks=24,
-        max_num_batched_tokens=24,
+        [*TEXTS, *TEXTS[:4]], sampling=sampling, speculative=DRAFT, draft=shared_model("llama", 0), num_blocks=10,
+        max_model_len=128, max_num_batched_tokens=40,
     )  # fmt: skip
     assert stats.preemptions > 0
     assert stats.prefix_hits > 0
@@ -169,7 +169,7 @@ def test_its_memory_is_planned_and_refused_where_it_does_not_fit(monkeypatch):
     monkeypatch.setattr("kvarn.engine.load.available_memory", lambda: Available(alone.total + 1000, "a test"))
     settings = {**PLAIN, "memory_utilization": 1.0}
     tiny_engine(**settings).core.close()
-    with pytest.raises(CapacityError, match="num_blocks 128"):
+    with pytest.raises(CapacityError, match=r"takes 1\.1 MiB of weights.*at least 1\.5 MiB must be available"):
         tiny_engine(**settings, speculative=DRAFT, draft=draft)
 
 

@@ -35,7 +35,7 @@ class Machine:
         return SimpleNamespace(
             draft=(), parents=(), num_tokens=TOKENS, acceptance={},
             sampling=SimpleNamespace(num_speculative_tokens=None), sequence_id=next(self.numbers),
-            num_drafter_tokens=0, num_output_tokens=0,
+            num_drafter_tokens=0, num_output_tokens=0, drafter_reads=False,
             max_length=TOKENS + self.answer,
         )  # fmt: skip
 

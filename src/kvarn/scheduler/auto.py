@@ -68,13 +68,13 @@ class RowTimes:
         place = bisect.bisect_left(self._rows, rows)
         return place < len(self._rows) and self._rows[place] == rows
 
-    def seconds(self, shape: StepShape, length: int, most: int) -> list[float]:
-        """Expected wall times of the step with 0 … `most` rows more, in seconds. length: where those stand in their
-        sequences, about. Between none and all of them the model is taken to be a straight line."""
+    def seconds(self, shape: StepShape, length: int, most: int, every: int = 1) -> list[float]:
+        """Expected wall times of the step with 0, `every`, … `most` rows more, in seconds. length: where those stand in
+        their sequences, about. Between none and all of them the model is taken to be a straight line."""
         first = self._cost.seconds(shape)
         slope = (self._cost.seconds(shape.drafted(length, most)) - first) / most if most else 0.0
         rows = shape.num_tokens
-        return [(first + slope * more) * self._ratio(rows + more) for more in range(most + 1)]
+        return [(first + slope * more) * self._ratio(rows + more) for more in range(0, most + 1, every)]
 
     def _ratio(self, rows: int) -> float:
         if not self._rows:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import deque
 from collections.abc import Sequence as ListOf
@@ -44,7 +45,7 @@ class GuessTimes:
         if not self._lately:
             return otherwise
         nearest = min(self._lately, key=lambda known: abs(known - count))
-        return statistics.median(self._lately[nearest]) * max(1.0, count / nearest) ** 0.5
+        return statistics.median(self._lately[nearest]) * math.sqrt(max(1.0, count / nearest))
 
 
 class CostlySpeculation(AutoSpeculation):
@@ -75,8 +76,6 @@ class CostlySpeculation(AutoSpeculation):
         """Whether enough was tried to believe what is known."""
         self._first = True
         """Whether nothing was tried yet: the first time it may take what it takes."""
-        self._reading: set[int] = set()
-        """Ids of sequences that were found worth reading."""
         self._answer = float(ANSWER)
         self._reading_expected = self._reading_taken = 0.0
         """Seconds, fading."""
@@ -130,7 +129,7 @@ class CostlySpeculation(AutoSpeculation):
             counts[place] += 1
         for place, sequence in enumerate(drafted):
             if sequence.sequence_id == self._trial:
-                counts[place] = max(counts[place], min(len(sequence.draft), room - sum(counts)))
+                counts[place] = min(len(sequence.draft), room - sum(counts) + counts[place])
         return counts
 
     def compare(
@@ -159,7 +158,6 @@ class CostlySpeculation(AutoSpeculation):
     def ended(self, sequence: Sequence) -> None:
         """See `Speculation`."""
         self._answer += 0.1 * (sequence.num_output_tokens - self._answer)
-        self._reading.discard(sequence.sequence_id)
         if sequence.sequence_id == self._trial:
             self._trial = None
 
@@ -174,7 +172,7 @@ class CostlySpeculation(AutoSpeculation):
     def _step_times(self, ready: ListOf[Sequence], shape: StepShape, most: int) -> list[float]:
         """Of steps with 0, 1, … guesses verified for each sequence."""
         length = sum(s.num_tokens for s in ready) // len(ready)
-        return self._times.seconds(shape, length, most * len(ready))[:: len(ready)]
+        return self._times.seconds(shape, length, most * len(ready), len(ready))
 
     def _try_one(self, ready: ListOf[Sequence], times: list[float], count: int) -> None:
         """Chooses a sequence to try where there is time for it: the one that takes least, of those the last one."""
@@ -207,7 +205,7 @@ class CostlySpeculation(AutoSpeculation):
         return self._guesses.seconds(1, 0.0) * self._cost.seconds(many) / self._cost.seconds(one)
 
     def _worth_reading(self, sequence: Sequence) -> bool:
-        if sequence.sequence_id in self._reading or self._unread(sequence) <= NEARLY:
+        if sequence.drafter_reads or self._unread(sequence) <= NEARLY:
             return True
         left = min(sequence.max_length - sequence.num_tokens, max(self._answer - sequence.num_output_tokens, 0))
         if self._reading_seconds(sequence) > self._saved * left:
@@ -217,6 +215,6 @@ class CostlySpeculation(AutoSpeculation):
 
     def _reads(self, sequence: Sequence) -> None:
         """Expects it to be read from now on."""
-        self._reading.add(sequence.sequence_id)
+        sequence.drafter_reads = True
         self._reading_expected = READING_MEMORY * self._reading_expected + self._modelled_seconds(sequence)
         self._reading_taken *= READING_MEMORY
