@@ -123,6 +123,14 @@ class DraftTokens:
 
 
 @dataclass(frozen=True, slots=True)
+class FailedSequence:
+    """A sequence whose grammar turned out to exceed a limit; `message` is for who sent it."""
+
+    sequence_id: int
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
 class StepOutput:
     """What a step produced, for each scheduled sequence with `sample`, in schedule order.
 
@@ -139,3 +147,5 @@ class StepOutput:
     """For the next step; of sequences with num_drafts_wanted, and no more tokens than that."""
     draft_seconds: float = 0.0
     """What proposing them took."""
+    failed: tuple[FailedSequence, ...] = ()
+    """Sequences that cannot go on; they have no tokens among `sampled`."""

@@ -143,8 +143,9 @@ def _generation(
     """What the body asks for. Raises ApiError, parameters named as the client spelt them."""
     try:
         return Generation(
-            llm, prompts, body.to_sampling(), new_id(kind), caller, priority=body.priority or 0, cache_salt=body.salt
-        )
+            llm, prompts, body.to_sampling(), new_id(kind), caller, priority=body.priority or 0, cache_salt=body.salt,
+            refusal=body.refusal,
+        )  # fmt: skip
     except RequestError as error:
         raise body.refusal(error) from None
 

@@ -1,0 +1,228 @@
+"""Grammars are compiled within bounds, each once, and what is wrong with one is named."""
+
+import json
+import threading
+
+import numpy as np
+import pytest
+
+from kvarn.config import GrammarConfig
+from kvarn.errors import ConfigError, EngineError, QueueFullError, RequestError
+from kvarn.grammar import GrammarCompiler, GrammarMasks, GrammarVocabulary
+from kvarn.request import Grammar, GrammarKind, SamplingParams
+from kvarn.step import NewSequence, SampledToken, ScheduledSequence
+
+EOS = 257
+LONG = {"type": "integer", "multipleOf": 99999}
+"""Takes about a second."""
+DEEP_CHAIN = "start: r0\n" + "\n".join(f"r{i}: r{i + 1}" for i in range(15000)) + '\nr15000: "a"'
+"""Overflows the stack of who compiles it."""
+
+
+def vocabulary():
+    tokens = [*(bytes([i]) for i in range(256)), b"<bos>", b"<eos>", b"ab"]
+    return GrammarVocabulary(tokens, frozenset({256, 257}), (EOS,), lambda text: list(text.encode()))
+
+
+@pytest.fixture
+def make_compiler():
+    made = []
+
+    def make(**settings):
+        made.append(GrammarCompiler(vocabulary, GrammarConfig(**settings)))
+        return made[-1]
+
+    yield make
+    for compiler in made:
+        compiler.close()
+
+
+@pytest.fixture(scope="module")
+def compiler():
+    made = GrammarCompiler(vocabulary, GrammarConfig())
+    yield made
+    made.close()
+
+
+def said(compiler, grammar, choose=min, most=400):
+    """What comes out where always the same of the allowed tokens is chosen."""
+    matcher, out = compiler.compile(grammar).matcher(), b""
+    for _ in range(most):
+        bits = np.unpackbits(np.frombuffer(matcher.compute_bitmask(), np.uint8), bitorder="little")
+        token = choose(np.flatnonzero(bits).tolist())
+        if token == EOS:
+            return out.decode()
+        out += vocabulary().tokens[token]
+        assert matcher.consume_token(token)
+    raise AssertionError(f"no end: {out[:100]}")
+
+
+def test_every_kind_of_grammar(compiler):
+    schema = {"type": "object", "properties": {"b": {"enum": [1]}, "a": {"const": "x"}}, "required": ["b", "a"],
+              "additionalProperties": False}  # fmt: skip
+    assert json.loads(said(compiler, Grammar.json_schema(schema), choose=max)) == {"b": 1, "a": "x"}
+    assert said(compiler, Grammar.json_schema(schema), choose=max).index("b") == 2, "properties in the schema's order"
+    assert said(compiler, Grammar.regex("^[0-9]{3}-x$")) == "000-x"
+    assert said(compiler, Grammar.regex(r"a\$")) == "a$"
+    assert said(compiler, Grammar.choice(["(yes)|", "no."]), choose=max) == "no."
+    assert said(compiler, Grammar.choice(["(yes)|", "no."])) == "(yes)|"
+    assert said(compiler, Grammar.lark('start: "a" b\nb: "c" | "d"'), choose=max) == "ad"
+    assert json.loads(said(compiler, Grammar.json_object(), choose=lambda t: EOS if EOS in t else max(t))) == {}
+    assert said(compiler, Grammar(GrammarKind.JSON_SCHEMA, "true"), choose=lambda t: 34 if 34 in t else t[0]) == '""'
+
+
+@pytest.mark.parametrize(
+    ("grammar", "words"),
+    [
+        (Grammar.json_schema({"type": "array", "uniqueItems": True}), "uniqueItems"),
+        (Grammar.json_schema({"if": {"type": "string"}, "then": {"minLength": 3}}), '"if", "then"'),
+        (Grammar.json_schema({"type": "array", "uniqueItems": True, "x-guidance": {"lenient": True}}), "uniqueItems"),
+        (Grammar.json_schema({"$ref": "http://example.com/a.json"}), "http://example.com/a.json"),
+        (Grammar.json_schema({"type": "foo"}), "foo"),
+        (Grammar.json_schema({"$ref": "#"}), "allows nothing"),
+        (Grammar.json_schema(False), "allows nothing"),
+        (Grammar.json_schema([1]), "must be a JSON schema"),
+        (Grammar(GrammarKind.JSON_SCHEMA, "{"), "is no JSON"),
+        (Grammar(GrammarKind.JSON_SCHEMA, "[" * 100_000), "max_grammar_depth"),
+        (Grammar.json_schema(json.loads('{"items":' * 70 + "{}" + "}" * 70)), r"deeper than 64 \(max_grammar_depth"),
+        (Grammar.regex("a" * 300_000), r"300000 bytes, at most 262144.*max_grammar_bytes"),
+        (Grammar.regex("(?=a)b"), "look-around"),
+        (Grammar.regex("(a"), "cannot be used"),
+        (Grammar.regex("\ud800"), "lone surrogate"),
+        (Grammar.choice([]), "1 to 4096 choices"),
+        (Grammar.choice([1]), "texts as choices"),
+        (Grammar.lark("nonsense"), "cannot be used"),
+    ],
+    ids=lambda value: value.kind.value if isinstance(value, Grammar) else value[:12],
+)
+def test_what_cannot_be_is_refused_and_named(compiler, grammar, words):
+    with pytest.raises(RequestError, match=words) as caught:
+        compiler.check(grammar)
+        compiler.compile(grammar)
+    assert caught.value.field == "grammar"
+    assert len(str(caught.value)) < 700
+
+
+def test_a_grammar_that_crashes_or_takes_too_long_is_refused_and_the_next_one_compiled(make_compiler):
+    with pytest.raises(RequestError, match=r"longer than 0.05 s.*max_grammar_seconds"):
+        make_compiler(max_grammar_seconds=0.05).compile(Grammar.json_schema(LONG))
+    compiler = make_compiler()
+    with pytest.raises(RequestError, match="max_grammar_mb"):
+        compiler.compile(Grammar.lark(DEEP_CHAIN))
+    assert said(compiler, Grammar.regex("a")) == "a"
+    stats = compiler.stats()
+    assert (stats.compiled, stats.refused) == (1, 1)
+    assert stats.compile_seconds > 0
+
+
+def test_a_mask_that_takes_too_long_is_refused(make_compiler):
+    with pytest.raises(RequestError, match=r"ms for the tokens of one place.*max_mask_ms"):
+        make_compiler(max_mask_ms=1e-6).compile(Grammar.regex("[ab]{5}"))
+
+
+def test_a_grammar_is_compiled_once_and_kept_as_long_as_somebody_has_it(make_compiler):
+    compiler = make_compiler(grammar_cache_entries=2)
+    first = compiler.compile(Grammar.regex("a"))
+    assert compiler.compile(Grammar.regex("a")) is first
+    for pattern in "bcd":
+        compiler.compile(Grammar.regex(pattern))
+    assert compiler.find(Grammar.regex("a")) is first, "it is held here"
+    assert compiler.find(Grammar.regex("b")) is None
+    del first
+    compiler.compile(Grammar.regex("c"))
+    compiler.compile(Grammar.regex("d"))
+    assert compiler.find(Grammar.regex("a")) is None
+    assert (compiler.stats().compiled, compiler.stats().cache_hits) == (4, 3)
+
+
+def test_who_asks_for_the_same_waits_for_the_same_and_the_queue_has_an_end(make_compiler):
+    compiler = make_compiler(max_queued_grammars=2)
+    slow = compiler.submit(Grammar.json_schema(LONG))
+    assert compiler.submit(Grammar.json_schema(LONG)) is slow
+    second = compiler.submit(Grammar.regex("a"))
+    with pytest.raises(QueueFullError, match="max_queued_grammars") as caught:
+        compiler.submit(Grammar.regex("b"))
+    assert caught.value.reason == "queued_grammars"
+    slow.result()
+    second.result()
+    compiler.submit(Grammar.regex("b")).result()
+
+
+def test_closing_ends_what_waits(make_compiler):
+    before = threading.active_count()
+    compiler = make_compiler()
+    waiting = [compiler.submit(Grammar.json_schema(LONG)), compiler.submit(Grammar.regex("a"))]
+    compiler.close()
+    assert all(isinstance(future.exception(timeout=10), EngineError | RequestError) for future in waiting)
+    with pytest.raises(EngineError):
+        compiler.submit(Grammar.regex("c"))
+    assert threading.active_count() == before
+
+
+def test_settings_are_checked():
+    with pytest.raises(ConfigError, match="max_grammar_depth must be at most 512"):
+        GrammarConfig(max_grammar_depth=1000)
+    with pytest.raises(ConfigError, match="max_queued_grammars must be above 0"):
+        GrammarConfig(max_queued_grammars=0)
+
+
+@pytest.mark.parametrize("field", ["min_tokens", "ignore_eos"])
+def test_what_would_go_on_after_the_end_is_refused(field):
+    with pytest.raises(RequestError, match="says where it ends") as caught:
+        SamplingParams(grammar=Grammar.regex("a"), **{field: 1})
+    assert caught.value.field == field
+
+
+class Masks:
+    """`GrammarMasks` with one sequence, and what it allows."""
+
+    def __init__(self, compiler, pattern):
+        self._compiled = compiler.compile(Grammar.regex(pattern))
+        self.masks = GrammarMasks(compiler.find, 259, (EOS,))
+        self.masks.add(NewSequence(7, (1,), SamplingParams(grammar=Grammar.regex(pattern)), seed=0, stream=0))
+
+    def rows(self, *draft, others=()):
+        """The allowed tokens after each token of a draft; None where all are. others: parts without a grammar."""
+        parts = [*others, ScheduledSequence(7, (1,), 0, ((0,),), True, draft)]
+        found = self.masks.finish(self.masks.begin(parts))
+        assert not found.failed
+        bits = [np.flatnonzero(np.unpackbits(row.view(np.uint8), bitorder="little")).tolist() for row in found.bits]
+        return [None if row < 0 else bits[row] for row in found.rows]
+
+    def say(self, *tokens):
+        assert self.masks.advance([SampledToken(7, token) for token in tokens]) == []
+
+
+def test_a_mask_for_each_token_of_a_draft_and_the_matcher_stays_where_it_was(compiler):
+    text = Masks(compiler, "ab?(cd|ce)")
+    b, c, d, e = b"bcde"
+    assert text.rows() == [[97, 258]]
+    assert text.rows(97, c, e) == [[97, 258], [b, c], [d, e], [EOS]]
+    assert text.rows(97, b, d) == [[97, 258], [b, c], [c], None], "rows behind what is forbidden are not looked at"
+    assert text.rows(258, c, d, EOS) == [[97, 258], [c], [d, e], [EOS], None]
+    other = ScheduledSequence(8, (1,), 0, ((0,),), True, (5,))
+    assert text.rows(97, others=(other,)) == [None, None, [97, 258], [b, c]]
+    text.say(97, c)
+    assert text.rows(e) == [[d, e], [EOS]]
+    text.say(d, EOS)
+    assert text.rows() == [[EOS]]
+
+
+def test_what_is_forced_and_what_of_a_draft_is_allowed(compiler):
+    text = Masks(compiler, "xyz(1|2)?")
+    assert text.masks.forced(7, 8) == tuple(b"xyz")
+    assert text.masks.forced(7, 2) == tuple(b"xy")
+    text.say(*b"xyz")
+    assert text.masks.forced(7, 8) == ()
+    assert text.masks.count_allowed(7, (*b"1", EOS)) == 2
+    assert text.masks.count_allowed(7, tuple(b"12")) == 1
+    assert text.rows() == [[*b"12", EOS]]
+
+
+def test_no_sequence_with_a_grammar_costs_nothing(compiler):
+    text = Masks(compiler, "a")
+    other = ScheduledSequence(8, (1,), 0, ((0,),), True)
+    assert text.masks.begin([other]) is None
+    text.masks.remove(7)
+    assert not text.masks.active
+    assert text.masks.begin([ScheduledSequence(7, (1,), 0, ((0,),), True)]) is None
