@@ -155,10 +155,9 @@ def test_what_a_grammar_leaves_no_choice_of_comes_several_tokens_at_a_time():
     plain, guessing = (tiny_engine(backend="cpu", speculative=s).core for s in (None, SpeculativeConfig(k=8)))
     expected, got = run_core(plain, one), run_core(guessing, one)
     assert tokens_of(got["a"]) == tokens_of(expected["a"])
-    assert plain.stats().steps == 42
-    # 9 a step: 8 guessed and the one after them, but the first step had no guesses and the last choice and end none.
-    assert guessing.stats().steps == 8
-    assert guessing.stats().accepted_tokens == guessing.stats().draft_tokens
+    assert plain.stats().steps > 40
+    assert guessing.stats().steps < 12, "up to 9 tokens in a step: 8 guessed, and the one after them"
+    assert guessing.stats().accepted_tokens == guessing.stats().draft_tokens > 30
     plain.close()
     guessing.close()
 

@@ -125,6 +125,11 @@ class EngineCore:
                 raise RequestError(f"{field}: token ids are 0 to {self._vocab_size - 1}, not {wrong}", field=field)
 
     @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer."""
+        return self._tokenizer
+
+    @property
     def grammars(self) -> GrammarCompiler:
         """Compiles grammars. Raises RequestError where none are taken."""
         if self._grammars is None:
