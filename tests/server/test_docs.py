@@ -78,7 +78,7 @@ def test_limits():
     steps = [defaults["max_num_seqs"], defaults["max_num_batched_tokens"]]
     assert row("sequences in a step, tokens in a step") == steps
     assert row("prompts in a request, `n`") == [MAX_PROMPTS, request.MAX_N]
-    assert row("messages") == [MOST_ENTRIES["messages"]]
+    assert row("messages, tools") == [MOST_ENTRIES["messages"], MOST_ENTRIES["tools"]]
     assert row("`stop`") == [request.MAX_STOP_STRINGS, 1, request.MAX_STOP_STRING_CHARS]
     assert row("`stop_token_ids`, `logit_bias` entries") == [MOST_ENTRIES["stop_token_ids"], MOST_ENTRIES["logit_bias"]]
     grammar = GrammarConfig()

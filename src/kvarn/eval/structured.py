@@ -25,7 +25,7 @@ from kvarn.eval.random_model import byte_tokenizer, random_model
 from kvarn.request import FinishReason, Grammar, Request, SamplingParams
 from kvarn.text import Tokenizer
 
-CLOSERS = {'"': 0.5, "}": 1.0, "]": 1.0, ",": 0.3}
+CLOSERS = {'"': 1.0, "}": 0.6, "]": 0.6, ",": 0.3}
 """Texts that bring an answer nearer to its end, with how much: a model of random weights would go on for thousands of
 tokens in each string."""
 PUSHES = ((8.0, 768), (40.0, 2048))

@@ -10,7 +10,7 @@ from typing import Any
 
 from kvarn.request import MAX_LOGIT_BIAS, MAX_STOP_STRINGS
 from kvarn.server.errors import ApiError
-from kvarn.text.messages import MAX_MESSAGES
+from kvarn.text.messages import MAX_MESSAGES, MAX_TOOLS
 
 HARMLESS = frozenset({
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
@@ -63,7 +63,8 @@ RENAMED = {
 """What vLLM has given up for other parameters: refused with the name of what to use."""
 
 MOST_ENTRIES = {
-    "messages": MAX_MESSAGES, "stop": MAX_STOP_STRINGS, "logit_bias": MAX_LOGIT_BIAS, "stop_token_ids": 1024,
+    "messages": MAX_MESSAGES, "tools": MAX_TOOLS, "stop": MAX_STOP_STRINGS, "logit_bias": MAX_LOGIT_BIAS,
+    "stop_token_ids": 1024,
 }  # fmt: skip
 """Entries of a list or an object at most, looked at before any entry is."""
 

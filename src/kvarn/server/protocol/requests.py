@@ -208,6 +208,9 @@ class ChatCompletionRequest(SamplingRequest):
     max_completion_tokens: StrictInt | None = None
     add_generation_prompt: StrictBool | None = None
     continue_final_message: StrictBool | None = None
+    tools: list[dict[str, Any]] | None = Field(None, fail_fast=True)
+    tool_choice: StrictStr | dict[str, Any] | None = None
+    parallel_tool_calls: StrictBool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
     def to_sampling(self) -> SamplingParams:
@@ -235,6 +238,8 @@ class ChatCompletionRequest(SamplingRequest):
     def refusal(self, error: RequestError) -> ApiError:
         """The error with the parameter named as the client spelt it."""
         message, field = str(error), error.field
+        if field == "grammar" and self.grammar is None:
+            return ApiError(400, message, param="tools", code="invalid_value")
         if field == "max_tokens" and self.max_completion_tokens is not None:
             message, field = message.replace("max_tokens", "max_completion_tokens"), "max_completion_tokens"
         return super().refusal(RequestError(message, field="messages" if field == "prompt" else field))
