@@ -207,6 +207,7 @@ def test_a_grammar_that_gives_up_fails_its_own_request_only(monkeypatch):
     assert isinstance(failed[0].error, RequestError) and failed[0].error.field == "grammar"
     finished = {event.request_id for event in events if not isinstance(event, RequestFailed) and event.finished}
     assert finished == {"0", "1"}
+    assert core.grammars.find(bad.sampling.grammar) is None, "the next one begins with no limit half reached"
     assert core.stats().free_blocks == core.stats().num_blocks
     core.close()
 

@@ -2,6 +2,7 @@
 
 import json
 import threading
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -10,7 +11,10 @@ from kvarn.config import GrammarConfig
 from kvarn.errors import ConfigError, EngineError, QueueFullError, RequestError
 from kvarn.grammar import GrammarCompiler, GrammarMasks, GrammarVocabulary
 from kvarn.request import Grammar, GrammarKind, SamplingParams
-from kvarn.step import NewSequence, SampledToken, ScheduledSequence
+from kvarn.runner import Proposal
+from kvarn.runner.guide import guided
+from kvarn.sampling import Draft, ReferenceSampler, TokenMasks
+from kvarn.step import NewSequence, SampledToken, ScheduledSequence, SchedulerOutput
 
 EOS = 257
 LONG = {"type": "integer", "multipleOf": 99999}
@@ -225,3 +229,72 @@ def test_no_sequence_with_a_grammar_costs_nothing(compiler):
     text.masks.remove(7)
     assert not text.masks.active
     assert text.masks.begin([ScheduledSequence(7, (1,), 0, ((0,),), True)]) is None
+
+
+def proposed(text, *proposals, wanted=4):
+    """What becomes of proposals for sequence 7."""
+    part = ScheduledSequence(7, (1,), 0, ((0,),), True, num_drafts_wanted=wanted)
+    return guided(text.masks, SchedulerOutput(1, (part,)), proposals)
+
+
+def test_guesses_are_what_is_forced_or_what_is_allowed(compiler):
+    text = Masks(compiler, "xyz(1|2)3[ab]*")
+    (forced,) = proposed(text)
+    assert forced.token_ids == tuple(b"xyz")
+    assert proposed(text, Proposal(7, tuple(b"xq")))[0].token_ids == tuple(b"xyz")
+    assert proposed(text, Proposal(7, tuple(b"xyz2")))[0].token_ids == tuple(b"xyz2")
+    assert proposed(text, wanted=2)[0].token_ids == tuple(b"xy")
+    text.say(*b"xyz")
+    assert proposed(text) == []
+    assert proposed(text, Proposal(7, tuple(b"4"))) == []
+    assert proposed(text, Proposal(7, tuple(b"13zb")))[0].token_ids == tuple(b"13")
+    other = Proposal(8, (1, 2))
+    assert proposed(text, other) == [other]
+
+
+def test_a_drawn_guess_keeps_what_the_sampler_must_reject(compiler):
+    """To cut it would let the token in its place come from the wrong distribution."""
+    text = Masks(compiler, "[ab]+")
+    drawn = np.full((4, 259), 1 / 259, np.float32)
+    (kept,) = proposed(text, Proposal(7, tuple(b"abzb"), drawn))
+    assert kept.token_ids == tuple(b"abz")
+    assert kept.probabilities.shape == (3, 259)
+    (whole,) = proposed(text, Proposal(7, tuple(b"abab"), drawn))
+    assert whole.token_ids == tuple(b"abab")
+
+
+def test_tokens_that_are_drawn_ahead_have_the_distribution_of_those_that_are_not(compiler):
+    """Chi-square of pairs of tokens under a grammar, guessed from a distribution that knows nothing of it."""
+    rng, words, size = np.random.default_rng(3), -(-259 // 32), 4000
+    logits = np.full((1, 259), -9.0, np.float32)
+    logits[0, list(b"abcz")] = [1.0, 0.5, 0.0, 1.5]
+    q = np.full(259, 1e-6)
+    q[list(b"abcz")] = [0.2, 0.1, 0.4, 0.3]
+    q /= q.sum()
+    text = Masks(compiler, "(ab|ac|bc|cc)")
+    sampler, counts = ReferenceSampler(259), Counter()
+    for seed in range(size):
+        sampler.add(NewSequence(7, (1,), SamplingParams(), seed=seed, stream=0))
+        draft = tuple(rng.choice(259, 2, p=q).tolist())
+        (guess,) = proposed(text, Proposal(7, draft, np.stack([q, q]).astype(np.float32)), wanted=2)
+        drawn = guess.token_ids
+        part = ScheduledSequence(7, (1,), 0, ((0,),), True, drawn)
+        found = text.masks.finish(text.masks.begin([part]))
+        assert found.bits.shape[1] == words
+        masks = TokenMasks(found.bits, found.rows)
+        rows = np.repeat(logits, 1 + len(drawn), axis=0)
+        said = [t.token_id for t in sampler.verify(rows, [7], [1], [Draft(drawn, guess.probabilities)], masks)]
+        if len(said) == 1:
+            text.say(said[0])
+            bits = text.masks.finish(text.masks.begin([ScheduledSequence(7, (1,), 0, ((0,),), True)]))
+            said += [t.token_id for t in sampler.sample(logits, [7], [2], TokenMasks(bits.bits, bits.rows))]
+            text.masks.remove(7)
+            text = Masks(compiler, "(ab|ac|bc|cc)")
+        counts[bytes(said[:2])] += 1
+    a, b, c = (np.exp(x) for x in (1.0, 0.5, 0.0))
+    first = np.array([a, a, b, c]) / (a + b + c)
+    expected = size * first * np.array([b / (b + c), c / (b + c), 1, 1])
+    observed = np.array([counts[pair] for pair in (b"ab", b"ac", b"bc", b"cc")])
+    assert observed.sum() == size
+    # The 99.99th percentile of chi-square with 3 degrees of freedom.
+    assert ((observed - expected) ** 2 / expected).sum() < 21.1

@@ -284,6 +284,7 @@ class EngineCore:
             request_id = next(found, None)
             if request_id is not None:
                 self._scheduler.abort(request_id)
+                self.grammars.forget(self._compiled[request_id].grammar)
                 self._forget(request_id)
                 failed.append(RequestFailed(request_id, RequestError(sequence.message, field="grammar")))
         return failed

@@ -33,7 +33,8 @@ class CompiledGrammar:
         self._matcher = matcher
 
     def matcher(self) -> LLMatcher:
-        """A matcher at the beginning, owned by the caller."""
+        """A matcher at the beginning, owned by the caller. It shares its lexer's states with all others, so that what
+        one has found out is known to the next."""
         return self._matcher.deep_copy()
 
 
@@ -103,6 +104,13 @@ class GrammarCompiler:
             if self._thread is None:
                 self._thread = _thread_with_stack(self._run)
             return future
+
+    def forget(self, grammar: Grammar) -> None:
+        """Lets the next who asks for the grammar have it compiled anew: its matchers share what they have learned, and
+        with that a limit that one of them has reached."""
+        with self._lock:
+            self._recent.pop(grammar, None)
+            self._alive.pop(grammar, None)
 
     def compile(self, grammar: Grammar) -> CompiledGrammar:
         """Waits for it. Raises RequestError."""
