@@ -169,6 +169,32 @@ class SpeculativeConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class GrammarConfig:
+    """Bounds of what is done for a request's grammar (`SamplingParams.grammar`)."""
+
+    max_grammar_bytes: int = 256 << 10
+    """Of its text, in UTF-8."""
+    max_grammar_depth: int = 64
+    """Lists and objects of a JSON schema within one another."""
+    max_grammar_seconds: float = 5.0
+    """To compile it, in a process that is ended then."""
+    max_grammar_mb: int = 1024
+    """Mebibytes of memory to compile it, in that process."""
+    max_mask_ms: float = 250.0
+    """For the tokens that are allowed at one place, when it is tried."""
+    max_queued_grammars: int = 64
+    """Waiting to be compiled; one more is refused."""
+    grammar_cache_entries: int = 64
+    """Compiled grammars that are kept for the next request with the same."""
+
+    def __post_init__(self) -> None:
+        for name in self.__dataclass_fields__:
+            value = getattr(self, name)
+            _check(0 < value < math.inf, name, value, "above 0")
+        _check(self.max_grammar_depth <= 512, "max_grammar_depth", self.max_grammar_depth, "at most 512")
+
+
+@dataclass(frozen=True, slots=True)
 class EngineConfig:
     """Everything an engine needs beside the model. threads 0: one for each physical core the process may use."""
 
@@ -180,6 +206,7 @@ class EngineConfig:
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     speculative: SpeculativeConfig | None = None
     """None: no token is guessed."""
+    grammar: GrammarConfig = field(default_factory=GrammarConfig)
     packed_cache_bytes: int | None = None
     """Disk space for packed weights, which later starts map; 0: none. None: KVARN_PACKED_CACHE_BYTES, or 20 GB."""
 

@@ -34,6 +34,15 @@ def path(token_ids: Sequence[int], parents: Sequence[int], said: Sequence[int]) 
     return places
 
 
+def way(parents: Sequence[int], place: int) -> list[int]:
+    """The guesses from the last known token to the one at `place`, which is the last of them."""
+    places: list[int] = []
+    while place >= 0:
+        places.append(place)
+        place = parents[place]
+    return places[::-1]
+
+
 def levels(parents: Sequence[int]) -> list[int]:
     """How many guesses are before each on its way from the last known token, which is how far ahead it is."""
     found: list[int] = []

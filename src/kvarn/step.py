@@ -132,6 +132,14 @@ class DraftTokens:
 
 
 @dataclass(frozen=True, slots=True)
+class FailedSequence:
+    """A sequence whose grammar turned out to exceed a limit; `message` is for who sent it."""
+
+    sequence_id: int
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
 class StepOutput:
     """What a step produced, for each scheduled sequence with `sample`, in schedule order.
 
@@ -150,6 +158,8 @@ class StepOutput:
     """What proposing them took."""
     prepare_seconds: float = 0.0
     """What bringing the drafter up to date took before the step: one with KV of its own may lack some of the text."""
+    failed: tuple[FailedSequence, ...] = ()
+    """Sequences that cannot go on; they have no tokens among `sampled`."""
 
     @property
     def aside_seconds(self) -> float:

@@ -9,6 +9,7 @@ from tiny_engine import shared_model
 from kvarn.backends import KvCacheSpec, StepLimits
 from kvarn.backends.checks import check_batch
 from kvarn.backends.reference import ReferenceBackend
+from kvarn.draft_tree import chain
 from kvarn.request import SamplingParams
 from kvarn.runner import BatchBuilder, BlockFile, NullDrafter, Proposal, Runner
 from kvarn.sampling import NativeSampler
@@ -35,7 +36,8 @@ def schedules(draw):
         table, blocks = tuple(blocks[:needed]), blocks[needed:]
         tokens = tuple(draw(st.integers(0, 258)) for _ in range(count + drafts))
         draft = tokens[count:]
-        sequences.append(ScheduledSequence(sequence_id, tokens[:count], start, (table,), sample, draft))
+        parts = (table,), sample, draft, chain(drafts)
+        sequences.append(ScheduledSequence(sequence_id, tokens[:count], start, *parts))
         left -= count + drafts
         if len(blocks) < 8:
             break

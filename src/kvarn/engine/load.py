@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -20,6 +20,7 @@ from kvarn.engine.loadable import LoadableModel, stored_types
 from kvarn.engine.prefixes import shared_prefixes
 from kvarn.engine.tier import open_tier
 from kvarn.errors import ConfigError
+from kvarn.grammar import GrammarCompiler, GrammarMasks, GrammarVocabulary
 from kvarn.kv_types import KV_TYPES
 from kvarn.models import Model, ModelConfig, load_model
 from kvarn.planning import Available, MemoryPlan, available_memory, plan_memory
@@ -211,10 +212,12 @@ def build_engine(
             reference_every=KV_TYPES[config.cache.dtype].reference_every,
         )  # fmt: skip
 
+    grammars = GrammarCompiler(lambda: grammar_vocabulary(tokenizer, program.vocab_size, ends), config.grammar)
     sampler = NativeSampler(program.vocab_size)
     runner = Runner(
         executable, sampler, memory.limits, memory.block_size, logits=program.output, block_file=tier.file,
         drafter=_drafter(config, draft, memory, sampler, program),
+        grammars=GrammarMasks(grammars.find, program.vocab_size, ends),
     )  # fmt: skip
 
     def close() -> None:
@@ -223,12 +226,22 @@ def build_engine(
         on_close()
 
     core = EngineCore(
-        runner, new_scheduler, tokenizer, program.vocab_size, cost=cost, observer=observer, on_close=close
-    )
+        runner, new_scheduler, tokenizer, program.vocab_size, cost=cost, observer=observer, grammars=grammars,
+        on_close=close,
+    )  # fmt: skip
     moving = seconds if tier.file is not None else None
     return LoadedEngine(
         core, name, tokenizer, model.config, memory.max_model_len, config, memory, move_seconds=moving
     )
+
+
+def grammar_vocabulary(tokenizer: Tokenizer, vocab_size: int, ends: Iterable[int]) -> GrammarVocabulary:
+    """The vocabulary of a tokenizer as grammars need it. vocab_size: of the logits. ends: tokens that end an answer."""
+    special = frozenset(tokenizer.vocabulary.special)
+    tokens = [tokenizer.token_bytes(token) for token in range(vocab_size)]
+    # Where the vocabulary itself puts a space before a text, what it encodes to is not what follows in one.
+    encode = None if tokenizer.strips_leading_space else tokenizer.encode
+    return GrammarVocabulary(tokens, frozenset(t for t in special if t < vocab_size), tuple(ends), encode)
 
 
 def _drafter(
