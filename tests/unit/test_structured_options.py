@@ -25,11 +25,11 @@ def test_each_option_is_a_grammar(tmp_path):
     plain = SamplingParams(max_tokens=3)
     assert structured(plain, None, None) is plain
     assert structured(plain, None, "a+") == SamplingParams(max_tokens=3, grammar=Grammar.regex("a+"))
-    assert structured(plain, path, None).grammar == Grammar.json_schema(SCHEMA)
+    assert structured(plain, str(path), None).grammar == Grammar.json_schema(SCHEMA)
     with pytest.raises(ConfigError, match="exclude one another"):
-        structured(plain, path, "a+")
+        structured(plain, str(path), "a+")
     with pytest.raises(ConfigError, match="--json-schema: cannot read"):
-        structured(plain, tmp_path / "none", None)
+        structured(plain, str(tmp_path / "none"), None)
 
 
 def test_an_answer_in_the_terminal(model, tmp_path):
