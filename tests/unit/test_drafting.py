@@ -10,6 +10,7 @@ from kvarn.draft_tree import levels, path, pruned
 from kvarn.errors import RequestError
 from kvarn.request import FinishReason, Request, SamplingParams
 from kvarn.scheduler import FairShare, FixedSpeculation, ItlBudget, NullObserver, Scheduler
+from kvarn.scheduler.drafting import DraftLimits
 
 BLOCK = 4
 
@@ -28,7 +29,7 @@ class Bench:
     """A scheduler, and a model with a drafter that is right for `right` tokens."""
 
     def __init__(self, *, k=3, right=99, blocks=64, seqs=8, tokens=64, eos=(), caching=False, most=64,
-                 windows=(None,), **parts):  # fmt: skip
+                 windows=(None,), reference_every=0, writes_ahead=False, **parts):  # fmt: skip
         """blocks: of each KV group."""
         blocks *= len(windows)
         self.pool = BlockPool(blocks, BLOCK, windows)
@@ -38,7 +39,8 @@ class Bench:
         self.observer = Verified()
         self.scheduler = Scheduler(
             SchedulerConfig(max_num_seqs=seqs, max_num_batched_tokens=tokens), self.pool, 100, eos_token_ids=eos,
-            speculation=FixedSpeculation(k), observer=self.observer, max_step_drafts=most,
+            speculation=FixedSpeculation(k), observer=self.observer,
+            draft_limits=DraftLimits(most, 100, reference_every, writes_ahead),
             prefix_cache=RadixPrefixCache(self.pool) if caching else None, **parts,
         )  # fmt: skip
         self.said = {}

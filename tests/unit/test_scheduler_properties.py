@@ -27,6 +27,7 @@ from kvarn.scheduler import (
     Scheduler,
     StepShape,
 )
+from kvarn.scheduler.drafting import DraftLimits
 from kvarn.scheduler.policy import order_key
 
 BLOCK = 4
@@ -65,9 +66,8 @@ class SchedulerMachine(CountedMachine):
         moves = MoveCost(BLOCK, block_seconds / 2, block_seconds / 2, self.cost)
         self.scheduler = Scheduler(
             config, self.pool, 60, eos_token_ids=ENDS, policy=self.policy(), budget=self.budget(tokens),
-            prefix_cache=self.cache, moves=moves, speculation=self.speculation(), max_step_drafts=9,
-            reference_every=self.reference_every,
-            writes_ahead=self.writes_ahead,
+            prefix_cache=self.cache, moves=moves, speculation=self.speculation(),
+            draft_limits=DraftLimits(9, 60, self.reference_every, self.writes_ahead),
         )  # fmt: skip
         self.sequences = []
         self.said = {}

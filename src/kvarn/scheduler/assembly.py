@@ -19,6 +19,11 @@ class Group:
     forks: list[Sequence]
     started: bool = False
 
+    def release_forks(self) -> list[Sequence]:
+        """Those that waited and have not ended; none waits any more."""
+        released, self.forks = [fork for fork in self.forks if not fork.finished], []
+        return released
+
 
 @dataclass(slots=True)
 class StepAssembly:

@@ -10,6 +10,7 @@ from kvarn.scheduler.auto import AutoSpeculation
 from kvarn.scheduler.budget import Budget, ConstantBudget, ItlBudget
 from kvarn.scheduler.cost import StepCost
 from kvarn.scheduler.costly import CostlySpeculation
+from kvarn.scheduler.drafting import DraftLimits
 from kvarn.scheduler.fairness import FairShare
 from kvarn.scheduler.forecast import QueueForecast
 from kvarn.scheduler.moves import Moves
@@ -72,7 +73,11 @@ def make_scheduler(
         moves=moves,
         observer=observer,
         speculation=make_speculation(speculative, cost),
-        max_step_drafts=speculative.max_step_drafts if speculative else 0,
-        reference_every=reference_every,
-        writes_ahead=speculative is not None and speculative.writes_ahead,
+        draft_limits=_draft_limits(speculative, max_model_len, reference_every),
     )
+
+
+def _draft_limits(speculative: SpeculativeConfig | None, max_model_len: int, reference_every: int) -> DraftLimits:
+    if speculative is None:
+        return DraftLimits(0, max_model_len, reference_every)
+    return DraftLimits(speculative.max_step_drafts, max_model_len, reference_every, speculative.writes_ahead)

@@ -65,23 +65,20 @@ class Scheduler:
         moves: Moves | None = None,
         observer: Observer | None = None,
         speculation: Speculation | None = None,
-        max_step_drafts: int = 64,
-        reference_every: int = 0,
-        writes_ahead: bool = False,
+        draft_limits: DraftLimits | None = None,
     ) -> None:
         """pool: all blocks of the KV cache, owned from now on. eos_token_ids: the model's own ends of text.
 
         policy, budget, forecast: first come first served, config.max_num_batched_tokens for every step, and no requests
         refused for their deadlines, unless given.
         prefix_cache: of that pool; owned from now on. moves: when its second tier is used; None: always.
-        observer: told of every decision. speculation: how many tokens are guessed; None: none. max_step_drafts: of
-        them in one step at most. reference_every: see `KvType`. writes_ahead: the drafter wants blocks for what it
-        guesses.
+        observer: told of every decision. speculation: how many tokens are guessed; None: none. draft_limits: of them;
+        None: 64 in a step.
         """
         self._observer = observer or NullObserver()
         self.reuse = PrefixReuse(pool, prefix_cache, moves, self._observer)
         control = speculation or NoSpeculation()
-        limits = DraftLimits(max_step_drafts, max_model_len, reference_every, writes_ahead)
+        limits = draft_limits or DraftLimits(64, max_model_len)
         self.drafting = Drafting(control, pool, self.reuse, self._observer, limits)
         self.limits = Limits.of(pool, self.reuse.cache.num_reserved, config.max_num_batched_tokens, max_model_len)
         self.num_preemptions = 0
@@ -488,12 +485,10 @@ class Scheduler:
         shared = sequence.num_prompt_tokens - 1
         if not group.forks or sequence.num_computed_tokens < shared:
             return
-        for fork in group.forks:
-            if not fork.finished:
-                fork.table, fork.prefix = sequence.table.fork(shared), sequence.prefix.fork(shared)
-                fork.num_computed_tokens = shared
-                self._waiting.add(fork)
-        group.forks = []
+        for fork in group.release_forks():
+            fork.table, fork.prefix = sequence.table.fork(shared), sequence.prefix.fork(shared)
+            fork.num_computed_tokens = shared
+            self._waiting.add(fork)
 
     def _end(self, sequence: Sequence, reason: FinishReason, stop_reason: str | int | None = None) -> None:
         sequence.finish_reason, sequence.stop_reason = reason, stop_reason
@@ -510,16 +505,10 @@ class Scheduler:
         del self._sequences[sequence.sequence_id]
         group = self._groups[sequence.request.request_id]
         del group.sequences[sequence.sequence_id]
-        if sequence.index == 0:
-            self._orphan_forks(group)
+        if sequence.index == 0:  # where it ends before its prompt is computed, the others compute it themselves
+            for fork in group.release_forks():
+                self._waiting.add(fork)
         if not group.sequences:
             del self._groups[sequence.request.request_id]
             if not group.started:
                 self.backlog.remove(sequence.num_prompt_tokens)
-
-    def _orphan_forks(self, group: Group) -> None:
-        """The first has ended before it computed the prompt: the others do it themselves."""
-        for fork in group.forks:
-            if not fork.finished:
-                self._waiting.add(fork)
-        group.forks = []
