@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from kvarn.errors import ConfigError
 from kvarn.kv_types import CACHE_TYPES
 
-DRAFT_METHODS = ("ngram",)
-"""Ways to guess tokens ahead; `kvarn.spec` says what each is."""
+DRAFT_METHODS = ("ngram", "medusa")
+HEAD_METHODS = ("medusa",)
+"""Ways to guess tokens ahead, and those that need trained heads; `kvarn.spec` says what each is."""
 MAX_SPECULATIVE_TOKENS = 32
 """Guessed ahead for one sequence."""
 POLICIES = ("fcfs", "priority", "fair")
@@ -99,7 +100,8 @@ class SpeculativeConfig:
     """Speculative decoding: tokens are guessed ahead, and those that are right come in one step."""
 
     method: str = "ngram"
-    """One of `DRAFT_METHODS`. ngram: what followed when the last tokens occurred before, in prompt or output."""
+    """One of `DRAFT_METHODS`. ngram: what followed when the last tokens occurred before, in prompt or output. medusa:
+    what heads guess that were trained for the model."""
     k: int | None = None
     """Tokens guessed ahead for each sequence; None: chosen in each step by what was right lately and what it costs."""
     max_k: int = 8
@@ -112,10 +114,15 @@ class SpeculativeConfig:
     """Output tokens remembered of ended sequences of the same tenant and cache_salt, for matches; 0: none."""
     max_step_drafts: int = 64
     """Guessed tokens in one step at most, of all sequences; logits of so many more rows are allocated."""
+    heads: str | None = None
+    """The file of trained heads (`kvarn spec train`)."""
 
     def __post_init__(self) -> None:
         most = MAX_SPECULATIVE_TOKENS
         _check(self.method in DRAFT_METHODS, "speculative method", self.method, f"one of {', '.join(DRAFT_METHODS)}")
+        needs = self.method in HEAD_METHODS
+        must = f"the file of heads that method={self.method} needs" if needs else f"left out for method={self.method}"
+        _check(needs == (self.heads is not None), "speculative heads", self.heads, must)
         _check(self.k is None or 1 <= self.k <= most, "speculative k", self.k, f"auto, or between 1 and {most}")
         _check(1 <= self.max_k <= most, "speculative max_k", self.max_k, f"between 1 and {most}")
         _check(1 <= self.ngram_min <= 64, "speculative ngram_min", self.ngram_min, "between 1 and 64")

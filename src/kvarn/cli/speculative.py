@@ -15,10 +15,12 @@ Speculative = Annotated[
     typer.Option(
         help="Guess tokens ahead, so that several come in one step: 'method=ngram,k=auto' or k=4. ngram: what followed "
         "when the last tokens occurred before, in prompt or output. auto: as many as pay. Also: max_k (of auto), "
-        "ngram_min, ngram_max, corpus_tokens, max_step_drafts."
+        "ngram_min, ngram_max, corpus_tokens, max_step_drafts. medusa: heads trained for the model, with heads=FILE "
+        "(`kvarn spec train` makes it)."
     ),
 ]
-_NUMBERS = tuple(field.name for field in dataclasses.fields(SpeculativeConfig) if field.name != "method")
+_TEXTS = ("method", "heads")
+_NUMBERS = tuple(field.name for field in dataclasses.fields(SpeculativeConfig) if field.name not in _TEXTS)
 
 
 def speculative_config(text: str | None) -> SpeculativeConfig | None:
@@ -28,8 +30,8 @@ def speculative_config(text: str | None) -> SpeculativeConfig | None:
     given: dict[str, str] = {}
     for setting in text.split(","):
         name, equals, value = (part.strip() for part in setting.partition("="))
-        if not equals or name not in ("method", *_NUMBERS):
-            names = ", ".join(("method", *_NUMBERS))
+        if not equals or name not in (*_TEXTS, *_NUMBERS):
+            names = ", ".join((*_TEXTS, *_NUMBERS))
             raise ConfigError(f"--speculative: settings are name=value with a name of {names}, not {setting[:40]!r}")
         if name in given:
             raise ConfigError(f"--speculative: {name} is given twice")
@@ -37,7 +39,8 @@ def speculative_config(text: str | None) -> SpeculativeConfig | None:
     method = given.pop("method", SpeculativeConfig().method)
     if given.get("k") == "auto":
         del given["k"]
-    return SpeculativeConfig(method, **{name: _number(name, value) for name, value in given.items()})
+    heads = given.pop("heads", None)
+    return SpeculativeConfig(method, heads=heads, **{name: _number(name, value) for name, value in given.items()})
 
 
 def _number(name: str, text: str) -> int:

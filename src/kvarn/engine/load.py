@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 from kvarn import __version__, _native
-from kvarn.backends import Backend
+from kvarn.backends import Backend, KvCacheSpec, MemoryUse, StepLimits
 from kvarn.backends.cpu import CpuBackend, PackedSlot
 from kvarn.cache import BlockPool, NullPrefixCache, RadixPrefixCache
 from kvarn.config import EngineConfig
@@ -25,7 +25,7 @@ from kvarn.program import Program
 from kvarn.runner import MoveSeconds, Runner
 from kvarn.sampling import NativeSampler
 from kvarn.scheduler import MeasuredCost, MoveCost, Observer, Scheduler, make_scheduler
-from kvarn.spec import make_drafter
+from kvarn.spec import DraftModel, make_drafter, open_draft_model
 from kvarn.tensors import TensorSource
 from kvarn.text import Tokenizer, load_tokenizer
 from kvarn.weights import ModelFiles, open_model, packed_cache
@@ -182,10 +182,15 @@ def build_engine(
     """
     program = model.program
     backend = make_backend(config.backend, config.threads, packed)
-    memory = engine_memory(model, config, backend, available_memory())
+    draft = open_draft_model(config.speculative, program, model.weights)
+    memory = engine_memory(model, config, backend, available_memory(), draft)
     shared = shared_prefixes(tokenizer, config.cache, memory.num_blocks, memory.windows)
     on_plan(memory)
-    executable = backend.load(program, model.weights, memory.kv, memory.limits)
+    limits = memory.limits if draft is None else draft.target_limits(memory.limits)
+    executable = backend.load(program, model.weights, memory.kv, limits)
+    drafter = (
+        make_drafter(config.speculative) if draft is None else draft.load(backend, executable, memory.kv, limits)
+    )
     tier = open_tier(config, program, executable, identity)
     ends = dict.fromkeys((*model.config.eos_token_ids, *tokenizer.eos_token_ids))
 
@@ -205,7 +210,7 @@ def build_engine(
     sampler = NativeSampler(program.vocab_size)
     runner = Runner(
         executable, sampler, memory.limits, memory.block_size, logits=program.output, block_file=tier.file,
-        drafter=make_drafter(config.speculative),
+        drafter=drafter,
     )  # fmt: skip
     core = EngineCore(
         runner, new_scheduler, tokenizer, program.vocab_size, cost=cost, observer=observer, on_close=on_close
@@ -216,8 +221,24 @@ def build_engine(
     )
 
 
-def engine_memory(model: LoadableModel, config: EngineConfig, backend: Backend, available: Available) -> MemoryPlan:
-    """What an engine of the model takes on the back-end. Raises CapacityError, ConfigError (see `plan_memory`)."""
+def engine_memory(
+    model: LoadableModel,
+    config: EngineConfig,
+    backend: Backend,
+    available: Available,
+    draft: DraftModel | None = None,
+) -> MemoryPlan:
+    """What an engine of the model takes on the back-end, with what a drafter runs beside it.
+
+    Raises CapacityError, ConfigError (see `plan_memory`).
+    """
     program = model.program
     dtypes = {weight.name: model.weights.tensor(weight.name).dtype for weight in program.weights}
-    return plan_memory(program, lambda kv, limits: backend.memory_use(program, dtypes, kv, limits), config, available)
+
+    def uses(kv: KvCacheSpec, limits: StepLimits) -> MemoryUse:
+        if draft is None:
+            return backend.memory_use(program, dtypes, kv, limits)
+        limits = draft.target_limits(limits)
+        return backend.memory_use(program, dtypes, kv, limits) + draft.memory_use(backend, kv, limits)
+
+    return plan_memory(program, uses, config, available)

@@ -59,6 +59,10 @@ class Drafter(Protocol):
         """
         ...
 
+    def close(self) -> None:
+        """Releases what it holds. Idempotent."""
+        ...
+
 
 class NullDrafter:
     """Guesses nothing."""
@@ -80,3 +84,6 @@ class NullDrafter:
         """Nothing."""
         del scheduled, sampled, values
         return ()
+
+    def close(self) -> None:
+        """Nothing."""

@@ -106,6 +106,7 @@ class Runner:
         self._executable.execute(self._batches.build((probe,)))
 
     def close(self) -> None:
-        """Closes the executable and the block file. Idempotent."""
+        """Closes the drafter, the executable and the block file. Idempotent."""
+        self._drafter.close()
         self._executable.close()
         self._blocks.close()

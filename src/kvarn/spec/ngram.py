@@ -70,6 +70,9 @@ class NgramDrafter:
                     proposals.append(Proposal(part.sequence_id, draft))
         return proposals
 
+    def close(self) -> None:
+        """Nothing."""
+
     def _guess(self, sequence_id: int, count: int) -> tuple[int, ...]:
         text = self._texts[sequence_id]
         if text.index is None:

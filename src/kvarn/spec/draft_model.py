@@ -1,0 +1,90 @@
+"""`DraftModel`: a program that a drafter runs beside the target's, as the engine plans and loads it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvarn.backends import Backend, Executable, KvCacheSpec, MemoryUse, StepLimits
+from kvarn.program import Logits, Program, SelectRows
+from kvarn.runner import Drafter
+from kvarn.tensors import DType, Tensor, TensorSource
+from kvarn.tensors.quantize import quantize_q8_0
+
+
+@dataclass(frozen=True)
+class DraftModel:
+    """What a drafter of its own program needs before it can run. Nothing is loaded yet."""
+
+    program: Program
+    weights: TensorSource
+    buffers: tuple[str, ...]
+    """Of the target's program, that the drafter wants to see; returned by every step."""
+    shared: frozenset[str]
+    """Weights that are the target's own, under the same names."""
+    cache: Callable[[KvCacheSpec, StepLimits], KvCacheSpec]
+    """The program's KV cache, by the target's and its largest step."""
+    limits: Callable[[StepLimits], StepLimits]
+    """The program's largest step, by the target's."""
+    start: Callable[[Executable, StepLimits, int], Drafter]
+    """Makes the drafter of the loaded program, the target's limits and block size. It owns the executable."""
+
+    @cached_property
+    def _dtypes(self) -> dict[str, DType]:
+        return {weight.name: self.weights.tensor(weight.name).dtype for weight in self.program.weights}
+
+    def target_limits(self, limits: StepLimits) -> StepLimits:
+        """The target's largest step with what is wanted of it."""
+        return replace(limits, outputs=self.buffers)
+
+    def memory_use(self, backend: Backend, kv: KvCacheSpec, limits: StepLimits) -> MemoryUse:
+        """What `load` will allocate beside a target with such a cache and such steps."""
+        return backend.memory_use(
+            self.program, self._dtypes, self.cache(kv, limits), self.limits(limits), shared=self.shared
+        )
+
+    def load(self, backend: Backend, target: Executable, kv: KvCacheSpec, limits: StepLimits) -> Drafter:
+        """The drafter beside the loaded target, whose cache and limits are given."""
+        executable = backend.load(
+            self.program, self.weights, self.cache(kv, limits), self.limits(limits), beside=target, shared=self.shared
+        )
+        return self.start(executable, limits, kv.block_size)
+
+
+class HeadTensors:
+    """`TensorSource` of heads: matrices as Q8_0 where rows hold whole blocks, and the target's own for shared names."""
+
+    def __init__(
+        self, tensors: Mapping[str, NDArray[np.floating]], target: TensorSource, shared: Collection[str] = ()
+    ) -> None:
+        self._tensors = {name: _stored(values) for name, values in tensors.items()}
+        self._target = target
+        self._shared = frozenset(shared)
+
+    def tensor(self, name: str) -> Tensor:
+        """The weight of that name."""
+        return self._target.tensor(name) if name in self._shared else self._tensors[name]
+
+    def release(self) -> None:
+        """Lets the target's pages go."""
+        self._target.release()
+
+
+def _stored(values: NDArray[np.floating]) -> Tensor:
+    if values.ndim == 2 and values.shape[1] % DType.Q8_0.block_size == 0:
+        return quantize_q8_0(values)
+    return Tensor.from_array(values.astype(np.float32))
+
+
+def logits_input(program: Program) -> str:
+    """The buffer that the program's logits are made of: hidden states after the last norm, a row for each output."""
+    return next(op.x for op in program.ops if isinstance(op, Logits) and op.out == program.output)
+
+
+def last_layer(program: Program) -> str:
+    """The buffer that the last layer leaves: hidden states before the last norm, a row for each token."""
+    return next(op.x for op in reversed(program.ops) if isinstance(op, SelectRows))
