@@ -22,10 +22,10 @@ from kvarn.errors import ConfigError
 from kvarn.models import Model, ModelConfig, load_model
 from kvarn.planning import Available, MemoryPlan, available_memory, plan_memory
 from kvarn.program import Program
-from kvarn.runner import MoveSeconds, Runner
+from kvarn.runner import Drafter, MoveSeconds, Runner
 from kvarn.sampling import NativeSampler
 from kvarn.scheduler import MeasuredCost, MoveCost, Observer, Scheduler, make_scheduler
-from kvarn.spec import DraftModel, make_drafter, open_draft_model
+from kvarn.spec import HeadModel, make_drafter, open_heads
 from kvarn.tensors import TensorSource
 from kvarn.text import Tokenizer, load_tokenizer
 from kvarn.weights import ModelFiles, open_model, packed_cache
@@ -91,6 +91,7 @@ def make_backend(name: str, threads: int = 0, packed: PackedSlot | None = None) 
 
 
 OnPlan = Callable[[MemoryPlan], None]
+NewDrafter = Callable[[Program], Drafter]
 
 
 def load_engine(
@@ -169,6 +170,7 @@ def build_engine(
     name: str = "model",
     packed: PackedSlot | None = None,
     identity: str = "",
+    new_drafter: NewDrafter | None = None,
     on_plan: OnPlan = lambda _plan: None,
     observer: Observer | None = None,
     on_close: Callable[[], None] = lambda: None,
@@ -176,21 +178,27 @@ def build_engine(
     """Sizes the cache, loads the program on the back-end, and puts the engine together.
 
     identity: tells the model's weights from all others, for KV that outlives the engine; needed for kv_offload_bytes.
+    new_drafter: makes the drafter of the program, in place of the one that config.speculative asks for: for those who
+    want to see hidden states.
     The weights must stay open until `on_close` is called, when the engine is closed: a back-end may read them late.
     on_plan: told what the engine will take, before weights are read. observer: told of every decision and step.
     Raises CapacityError before any weight is read.
     """
     program = model.program
     backend = make_backend(config.backend, config.threads, packed)
-    draft = open_draft_model(config.speculative, program, model.weights)
-    memory = engine_memory(model, config, backend, available_memory(), draft)
+    heads = open_heads(config.speculative, program, model.weights)
+    watching = None if new_drafter is None else new_drafter(program)
+    memory = engine_memory(model, config, backend, available_memory(), heads)
     shared = shared_prefixes(tokenizer, config.cache, memory.num_blocks, memory.windows)
     on_plan(memory)
-    limits = memory.limits if draft is None else draft.target_limits(memory.limits)
+    limits = memory.limits if heads is None else heads.target_limits(memory.limits)
     executable = backend.load(program, model.weights, memory.kv, limits)
-    drafter = (
-        make_drafter(config.speculative) if draft is None else draft.load(backend, executable, memory.kv, limits)
-    )
+    if watching is not None:
+        drafter = watching
+    elif heads is not None:
+        drafter = heads.load(backend, executable, memory.kv, limits)
+    else:
+        drafter = make_drafter(config.speculative)
     tier = open_tier(config, program, executable, identity)
     ends = dict.fromkeys((*model.config.eos_token_ids, *tokenizer.eos_token_ids))
 
@@ -226,9 +234,9 @@ def engine_memory(
     config: EngineConfig,
     backend: Backend,
     available: Available,
-    draft: DraftModel | None = None,
+    heads: HeadModel | None = None,
 ) -> MemoryPlan:
-    """What an engine of the model takes on the back-end, with what a drafter runs beside it.
+    """What an engine of the model takes on the back-end, with the heads that run beside it.
 
     Raises CapacityError, ConfigError (see `plan_memory`).
     """
@@ -236,9 +244,9 @@ def engine_memory(
     dtypes = {weight.name: model.weights.tensor(weight.name).dtype for weight in program.weights}
 
     def uses(kv: KvCacheSpec, limits: StepLimits) -> MemoryUse:
-        if draft is None:
+        if heads is None:
             return backend.memory_use(program, dtypes, kv, limits)
-        limits = draft.target_limits(limits)
-        return backend.memory_use(program, dtypes, kv, limits) + draft.memory_use(backend, kv, limits)
+        limits = heads.target_limits(limits)
+        return backend.memory_use(program, dtypes, kv, limits) + heads.memory_use(backend, kv, limits)
 
     return plan_memory(program, uses, config, available)

@@ -4,14 +4,14 @@ A drafter implements `kvarn.runner.Drafter`; the sampler verifies what it says (
 how much of it (`kvarn.scheduler.Speculation`).
 """
 
-from kvarn.spec.build import make_drafter, open_draft_model
+from kvarn.spec.build import make_drafter, open_heads
 from kvarn.spec.corpus import Corpora
-from kvarn.spec.draft_model import DraftModel
+from kvarn.spec.head_model import HeadModel
 from kvarn.spec.heads import Heads, HeadsShape, Training, read_heads, save_heads
 from kvarn.spec.index import NgramIndex
 from kvarn.spec.ngram import NgramDrafter
 
 __all__ = [
-    "Corpora", "DraftModel", "Heads", "HeadsShape", "NgramDrafter", "NgramIndex", "Training", "make_drafter",
-    "open_draft_model", "read_heads", "save_heads",
+    "Corpora", "HeadModel", "Heads", "HeadsShape", "NgramDrafter", "NgramIndex", "Training", "make_drafter",
+    "open_heads", "read_heads", "save_heads",
 ]  # fmt: skip

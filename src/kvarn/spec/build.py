@@ -9,7 +9,7 @@ from kvarn.models import content_key
 from kvarn.program import Program
 from kvarn.runner import Drafter, NullDrafter
 from kvarn.spec.corpus import Corpora
-from kvarn.spec.draft_model import DraftModel
+from kvarn.spec.head_model import HeadModel
 from kvarn.spec.heads import read_heads
 from kvarn.spec.medusa import medusa_model
 from kvarn.spec.ngram import NgramDrafter
@@ -24,9 +24,9 @@ def make_drafter(config: SpeculativeConfig | None) -> Drafter:
     return NgramDrafter(config.ngram_min, config.ngram_max, corpora)
 
 
-def open_draft_model(
+def open_heads(
     config: SpeculativeConfig | None, program: Program, weights: TensorSource
-) -> DraftModel | None:
+) -> HeadModel | None:
     """What the drafter that the settings ask for runs beside the target; None where it runs nothing.
 
     program, weights: the target's. Raises ModelFileError for heads that are damaged or another model's, ConfigError.

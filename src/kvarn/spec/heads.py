@@ -215,7 +215,7 @@ class _Reader:
     def _check_tensors(self, file: Any, expected: Mapping[str, tuple[int, ...]]) -> None:
         present = set(file.keys())
         for name in sorted(present ^ expected.keys()):
-            raise self._fail(name, "the file lacks this tensor" if name in expected else "no tensor of this kind of heads")
+            raise self._fail(name, "the file lacks this tensor" if name in expected else "heads have no such tensor")
         for name, extents in expected.items():
             part = file.get_slice(name)
             if tuple(part.get_shape()) != extents:

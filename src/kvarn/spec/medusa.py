@@ -25,7 +25,7 @@ from kvarn.program import (
 )
 from kvarn.runner import Proposal
 from kvarn.spec.chain import chain_of, kept_rows
-from kvarn.spec.draft_model import DraftModel, HeadTensors, logits_input
+from kvarn.spec.head_model import HeadModel, HeadTensors, logits_input
 from kvarn.spec.heads import Heads, HeadsShape, tensor_shapes
 from kvarn.step import NewSequence, SampledToken, SchedulerOutput
 from kvarn.tensors import TensorSource
@@ -50,7 +50,7 @@ def medusa_program(shape: HeadsShape) -> Program:
     return Program("medusa", tuple(ops), tuple(buffers), weights, no_kv, shape.vocab_size, 1 << 30, "logits.0")
 
 
-def medusa_model(heads: Heads, target: Program, weights: TensorSource, k: int | None) -> DraftModel:
+def medusa_model(heads: Heads, target: Program, weights: TensorSource, k: int | None) -> HeadModel:
     """Heads beside their model. k: tokens to guess, where that is fixed. Raises ConfigError."""
     shape = heads.shape
     if k is not None and k > shape.num_heads:
@@ -68,7 +68,7 @@ def medusa_model(heads: Heads, target: Program, weights: TensorSource, k: int | 
     def start(executable: Executable, _limits: StepLimits, _block_size: int) -> MedusaDrafter:
         return MedusaDrafter(executable, heads.draft_ids, logits, logits_input(target))
 
-    return DraftModel(
+    return HeadModel(
         medusa_program(shape), HeadTensors(heads.tensors, weights), (logits_input(target),), frozenset(), cache_spec,
         limits, start,
     )  # fmt: skip

@@ -147,7 +147,8 @@ class _Compiler:
             self.recipes[out] = (read[0], _norm(op))
             return
         x = tuple(self.floats[value] for value in read)
-        place = self._new(out) if isinstance(op, ops.Input | ops.Embed | ops.SelectRows) else self._over(read[0], out, index)
+        made = isinstance(op, ops.Input | ops.Embed | ops.SelectRows)
+        place = self._new(out) if made else self._over(read[0], out, index)
         self.stages.append(_plain_stage(op, x, place))
         self.executed.add(index)
 

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvarn import _native
-from kvarn.backends.checks import check_inputs
 from kvarn.backends.base import InputBatch, KvCacheSpec, MemoryUse, StepLimits
+from kvarn.backends.checks import check_inputs
 from kvarn.backends.cpu.build import BuiltPlan, Parameters, build_plan
 from kvarn.backends.cpu.compile import compile_program
 from kvarn.backends.cpu.memory import assign, weight_bytes

@@ -182,8 +182,8 @@ class AttentionStage:
 
 
 Stage = (
-    InputStage | EmbedStage | PositionStage | NormStage | RopeStage | KvWriteStage | ActivationStage | GatedStage | AddStage
-    | SelectStage | LinearStage | AttentionStage
+    InputStage | EmbedStage | PositionStage | NormStage | RopeStage | KvWriteStage | ActivationStage | GatedStage
+    | AddStage | SelectStage | LinearStage | AttentionStage
 )  # fmt: skip
 
 

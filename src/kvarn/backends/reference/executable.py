@@ -58,7 +58,8 @@ class ReferenceBackend:
         beside: Executable | None = None,
         shared: Collection[str] = (),
     ) -> ReferenceExecutable:
-        """Keeps the source, also for shared weights; weights are dequantized when first used and kept, embedding rows at each use.
+        """Keeps the source, also for shared weights. They are dequantized when first used and kept, embedding rows at
+        each use.
 
         Raises ConfigError where the model has learned positions and fewer than limits.max_model_len, or where blocks of
         int4 do not hold whole groups of tokens.

@@ -1,4 +1,4 @@
-"""`DraftModel`: a program that a drafter runs beside the target's, as the engine plans and loads it."""
+"""`HeadModel`: a program that a drafter runs beside the target's, as the engine plans and loads it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from kvarn.tensors.quantize import quantize_q8_0
 
 
 @dataclass(frozen=True)
-class DraftModel:
+class HeadModel:
     """What a drafter of its own program needs before it can run. Nothing is loaded yet."""
 
     program: Program
