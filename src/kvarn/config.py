@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from kvarn.errors import ConfigError
 from kvarn.kv_types import CACHE_TYPES
 
-DRAFT_METHODS = ("ngram", "medusa")
-HEAD_METHODS = ("medusa",)
+DRAFT_METHODS = ("ngram", "medusa", "eagle")
+HEAD_METHODS = ("medusa", "eagle")
 """Ways to guess tokens ahead, and those that need trained heads; `kvarn.spec` says what each is."""
 MAX_SPECULATIVE_TOKENS = 32
 """Guessed ahead for one sequence."""
@@ -101,7 +101,7 @@ class SpeculativeConfig:
 
     method: str = "ngram"
     """One of `DRAFT_METHODS`. ngram: what followed when the last tokens occurred before, in prompt or output. medusa:
-    what heads guess that were trained for the model."""
+    what heads guess that were trained for the model. eagle: what a trained layer guesses, from its own guesses too."""
     k: int | None = None
     """Tokens guessed ahead for each sequence; None: chosen in each step by what was right lately and what it costs."""
     max_k: int = 8

@@ -15,8 +15,8 @@ Speculative = Annotated[
     typer.Option(
         help="Guess tokens ahead, so that several come in one step: 'method=ngram,k=auto' or k=4. ngram: what followed "
         "when the last tokens occurred before, in prompt or output. auto: as many as pay. Also: max_k (of auto), "
-        "ngram_min, ngram_max, corpus_tokens, max_step_drafts. medusa: heads trained for the model, with heads=FILE "
-        "(`kvarn spec train` makes it)."
+        "ngram_min, ngram_max, corpus_tokens, max_step_drafts. medusa, eagle: what heads say that were trained for the "
+        "model, in the file of heads=FILE (`kvarn spec train` makes it)."
     ),
 ]
 _TEXTS = ("method", "heads")

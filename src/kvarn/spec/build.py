@@ -9,6 +9,7 @@ from kvarn.models import content_key
 from kvarn.program import Program
 from kvarn.runner import Drafter, NullDrafter
 from kvarn.spec.corpus import Corpora
+from kvarn.spec.eagle import eagle_model
 from kvarn.spec.head_model import HeadModel
 from kvarn.spec.heads import read_heads
 from kvarn.spec.medusa import medusa_model
@@ -34,4 +35,6 @@ def open_heads(
     if config is None or config.heads is None:
         return None
     heads = read_heads(Path(config.heads).expanduser(), config.method, content_key(program, weights))
-    return medusa_model(heads, program, weights, config.k)
+    if config.method == "medusa":
+        return medusa_model(heads, program, weights, config.k)
+    return eagle_model(heads, program, weights)
