@@ -1,8 +1,7 @@
 """Prompts to train heads on, from the texts in shared/data: `python bench/head_prompts.py shared/data prompts.jsonl`.
 
-Questions of GSM8K and MMLU as they are, and tasks over sentences and paragraphs of wikitext-2: to summarize, to explain, to
-go on, to translate. What Spec-Bench asks (MT-bench among it) is left out, since heads are judged by it; HumanEval is not
-used either.
+Questions of GSM8K and MMLU as they are, and tasks over titles and paragraphs of wikitext-2: to summarize, to explain,
+to go on. What Spec-Bench asks (MT-bench among it) is left out, since heads are judged by it; HumanEval is not used.
 """
 
 from __future__ import annotations
@@ -75,12 +74,12 @@ def wikitext(data: Path) -> Iterator[str]:
     """Tasks over paragraphs and titles."""
     chosen = random.Random(1)
     for line in (data / "wikitext2/wiki.valid.raw").read_text(encoding="utf-8").splitlines():
-        text = line.strip()
+        text = re.sub(r" ([,.;:)])", r"\1", re.sub(r" @(.)@ ", r"\1", line.strip()))
         title = re.fullmatch(r"= ([^=]+) =", text)
         if title:
             for template in TITLES:
                 yield template.format(title[1])
-        elif 200 < len(text):
+        elif len(text) > 200:
             yield chosen.choice(TASKS).format(text[:1500].rsplit(" ", 1)[0])
 
 

@@ -16,7 +16,11 @@ class Rings:
 
     @staticmethod
     def size(window: int, ahead: int, block_size: int) -> int:
-        """Blocks that hold what a row sees while `ahead` rows after the last known one are written."""
+        """Blocks that hold what the last known row sees, and `ahead` rows after it.
+
+        Rows before it may be written in the same step, more than there is room for: then some of them attend to what is
+        overwritten. In a single layer nobody reads that: keys and values are of the row alone.
+        """
         return -(-(window + ahead) // block_size) + 1
 
     def of(self, sequence_id: int, busy: Collection[int]) -> tuple[Sequence[int], int | None]:

@@ -47,6 +47,12 @@ class Schedule:
     seed: int = 0
 
 
+def fast_products() -> torch.autocast:
+    """Products of matrices in bfloat16, summed in float32, where the processor has them: five times as fast."""
+    has_it: bool = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.autocast("cpu", torch.bfloat16, enabled=has_it)
+
+
 @dataclass(slots=True)
 class Progress:
     """How far a training has come."""
@@ -129,7 +135,8 @@ class Learner:
         normed = torch.from_numpy(self._target.normed(batch.features))
         features = normed if self._kind == "medusa" else torch.from_numpy(batch.features)
         plan = self._schedule
-        return normed, self._net.guess(features, torch.from_numpy(batch.tokens), plan.length, plan.ahead)
+        with fast_products():
+            return normed, self._net.guess(features, torch.from_numpy(batch.tokens), plan.length, plan.ahead)
 
     def _step(self, batch: Batch) -> None:
         """One step: each guess against what the target itself would have said there."""
@@ -141,7 +148,8 @@ class Learner:
         normed, guesses = self._guess(batch)
         logits = self._target.logits
         with torch.no_grad():
-            said = F.linear(normed, self._teacher) * logits.scale
+            with fast_products():
+                said = F.linear(normed, self._teacher).float() * logits.scale
             if logits.softcap is not None:
                 said = logits.softcap * torch.tanh(said / logits.softcap)
             said = said.softmax(-1)
@@ -149,7 +157,7 @@ class Learner:
         loss = torch.zeros(())
         for k, guess in enumerate(guesses):
             where = valid[:, :, k]
-            each = -(said[:, 1 + k : 1 + k + plan.length][where] * guess[where].log_softmax(-1)).sum(-1)
+            each = -(said[:, 1 + k : 1 + k + plan.length][where] * guess[where].float().log_softmax(-1)).sum(-1)
             loss = loss + LATER**k * each.sum() / max(1, int(where.sum()))
         self._optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]

@@ -1,0 +1,209 @@
+"""Medusa and EAGLE change how many steps it takes, and nothing else; and they guess what torch says they should."""
+
+import functools
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from random_heads import heads_file, random_heads
+from tiny_engine import request, run_core, shared_model, tiny_engine, tokens_of
+
+from kvarn.config import SpeculativeConfig
+from kvarn.spec import eagle, read_heads
+from kvarn.spec.heads import KINDS
+from kvarn.spec.rings import Rings
+
+FAMILIES = ("llama", "mistral", "gemma3_text", "gpt2")
+PROMPTS = ["lorem ipsum dolor sit amet " * (i % 3) + f"{i} and {i}" for i in range(6)]
+
+
+def requests(**sampling):
+    return [request(str(i), text, max_tokens=20 + i % 5, **sampling) for i, text in enumerate(PROMPTS)]
+
+
+def run(core, asked):
+    outputs = run_core(core, asked)
+    stats = core.stats()
+    core.close()
+    return {name: [tokens_of(o, i) for i in range(3)] for name, o in outputs.items()}, stats
+
+
+@functools.cache
+def plain(backend, family, dtype, hot):
+    core = tiny_engine(backend=backend, family=family, dtype=dtype, max_model_len=128).core
+    return run(core, requests(**sampling(hot)))[0]
+
+
+def sampling(hot):
+    return {"temperature": 1.0, "top_p": 0.95, "seed": 5, "n": 2} if hot else {}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("k", [3, 1, None])
+@pytest.mark.parametrize("hot", [False, True], ids=["greedy", "hot"])
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("llama", {}),
+        ("llama", {"num_blocks": 8, "max_num_batched_tokens": 24}),
+        ("mistral", {"max_num_seqs": 3, "dtype": "int4"}),
+        ("gemma3_text", {"enable_prefix_caching": False}),
+        ("gpt2", {"max_num_batched_tokens": 16, "num_blocks": 10}),
+    ],
+    ids=["llama", "tight", "windows int4", "mixed windows", "layer norm"],
+)
+def test_answers_are_the_same(kind, k, hot, family, settings, tmp_path):
+    """Greedy and at a temperature, with preemptions, chunks and hits between; sure heads guess in every step."""
+    heads = heads_file(tmp_path, shared_model(family, 0), kind)
+    settings = {"backend": "cpu", "max_model_len": 128, "dtype": "float16", **settings}
+    core = tiny_engine(family=family, speculative=SpeculativeConfig(kind, k=k, heads=heads), **settings).core
+    got, stats = run(core, requests(**sampling(hot)))
+    assert got == plain("cpu", family, settings["dtype"], hot)
+    assert stats.free_blocks == stats.num_blocks
+    if k is not None:
+        assert stats.draft_tokens > 20
+    if "num_blocks" in settings and family == "llama":
+        assert stats.preemptions > 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_reference_backend_runs_heads_too(kind, tmp_path):
+    heads = heads_file(tmp_path, shared_model("llama", 0), kind)
+    core = tiny_engine(speculative=SpeculativeConfig(kind, k=3, heads=heads), max_model_len=128).core
+    got, stats = run(core, requests())
+    assert got == plain("reference", "llama", "float32", False)
+    assert stats.draft_tokens > 20
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_request_may_have_none(kind, tmp_path):
+    heads = heads_file(tmp_path, shared_model("llama", 0), kind)
+    core = tiny_engine(backend="cpu", speculative=SpeculativeConfig(kind, k=3, heads=heads)).core
+    outputs = run_core(core, [request(str(k), "abc", max_tokens=30, num_speculative_tokens=k) for k in (0, 1, 3)])
+    drafted = [outputs[str(k)][-1].num_draft_tokens for k in (0, 1, 3)]
+    assert drafted[0] == 0 < drafted[1] < drafted[2]
+    core.close()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_heads_take_is_in_the_plan(kind, tmp_path):
+    heads = heads_file(tmp_path, shared_model("llama", 0), kind)
+    plans = []
+    for speculative in (SpeculativeConfig("ngram"), SpeculativeConfig(kind, heads=heads)):
+        tiny_engine(backend="cpu", speculative=speculative, on_plan=plans.append).core.close()
+    params = sum(values.size for values in random_heads(shared_model("llama", 0), kind).tensors.values())
+    assert plans[1].use.weights - plans[0].use.weights > params
+    assert plans[1].use.activations > plans[0].use.activations
+    if kind == "eagle":
+        rings = 8 * Rings.size(24, eagle.MOST_AHEAD, 16)
+        assert plans[1].use.kv_cache - plans[0].use.kv_cache == rings * 16 * 2 * 32 * 4
+
+
+class Watching:
+    """Keeps what a drafter proposed, and what it was shown."""
+
+    def __init__(self, drafter):
+        self.drafter, self.texts, self.rows, self.proposed, self.steps = drafter, {}, {}, {}, 0
+
+    def __getattr__(self, name):
+        return getattr(self.drafter, name)
+
+    def add(self, new):
+        self.texts[new.sequence_id] = list(new.prompt_token_ids)
+        self.rows[new.sequence_id] = []
+        self.drafter.add(new)
+
+    def propose(self, scheduled, sampled, values):
+        for token in sampled:
+            self.texts[token.sequence_id].append(token.token_id)
+        row = 0
+        for part in scheduled.sequences:
+            end = min(row + part.num_rows, row + len(self.texts[part.sequence_id]) - 1 - part.start)
+            self.rows[part.sequence_id] += list(values["x"][row:end].copy())
+            row += part.num_rows
+        self.steps += 1
+        if self.steps % 52 > 12:  # for so many steps nothing is wanted, so that hidden states wait
+            parts = [replace(part, num_drafts_wanted=0) for part in scheduled.sequences]
+            scheduled = replace(scheduled, sequences=tuple(parts))
+        proposals = self.drafter.propose(scheduled, sampled, values)
+        for proposal in proposals:
+            at = proposal.sequence_id, len(self.texts[proposal.sequence_id])
+            self.proposed[at] = proposal.token_ids
+        return proposals
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_guesses_are_those_of_the_trained_net(kind, tmp_path, monkeypatch):
+    """The same tokens as torch finds from the same hidden states, all in float32 but for weights in Q8_0."""
+    torch = pytest.importorskip("torch", reason="torch is not installed: heads are trained with it")
+    from kvarn.tensors.dequantize import dequantize
+    from kvarn.tensors.quantize import quantize_q8_0
+    from kvarn.training.nets import make_net
+    from kvarn.training.target import Target
+
+    model = shared_model("llama", 0)
+    path = heads_file(tmp_path, model, kind, sure=12.0, window=40)
+    monkeypatch.setattr(eagle, "MOST_AHEAD", 3)
+    watching = []
+    load = "kvarn.spec.head_model.HeadModel.load"
+    original = eagle.HeadModel.load
+    monkeypatch.setattr(load, lambda *a, **k: watching.append(Watching(original(*a, **k))) or WithBuffer(watching[0]))
+    config = SpeculativeConfig(kind, k=3, heads=path)
+    core = tiny_engine(speculative=config, max_model_len=256, enable_prefix_caching=False).core
+    run(core, [request(str(i), text, max_tokens=150) for i, text in enumerate(PROMPTS[:3])])
+    heads, target = read_heads(Path(path), kind), Target(model.program, model)
+    params = {
+        name: torch.from_numpy(np.array(dequantize(quantize_q8_0(v)) if v.ndim == 2 else v, np.float32))
+        for name, v in heads.tensors.items()
+    }
+    net = make_net(kind, heads.shape, params, target)
+    (seen,) = watching
+    compared = 0
+    for sequence, text in seen.texts.items():
+        rows = np.stack(seen.rows[sequence]).astype(np.float32)
+        for length in range(len(PROMPTS[sequence]) + 1, len(text) - 4):
+            proposed = seen.proposed.get((sequence, length))
+            if proposed is None:
+                continue
+            # Hidden states of all tokens but the last; guesses go on from their own.
+            features = np.zeros((1, length + 3, rows.shape[1]), np.float32)
+            features[0, : length - 1] = rows[: length - 1]
+            tokens = np.zeros((1, length + 4), np.int64)
+            tokens[0, :length] = text[:length]
+            tokens[0, length : length + len(proposed)] = proposed
+            shown = target.normed(features) if kind == "medusa" else features
+            with torch.no_grad():
+                logits = net.guess(torch.from_numpy(shown), torch.from_numpy(tokens), length - 1, 3)
+            want = [int(heads.draft_ids[int(guess[0, -1].argmax())]) for guess in logits]
+            assert list(proposed) == want[: len(proposed)]
+            compared += len(proposed)
+    assert compared > 50
+
+
+class WithBuffer:
+    """A drafter that is shown the hidden states of all tokens, too."""
+
+    def __init__(self, watching):
+        self.watching = watching
+
+    def __getattr__(self, name):
+        return getattr(self.watching, name)
+
+    @property
+    def buffers(self):
+        return tuple({*self.watching.drafter.buffers, "x"})
+
+
+def test_rings_are_shared_out_and_taken_back():
+    rings = Rings(2, 3)
+    a, robbed = rings.of(7, {7})
+    assert (list(a), robbed) == ([0, 1, 2], None)
+    assert rings.of(7, {7}) == (a, None)
+    b, _ = rings.of(8, {7, 8})
+    assert list(b) == [3, 4, 5]
+    assert rings.of(9, {8, 9}) == (a, 7), "the one that is not in the step"
+    rings.free(8)
+    rings.free(99)
+    assert rings.of(7, {7, 9}) == (b, None)
+    assert Rings.size(24, 8, 16) * 16 >= 24 + 8 + 15
