@@ -59,7 +59,7 @@ def train_command(
     temperature: Annotated[float, typer.Option(help="Of the answers; held-out ones have 0.")] = 0.7,
     data_bytes: Annotated[str, typer.Option(help="Disk space for tokens and hidden states, as 2GiB.")] = "2GiB",
     seqs: Annotated[int, typer.Option(help="Answers at the same time.")] = 16,
-    rate: Annotated[float | None, typer.Option(help="Learning rate at its highest.")] = None,
+    rate: Annotated[float, typer.Option(help="Learning rate at its highest.")] = 1e-3,
     seed: Annotated[int, typer.Option(help="Of first weights and order.")] = 0,
     threads: Threads = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,

@@ -44,6 +44,7 @@ class Schedule:
     ahead: int = 3
     """Guesses that are trained."""
     rate: float = 1e-3
+    """Learning rate at its highest."""
     seed: int = 0
 
 

@@ -63,7 +63,7 @@ class TrainSettings:
     max_num_seqs: int = 16
     threads: int = 0
     seed: int = 0
-    rate: float | None = None
+    rate: float = 1e-3
     resume: bool = False
 
     def __post_init__(self) -> None:
@@ -75,6 +75,7 @@ class TrainSettings:
             ("max-tokens", self.max_tokens, 4, 1 << 16),
             ("temperature", self.temperature, 0.0, 2.0),
             ("seqs", self.max_num_seqs, 1, 1024),
+            ("rate", self.rate, 0.0, 1.0),
         ):
             if not low <= value <= high:
                 raise ConfigError(f"--{name} must be between {low} and {high}, not {value}")
@@ -121,7 +122,7 @@ def train(model: LoadableModel, tokenizer: Tokenizer, settings: TrainSettings, t
     length = LENGTH[settings.kind]
     schedule = Schedule(
         settings.steps, 60 * settings.minutes * (1 - COLLECT_SHARE), ANCHORS // length, length, settings.ahead,
-        settings.rate or Schedule.rate, settings.seed,
+        settings.rate, settings.seed,
     )  # fmt: skip
     key = _key({**identity, **asdict(shape), **asdict(schedule), "seconds": 0, "kind": settings.kind}, ids)
     learner = Learner(settings.kind, shape, target, ids, schedule, key)
