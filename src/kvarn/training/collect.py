@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvarn.engine import EngineCore
+from kvarn.engine.events import RequestFailed
 from kvarn.program import Program
 from kvarn.request import Request, SamplingParams
 from kvarn.runner import Proposal
@@ -90,7 +91,8 @@ class Recorder:
 def unit_rows(rows: NDArray[np.float32]) -> NDArray[np.float16]:
     """Rows scaled to a mean square of 1."""
     scales = np.sqrt(np.mean(np.square(rows, dtype=np.float64), axis=1, keepdims=True))
-    return (rows / np.maximum(scales, 1e-20)).astype(np.float16)
+    scaled: NDArray[np.float64] = rows / np.maximum(scales, 1e-20)
+    return scaled.astype(np.float16)
 
 
 def collect(
@@ -122,6 +124,8 @@ def collect(
             core.add(Request(str(number), tuple(prompts(number)), sampling))
             in_flight += 1
         for event in core.step():
+            if isinstance(event, RequestFailed):
+                raise event.error
             in_flight -= event.finished
             generated += 1
         progress(generated)

@@ -133,7 +133,7 @@ def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def _heads(x: Tensor, heads: int) -> Tensor:
     """[S, L, heads * dim] to [S, heads, L, dim]."""
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+    return x.reshape(*x.shape[:-1], heads, -1).transpose(1, 2)
 
 
 def _rotated(x: Tensor, positions: Tensor, theta: float) -> Tensor:

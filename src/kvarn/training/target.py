@@ -78,8 +78,8 @@ class Target:
         norm, weight = self.norm, self.vector(self.norm.weight)
         if norm.norm == "layer":
             features = features - features.mean(-1, keepdims=True)
-        scaled = features / np.sqrt(np.mean(np.square(features), -1, keepdims=True) + norm.eps)
-        out = scaled * weight
+        scales: Floats = np.sqrt(np.mean(np.square(features), -1, keepdims=True) + norm.eps)
+        out: Floats = features / scales * weight
         return out if norm.bias is None else out + self.vector(norm.bias)
 
 

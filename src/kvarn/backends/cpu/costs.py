@@ -169,8 +169,8 @@ class _Counter:
                 return Cost(), "add", None
             case SelectStage():
                 return Cost(), "select_rows", None
-            case LinearStage() | AttentionStage():
-                raise AssertionError("these become several stages")
+            case LinearStage() | AttentionStage() | InputStage():
+                raise AssertionError("these become no stage, or several")
 
     # Linears
 
