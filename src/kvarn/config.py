@@ -114,7 +114,7 @@ class SpeculativeConfig:
     """Output tokens remembered of ended sequences of the same tenant and cache_salt, for matches; 0: none."""
     max_step_drafts: int = 64
     """Guessed tokens in one step at most, of all sequences; logits of so many more rows are allocated."""
-    heads: str | None = None
+    heads: str = ""
     """The file of trained heads (`kvarn spec train`)."""
 
     def __post_init__(self) -> None:
@@ -122,7 +122,7 @@ class SpeculativeConfig:
         _check(self.method in DRAFT_METHODS, "speculative method", self.method, f"one of {', '.join(DRAFT_METHODS)}")
         needs = self.method in HEAD_METHODS
         must = f"the file of heads that method={self.method} needs" if needs else f"left out for method={self.method}"
-        _check(needs == (self.heads is not None), "speculative heads", self.heads, must)
+        _check(needs == bool(self.heads), "speculative heads", self.heads, must)
         _check(self.k is None or 1 <= self.k <= most, "speculative k", self.k, f"auto, or between 1 and {most}")
         _check(1 <= self.max_k <= most, "speculative max_k", self.max_k, f"between 1 and {most}")
         _check(1 <= self.ngram_min <= 64, "speculative ngram_min", self.ngram_min, "between 1 and 64")

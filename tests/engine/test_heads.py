@@ -94,10 +94,13 @@ def test_what_heads_take_is_in_the_plan(kind, tmp_path):
         tiny_engine(backend="cpu", speculative=speculative, on_plan=plans.append).core.close()
     params = sum(values.size for values in random_heads(shared_model("llama", 0), kind).tensors.values())
     assert plans[1].use.weights - plans[0].use.weights > params
-    assert plans[1].use.activations > plans[0].use.activations
-    if kind == "eagle":
-        rings = 8 * Rings.size(24, eagle.MOST_AHEAD, 16)
-        assert plans[1].use.kv_cache - plans[0].use.kv_cache == rings * 16 * 2 * 32 * 4
+    rings = 8 * Rings.size(24, eagle.MOST_AHEAD, 16) * 16 * 2 * 32 * 4
+    assert plans[1].use.activations - plans[0].use.activations > (rings if kind == "eagle" else 0)
+    assert (plans[1].use.kv_cache, plans[1].num_blocks) == (plans[0].use.kv_cache, plans[0].num_blocks)
+    sized = {"backend": "cpu", "num_blocks": None, "kv_cache_bytes": 1 << 20, "max_model_len": 64}
+    for speculative in (SpeculativeConfig("ngram"), SpeculativeConfig(kind, heads=heads)):
+        tiny_engine(speculative=speculative, on_plan=plans.append, **sized).core.close()
+    assert plans[3].num_blocks == plans[2].num_blocks, "a size of the cache is the target's alone"
 
 
 class Watching:

@@ -161,7 +161,7 @@ def test_another_models_heads_are_refused_at_start(file):
 
 
 def test_settings_of_heads_are_checked():
-    with pytest.raises(ConfigError, match="heads must be the file of heads that method=medusa needs, not None"):
+    with pytest.raises(ConfigError, match="heads must be the file of heads that method=medusa needs, not ''"):
         SpeculativeConfig("medusa")
     with pytest.raises(ConfigError, match="heads must be left out for method=ngram"):
         SpeculativeConfig("ngram", heads="x")

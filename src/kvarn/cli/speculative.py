@@ -39,7 +39,7 @@ def speculative_config(text: str | None) -> SpeculativeConfig | None:
     method = given.pop("method", SpeculativeConfig().method)
     if given.get("k") == "auto":
         del given["k"]
-    heads = given.pop("heads", None)
+    heads = given.pop("heads", "")
     return SpeculativeConfig(method, heads=heads, **{name: _number(name, value) for name, value in given.items()})
 
 

@@ -32,7 +32,7 @@ def open_heads(
 
     program, weights: the target's. Raises ModelFileError for heads that are damaged or another model's, ConfigError.
     """
-    if config is None or config.heads is None:
+    if config is None or not config.heads:
         return None
     heads = read_heads(Path(config.heads).expanduser(), config.method, content_key(program, weights))
     if config.method == "medusa":

@@ -42,10 +42,14 @@ class HeadModel:
         return replace(limits, outputs=self.buffers)
 
     def memory_use(self, backend: Backend, kv: KvCacheSpec, limits: StepLimits) -> MemoryUse:
-        """What `load` will allocate beside a target with such a cache and such steps."""
-        return backend.memory_use(
+        """What `load` will allocate beside a target with such a cache and such steps.
+
+        Its own cache does not grow with the target's, so it counts as activations.
+        """
+        use = backend.memory_use(
             self.program, self._dtypes, self.cache(kv, limits), self.limits(limits), shared=self.shared
         )
+        return replace(use, kv_cache=0, activations=use.activations + use.kv_cache)
 
     def load(self, backend: Backend, target: Executable, kv: KvCacheSpec, limits: StepLimits) -> Drafter:
         """The drafter beside the loaded target, whose cache and limits are given."""

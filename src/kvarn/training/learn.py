@@ -27,6 +27,8 @@ from kvarn.training.target import Target
 CHECKPOINT_SECONDS = 30.0
 WARM_UP = 0.03
 """Share of the training in which the learning rate rises."""
+TEACHER_TOKENS = 64
+"""The target's likeliest tokens at a place, which guesses are trained towards."""
 LATER = 0.8
 """What each further guess weighs beside the one before it (Cai et al. 2024, section 2.2.1)."""
 
@@ -77,7 +79,9 @@ class Learner:
         self._key = key
         self._params = trained(beginning(kind, shape, target, ids, schedule.seed))
         self._net: Net = make_net(kind, shape, self._params, target)
-        self._optimizer = torch.optim.AdamW(self._params.values(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)
+        self._optimizer = torch.optim.AdamW(
+            self._params.values(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.0, fused=True
+        )
         self._ids = torch.from_numpy(ids.astype(np.int64))
         self._teacher = torch.from_numpy(target.rows(target.logits.weight, ids))
 
@@ -153,13 +157,16 @@ class Learner:
                 said = F.linear(normed, self._teacher).float() * logits.scale
             if logits.softcap is not None:
                 said = logits.softcap * torch.tanh(said / logits.softcap)
-            said = said.softmax(-1)
+            most, places = said.topk(min(TEACHER_TOKENS, said.shape[-1]))
+            said = most.softmax(-1)
         valid = torch.from_numpy(batch.valid)
         loss = torch.zeros(())
         for k, guess in enumerate(guesses):
-            where = valid[:, :, k]
-            each = -(said[:, 1 + k : 1 + k + plan.length][where] * guess[where].float().log_softmax(-1)).sum(-1)
-            loss = loss + LATER**k * each.sum() / max(1, int(where.sum()))
+            where, rows = valid[:, :, k], slice(1 + k, 1 + k + plan.length)
+            # Cross entropy against the target's likeliest tokens, which have nearly all of its probability.
+            of_those = guess.float().log_softmax(-1).gather(-1, places[:, rows])
+            each = -(said[:, rows] * of_those).sum(-1)
+            loss = loss + LATER**k * (each * where).sum() / max(1, int(where.sum()))
         self._optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(list(self._params.values()), 1.0)
