@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -60,3 +61,48 @@ def chain_of(logits: Iterable[NDArray[np.float32]]) -> list[int]:
             break
         chain.append(place)
     return chain
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """The likeliest tokens of one level, in order: their places in the draft vocabulary, and their probabilities."""
+
+    places: Sequence[int]
+    probabilities: Sequence[float]
+
+
+def candidates_of(logits: NDArray[np.float32], count: int) -> Candidates:
+    """The `count` likeliest of float32[n] logits."""
+    if count == 1:
+        place, probability = likeliest(logits)
+        return Candidates((place,), (probability,))
+    weights = np.exp(logits - logits.max())
+    first = np.argpartition(-weights, count - 1)[:count] if count < weights.size else np.arange(weights.size)
+    first = first[np.argsort(-weights[first], kind="stable")]
+    total = float(weights.sum())
+    return Candidates(first.tolist(), [float(weight) / total for weight in weights[first]])
+
+
+def likely_tree(levels: Sequence[Candidates], most: int) -> tuple[list[int], list[int]]:
+    """The tree of up to `most` guesses that are expected to bring most: of each its place in the draft vocabulary, and
+    its parent among them (-1: what is known).
+
+    levels: what may stand at each level, whatever is before it. A guess is right with the product of the probabilities
+    along its path (Cai et al. 2024, section 2.3.1); the likeliest come first, none below `LEAST`.
+    """
+    places: list[int] = []
+    parents: list[int] = []
+    heap = [(-levels[0].probabilities[0], 0, 0, -1, 1.0)] if levels else []
+    while heap and len(places) < most:
+        negative, level, rank, parent, before = heapq.heappop(heap)
+        if not -negative >= LEAST:
+            break
+        here = levels[level]
+        node = len(places)
+        places.append(here.places[rank])
+        parents.append(parent)
+        if rank + 1 < len(here.places):
+            heapq.heappush(heap, (-before * here.probabilities[rank + 1], level, rank + 1, parent, before))
+        if level + 1 < len(levels):
+            heapq.heappush(heap, (negative * levels[level + 1].probabilities[0], level + 1, 0, node, -negative))
+    return places, parents

@@ -13,7 +13,7 @@ from kvarn.backends import Backend, Executable, KvCacheSpec, MemoryUse, StepLimi
 from kvarn.program import Logits, Program, SelectRows
 from kvarn.runner import Drafter
 from kvarn.tensors import DType, Tensor, TensorSource
-from kvarn.tensors.quantize import quantize_q8_0
+from kvarn.tensors.quantize import quantize_q4_1, quantize_q8_0
 
 
 @dataclass(frozen=True)
@@ -60,12 +60,12 @@ class HeadModel:
 
 
 class HeadTensors:
-    """`TensorSource` of heads: matrices as Q8_0 where rows hold whole blocks, and the target's own for shared names."""
+    """`TensorSource` of heads (see `stored`), and of the target's own weights for shared names."""
 
     def __init__(
         self, tensors: Mapping[str, NDArray[np.floating]], target: TensorSource, shared: Collection[str] = ()
     ) -> None:
-        self._tensors = {name: _stored(values) for name, values in tensors.items()}
+        self._tensors = {name: stored(name, values) for name, values in tensors.items()}
         self._target = target
         self._shared = frozenset(shared)
 
@@ -78,10 +78,11 @@ class HeadTensors:
         self._target.release()
 
 
-def _stored(values: NDArray[np.floating]) -> Tensor:
-    if values.ndim == 2 and values.shape[1] % DType.Q8_0.block_size == 0:
-        return quantize_q8_0(values)
-    return Tensor.from_array(values.astype(np.float32))
+def stored(name: str, values: NDArray[np.floating]) -> Tensor:
+    """A tensor of heads as it is run: LM heads, most of what a guess reads, in 4 bits, other matrices in 8."""
+    if values.ndim < 2 or values.shape[1] % DType.Q8_0.block_size:
+        return Tensor.from_array(values.astype(np.float32))
+    return quantize_q4_1(values) if name.endswith("lm_head.weight") else quantize_q8_0(values)
 
 
 def logits_input(program: Program) -> str:
