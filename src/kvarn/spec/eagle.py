@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import numpy as np
 from numpy.typing import NDArray
@@ -95,12 +96,20 @@ def eagle_program(shape: HeadsShape, embedding: str, max_positions: int) -> Prog
     return Program("eagle", tuple(ops), tuple(buffers), tuple(weights), layers, shape.vocab_size, max_positions, LOGITS)
 
 
+def ring_blocks(window: int) -> int:
+    """Blocks that hold what the last known row sees, and the guesses after it.
+
+    Rows before it may be written in the same step, more than there is room for: then some of them attend to what is
+    overwritten. In a single layer nobody reads that: keys and values are of the row alone.
+    """
+    return -(-(window + MOST_AHEAD) // BLOCK_SIZE) + 1
+
+
 def eagle_model(heads: Heads, target: Program, weights: TensorSource) -> HeadModel:
     """The layer beside its model."""
     shape = heads.shape
     embedding = next(op.weight for op in target.ops if isinstance(op, Embed))
     program = eagle_program(shape, embedding, target.max_positions)
-    ring = Rings.size(shape.window, MOST_AHEAD, BLOCK_SIZE)
 
     def limits(of_target: StepLimits) -> StepLimits:
         sequences = of_target.max_num_sequences
@@ -110,13 +119,10 @@ def eagle_model(heads: Heads, target: Program, weights: TensorSource) -> HeadMod
     def cache(of_target: KvCacheSpec, limits: StepLimits) -> KvCacheSpec:
         # int4 keys of a sequence are read against one every 16 tokens, which guesses would disturb.
         dtype = "int8" if of_target.dtype == "int4" else of_target.dtype
-        return KvCacheSpec(limits.max_num_sequences * ring, BLOCK_SIZE, dtype)
+        return KvCacheSpec(limits.max_num_sequences * ring_blocks(shape.window), BLOCK_SIZE, dtype)
 
     def start(executable: Executable, of_target: StepLimits, _block_size: int) -> EagleDrafter:
-        rings = Rings(of_target.max_num_sequences, ring)
-        return EagleDrafter(
-            executable, heads.draft_ids, last_layer(target), rings, shape.window, limits(of_target).max_num_tokens
-        )
+        return EagleDrafter(executable, heads.draft_ids, last_layer(target), shape.window, limits(of_target))
 
     source = HeadTensors(heads.tensors, weights, {embedding})
     return HeadModel(program, source, (last_layer(target),), frozenset({embedding}), cache, limits, start)
@@ -160,7 +166,7 @@ class _Guess:
 
     part: ScheduledSequence
     sequence: _Sequence
-    blocks: Sequence[int]
+    ring: int
     places: list[int] = field(default_factory=list)
     """Of its tokens in the draft vocabulary."""
     probability: float = 1.0
@@ -182,19 +188,19 @@ class EagleDrafter:
         executable: Executable,
         draft_ids: NDArray[np.int32],
         hidden: str,
-        rings: Rings,
         window: int,
-        max_tokens: int,
+        limits: StepLimits,
     ) -> None:
         """executable: of `eagle_program`, owned. hidden: the target's buffer of hidden states before its last norm, a
-        row for each token. max_tokens: rows in a step of the layer."""
+        row for each token. limits: those that the executable was loaded with."""
         self.buffers: Sequence[str] = (hidden,)
         self._executable = executable
         self._draft_ids = draft_ids
         self._hidden = hidden
-        self._rings = rings
+        self._rings = Rings(limits.max_num_sequences)
+        self._batches = _Batches(limits.max_num_sequences, ring_blocks(window), limits.max_model_len)
         self._window = window
-        self._max_tokens = max_tokens
+        self._max_tokens = limits.max_num_tokens
         self._sequences: dict[int, _Sequence] = {}
 
     def add(self, sequence: NewSequence) -> None:
@@ -252,10 +258,10 @@ class EagleDrafter:
             followed = self._sequences.get(part.sequence_id)
             if followed is None or not followed.waiting:
                 continue
-            blocks, taken_from = self._rings.of(part.sequence_id, in_step)
+            ring, taken_from = self._rings.of(part.sequence_id, in_step)
             if taken_from is not None and taken_from in self._sequences:
                 self._sequences[taken_from].computed = 0
-            guesses.append(_Guess(part, followed, blocks))
+            guesses.append(_Guess(part, followed, ring))
         return guesses
 
     def _catch_up(self, guesses: Sequence[_Guess]) -> list[_Guess]:
@@ -292,7 +298,7 @@ class EagleDrafter:
         self, guesses: Sequence[_Guess], features: Floats, tokens: Sequence[Sequence[int]], starts: Sequence[int]
     ) -> list[_Guess]:
         """A step of the layer, whose last row for each sequence is its next guess. Returns those to go on with."""
-        batch = _batch(features, tokens, starts, [guess.blocks for guess in guesses])
+        batch = self._batches.build(features, tokens, starts, [guess.ring for guess in guesses])
         out = self._executable.execute(batch)
         going = []
         for guess, logits, row in zip(guesses, out[LOGITS], batch.output_rows.tolist(), strict=True):
@@ -307,24 +313,42 @@ class EagleDrafter:
         return going
 
 
-def _batch(
-    features: Floats, tokens: Sequence[Sequence[int]], starts: Sequence[int], rings: Sequence[Sequence[int]]
-) -> InputBatch:
-    """tokens, starts, rings: for each sequence its rows' tokens, the first row's place in the layer's text, and the
-    blocks that its text goes round and round in."""
-    lengths = np.array([len(ids) for ids in tokens], np.int32)
-    begins = np.array(starts, np.int32)
-    query_start = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-    seq_lens = begins + lengths
-    total = int(query_start[-1])
-    owner = np.repeat(np.arange(len(tokens)), lengths)
-    positions = (np.arange(total) - query_start[:-1][owner] + begins[owner]).astype(np.int32)
-    blocks = np.array(rings, np.int32)
-    width = -(-int(seq_lens.max()) // BLOCK_SIZE)
-    tables = blocks[:, np.arange(width) % blocks.shape[1]]
-    slots = tables[owner, positions // BLOCK_SIZE].astype(np.int64) * BLOCK_SIZE + positions % BLOCK_SIZE
-    ids = np.array([token for part in tokens for token in part], np.int32)
-    return InputBatch(
-        ids, positions, slots[:, None], query_start, seq_lens, np.ascontiguousarray(tables[:, None, :]),
-        query_start[1:] - 1, inputs={FEATURE: features},
-    )  # fmt: skip
+class _Batches:
+    """The layer's batches. It runs several times a step, so it is written for few calls, of plain lists where those are
+    short: right after a step of the target nothing of NumPy is in the caches."""
+
+    def __init__(self, num_rings: int, ring: int, max_model_len: int) -> None:
+        """ring: blocks of each. The text of a sequence goes round and round in its ring's blocks."""
+        width = -(-max_model_len // BLOCK_SIZE)
+        first = np.arange(num_rings, dtype=np.int32)[:, None] * ring
+        self._tables = (first + np.arange(width, dtype=np.int32)[None, :] % ring)[:, None, :]
+        self._ring = ring
+        self._counts = np.arange(num_rings + 1, dtype=np.int32)
+
+    def build(
+        self, features: Floats, tokens: Sequence[Sequence[int]], starts: Sequence[int], rings: Sequence[int]
+    ) -> InputBatch:
+        """tokens, starts, rings: for each sequence its rows' tokens, the first row's place in its text, its ring."""
+        ring, count = self._ring, len(rings)
+        ids = [token for part in tokens for token in part]
+        ends = [start + len(part) for start, part in zip(starts, tokens, strict=True)]
+        places = [place for start, end in zip(starts, ends, strict=True) for place in range(start, end)]
+        owners = [number for number, part in zip(rings, tokens, strict=True) for _ in part]
+        slots = [
+            (number * ring + place // BLOCK_SIZE % ring) * BLOCK_SIZE + place % BLOCK_SIZE
+            for number, place in zip(owners, places, strict=True)
+        ]
+        if len(ids) == count:
+            query_start = self._counts[: count + 1]
+        else:
+            query_start = np.array([0, *accumulate(map(len, tokens))], np.int32)
+        return InputBatch(
+            np.array(ids, np.int32),
+            np.array(places, np.int32),
+            np.array(slots, np.int64)[:, None],
+            query_start,
+            np.array(ends, np.int32),
+            self._tables[rings[0] : rings[0] + 1] if count == 1 else self._tables[list(rings)],
+            query_start[1:] - 1,
+            inputs={FEATURE: features},
+        )

@@ -41,13 +41,12 @@ def beginning(kind: str, shape: HeadsShape, target: Target, ids: NDArray[np.int3
             value = torch.from_numpy(np.array(known[name], np.float32))
         elif name == "norm.weight":
             value = torch.from_numpy(target.vector(target.norm.weight).copy())
-        elif name == "feature.weight":
+        elif name in ("feature.weight", "token.weight"):
             value = torch.eye(hidden)
         elif len(extents) == 1 or "block" in name:
             value = torch.full(extents, 1.0 if name.endswith("norm.weight") else 0.0)
         else:
             value = torch.randn(extents, generator=made) * extents[1] ** -0.5
-            value *= 0.1 if name == "token.weight" else 1.0
         params[name] = value
     return params
 
