@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from kvarn.errors import ConfigError
 from kvarn.kv_types import CACHE_TYPES
 
-DRAFT_METHODS = ("ngram", "medusa", "eagle")
+DRAFT_METHODS = ("ngram", "draft", "lookahead", "medusa", "eagle")
 HEAD_METHODS = ("medusa", "eagle")
 """Ways to guess tokens ahead, and those that need trained heads; `kvarn.spec` says what each is."""
-MAX_SPECULATIVE_TOKENS = 32
-"""Guessed ahead for one sequence."""
+MAX_SPECULATIVE_TOKENS = 128
+"""Guesses for one sequence in a step."""
 POLICIES = ("fcfs", "priority", "fair")
 """Orders in which requests are served; `kvarn.scheduler` says what each is."""
 
@@ -100,12 +100,14 @@ class SpeculativeConfig:
     """Speculative decoding: tokens are guessed ahead, and those that are right come in one step."""
 
     method: str = "ngram"
-    """One of `DRAFT_METHODS`. ngram: what followed when the last tokens occurred before, in prompt or output. medusa:
-    what heads guess that were trained for the model. eagle: what a trained layer guesses, from its own guesses too."""
+    """One of `DRAFT_METHODS`. ngram: what followed when the last tokens occurred before, in prompt or output. draft:
+    what a smaller model says. lookahead: n-grams that the model makes up itself, in rows beside its text. medusa: what
+    heads guess that were trained for the model. eagle: what a trained layer guesses, going on from its own guesses."""
     k: int | None = None
-    """Tokens guessed ahead for each sequence; None: chosen in each step by what was right lately and what it costs."""
+    """Tokens guessed ahead for each sequence; None: chosen in each step by what was right lately and what it costs. Of
+    lookahead the rows, those of its window too."""
     max_k: int = 8
-    """Most of them where k is None."""
+    """Most of them where k is None. Not of lookahead, whose settings say how many there are."""
     ngram_min: int = 2
     """Tokens that must have occurred together before, at least."""
     ngram_max: int = 8
@@ -116,6 +118,14 @@ class SpeculativeConfig:
     """Guessed tokens in one step at most, of all sequences; logits of so many more rows are allocated."""
     heads: str = ""
     """The file of trained heads (`kvarn spec train`)."""
+    model: str = ""
+    """Of draft: a model with the same vocabulary, a name or a path."""
+    window: int = 2
+    """Of lookahead: n-grams that are being made at a time."""
+    ngram: int = 3
+    """Of lookahead: tokens of an n-gram, the one that it is found by among them."""
+    guesses: int = 2
+    """Of lookahead: n-grams that are verified at a time."""
 
     def __post_init__(self) -> None:
         most = MAX_SPECULATIVE_TOKENS
@@ -130,13 +140,70 @@ class SpeculativeConfig:
         _check(self.ngram_min <= self.ngram_max <= 64, "speculative ngram_max", self.ngram_max, must)
         must = "between 0 and 16777216"
         _check(0 <= self.corpus_tokens <= 1 << 24, "speculative corpus_tokens", self.corpus_tokens, must)
+        named = bool(self.model) == (self.method == "draft")
+        must = "the name or path of a model with method=draft, absent otherwise"
+        _check(named, "speculative model", self.model, must)
         must = "between 1 and 4096"
         _check(1 <= self.max_step_drafts <= 4096, "speculative max_step_drafts", self.max_step_drafts, must)
+        _check(1 <= self.window <= 64, "speculative window", self.window, "between 1 and 64")
+        _check(2 <= self.ngram <= 16, "speculative ngram", self.ngram, "between 2 and 16")
+        _check(1 <= self.guesses <= 64, "speculative guesses", self.guesses, "between 1 and 64")
+        rows, most = self.lookahead_rows, min(most, self.max_step_drafts)
+        _check(self.method != "lookahead" or rows <= most, "speculative (window + guesses) * (ngram - 1)", rows,
+               f"at most {most} (max_step_drafts)")  # fmt: skip
+
+    @property
+    def writes_ahead(self) -> bool:
+        """Whether the drafter writes KV of its own for tokens that it guesses, in blocks of the sequence."""
+        return self.method == "draft"
+
+    @property
+    def costly(self) -> bool:
+        """Whether making guesses takes a part of a step worth counting."""
+        return self.method == "draft" or self.method in HEAD_METHODS
 
     @property
     def most(self) -> int:
-        """Tokens guessed ahead for a sequence at most."""
+        """Guesses for a sequence at most."""
+        if self.method == "lookahead":
+            return self.lookahead_rows if self.k is None else min(self.k, self.lookahead_rows)
         return self.max_k if self.k is None else self.k
+
+    @property
+    def window_rows(self) -> int:
+        """Rows of lookahead's window."""
+        return self.window * (self.ngram - 1)
+
+    @property
+    def lookahead_rows(self) -> int:
+        """Those, and of the n-grams that it verifies."""
+        return (self.window + self.guesses) * (self.ngram - 1)
+
+
+@dataclass(frozen=True, slots=True)
+class GrammarConfig:
+    """Bounds of what is done for a request's grammar (`SamplingParams.grammar`)."""
+
+    max_grammar_bytes: int = 256 << 10
+    """Of its text, in UTF-8."""
+    max_grammar_depth: int = 64
+    """Lists and objects of a JSON schema within one another."""
+    max_grammar_seconds: float = 5.0
+    """To compile it, in a process that is ended then."""
+    max_grammar_mb: int = 1024
+    """Mebibytes of memory to compile it, in that process."""
+    max_mask_ms: float = 250.0
+    """For the tokens that are allowed at one place, when it is tried."""
+    max_queued_grammars: int = 64
+    """Waiting to be compiled; one more is refused."""
+    grammar_cache_entries: int = 64
+    """Compiled grammars that are kept for the next request with the same."""
+
+    def __post_init__(self) -> None:
+        for name in self.__dataclass_fields__:
+            value = getattr(self, name)
+            _check(0 < value < math.inf, name, value, "above 0")
+        _check(self.max_grammar_depth <= 512, "max_grammar_depth", self.max_grammar_depth, "at most 512")
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +218,7 @@ class EngineConfig:
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     speculative: SpeculativeConfig | None = None
     """None: no token is guessed."""
+    grammar: GrammarConfig = field(default_factory=GrammarConfig)
     packed_cache_bytes: int | None = None
     """Disk space for packed weights, which later starts map; 0: none. None: KVARN_PACKED_CACHE_BYTES, or 20 GB."""
 

@@ -64,7 +64,7 @@ class RequestError(KvarnError):
 class OverloadError(RequestError):
     """The engine has too much to do. reason: one of `REASONS`. retry_after: seconds after which to try again."""
 
-    REASONS = ("queued_requests", "queued_tokens", "ttft_slo")
+    REASONS = ("queued_requests", "queued_tokens", "queued_grammars", "ttft_slo")
 
     def __init__(self, message: str, *, reason: str, retry_after: float = 1.0) -> None:
         self.reason = reason

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import enum
+import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Self
 
 from kvarn.errors import RequestError
 
@@ -32,13 +34,67 @@ def _check(ok: bool, name: str, value: object, must: str) -> None:
         raise RequestError(f"{name} must be {must}, not {value!r}", field=name)
 
 
+class GrammarKind(enum.Enum):
+    """What a grammar is written in."""
+
+    JSON_SCHEMA = "json_schema"
+    JSON_OBJECT = "json_object"
+    """Any JSON object; has no text."""
+    REGEX = "regex"
+    CHOICE = "choice"
+    """A JSON list of strings, one of which is the output."""
+    LARK = "lark"
+    """Lark's notation, in llguidance's dialect."""
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """What the whole output must be. Equal ones are compiled once."""
+
+    kind: GrammarKind
+    text: str = ""
+
+    @classmethod
+    def json_schema(cls, schema: Any) -> Self:
+        """Instances of a JSON schema, given as the value that its JSON stands for. Raises RequestError."""
+        return cls(GrammarKind.JSON_SCHEMA, _json(schema))
+
+    @classmethod
+    def json_object(cls) -> Self:
+        """Any JSON object."""
+        return cls(GrammarKind.JSON_OBJECT)
+
+    @classmethod
+    def regex(cls, pattern: str) -> Self:
+        """Texts that match the pattern as a whole (the syntax of Rust's regex crate)."""
+        return cls(GrammarKind.REGEX, pattern)
+
+    @classmethod
+    def choice(cls, options: Sequence[str]) -> Self:
+        """One of these texts. Raises RequestError."""
+        return cls(GrammarKind.CHOICE, _json(list(options)))
+
+    @classmethod
+    def lark(cls, text: str) -> Self:
+        """Texts of a context-free grammar."""
+        return cls(GrammarKind.LARK, text)
+
+
+def _json(value: Any) -> str:
+    """Keys stay in order: objects have their properties in that of the schema."""
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RequestError(f"the grammar is no JSON value: {error}", field="grammar") from None
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How to choose tokens. Defaults sample from the model's own distribution.
 
-    Order of application: `logit_bias`, `min_tokens` (masks stop tokens), penalties, `temperature`, `min_p`,
-    `top_k`, `top_p`; then one draw. `temperature == 0` is greedy. Reported logprobs are of the model's own
-    distribution (log-softmax of the raw logits), before any of these.
+    Order of application: `logit_bias`, `min_tokens` (masks stop tokens), `grammar` (masks what breaks it), penalties,
+    `temperature`, `min_p`, `top_k`, `top_p`; then one draw. `temperature == 0` is greedy. Reported logprobs are of the
+    model's own distribution (log-softmax of the raw logits), before any of these.
 
     Raises `RequestError` naming the field on construction.
     """
@@ -71,6 +127,8 @@ class SamplingParams:
     num_speculative_tokens: int | None = None
     """Tokens guessed ahead at most; 0: none. None: as many as the engine sees fit. It changes how fast tokens come, not
     their distribution."""
+    grammar: Grammar | None = None
+    """What the whole output must be; it ends with one of the model's ends of text where it is complete."""
 
     def __post_init__(self) -> None:
         _check(self.max_tokens is None or self.max_tokens >= 1, "max_tokens", self.max_tokens, "at least 1")
@@ -123,6 +181,10 @@ class SamplingParams:
         )
         drafts = self.num_speculative_tokens
         _check(drafts is None or drafts >= 0, "num_speculative_tokens", drafts, "at least 0")
+        if self.grammar is not None:
+            # A grammar that is complete leaves only the end of the text.
+            _check(self.min_tokens == 0, "min_tokens", self.min_tokens, "0 with a grammar, which says where it ends")
+            _check(not self.ignore_eos, "ignore_eos", True, "false with a grammar, which says where it ends")
 
     @property
     def greedy(self) -> bool:

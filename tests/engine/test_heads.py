@@ -10,8 +10,10 @@ from random_heads import heads_file, random_heads
 from tiny_engine import request, run_core, shared_model, tiny_engine, tokens_of
 
 from kvarn.config import SpeculativeConfig
+from kvarn.draft_tree import chain, levels
 from kvarn.spec import eagle, read_heads
 from kvarn.spec.heads import KINDS
+from kvarn.spec.medusa import WIDTH
 from kvarn.spec.rings import Rings
 
 FAMILIES = ("llama", "mistral", "gemma3_text", "gpt2")
@@ -93,10 +95,11 @@ def test_what_heads_take_is_in_the_plan(kind, tmp_path):
     for speculative in (SpeculativeConfig("ngram"), SpeculativeConfig(kind, heads=heads)):
         tiny_engine(backend="cpu", speculative=speculative, on_plan=plans.append).core.close()
     params = sum(values.size for values in random_heads(shared_model("llama", 0), kind).tensors.values())
-    assert plans[1].use.weights - plans[0].use.weights > params / 2
-    rings = 8 * eagle.ring_blocks(24) * 16 * 2 * 32 * 4
-    assert plans[1].use.activations - plans[0].use.activations > (rings if kind == "eagle" else 0)
-    assert (plans[1].use.kv_cache, plans[1].num_blocks) == (plans[0].use.kv_cache, plans[0].num_blocks)
+    assert plans[0].drafter is None
+    taken = plans[1].drafter
+    assert taken.weights > params / 2
+    assert taken.activations > (8 * eagle.ring_blocks(24) * 16 * 2 * 32 * 4 if kind == "eagle" else 0)
+    assert taken.kv_cache == 0 and plans[1].num_blocks == plans[0].num_blocks
     sized = {"backend": "cpu", "num_blocks": None, "kv_cache_bytes": 1 << 20, "max_model_len": 64}
     for speculative in (SpeculativeConfig("ngram"), SpeculativeConfig(kind, heads=heads)):
         tiny_engine(speculative=speculative, on_plan=plans.append, **sized).core.close()
@@ -132,7 +135,7 @@ class Watching:
         proposals = self.drafter.propose(scheduled, sampled, values)
         for proposal in proposals:
             at = proposal.sequence_id, len(self.texts[proposal.sequence_id])
-            self.proposed[at] = proposal.token_ids
+            self.proposed[at] = proposal.token_ids, proposal.parents or chain(len(proposal.token_ids))
         return proposals
 
 
@@ -162,12 +165,12 @@ def test_guesses_are_those_of_the_trained_net(kind, tmp_path, monkeypatch):
     }
     net = make_net(kind, heads.shape, params, target)
     (seen,) = watching
-    compared = 0
+    compared = branches = 0
     for sequence, text in seen.texts.items():
         rows = np.stack(seen.rows[sequence]).astype(np.float32)
         for length in range(len(PROMPTS[sequence]) + 1, len(text) - 4):
-            proposed = seen.proposed.get((sequence, length))
-            if proposed is None:
+            proposed, parents = seen.proposed.get((sequence, length), ((), ()))
+            if not proposed:
                 continue
             # Hidden states of all tokens but the last; guesses go on from their own.
             features = np.zeros((1, length + 3, rows.shape[1]), np.float32)
@@ -178,10 +181,14 @@ def test_guesses_are_those_of_the_trained_net(kind, tmp_path, monkeypatch):
             shown = target.normed(features) if kind == "medusa" else features
             with torch.no_grad():
                 logits = net.guess(torch.from_numpy(shown), torch.from_numpy(tokens), length - 1, 3)
-            want = [int(heads.draft_ids[int(guess[0, -1].argmax())]) for guess in logits]
-            assert list(proposed) == want[: len(proposed)]
+            order = [heads.draft_ids[torch.argsort(guess[0, -1], descending=True).numpy()] for guess in logits]
+            for token, level in zip(proposed, levels(parents), strict=True):
+                assert token in order[level][: WIDTH if kind == "medusa" else 1]
+            assert proposed[0] == order[0][0]
             compared += len(proposed)
+            branches += list(parents) != sorted(set(parents))
     assert compared > 50
+    assert (branches > 0) == (kind == "medusa"), "Medusa's trees have branches, EAGLE's chains have none"
 
 
 class WithBuffer:

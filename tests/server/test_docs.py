@@ -9,8 +9,9 @@ import pytest
 
 from kvarn import request
 from kvarn.cli import serve as command
-from kvarn.config import SpeculativeConfig
+from kvarn.config import GrammarConfig, SpeculativeConfig
 from kvarn.engine import EngineStats
+from kvarn.grammar.source import MAX_CHOICES
 from kvarn.server import create_app, errors
 from kvarn.server.metrics import EngineCollector
 from kvarn.server.protocol import (
@@ -77,9 +78,17 @@ def test_limits():
     steps = [defaults["max_num_seqs"], defaults["max_num_batched_tokens"]]
     assert row("sequences in a step, tokens in a step") == steps
     assert row("prompts in a request, `n`") == [MAX_PROMPTS, request.MAX_N]
-    assert row("messages") == [MOST_ENTRIES["messages"]]
+    assert row("messages, tools") == [MOST_ENTRIES["messages"], MOST_ENTRIES["tools"]]
     assert row("`stop`") == [request.MAX_STOP_STRINGS, 1, request.MAX_STOP_STRING_CHARS]
     assert row("`stop_token_ids`, `logit_bias` entries") == [MOST_ENTRIES["stop_token_ids"], MOST_ENTRIES["logit_bias"]]
+    grammar = GrammarConfig()
+    sizes = [grammar.max_grammar_bytes, grammar.max_grammar_depth, MAX_CHOICES]
+    assert row("grammar: bytes, nesting of a schema, choices") == sizes
+    costs = [grammar.max_grammar_seconds, grammar.max_grammar_mb, grammar.max_mask_ms]
+    assert row("grammar: time and memory to compile, time for a mask") == costs
+    kept = [grammar.max_queued_grammars, grammar.grammar_cache_entries]
+    assert row("grammars waiting, compiled ones kept") == kept
+    assert {name: defaults[name] for name in GrammarConfig.__dataclass_fields__} == dataclasses.asdict(grammar)
     assert row("`cache_salt`") == [1, request.MAX_CACHE_SALT_CHARS]
     assert row("`logprobs` of a completion, `top_logprobs`") == [request.MAX_LOGPROBS, request.MAX_LOGPROBS]
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvarn.spec.chain import LEAST, Candidates, candidates_of, chain_of, kept_rows, likely_tree
+from kvarn.spec.chain import LEAST, Candidates, candidates_of, kept_rows, likely_tree
 from kvarn.step import SampledToken, ScheduledSequence, SchedulerOutput
 
 LEVELS = st.lists(st.lists(st.floats(0.01, 1.0), min_size=1, max_size=4), min_size=1, max_size=4)
@@ -48,21 +48,27 @@ def test_candidates_are_the_likeliest(seed, count):
     assert list(found.probabilities) == pytest.approx((weights / weights.sum())[order].tolist(), rel=1e-5)
 
 
-def test_a_chain_ends_where_it_is_likely_to_be_wrong():
-    sure, unsure = np.log(np.array([0.9, 0.1], np.float32)), np.log(np.array([0.4, 0.6], np.float32))
-    assert chain_of([sure] * 4) == [0] * 4
-    assert chain_of([unsure] * 9) == [1] * 4, "0.6⁴ is above the least, 0.6⁵ below"
-    assert chain_of([np.full(2, np.nan, np.float32)] * 3) == []
+def test_what_is_not_likely_is_not_guessed():
+    unsure = candidates_of(np.log(np.array([0.4, 0.6], np.float32)), 1)
+    assert likely_tree([unsure] * 9, 9) == ([1] * 4, [-1, 0, 1, 2]), "0.6⁴ is above the least, 0.6⁵ below"
+    assert likely_tree([candidates_of(np.full(2, np.nan, np.float32), 1)], 3) == ([], [])
+    assert likely_tree([], 3) == ([], [])
 
 
-def test_the_last_row_that_was_right_is_kept():
-    def part(number, tokens, draft=(), sample=True):
-        return ScheduledSequence(number, tokens, 0, ((),), sample, draft)
+def test_rows_of_what_was_right_are_kept():
+    def part(number, tokens, draft=(), parents=(), sample=True):
+        return ScheduledSequence(number, tokens, 0, ((),), sample, draft, parents)
 
-    sequences = (part(1, (5,), (6, 7)), part(2, (1, 2, 3), sample=False), part(3, (4, 4)), part(4, (9,), (8,)))
-    said = [(1, 6), (1, 9), (3, 2), (4, 8), (4, 1)]
+    tree = part(4, (9,), (8, 5, 7, 1), (-1, -1, 1, 2))
+    sequences = (part(1, (5,), (6, 7), (-1, 0)), part(2, (1, 2, 3), sample=False), part(3, (4, 4)), tree, part(5, (2,)))
+    said = [(1, 6), (1, 9), (3, 2), (4, 5), (4, 7), (4, 3)]  # a grammar failed: nothing of the last
     sampled = [SampledToken(number, token) for number, token in said]
     kept = list(kept_rows(SchedulerOutput(1, sequences), sampled))
-    assert [(k.part.sequence_id, k.tokens, k.token_row, k.output_row) for k in kept] == [
-        (1, (6, 9), 1, 1), (3, (2,), 7, 3), (4, (8, 1), 9, 5),
-    ]  # fmt: skip
+    rows = np.arange(14, dtype=np.float32)[:, None]
+    assert [(k.part.sequence_id, list(k.tokens), k.output_row, k.rows(rows)[:, 0].tolist()) for k in kept] == [
+        (1, [6, 9], 1, [0, 1]),
+        (2, [], -1, [3, 4, 5]),
+        (3, [2], 3, [6, 7]),
+        (4, [5, 7, 3], 7, [8, 10, 11]),
+        (5, [], -1, [13]),
+    ]

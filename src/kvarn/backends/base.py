@@ -144,14 +144,6 @@ class MemoryUse:
     activations: int
     """Buffers of the largest step, and the threads' working storage."""
 
-    def __add__(self, other: MemoryUse) -> MemoryUse:
-        return MemoryUse(
-            self.weights + other.weights,
-            self.tables + other.tables,
-            self.kv_cache + other.kv_cache,
-            self.activations + other.activations,
-        )
-
     @property
     def without_cache(self) -> int:
         """What is held whatever the cache's size is."""
@@ -161,6 +153,15 @@ class MemoryUse:
     def total(self) -> int:
         """Sum of all parts."""
         return self.without_cache + self.kv_cache
+
+    def plus(self, other: MemoryUse) -> MemoryUse:
+        """What two of them hold."""
+        return MemoryUse(
+            self.weights + other.weights,
+            self.tables + other.tables,
+            self.kv_cache + other.kv_cache,
+            self.activations + other.activations,
+        )
 
 
 class Executable(Protocol):

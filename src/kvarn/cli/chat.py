@@ -25,6 +25,7 @@ from kvarn.cli.options import (
     within,
 )
 from kvarn.cli.speculative import Speculative, speculative_config
+from kvarn.cli.structured import JsonSchema, Regex, structured
 from kvarn.errors import RequestError
 
 EPILOG = """\b
@@ -51,9 +52,12 @@ def command(
     max_model_len: MaxModelLen = None,
     packed_cache_bytes: PackedCacheBytes = None,
     speculative: Speculative = None,
+    json_schema: JsonSchema = None,
+    regex: Regex = None,
 ) -> None:
     """Talk with a model in the terminal."""
     sampling = sampling_params(max_tokens, temperature, top_p, top_k, min_p, seed)
+    sampling = structured(sampling, json_schema, regex)
     llm = load_llm(
         model,
         threads=threads,

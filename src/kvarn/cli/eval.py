@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from kvarn.cli.eval_structured import STRUCTURED_EPILOG, structured_command
 from kvarn.cli.options import ModelArgument, Threads
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure a model's quality.")
@@ -140,6 +141,9 @@ def kv_cache_command(
             f"{kv:<9}{sizes[kv]:>12,}{r.perplexity:>12.4f}{r.kl_mean:>12.2e}{r.kl_p99:>12.2e}{r.kl_max:>12.2e}"
             f"{r.top1_agreement:>10.2%}"
         )
+
+
+app.command("structured", epilog=STRUCTURED_EPILOG)(structured_command)
 
 
 def _read(text: Path) -> str:

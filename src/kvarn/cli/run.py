@@ -27,6 +27,7 @@ from kvarn.cli.options import (
     within,
 )
 from kvarn.cli.speculative import Speculative, speculative_config
+from kvarn.cli.structured import JsonSchema, Regex, structured
 
 if TYPE_CHECKING:
     from kvarn.engine import LLM
@@ -37,6 +38,7 @@ Examples:
   kvarn run "def quicksort(a):" --model qwen2.5-coder-0.5b-instruct --raw --temperature 0
   git diff | kvarn run "Write a commit message for this change:" --max-tokens 80
   kvarn run "Name three rivers." --json --stats
+  kvarn run "Is water wet?" --regex "(yes|no)"
 """
 
 
@@ -64,6 +66,8 @@ def command(
     max_model_len: MaxModelLen = None,
     packed_cache_bytes: PackedCacheBytes = None,
     speculative: Speculative = None,
+    json_schema: JsonSchema = None,
+    regex: Regex = None,
     stats: Annotated[bool, typer.Option("--stats", help="Say afterwards where the time went (on stderr).")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of streaming text.")] = False,
 ) -> None:
@@ -72,6 +76,7 @@ def command(
     import_module("kvarn.engine")  # all of the engine's imports, so that loading is timed by itself
     started = time.perf_counter()
     sampling = sampling_params(max_tokens, temperature, top_p, top_k, min_p, seed)
+    sampling = structured(sampling, json_schema, regex)
     llm = load_llm(
         model,
         threads=threads,

@@ -114,6 +114,15 @@ def command(
     threads: Threads = 0,
     packed_cache_bytes: PackedCacheBytes = None,
     speculative: Speculative = None,
+    max_grammar_bytes: Annotated[int, typer.Option(help="Largest schema, regex or grammar.")] = 256 << 10,
+    max_grammar_depth: Annotated[int, typer.Option(help="Deepest JSON schema.")] = 64,
+    max_grammar_seconds: Annotated[float, typer.Option(help="To compile a grammar; then it is refused.")] = 5.0,
+    max_grammar_mb: Annotated[int, typer.Option(help="Mebibytes that compiling a grammar may take.")] = 1024,
+    max_mask_ms: Annotated[
+        float, typer.Option(help="For the tokens a grammar allows at one place, when it is tried.")
+    ] = 250.0,
+    max_queued_grammars: Annotated[int, typer.Option(help="Grammars waiting to be compiled; one more gets 429.")] = 64,
+    grammar_cache_entries: Annotated[int, typer.Option(help="Compiled grammars that are kept.")] = 64,
     trace_file: Annotated[
         Path | None,
         typer.Option(help="Record what the engine does, and write the last steps here at the end (see `kvarn trace`)."),
@@ -122,7 +131,7 @@ def command(
 ) -> None:
     """Serve a model over an OpenAI-compatible HTTP API, with a chat page at /."""
     from kvarn.cli.progress import resolve_with_progress
-    from kvarn.config import CacheConfig, EngineConfig, SchedulerConfig
+    from kvarn.config import CacheConfig, EngineConfig, GrammarConfig, SchedulerConfig
     from kvarn.engine import model_name
     from kvarn.server import ServeOptions, serve
 
@@ -132,6 +141,10 @@ def command(
         threads=threads,
         packed_cache_bytes=packed_cache_bytes,
         speculative=speculative_config(speculative),
+        grammar=GrammarConfig(
+            max_grammar_bytes, max_grammar_depth, max_grammar_seconds, max_grammar_mb, max_mask_ms,
+            max_queued_grammars, grammar_cache_entries,
+        ),
         cache=CacheConfig(
             dtype=kv_cache_dtype,
             kv_cache_bytes=optional_size("kv-cache-bytes", kv_cache_bytes),

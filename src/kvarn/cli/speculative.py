@@ -14,13 +14,14 @@ Speculative = Annotated[
     str | None,
     typer.Option(
         help="Guess tokens ahead, so that several come in one step: 'method=ngram,k=auto' or k=4. ngram: what followed "
-        "when the last tokens occurred before, in prompt or output. auto: as many as pay. Also: max_k (of auto), "
-        "ngram_min, ngram_max, corpus_tokens, max_step_drafts. medusa, eagle: what heads say that were trained for the "
-        "model, in the file of heads=FILE (`kvarn spec train` makes it)."
+        "when the last tokens occurred before, in prompt or output. 'method=draft,model=MODEL': what a smaller model "
+        "with the same vocabulary says. 'method=eagle,heads=FILE' or medusa: what heads say that were trained for the "
+        "model (`kvarn spec train` makes them). lookahead: n-grams that the model makes up itself (window, ngram, "
+        "guesses). auto: as many as pay. Also: max_k (of auto), ngram_min, ngram_max, corpus_tokens, max_step_drafts."
     ),
 ]
-_TEXTS = ("method", "heads")
-_NUMBERS = tuple(field.name for field in dataclasses.fields(SpeculativeConfig) if field.name not in _TEXTS)
+_NAMES = tuple(field.name for field in dataclasses.fields(SpeculativeConfig))
+_TEXTS = ("model", "heads")
 
 
 def speculative_config(text: str | None) -> SpeculativeConfig | None:
@@ -30,8 +31,8 @@ def speculative_config(text: str | None) -> SpeculativeConfig | None:
     given: dict[str, str] = {}
     for setting in text.split(","):
         name, equals, value = (part.strip() for part in setting.partition("="))
-        if not equals or name not in (*_TEXTS, *_NUMBERS):
-            names = ", ".join((*_TEXTS, *_NUMBERS))
+        if not equals or name not in _NAMES:
+            names = ", ".join(_NAMES)
             raise ConfigError(f"--speculative: settings are name=value with a name of {names}, not {setting[:40]!r}")
         if name in given:
             raise ConfigError(f"--speculative: {name} is given twice")
@@ -39,8 +40,9 @@ def speculative_config(text: str | None) -> SpeculativeConfig | None:
     method = given.pop("method", SpeculativeConfig().method)
     if given.get("k") == "auto":
         del given["k"]
-    heads = given.pop("heads", "")
-    return SpeculativeConfig(method, heads=heads, **{name: _number(name, value) for name, value in given.items()})
+    model, heads = (given.pop(name, "") for name in _TEXTS)
+    numbers = {name: _number(name, value) for name, value in given.items()}
+    return SpeculativeConfig(method, model=model, heads=heads, **numbers)
 
 
 def _number(name: str, text: str) -> int:

@@ -8,10 +8,12 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from itertools import zip_longest
+from typing import Any
 
 from kvarn.engine.events import EngineStats, Event, RequestFailed, join_parts
 from kvarn.engine.output import RequestText
 from kvarn.errors import EngineError, RequestError
+from kvarn.grammar import CompiledGrammar, GrammarCompiler, GrammarStats
 from kvarn.request import Request, RequestOutput, SequenceOutput
 from kvarn.runner import Runner
 from kvarn.scheduler import MeasuredCost, NullObserver, Observer, Scheduler, Sequence, StepShape, StepTimes
@@ -76,12 +78,15 @@ class EngineCore:
         *,
         cost: MeasuredCost | None = None,
         observer: Observer | None = None,
+        grammars: GrammarCompiler | None = None,
         clock: Callable[[], float] = time.perf_counter,
         on_close: Callable[[], None] = lambda: None,
     ) -> None:
         """new_scheduler: makes an empty scheduler over the runner's blocks. vocab_size: width of the logits.
 
-        cost: learns from every step that succeeds, scheduling and texts included, but not what moving blocks took.
+        grammars: compiles those of requests, for the runner to find; owned from now on; None: a request must have none.
+        cost: learns from every step that succeeds, scheduling and texts included, but not what moving blocks and
+        guessing took.
         observer: told of every step, with times of `clock` in seconds; `new_scheduler` tells it of the rest.
         on_close: called after the runner is closed (the model's files, from which a back-end may still read).
         """
@@ -94,6 +99,9 @@ class EngineCore:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._texts: dict[str, RequestText] = {}
+        self._grammars = grammars
+        self._compiled: dict[str, CompiledGrammar] = {}
+        """Those of the requests, so that the runner finds them whenever a sequence begins."""
         self._counters = _Counters()
         self._cost = cost or MeasuredCost()
         self._observer = observer or NullObserver()
@@ -106,6 +114,8 @@ class EngineCore:
         self._check_order(request)
         self._check_drafts(request)
         sampling = request.sampling
+        if sampling.grammar is not None:
+            self.grammars.check(sampling.grammar)
         for field, ids in (
             ("prompt", request.prompt_token_ids),
             ("logit_bias", sampling.logit_bias),
@@ -115,21 +125,44 @@ class EngineCore:
             if wrong is not None:
                 raise RequestError(f"{field}: token ids are 0 to {self._vocab_size - 1}, not {wrong}", field=field)
 
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer."""
+        return self._tokenizer
+
+    @property
+    def grammars(self) -> GrammarCompiler:
+        """Compiles grammars. Raises RequestError where none are taken."""
+        if self._grammars is None:
+            raise RequestError("this engine takes no grammars", field="grammar")
+        return self._grammars
+
     def add(self, request: Request) -> None:
-        """Queues a request. Without a seed it gets one at random. Raises RequestError, OverloadError."""
+        """Queues a request. Without a seed it gets one at random. Raises RequestError, OverloadError.
+
+        Waits for its grammar where that is not compiled yet (see `grammars`).
+        """
         self.check(request)
+        grammar = request.sampling.grammar
+        compiled = None if grammar is None else self.grammars.find(grammar) or self.grammars.compile(grammar)
         sequences = self._scheduler.add(request, seed=secrets.randbits(63))
         try:
             self._texts[request.request_id] = RequestText(request, sequences, self._tokenizer)
         except Exception:
             self._scheduler.abort(request.request_id)
             raise
+        if compiled is not None:
+            self._compiled[request.request_id] = compiled
 
     def abort(self, request_id: str) -> RequestOutput | None:
         """Ends a request and frees its blocks at once. Returns its last output; None where there is no such request."""
         self._scheduler.abort(request_id)
-        text = self._texts.pop(request_id, None)
+        text = self._forget(request_id)
         return None if text is None else text.abort()
+
+    def _forget(self, request_id: str) -> RequestText | None:
+        self._compiled.pop(request_id, None)
+        return self._texts.pop(request_id, None)
 
     def has_work(self) -> bool:
         """Whether `step` has anything to do."""
@@ -147,7 +180,7 @@ class EngineCore:
         executed = self._clock()
         events = self._book(scheduled, result)
         times = StepTimes(began, decided, executed, self._clock())
-        shape, seconds = StepShape.of(scheduled), times.ended - times.began - result.move_seconds
+        shape, seconds = StepShape.of(scheduled), times.ended - times.began - result.aside_seconds
         self._cost.observe(shape, seconds)
         self._scheduler.drafting.control.timed(shape, seconds)
         self._observer.stepped(scheduled, times)
@@ -172,6 +205,7 @@ class EngineCore:
             return output.stop_reason
 
         self._count(self._scheduler.update(scheduled, result, stops))
+        failed += self._fail_grammars(result)
         return failed + [self._message(i, outputs) for i, outputs in parts.items() if i in self._texts]
 
     def stats(self) -> EngineStats:
@@ -185,14 +219,28 @@ class EngineCore:
             num_blocks=scheduler.num_blocks,
             free_blocks=scheduler.num_free_blocks,
             cached_blocks=scheduler.num_cached_blocks,
+            **self._grammar_numbers(),
             **asdict(self._counters.plus(scheduler)),
         )
+
+    def _grammar_numbers(self) -> dict[str, Any]:
+        compiled = GrammarStats() if self._grammars is None else self._grammars.stats()
+        masks = self._runner.grammars
+        return {
+            "grammars_compiled": compiled.compiled,
+            "grammar_cache_hits": compiled.cache_hits,
+            "grammars_refused": compiled.refused,
+            "grammar_compile_seconds": compiled.compile_seconds,
+            "grammar_mask_seconds": masks.seconds,
+            "grammar_wait_seconds": masks.waited_seconds,
+        }
 
     def reset(self) -> None:
         """Drops all requests and starts anew, after `step` raised. Raises where the program does not run any more."""
         self._counters = self._counters.plus(self._scheduler)
         self._counters.failed_steps += 1
         self._texts.clear()
+        self._compiled.clear()
         self._observer.reset()
         self._scheduler = self._new_scheduler()
         self._runner.reset()
@@ -203,6 +251,8 @@ class EngineCore:
             self._closed = True
             self._spill()
         self._runner.close()
+        if self._grammars is not None:
+            self._grammars.close()
         self._on_close()
 
     def _spill(self) -> None:
@@ -216,7 +266,7 @@ class EngineCore:
     def _message(self, request_id: str, outputs: list[SequenceOutput]) -> RequestOutput:
         text = self._texts[request_id]
         if text.finished:
-            del self._texts[request_id]
+            self._forget(request_id)
         return text.output(tuple(outputs) if len(outputs) == 1 else join_parts(outputs))
 
     def _fail_one(self, request_id: str) -> RequestFailed:
@@ -224,8 +274,21 @@ class EngineCore:
         error_id = new_error_id()
         logger.exception("request %s failed (error id %s)", request_id, error_id)
         self._scheduler.abort(request_id)
-        del self._texts[request_id]
+        self._forget(request_id)
         return RequestFailed(request_id, EngineError(f"the request failed in the engine (error id {error_id})"))
+
+    def _fail_grammars(self, result: StepOutput) -> list[Event]:
+        """Ends the requests whose grammars gave up."""
+        failed: list[Event] = []
+        for sequence in result.failed:
+            found = (i for i, text in self._texts.items() if text.is_unfinished(sequence.sequence_id))
+            request_id = next(found, None)
+            if request_id is not None:
+                self._scheduler.abort(request_id)
+                self.grammars.forget(self._compiled[request_id].grammar)
+                self._forget(request_id)
+                failed.append(RequestFailed(request_id, RequestError(sequence.message, field="grammar")))
+        return failed
 
     def _count(self, sampled: list[tuple[Sequence, SampledToken]]) -> None:
         counters = self._counters

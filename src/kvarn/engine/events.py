@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from kvarn.errors import KvarnError, OverloadError
-from kvarn.request import RequestOutput, SequenceOutput
+from kvarn.request import FinishReason, Request, RequestOutput, SequenceOutput
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,11 +59,28 @@ class EngineStats:
     accepted_tokens: int = 0
     """Those of them that became output."""
     accepted_by_position: tuple[int, ...] = ()
-    """The same by their place in the draft, the first at 0."""
+    """The same by how far ahead they were guessed, the next token at 0."""
     draft_seconds: float = 0.0
     """Spent on proposing drafts."""
+    grammars_compiled: int = 0
+    grammar_cache_hits: int = 0
+    """Requests whose grammar was compiled already."""
+    grammars_refused: int = 0
+    """Those that could not be compiled, or not within their limits."""
+    grammar_compile_seconds: float = 0.0
+    """Spent on compiling, beside the engine."""
+    grammar_mask_seconds: float = 0.0
+    """Spent on finding the tokens that grammars allow, beside the model."""
+    grammar_wait_seconds: float = 0.0
+    """For which steps waited for that."""
     rejections: Mapping[str, int] = field(default_factory=lambda: dict.fromkeys(OverloadError.REASONS, 0))
     """Requests that were refused because there was too much to do, by `OverloadError.reason`."""
+
+
+def never_started(request: Request) -> RequestOutput:
+    """The last output of a request that was aborted before it was queued."""
+    ended = tuple(SequenceOutput(i, (), "", finish_reason=FinishReason.ABORT) for i in range(request.sampling.n))
+    return RequestOutput(request.request_id, ended, len(request.prompt_token_ids), 0, finished=True)
 
 
 def join_parts(parts: Sequence[SequenceOutput]) -> tuple[SequenceOutput, ...]:

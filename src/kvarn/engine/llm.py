@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
-from kvarn.config import CacheConfig, EngineConfig, SchedulerConfig
+from kvarn.config import CacheConfig, EngineConfig, GrammarConfig, SchedulerConfig
 from kvarn.engine.events import Event, RequestFailed, merge_outputs
 from kvarn.engine.front import EngineFront
 from kvarn.engine.load import LoadedEngine, load_engine
@@ -63,8 +63,9 @@ class LLM(EngineFront):
     with LLM("smollm2-135m-instruct", max_num_seqs=16) as llm:
         print(llm.chat([{"role": "user", "content": "Name three rivers."}]).text)
 
-    Settings are an `EngineConfig`, or its fields by name, those of its `cache` and `scheduler` among them. Methods may
-    be called from several threads; Ctrl-C in one of them aborts what it waits for and leaves the engine as it was.
+    Settings are an `EngineConfig`, or its fields by name, those of its `cache`, `scheduler` and `grammar` among them.
+    Methods may be called from several threads; Ctrl-C in one of them aborts what it waits for and leaves the engine as
+    it was.
     """
 
     def __init__(self, name_or_path: str, *, config: EngineConfig | None = None, **overrides: Any) -> None:
@@ -200,10 +201,10 @@ def with_overrides(config: EngineConfig, overrides: Mapping[str, Any]) -> Engine
 
     The cache's type goes by `kv_cache_dtype`, as on the command line.
     """
-    places: dict[str, dict[str, Any]] = {"": {}, "cache": {}, "scheduler": {}}
+    places: dict[str, dict[str, Any]] = {"": {}, "cache": {}, "scheduler": {}, "grammar": {}}
     nested = {
         place: {field.name for field in dataclasses.fields(record)}
-        for place, record in (("cache", CacheConfig), ("scheduler", SchedulerConfig))
+        for place, record in (("cache", CacheConfig), ("scheduler", SchedulerConfig), ("grammar", GrammarConfig))
     }
     own = {field.name for field in dataclasses.fields(EngineConfig)}
     for name, value in overrides.items():

@@ -4,51 +4,34 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Protocol
 
 from kvarn import __version__, _native
-from kvarn.backends import Backend, KvCacheSpec, MemoryUse, StepLimits
+from kvarn.backends import Backend, Executable, KvCacheSpec, MemoryUse, StepLimits
 from kvarn.backends.cpu import CpuBackend, PackedSlot
 from kvarn.cache import BlockPool, NullPrefixCache, RadixPrefixCache
 from kvarn.config import EngineConfig
 from kvarn.engine.core import EngineCore
+from kvarn.engine.draft import DraftModel
+from kvarn.engine.loadable import LoadableModel, stored_types
 from kvarn.engine.prefixes import shared_prefixes
 from kvarn.engine.tier import open_tier
 from kvarn.errors import ConfigError
+from kvarn.grammar import GrammarCompiler, GrammarMasks, GrammarVocabulary
+from kvarn.kv_types import KV_TYPES
 from kvarn.models import Model, ModelConfig, load_model
-from kvarn.planning import Available, MemoryPlan, available_memory, plan_memory
+from kvarn.planning import Available, MemoryPlan, Uses, available_memory, plan_memory
 from kvarn.program import Program
 from kvarn.runner import Drafter, MoveSeconds, Runner
-from kvarn.sampling import NativeSampler
+from kvarn.sampling import NativeSampler, Sampler
 from kvarn.scheduler import MeasuredCost, MoveCost, Observer, Scheduler, make_scheduler
 from kvarn.spec import HeadModel, make_drafter, open_heads
-from kvarn.tensors import TensorSource
-from kvarn.text import Tokenizer, load_tokenizer
+from kvarn.text import Tokenizer, load_spellings, load_tokenizer, spellings
 from kvarn.weights import ModelFiles, open_model, packed_cache
 from kvarn.weights.fingerprint import fingerprint
-
-
-class LoadableModel(Protocol):
-    """What an engine is built from: `kvarn.models.Model`, or a model that a test made in memory."""
-
-    @property
-    def config(self) -> ModelConfig:
-        """Sizes and ids."""
-        ...
-
-    @property
-    def program(self) -> Program:
-        """What runs."""
-        ...
-
-    @property
-    def weights(self) -> TensorSource:
-        """Where its weights come from."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +95,7 @@ def load_engine(
     times = [time.perf_counter()]
     path = catalog.resolve(name_or_path)
     files = open_model(path)
+    draft: DraftModel | None = None
     try:
         model = load_model(files, config.max_model_len)
         times.append(time.perf_counter())
@@ -119,14 +103,35 @@ def load_engine(
         times.append(time.perf_counter())
         packed = _packed_slot(files, model, config)
         name, identity = model_name(name_or_path), _model_identity(files, model)
+        draft = open_draft(config)
         engine = build_engine(
-            model, tokenizer, config, name=name, packed=packed, identity=identity,
+            model, tokenizer, config, name=name, packed=packed, identity=identity, draft=draft,
             on_plan=on_plan, observer=observer, on_close=files.close,
         )  # fmt: skip
         files.release()
         _native.trim_heap()  # of what building a tokenizer takes, half is needed afterwards
         times.append(time.perf_counter())
         return replace(engine, load_times=LoadTimes(*(end - start for start, end in pairwise(times))))
+    except BaseException:
+        if draft is not None:
+            draft.close()
+        files.close()
+        raise
+
+
+def open_draft(config: EngineConfig) -> DraftModel | None:
+    """The draft model that the settings name, pulled where it is not there yet, its files open and no weight read; None
+    without one. Raises ModelFileError, UnsupportedModelError, PullError."""
+    from kvarn.weights import catalog
+
+    if config.speculative is None or config.speculative.method != "draft":
+        return None
+    name = config.speculative.model
+    files = open_model(catalog.resolve(name))
+    try:
+        model = load_model(files, config.max_model_len)
+        backend = make_backend(config.backend, config.threads, _packed_slot(files, model, config))
+        return DraftModel(model, load_spellings(files), backend, model_name(name), files.close)
     except BaseException:
         files.close()
         raise
@@ -171,6 +176,7 @@ def build_engine(
     packed: PackedSlot | None = None,
     identity: str = "",
     new_drafter: NewDrafter | None = None,
+    draft: DraftModel | None = None,
     on_plan: OnPlan = lambda _plan: None,
     observer: Observer | None = None,
     on_close: Callable[[], None] = lambda: None,
@@ -178,8 +184,9 @@ def build_engine(
     """Sizes the cache, loads the program on the back-end, and puts the engine together.
 
     identity: tells the model's weights from all others, for KV that outlives the engine; needed for kv_offload_bytes.
-    new_drafter: makes the drafter of the program, in place of the one that config.speculative asks for: for those who
-    want to see hidden states.
+    draft: guesses for it, for config.speculative with method draft; owned once the engine is built. new_drafter: makes
+    the drafter of the program, in place of the one that config.speculative asks for: for those who want to see hidden
+    states.
     The weights must stay open until `on_close` is called, when the engine is closed: a back-end may read them late.
     on_plan: told what the engine will take, before weights are read. observer: told of every decision and step.
     Raises CapacityError before any weight is read.
@@ -187,18 +194,13 @@ def build_engine(
     program = model.program
     backend = make_backend(config.backend, config.threads, packed)
     heads = open_heads(config.speculative, program, model.weights)
-    watching = None if new_drafter is None else new_drafter(program)
-    memory = engine_memory(model, config, backend, available_memory(), heads)
+    if draft is not None:
+        draft.check(program, spellings(tokenizer.vocabulary), name, config.max_model_len)
+    memory = engine_memory(model, config, backend, available_memory(), draft, heads)
     shared = shared_prefixes(tokenizer, config.cache, memory.num_blocks, memory.windows)
     on_plan(memory)
     limits = memory.limits if heads is None else heads.target_limits(memory.limits)
     executable = backend.load(program, model.weights, memory.kv, limits)
-    if watching is not None:
-        drafter = watching
-    elif heads is not None:
-        drafter = heads.load(backend, executable, memory.kv, limits)
-    else:
-        drafter = make_drafter(config.speculative)
     tier = open_tier(config, program, executable, identity)
     ends = dict.fromkeys((*model.config.eos_token_ids, *tokenizer.eos_token_ids))
 
@@ -213,20 +215,61 @@ def build_engine(
         return make_scheduler(
             config.scheduler, pool, memory.max_model_len, cost,
             eos_token_ids=ends, prefix_cache=prefixes, moves=moves, observer=observer, speculative=config.speculative,
+            reference_every=KV_TYPES[config.cache.dtype].reference_every,
         )  # fmt: skip
 
+    grammars = GrammarCompiler(lambda: grammar_vocabulary(tokenizer, program.vocab_size, ends), config.grammar)
     sampler = NativeSampler(program.vocab_size)
     runner = Runner(
         executable, sampler, memory.limits, memory.block_size, logits=program.output, block_file=tier.file,
-        drafter=drafter,
+        drafter=(
+            _drafter(config, draft, heads, memory, sampler, backend, executable)
+            if new_drafter is None
+            else new_drafter(program)
+        ),
+        grammars=GrammarMasks(grammars.find, program.vocab_size, ends),
     )  # fmt: skip
+
+    def close() -> None:
+        if draft is not None:
+            draft.close()
+        on_close()
+
     core = EngineCore(
-        runner, new_scheduler, tokenizer, program.vocab_size, cost=cost, observer=observer, on_close=on_close
-    )
+        runner, new_scheduler, tokenizer, program.vocab_size, cost=cost, observer=observer, grammars=grammars,
+        on_close=close,
+    )  # fmt: skip
     moving = seconds if tier.file is not None else None
     return LoadedEngine(
         core, name, tokenizer, model.config, memory.max_model_len, config, memory, move_seconds=moving
     )
+
+
+def grammar_vocabulary(tokenizer: Tokenizer, vocab_size: int, ends: Iterable[int]) -> GrammarVocabulary:
+    """The vocabulary of a tokenizer as grammars need it. vocab_size: of the logits. ends: tokens that end an answer."""
+    special = frozenset(tokenizer.vocabulary.special)
+    tokens = [tokenizer.token_bytes(token) for token in range(vocab_size)]
+    # Where the vocabulary itself puts a space before a text, what it encodes to is not what follows in one.
+    encode = None if tokenizer.strips_leading_space else tokenizer.encode
+    return GrammarVocabulary(tokens, frozenset(t for t in special if t < vocab_size), tuple(ends), encode)
+
+
+def _drafter(
+    config: EngineConfig,
+    draft: DraftModel | None,
+    heads: HeadModel | None,
+    memory: MemoryPlan,
+    sampler: Sampler,
+    backend: Backend,
+    executable: Executable,
+) -> Drafter:
+    """The drafter that the settings ask for, its model or heads loaded beside the executable."""
+    chosen, program = config.speculative, executable.program
+    if chosen is not None and draft is not None:
+        return make_drafter(chosen, lambda: draft.load(memory, sampler, program.vocab_size, chosen))
+    if chosen is not None and heads is not None:
+        return make_drafter(chosen, lambda: heads.load(backend, executable, memory.kv, memory.limits))
+    return make_drafter(chosen, logits=program.output)
 
 
 def engine_memory(
@@ -234,19 +277,19 @@ def engine_memory(
     config: EngineConfig,
     backend: Backend,
     available: Available,
+    draft: DraftModel | None = None,
     heads: HeadModel | None = None,
 ) -> MemoryPlan:
-    """What an engine of the model takes on the back-end, with the heads that run beside it.
-
-    Raises CapacityError, ConfigError (see `plan_memory`).
-    """
-    program = model.program
-    dtypes = {weight.name: model.weights.tensor(weight.name).dtype for weight in program.weights}
+    """What an engine of the model takes on the back-end, with a draft model or heads where there are such. Raises
+    CapacityError, ConfigError (see `plan_memory`)."""
+    program, dtypes, chosen = model.program, stored_types(model), config.speculative
+    drafter: Uses | None = None
+    if draft is not None and chosen is not None:
+        drafter = draft.uses(program, chosen)
+    elif heads is not None:
+        drafter = heads.uses(backend)
 
     def uses(kv: KvCacheSpec, limits: StepLimits) -> MemoryUse:
-        if heads is None:
-            return backend.memory_use(program, dtypes, kv, limits)
-        limits = heads.target_limits(limits)
-        return backend.memory_use(program, dtypes, kv, limits) + heads.memory_use(backend, kv, limits)
+        return backend.memory_use(program, dtypes, kv, limits if heads is None else heads.target_limits(limits))
 
-    return plan_memory(program, uses, config, available)
+    return plan_memory(program, uses, config, available, drafter)

@@ -7,14 +7,18 @@ import logging
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from kvarn.config import SchedulerConfig
 from kvarn.engine.core import EngineCore, new_error_id
-from kvarn.engine.events import EngineStats, Event, RequestFailed
+from kvarn.engine.events import EngineStats, Event, RequestFailed, never_started
 from kvarn.errors import EngineError, KvarnError, OverloadError, RequestError
+from kvarn.grammar import CompiledGrammar
 from kvarn.request import Request
 from kvarn.scheduler import Backlog
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +61,8 @@ class EngineLoop:
         self._addresses: dict[str, _Address] = {}
         self._submitted: dict[str, int] = {}
         """Requests whose command to add them has not been carried out yet: prompt tokens by id."""
+        self._preparing: dict[str, Request] = {}
+        """Those of them that wait for their grammar."""
         self._rejections = Counter(dict.fromkeys(OverloadError.REASONS, 0))
         self._stats = core.stats()
         self._end: EngineError | None = None
@@ -77,9 +83,38 @@ class EngineLoop:
             if request.request_id in self._addresses:
                 raise RequestError(f"request_id {request.request_id!r} is in use", field="request_id")
             self._check_queue(len(request.prompt_token_ids))
+            grammar = self._grammar_of(request)
             self._addresses[request.request_id] = _Address(receiver, ticket)
             self._submitted[request.request_id] = len(request.prompt_token_ids)
-            self._commands.append(lambda: self._add(request))
+            if grammar is None:
+                self._commands.append(lambda: self._add(request))
+                self._wake.notify()
+                return
+            self._preparing[request.request_id] = request
+        grammar.add_done_callback(lambda done: self._prepared(request, done))
+
+    def _grammar_of(self, request: Request) -> Future[CompiledGrammar] | None:
+        """The request's grammar, which may still be compiled; None where it has none. Raises OverloadError. With the
+        lock held."""
+        grammar = request.sampling.grammar
+        try:
+            return None if grammar is None else self._core.grammars.submit(grammar)
+        except OverloadError as error:
+            self._rejections[error.reason] += 1
+            raise
+
+    def _prepared(self, request: Request, done: Future[CompiledGrammar]) -> None:
+        """Told, in any thread, that a request's grammar is there, or why it is not."""
+        with self._wake:
+            if self._preparing.get(request.request_id) is not request:
+                return  # aborted meanwhile
+            del self._preparing[request.request_id]
+            error = done.exception()
+            compiled = None if error else done.result()
+            if isinstance(error, KvarnError):
+                self._commands.append(lambda: self._refuse(request.request_id, error))
+            else:
+                self._commands.append(lambda: self._add(request, compiled))
             self._wake.notify()
 
     def check(self, request: Request) -> None:
@@ -153,6 +188,7 @@ class EngineLoop:
                 self._end = failure
                 self._commands.clear()
                 self._submitted.clear()
+                self._preparing.clear()
                 lost: list[Event] = [RequestFailed(i, EngineError(str(failure))) for i in self._addresses]
             self._publish(lost)
             self._core.close()
@@ -169,7 +205,13 @@ class EngineLoop:
             command()
         return True
 
-    def _add(self, request: Request) -> None:
+    def _refuse(self, request_id: str, error: KvarnError) -> None:
+        with self._wake:
+            self._submitted.pop(request_id, None)
+        self._publish([RequestFailed(request_id, error)])
+
+    def _add(self, request: Request, _grammar: CompiledGrammar | None = None) -> None:
+        """_grammar: the request's, held until the core holds it."""
         request_id = request.request_id
         with self._wake:
             # One lock around both, so that the request counts as submitted or as queued at every moment.
@@ -191,7 +233,11 @@ class EngineLoop:
         self._publish([failed])
 
     def _abort(self, request_id: str) -> None:
-        output = self._core.abort(request_id)
+        with self._wake:
+            waiting = self._preparing.pop(request_id, None)
+            if waiting is not None:
+                del self._submitted[request_id]
+        output = self._core.abort(request_id) if waiting is None else never_started(waiting)
         if output is not None:
             self._publish([output])
 

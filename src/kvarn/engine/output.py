@@ -35,6 +35,10 @@ class RequestText:
         """Whether every sequence has ended."""
         return not self._unfinished
 
+    def is_unfinished(self, sequence_id: int) -> bool:
+        """Whether the sequence is one of these and goes on."""
+        return sequence_id in self._unfinished
+
     def append(self, sequence: Sequence, token: SampledToken) -> SequenceOutput:
         """The output of a sequence for its new token.
 

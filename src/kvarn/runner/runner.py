@@ -8,12 +8,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvarn.backends import Executable, StepLimits
+from kvarn.draft_tree import chain, path
+from kvarn.grammar import GrammarMasks, StepMasks
 from kvarn.runner.batch import BatchBuilder
 from kvarn.runner.block_file import BlockFile
 from kvarn.runner.block_mover import BlockMover
 from kvarn.runner.drafter import Drafter, NullDrafter, Proposal
-from kvarn.sampling import Draft, Sampler
-from kvarn.step import DraftTokens, SampledToken, ScheduledSequence, SchedulerOutput, StepOutput
+from kvarn.runner.guide import guided
+from kvarn.sampling import Draft, Sampler, TokenMasks
+from kvarn.step import DraftTokens, FailedSequence, SampledToken, ScheduledSequence, SchedulerOutput, StepOutput
 
 
 class Runner:
@@ -32,20 +35,24 @@ class Runner:
         logits: str = "logits",
         block_file: BlockFile | None = None,
         drafter: Drafter | None = None,
+        grammars: GrammarMasks | None = None,
     ) -> None:
         """limits: those the executable was loaded with. logits: the program's output buffer.
 
         block_file: where blocks are saved and loaded, owned from now on; None: a step must not ask for that.
-        drafter: who proposes drafts; None: nobody.
+        drafter: who proposes drafts; None: nobody. grammars: of the sequences that have one, owned from now on; None:
+        no sequence may have one.
         """
         self._blocks = BlockMover(executable, block_file)
         self._executable = executable
         self._sampler = sampler
         self._drafter = drafter or NullDrafter()
+        self.grammars = grammars or GrammarMasks()
         self._drawn: dict[int, Proposal] = {}
         """The last proposals that were drawn from probabilities, by sequence."""
         self._num_groups = len(executable.program.kv_groups)
         self._batches = BatchBuilder(limits, block_size, self._num_groups)
+        self._block_size = block_size
         self._logits = logits
         self._known: set[int] = set()
 
@@ -57,49 +64,91 @@ class Runner:
         self._blocks.save(scheduled.block_saves)
         for sequence_id in scheduled.finished:
             self._known.discard(sequence_id)
-            self._sampler.remove(sequence_id)
-            self._drafter.remove(sequence_id)
+            self._remove(sequence_id)
         for new in scheduled.new:
             self._sampler.add(new)
             self._drafter.add(new)
+            self.grammars.add(new)
             self._known.add(new.sequence_id)
         if scheduled.block_copies:
             self._executable.copy_blocks(scheduled.block_copies)
         loaded = self._blocks.load(scheduled.block_loads)
         moved = self._blocks.take_seconds()
-        if not scheduled.sequences:
-            return StepOutput(scheduled.step, (), loaded, moved)
-        values = self._executable.execute(self._batches.build(scheduled.sequences), self._drafter.buffers)
-        sampled = self._sample(values[self._logits], [s for s in scheduled.sequences if s.sample])
         started = time.perf_counter()
-        proposals = self._drafter.propose(scheduled, sampled, values)
+        self._drafter.prepare(scheduled)
+        prepare_seconds = time.perf_counter() - started
+        if not scheduled.sequences:
+            return StepOutput(scheduled.step, (), loaded, moved, prepare_seconds=prepare_seconds)
+        parts = [s for s in scheduled.sequences if s.sample]
+        pending = self.grammars.begin(parts)
+        values = self._executable.execute(self._batches.build(scheduled.sequences), self._drafter.buffers)
+        masks = None if pending is None else self.grammars.finish(pending)
+        sampled, failed = self._sample(values[self._logits], parts, masks)
+        started = time.perf_counter()
+        proposals = guided(self.grammars, scheduled, self._drafter.propose(scheduled, sampled, values))
         draft_seconds = time.perf_counter() - started if proposals else 0.0
         self._drawn = {p.sequence_id: p for p in proposals if p.probabilities is not None}
-        drafts = tuple(DraftTokens(p.sequence_id, p.token_ids) for p in proposals if p.token_ids)
-        return StepOutput(scheduled.step, tuple(sampled), loaded, moved, drafts, draft_seconds)
+        drafts = tuple(_tokens(p) for p in proposals if p.token_ids)
+        return StepOutput(
+            scheduled.step, tuple(sampled), loaded, moved, drafts, draft_seconds, prepare_seconds, tuple(failed)
+        )
 
-    def _sample(self, logits: NDArray[np.float32], parts: list[ScheduledSequence]) -> list[SampledToken]:
+    def _sample(
+        self, logits: NDArray[np.float32], parts: list[ScheduledSequence], masks: StepMasks | None
+    ) -> tuple[list[SampledToken], list[FailedSequence]]:
         if not parts:
-            return []
+            return [], []
         ids, positions = [s.sequence_id for s in parts], [s.end for s in parts]
+        given = () if masks is None else (TokenMasks(masks.bits, masks.rows),)
         if logits.shape[0] == len(parts):
-            return self._sampler.sample(logits, ids, positions)
-        return self._sampler.verify(logits, ids, positions, [self._draft(s) for s in parts])
+            sampled = self._sampler.sample(logits, ids, positions, *given)
+        else:
+            sampled = self._sampler.verify(logits, ids, positions, [self._draft(s) for s in parts], *given)
+            self._move_accepted(parts, sampled)
+        if masks is None:
+            return sampled, []
+        failed = [*masks.failed, *self.grammars.advance(sampled)]
+        lost = {f.sequence_id for f in failed}
+        return [token for token in sampled if token.sequence_id not in lost], failed
+
+    def _move_accepted(self, parts: list[ScheduledSequence], sampled: list[SampledToken]) -> None:
+        """Moves the KV of accepted guesses to the slots of their positions, where they were behind other branches."""
+        said: dict[int, list[int]] = {}
+        for token in sampled:
+            said.setdefault(token.sequence_id, []).append(token.token_id)
+        moves = [
+            (self._slot(table, part.end + place), self._slot(table, part.end + level))
+            for part in parts
+            if part.draft
+            for level, place in enumerate(path(part.draft, part.parents, said.get(part.sequence_id, ())))
+            if place != level
+            for table in part.block_tables
+        ]
+        if moves:
+            self._executable.move_slots(moves)
+
+    def _slot(self, table: tuple[int, ...], position: int) -> int:
+        block, offset = divmod(position, self._block_size)
+        return table[block] * self._block_size + offset
 
     def _draft(self, part: ScheduledSequence) -> Draft:
         """The draft with the probabilities that it was drawn from, if it was."""
         drawn = self._drawn.get(part.sequence_id)
         count = len(part.draft)
         if not count or drawn is None or drawn.probabilities is None:
-            return Draft(part.draft)
+            return Draft(part.draft, parents=part.parents)
         assert drawn.token_ids[:count] == part.draft, "a draft is a beginning of what was proposed last"
-        return Draft(part.draft, drawn.probabilities[:count])
+        return Draft(part.draft, drawn.probabilities[:count], part.parents)
+
+    def _remove(self, sequence_id: int) -> None:
+        self._sampler.remove(sequence_id)
+        self._drafter.remove(sequence_id)
+        self.grammars.remove(sequence_id)
 
     def reset(self) -> None:
         """Forgets all sequences, then runs one token to see that the program still runs. Raises what that raises."""
         for sequence_id in self._known:
-            self._sampler.remove(sequence_id)
-            self._drafter.remove(sequence_id)
+            self._remove(sequence_id)
         self._known.clear()
         tables = ((0,),) * self._num_groups
         probe = ScheduledSequence(sequence_id=-1, token_ids=(0,), start=0, block_tables=tables, sample=True)
@@ -110,3 +159,9 @@ class Runner:
         self._drafter.close()
         self._executable.close()
         self._blocks.close()
+        self.grammars.close()
+
+
+def _tokens(proposal: Proposal) -> DraftTokens:
+    parents = chain(len(proposal.token_ids)) if proposal.parents is None else proposal.parents
+    return DraftTokens(proposal.sequence_id, proposal.token_ids, parents)

@@ -24,6 +24,7 @@ from kvarn.server.metrics import exposition
 from kvarn.server.protocol import ChatCompletionRequest, CompletionRequest
 from kvarn.server.sse import EventStream, unless_disconnected
 from kvarn.server.state import ServerState
+from kvarn.server.tools import ToolUse
 
 PAGES = {
     "/": ("index.html", "text/html"),
@@ -113,8 +114,9 @@ def _add_generation_routes(app: FastAPI, state: ServerState) -> None:
     def chat(llm: AsyncLLM, caller: Caller, data: bytes) -> _Understood:
         body = parse(ChatCompletionRequest, data)
         name = state.check_model(body.model)
-        generation = _generation(llm, caller, state.prompts.chat(body), body, "chatcmpl")
-        return ChatAnswer(body, generation, llm.tokenizer, name), bool(body.stream)
+        tools = ToolUse.of(body.tools, body.tool_choice, body.parallel_tool_calls, llm.tokenizer)
+        generation = _generation(llm, caller, state.prompts.chat(body, tools), body, "chatcmpl", tools)
+        return ChatAnswer(body, generation, llm.tokenizer, name, tools), bool(body.stream)
 
     def completion(llm: AsyncLLM, caller: Caller, data: bytes) -> _Understood:
         body = parse(CompletionRequest, data)
@@ -139,12 +141,17 @@ def _generation(
     prompts: Iterator[Sequence[int]],
     body: ChatCompletionRequest | CompletionRequest,
     kind: str,
+    tools: ToolUse | None = None,
 ) -> Generation:
     """What the body asks for. Raises ApiError, parameters named as the client spelt them."""
     try:
+        sampling = body.to_sampling()
+        if tools is not None:
+            sampling = tools.bind(sampling)
         return Generation(
-            llm, prompts, body.to_sampling(), new_id(kind), caller, priority=body.priority or 0, cache_salt=body.salt
-        )
+            llm, prompts, sampling, new_id(kind), caller, priority=body.priority or 0, cache_salt=body.salt,
+            refusal=body.refusal,
+        )  # fmt: skip
     except RequestError as error:
         raise body.refusal(error) from None
 

@@ -12,6 +12,7 @@ from kvarn.server.generation import Answer, Generation
 from kvarn.server.logprobs import chat_logprobs
 from kvarn.server.protocol import ChatCompletionRequest
 from kvarn.server.sse import event
+from kvarn.server.tools import ToolUse, Voice
 from kvarn.text import Tokenizer
 
 
@@ -19,11 +20,18 @@ class ChatAnswer:
     """Builds the bodies of one chat completion, whole or as a stream; once."""
 
     def __init__(
-        self, request: ChatCompletionRequest, generation: Generation, tokenizer: Tokenizer, model: str
+        self,
+        request: ChatCompletionRequest,
+        generation: Generation,
+        tokenizer: Tokenizer,
+        model: str,
+        tools: ToolUse | None = None,
     ) -> None:
+        """tools: that may be called; None: the answer is text."""
         self._request = request
         self._generation = generation
         self._tokenizer = tokenizer
+        self._voices = [Voice(tools) for _ in range(generation.num_choices)]
         self._head = {"id": generation.answer_id, "created": int(time.time()), "model": model}
 
     async def whole(self) -> dict[str, Any]:
@@ -32,11 +40,11 @@ class ChatAnswer:
         choices = [
             {
                 "index": index,
-                "message": {"role": "assistant", "content": answer.text, "refusal": None},
+                "message": {"role": "assistant", "refusal": None, **voice.whole(answer.text)},
                 "logprobs": self._logprobs(answer) if self._request.logprobs else None,
-                "finish_reason": None if answer.finish_reason is None else answer.finish_reason.value,
+                "finish_reason": voice.finish_reason(answer.finish_reason),
             }
-            for index, answer in enumerate(answers)
+            for index, (answer, voice) in enumerate(zip(answers, self._voices, strict=True))
         ]
         return {**self._head, "object": "chat.completion", "choices": choices, "usage": self._generation.usage.body()}
 
@@ -60,12 +68,20 @@ class ChatAnswer:
         return self._chunk([{"index": index, "delta": delta, "logprobs": None, "finish_reason": None}])
 
     def _delta(self, index: int, part: SequenceOutput) -> bytes:
+        voice = self._voices[index]
         logprobs = self._logprobs(part) if part.logprobs else None
-        finish = None if part.finish_reason is None else part.finish_reason.value
-        if not part.text and logprobs is None and finish is None:
-            return b""
-        delta = {"content": part.text} if part.text or logprobs is not None else {}
-        return self._chunk([{"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}])
+        deltas = voice.deltas(part.text, ended=part.finish_reason is not None)
+        finish = voice.finish_reason(part.finish_reason)
+        if not deltas and logprobs is not None:
+            deltas = [{"content": ""}]
+        if not deltas and finish is not None:
+            deltas = [{}]
+        chunks = b""
+        for place, delta in enumerate(deltas):
+            last = place == len(deltas) - 1
+            choice = {"index": index, "delta": delta, "logprobs": logprobs if place == 0 else None}
+            chunks += self._chunk([{**choice, "finish_reason": finish if last else None}])
+        return chunks
 
     def _chunk(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None = None) -> bytes:
         body: dict[str, Any] = {**self._head, "object": "chat.completion.chunk", "choices": choices}

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, field
 
 from kvarn.engine import AsyncLLM
+from kvarn.errors import OverloadError, RequestError
 from kvarn.request import FinishReason, Request, RequestOutput, SamplingParams, SequenceOutput, TokenLogprob
 from kvarn.server.caller import Caller
 
@@ -73,9 +74,14 @@ class Generation:
         *,
         priority: int = 0,
         cache_salt: str = "",
+        refusal: Callable[[RequestError], Exception] = lambda error: error,
     ) -> None:
-        """Checks each prompt as it comes, and all before any is queued. Any thread may call. Raises RequestError."""
+        """Checks each prompt as it comes, and all before any is queued. Any thread may call. Raises RequestError.
+
+        refusal: what to raise where it turns out later that a request is wrong.
+        """
         self._llm = llm
+        self._refusal = refusal
         self.n = sampling.n
         self.answer_id = answer_id
         self.requests: list[Request] = []
@@ -100,6 +106,14 @@ class Generation:
 
     async def stream(self) -> AsyncGenerator[list[tuple[int, SequenceOutput]], None]:
         """(choice index, delta) pairs as they come. Closing it aborts what still runs."""
+        async with aclosing(self._outputs()) as outputs:
+            try:
+                async for deltas in outputs:
+                    yield deltas
+            except RequestError as error:
+                raise error if isinstance(error, OverloadError) else self._refusal(error) from None
+
+    async def _outputs(self) -> AsyncGenerator[list[tuple[int, SequenceOutput]], None]:
         async with AsyncExitStack() as stack:
             streams = [await stack.enter_async_context(aclosing(self._llm.generate(r))) for r in self.requests]
             if len(streams) == 1:

@@ -42,6 +42,12 @@ class EngineCollector(Collector):
             ("spec_decode_num_draft_tokens", "Tokens of those drafts.", stats.draft_tokens),
             ("spec_decode_num_accepted_tokens", "Tokens of drafts that became output.", stats.accepted_tokens),
             ("spec_decode_draft_seconds", "Time spent on proposing drafts.", stats.draft_seconds),
+            ("grammar_compilations", "Grammars compiled.", stats.grammars_compiled),
+            ("grammar_cache_hits", "Requests whose grammar was compiled already.", stats.grammar_cache_hits),
+            ("grammar_refusals", "Grammars that could not be compiled within limits.", stats.grammars_refused),
+            ("grammar_compile_seconds", "Time spent on compiling them.", stats.grammar_compile_seconds),
+            ("grammar_mask_seconds", "Time spent on masks, beside the model.", stats.grammar_mask_seconds),
+            ("grammar_wait_seconds", "Time for which steps waited for masks.", stats.grammar_wait_seconds),
             ("engine_steps", "Steps of the engine.", stats.steps),
             ("engine_failed_steps", "Steps that failed.", stats.failed_steps),
         )
@@ -53,7 +59,7 @@ class EngineCollector(Collector):
                 yield family
         by_position = CounterMetricFamily(
             "kvarn:spec_decode_num_accepted_tokens_per_pos",
-            "Tokens of drafts that became output, by their place in the draft.",
+            "Tokens of drafts that became output, by how far ahead they were guessed.",
             labels=["model_name", "position"],
         )
         for position, count in enumerate(stats.accepted_by_position):

@@ -9,6 +9,7 @@ from kvarn.engine import AsyncLLM
 from kvarn.errors import RequestError
 from kvarn.server.errors import ApiError
 from kvarn.server.protocol import MAX_PROMPTS, ChatCompletionRequest, CompletionRequest
+from kvarn.server.tools import ToolUse
 
 
 class PromptEncoder:
@@ -35,11 +36,13 @@ class PromptEncoder:
             else:
                 yield prompt
 
-    def chat(self, request: ChatCompletionRequest) -> Iterator[Sequence[int]]:
-        """Token ids of the conversation. Raises TemplateError, RequestError naming the part at fault."""
+    def chat(self, request: ChatCompletionRequest, tools: ToolUse | None = None) -> Iterator[Sequence[int]]:
+        """Token ids of the conversation. tools: those that it tells the model of. Raises TemplateError, RequestError
+        naming the part at fault."""
         self._check_length(sum(map(_characters, request.messages)))
         yield self._tokenizer.encode_chat(
             request.messages,
+            tools=None if tools is None else tools.tools,
             add_generation_prompt=request.add_generation_prompt is not False,
             continue_final_message=bool(request.continue_final_message),
             template_kwargs=request.chat_template_kwargs or {},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from kvarn.config import SpeculativeConfig
@@ -12,15 +13,27 @@ from kvarn.spec.corpus import Corpora
 from kvarn.spec.eagle import eagle_model
 from kvarn.spec.head_model import HeadModel
 from kvarn.spec.heads import read_heads
+from kvarn.spec.lookahead import LookaheadDrafter
 from kvarn.spec.medusa import medusa_model
 from kvarn.spec.ngram import NgramDrafter
 from kvarn.tensors import TensorSource
 
 
-def make_drafter(config: SpeculativeConfig | None) -> Drafter:
-    """The drafter that the settings ask for, without sequences: one that needs no program of its own."""
+def _no_model() -> Drafter:
+    raise ValueError("methods draft, medusa and eagle need a model")
+
+
+def make_drafter(
+    config: SpeculativeConfig | None, of_model: Callable[[], Drafter] = _no_model, logits: str = "logits"
+) -> Drafter:
+    """The drafter that the settings ask for, without sequences. of_model: makes the one of method draft, or of heads.
+    logits: the program's output buffer."""
     if config is None:
         return NullDrafter()
+    if config.method == "draft" or config.heads:
+        return of_model()
+    if config.method == "lookahead":
+        return LookaheadDrafter(config, logits)
     corpora = Corpora(config.corpus_tokens, config.ngram_min, config.ngram_max) if config.corpus_tokens else None
     return NgramDrafter(config.ngram_min, config.ngram_max, corpora)
 

@@ -1,46 +1,56 @@
-"""What drafters over hidden states share: which rows of a step were kept, and how far a chain of guesses goes."""
+"""What drafters over hidden states share: which rows of a step were kept, and which guesses are likely enough."""
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kvarn.draft_tree import path
 from kvarn.step import SampledToken, ScheduledSequence, SchedulerOutput
 
 LEAST = 0.12
-"""A chain ends before a guess that is expected to be right less often, with all before it: a row more costs about so
-much of a step (docs/dev/perf-log.md)."""
+"""No guess is made that is expected to be right less often, with all before it: a row more costs about so much of a
+step (docs/dev/perf-log.md)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """What a step brought a sequence that sampled in it."""
+    """What a step brought a sequence."""
 
     part: ScheduledSequence
-    tokens: tuple[int, ...]
+    tokens: Sequence[int]
     """Sampled in order: those of the draft that were right, then one more."""
+    right: Sequence[int]
+    """Places in the draft of those that were right."""
     token_row: int
-    """The row among all of the step's from whose hidden state the last of them came."""
+    """The first row of the sequence among all of the step's."""
     output_row: int
-    """The same among the rows with logits."""
+    """The row among those with logits from whose hidden state the last token came; -1: nothing was sampled."""
+
+    def rows(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Of `values`, float32[T, width], the rows of tokens that are known now, in order of position."""
+        known = self.token_row + len(self.part.token_ids)
+        if all(place == number for number, place in enumerate(self.right)):
+            return values[self.token_row : known + len(self.right)]
+        return values[[*range(self.token_row, known), *(known + place for place in self.right)]]
 
 
 def kept_rows(scheduled: SchedulerOutput, sampled: Sequence[SampledToken]) -> Iterator[Kept]:
-    """For each sequence with `sample` in schedule order."""
+    """For each sequence of the step, in order."""
     said: dict[int, list[int]] = {}
     for token in sampled:
         said.setdefault(token.sequence_id, []).append(token.token_id)
     token_row = output_row = 0
     for part in scheduled.sequences:
-        if part.sample:
-            tokens = said[part.sequence_id]
-            right = len(tokens) - 1
-            yield Kept(part, tuple(tokens), token_row + len(part.token_ids) - 1 + right, output_row + right)
-            output_row += 1 + len(part.draft)
+        tokens = said.get(part.sequence_id, ())
+        right = path(part.draft, part.parents, tokens) if part.draft else ()
+        last = output_row + (right[-1] + 1 if right else 0) if tokens else -1
+        yield Kept(part, tokens, right, token_row, last)
+        output_row += 1 + len(part.draft) if part.sample else 0
         token_row += part.num_rows
 
 
@@ -48,19 +58,6 @@ def likeliest(logits: NDArray[np.float32]) -> tuple[int, float]:
     """The largest of float32[n] logits: its index, and its probability."""
     place = int(logits.argmax())
     return place, float(1.0 / np.exp(logits - logits[place]).sum())
-
-
-def chain_of(logits: Iterable[NDArray[np.float32]]) -> list[int]:
-    """The likeliest token of each guess's logits, as long as the product of their probabilities is at least `LEAST`."""
-    chain: list[int] = []
-    together = 1.0
-    for row in logits:
-        place, probability = likeliest(row)
-        together *= probability
-        if not together >= LEAST:
-            break
-        chain.append(place)
-    return chain
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,7 +32,7 @@ from kvarn.program import (
     Weight,
 )
 from kvarn.runner import Proposal
-from kvarn.spec.chain import LEAST, likeliest
+from kvarn.spec.chain import LEAST, kept_rows, likeliest
 from kvarn.spec.head_model import HeadModel, HeadTensors, last_layer
 from kvarn.spec.heads import Heads, HeadsShape, tensor_shapes
 from kvarn.spec.rings import Rings
@@ -213,6 +213,9 @@ class EagleDrafter:
         self._sequences.pop(sequence_id, None)
         self._rings.free(sequence_id)
 
+    def prepare(self, scheduled: SchedulerOutput) -> None:
+        """Nothing: the layer's keys and values are in no block of the target's."""
+
     def close(self) -> None:
         """Closes the executable."""
         self._executable.close()
@@ -237,19 +240,11 @@ class EagleDrafter:
 
     def _follow(self, scheduled: SchedulerOutput, sampled: Sequence[SampledToken], hidden: Floats) -> None:
         """Takes in tokens and hidden states of a step."""
-        said: dict[int, int] = {}
-        for token in sampled:
-            said[token.sequence_id] = said.get(token.sequence_id, 0) + 1
-            followed = self._sequences.get(token.sequence_id)
+        for kept in kept_rows(scheduled, sampled):
+            followed = self._sequences.get(kept.part.sequence_id)
             if followed is not None:
-                followed.tokens.append(token.token_id)
-        row = 0
-        for part in scheduled.sequences:
-            followed = self._sequences.get(part.sequence_id)
-            if followed is not None:
-                right = max(0, said.get(part.sequence_id, 1) - 1)
-                followed.take(part.start, hidden[row : row + len(part.token_ids) + right], self._window)
-            row += part.num_rows
+                followed.tokens += kept.tokens
+                followed.take(kept.part.start, kept.rows(hidden), self._window)
 
     def _begin(self, parts: Sequence[ScheduledSequence]) -> list[_Guess]:
         guesses = []

@@ -41,15 +41,19 @@ class HeadModel:
         """The target's largest step with what is wanted of it."""
         return replace(limits, outputs=self.buffers)
 
-    def memory_use(self, backend: Backend, kv: KvCacheSpec, limits: StepLimits) -> MemoryUse:
-        """What `load` will allocate beside a target with such a cache and such steps.
+    def uses(self, backend: Backend) -> Callable[[KvCacheSpec, StepLimits], MemoryUse]:
+        """What `load` will allocate, by the target's cache and limits.
 
         Its own cache does not grow with the target's, so it counts as activations.
         """
-        use = backend.memory_use(
-            self.program, self._dtypes, self.cache(kv, limits), self.limits(limits), shared=self.shared
-        )
-        return replace(use, kv_cache=0, activations=use.activations + use.kv_cache)
+
+        def use(kv: KvCacheSpec, limits: StepLimits) -> MemoryUse:
+            found = backend.memory_use(
+                self.program, self._dtypes, self.cache(kv, limits), self.limits(limits), shared=self.shared
+            )
+            return replace(found, kv_cache=0, activations=found.activations + found.kv_cache)
+
+        return use
 
     def load(self, backend: Backend, target: Executable, kv: KvCacheSpec, limits: StepLimits) -> Drafter:
         """The drafter beside the loaded target, whose cache and limits are given."""

@@ -24,7 +24,7 @@ from kvarn.program import (
     Weight,
 )
 from kvarn.runner import Proposal
-from kvarn.spec.chain import chain_of, kept_rows
+from kvarn.spec.chain import candidates_of, kept_rows, likely_tree
 from kvarn.spec.head_model import HeadModel, HeadTensors, logits_input
 from kvarn.spec.heads import Heads, HeadsShape, tensor_shapes
 from kvarn.step import NewSequence, SampledToken, SchedulerOutput
@@ -32,6 +32,8 @@ from kvarn.tensors import TensorSource
 
 HIDDEN = "hidden"
 BLOCK_SIZE = 16
+WIDTH = 4
+"""Tokens of each head that may be in a tree."""
 
 
 def medusa_program(shape: HeadsShape) -> Program:
@@ -75,7 +77,7 @@ def medusa_model(heads: Heads, target: Program, weights: TensorSource, k: int | 
 
 
 class MedusaDrafter:
-    """Guesses a chain: the likeliest token of each head, as long as all of it is likely enough.
+    """Guesses a tree of the likeliest tokens of each head, as long as its branches are likely enough.
 
     All sequences' rows go through the heads in one step of their program.
     """
@@ -99,6 +101,9 @@ class MedusaDrafter:
     def remove(self, sequence_id: int) -> None:
         """Nothing."""
 
+    def prepare(self, scheduled: SchedulerOutput) -> None:
+        """Nothing: no heads keep anything of blocks."""
+
     def close(self) -> None:
         """Closes the executable."""
         self._executable.close()
@@ -110,7 +115,8 @@ class MedusaDrafter:
         values: Mapping[str, NDArray[np.float32]],
     ) -> Sequence[Proposal]:
         """See `Drafter.propose`."""
-        wanted = [kept for kept in kept_rows(scheduled, sampled) if kept.part.num_drafts_wanted]
+        kept_here = kept_rows(scheduled, sampled)
+        wanted = [kept for kept in kept_here if kept.part.num_drafts_wanted and kept.output_row >= 0]
         if not wanted:
             return ()
         hidden = values[self._hidden][[kept.output_row for kept in wanted]]
@@ -118,10 +124,12 @@ class MedusaDrafter:
         logits = [out[name] for name in self._logits]
         proposals = []
         for row, kept in enumerate(wanted):
-            chain = chain_of(rows[row] for rows in logits[: kept.part.num_drafts_wanted])
-            if chain:
-                tokens = tuple(int(self._draft_ids[place]) for place in chain)
-                proposals.append(Proposal(kept.part.sequence_id, tokens))
+            part = kept.part
+            levels = [candidates_of(rows[row], WIDTH) for rows in logits[: part.num_drafts_wanted]]
+            places, parents = likely_tree(levels, part.num_nodes_wanted)
+            if places:
+                tokens = tuple(int(self._draft_ids[place]) for place in places)
+                proposals.append(Proposal(part.sequence_id, tokens, parents=tuple(parents)))
         return proposals
 
     def _batch(self, hidden: NDArray[np.float32]) -> InputBatch:

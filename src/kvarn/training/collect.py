@@ -84,6 +84,9 @@ class Recorder:
             row = end
         return ()
 
+    def prepare(self, scheduled: SchedulerOutput) -> None:
+        """Nothing."""
+
     def close(self) -> None:
         """Nothing."""
 

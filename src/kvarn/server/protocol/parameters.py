@@ -10,7 +10,7 @@ from typing import Any
 
 from kvarn.request import MAX_LOGIT_BIAS, MAX_STOP_STRINGS
 from kvarn.server.errors import ApiError
-from kvarn.text.messages import MAX_MESSAGES
+from kvarn.text.messages import MAX_MESSAGES, MAX_TOOLS
 
 HARMLESS = frozenset({
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
@@ -24,7 +24,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "parallel_tool_calls": (True, False),
     "functions": ([],),
     "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
     "verbosity": ("medium",),
     "modalities": (["text"],),
     "audio": (),
@@ -37,11 +36,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "add_special_tokens": (False,),
     "logits_processors": ([],),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "structured_outputs": (),
     "use_beam_search": (False,),
     "length_penalty": (1,),
     "bad_words": ([],),
@@ -59,8 +53,18 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 """Not honoured by an endpoint whose request model lacks it: refused by name there, unless null or one of these values,
 which ask for nothing."""
 
+RENAMED = {
+    "guided_json": "structured_outputs.json", "guided_regex": "structured_outputs.regex",
+    "guided_choice": "structured_outputs.choice", "guided_grammar": "structured_outputs.grammar",
+    "guided_json_object": "structured_outputs.json_object",
+    "guided_whitespace_pattern": "structured_outputs, whose JSON has white space of its own",
+    "guided_decoding_backend": "structured_outputs, of which there is one implementation",
+}  # fmt: skip
+"""What vLLM has given up for other parameters: refused with the name of what to use."""
+
 MOST_ENTRIES = {
-    "messages": MAX_MESSAGES, "stop": MAX_STOP_STRINGS, "logit_bias": MAX_LOGIT_BIAS, "stop_token_ids": 1024,
+    "messages": MAX_MESSAGES, "tools": MAX_TOOLS, "stop": MAX_STOP_STRINGS, "logit_bias": MAX_LOGIT_BIAS,
+    "stop_token_ids": 1024,
 }  # fmt: skip
 """Entries of a list or an object at most, looked at before any entry is."""
 
@@ -75,6 +79,10 @@ def screen(values: dict[str, Any], honoured: Collection[str]) -> dict[str, Any]:
         if name in honoured:
             _check_entries(name, value)
             kept[name] = value
+        elif name in RENAMED:
+            if value is not None:
+                message = f"{name} is not supported: use {RENAMED[name]}"
+                raise ApiError(400, message, param=name, code="unsupported_parameter")
         elif name in NEUTRAL:
             if value is not None and value not in NEUTRAL[name]:
                 raise ApiError(400, f"{name} is not supported here yet", param=name, code="unsupported_parameter")

@@ -17,8 +17,9 @@ from pydantic import (
 )  # fmt: skip
 
 from kvarn.errors import RequestError
-from kvarn.request import MAX_CACHE_SALT_CHARS, MAX_LOGPROBS, SamplingParams
+from kvarn.request import MAX_CACHE_SALT_CHARS, MAX_LOGPROBS, Grammar, SamplingParams
 from kvarn.server.errors import ApiError
+from kvarn.server.protocol.structure import ResponseFormat, StructuredOutputs
 
 DEFAULT_COMPLETION_TOKENS = 16
 """`max_tokens` of a completion that does not say, as OpenAI has it."""
@@ -110,6 +111,8 @@ class SamplingRequest(BaseModel):
     num_speculative_tokens: StrictInt | None = None
     """vLLM's name; there it is the server's alone."""
     priority: StrictInt | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
     cache_salt: StrictStr | None = None
     """Cached prefixes are shared only between requests with the same salt (vLLM has it, too)."""
 
@@ -123,7 +126,18 @@ class SamplingRequest(BaseModel):
             stop=self.stop,
             stop_token_ids=tuple(self.stop_token_ids or ()),
             logit_bias=self._bias(),
+            grammar=self.grammar,
         )
+
+    @property
+    def grammar(self) -> Grammar | None:
+        """What the answer must be. Raises ApiError naming the parameter."""
+        if self.structured_outputs is None:
+            return None if self.response_format is None else self.response_format.to_grammar()
+        if self.response_format is not None and self.response_format.type != "text":
+            message = "structured_outputs and response_format exclude one another"
+            raise ApiError(400, message, param="structured_outputs", code="invalid_value")
+        return self.structured_outputs.to_grammar()
 
     @property
     def salt(self) -> str:
@@ -158,7 +172,10 @@ class SamplingRequest(BaseModel):
 
     def refusal(self, error: RequestError) -> ApiError:
         """The error with the parameter named as the client spelt it."""
-        return ApiError(400, str(error), param=error.field, code="invalid_value")
+        field = error.field
+        if field == "grammar":
+            field = "response_format" if self.structured_outputs is None else "structured_outputs"
+        return ApiError(400, str(error), param=field, code="invalid_value")
 
 
 class CompletionRequest(SamplingRequest):
@@ -191,6 +208,9 @@ class ChatCompletionRequest(SamplingRequest):
     max_completion_tokens: StrictInt | None = None
     add_generation_prompt: StrictBool | None = None
     continue_final_message: StrictBool | None = None
+    tools: list[dict[str, Any]] | None = Field(None, fail_fast=True)
+    tool_choice: StrictStr | dict[str, Any] | None = None
+    parallel_tool_calls: StrictBool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
     def to_sampling(self) -> SamplingParams:
@@ -218,6 +238,8 @@ class ChatCompletionRequest(SamplingRequest):
     def refusal(self, error: RequestError) -> ApiError:
         """The error with the parameter named as the client spelt it."""
         message, field = str(error), error.field
+        if field == "grammar" and self.grammar is None:
+            return ApiError(400, message, param="tools", code="invalid_value")
         if field == "max_tokens" and self.max_completion_tokens is not None:
             message, field = message.replace("max_tokens", "max_completion_tokens"), "max_completion_tokens"
-        return ApiError(400, message, param="messages" if field == "prompt" else field, code="invalid_value")
+        return super().refusal(RequestError(message, field="messages" if field == "prompt" else field))
