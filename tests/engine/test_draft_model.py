@@ -1,8 +1,13 @@
 """A smaller model guesses: answers stay the same, its memory is planned, and a model that does not fit is refused."""
 
+import json
+import re
+
 import pytest
 from tiny_engine import nearly, request, run_core, shared_model, tiny_engine, tokens_of
+from typer.testing import CliRunner
 
+from kvarn.cli.app import app
 from kvarn.config import CacheConfig, EngineConfig, SpeculativeConfig
 from kvarn.engine import make_backend
 from kvarn.engine.draft import DraftModel
@@ -171,6 +176,20 @@ def test_its_memory_is_planned_and_refused_where_it_does_not_fit(monkeypatch):
     tiny_engine(**settings).core.close()
     with pytest.raises(CapacityError, match=r"takes 1\.1 MiB of weights.*at least 1\.5 MiB must be available"):
         tiny_engine(**settings, speculative=DRAFT, draft=draft)
+
+
+def test_the_plan_command_counts_it(tmp_path):
+    target, draft = (str(write_tiny_gguf(tmp_path / f"{name}.gguf")) for name in ("target", "draft"))
+    settings = ["plan", target, "--memory", "64MiB", "--max-num-seqs", "4", "--threads", "1"]
+    chosen = ["--speculative", f"method=draft,model={draft}"]
+    alone = json.loads(CliRunner().invoke(app, [*settings, "--json"]).output)["served"]
+    both = json.loads(CliRunner().invoke(app, [*settings, *chosen, "--json"]).output)["served"]
+    assert alone["drafter"] is None
+    assert both["drafter"]["kv_cache"] == both["use"]["kv_cache"]
+    assert both["total"] == sum(sum(both[part].values()) for part in ("use", "drafter"))
+    table = CliRunner().invoke(app, [*settings, *chosen]).output
+    assert re.search(r"draft model +\S+ \S+ +\S+ \S+ of it KV cache", table)
+    assert "draft model" not in CliRunner().invoke(app, settings).output
 
 
 def test_both_models_are_read_from_files(tmp_path):

@@ -171,7 +171,11 @@ def test_an_engine_that_guesses_without_a_seed_has_the_exact_distribution(params
 def test_an_engine_that_takes_all_guesses_is_seen(monkeypatch):
     params, model = {"top_k": 12}, shared_model("llama", 0)
     expected = third_token_distribution(model, params)
-    monkeypatch.setattr(runner_module, "Draft", lambda ids, q=None: Draft(ids, None if q is None else q * 0.3))
+
+    def with_less(ids, q=None, parents=None):
+        return Draft(ids, None if q is None else q * 0.3, parents)
+
+    monkeypatch.setattr(runner_module, "Draft", with_less)
     counts = second_tokens(monkeypatch, model, nearly("llama", 0, 0.15), params, 100)
     statistic, freedom = chi_square(counts, expected / expected.sum())
     assert statistic > quantile(freedom)

@@ -332,3 +332,38 @@ def test_paths_and_parts_of_trees():
     assert pruned(tokens, parents, lambda place, level: place != 1) == ((5, 7, 6), (-1, 0, 0))
     assert pruned(tokens, parents, lambda place, level: level < 1) == ((5, 6), (-1, -1))
     assert pruned(tokens, parents, lambda place, level: place != 0) == ((6, 7, 8), (-1, 0, 1))
+
+
+def test_a_drafter_that_computes_its_guesses_gets_blocks_for_them_until_somebody_needs_those():
+    bench = Bench(blocks=5, writes_ahead=True)
+    first = bench.add("a", range(6), max_tokens=9)
+    (part,) = bench.step().sequences
+    assert len(part.block_tables[0]) * BLOCK >= part.end + part.num_drafts_wanted == 9
+    assert len(first.table) == 3, "what was guessed stays where it is"
+    second = bench.add("b", range(20, 26), max_tokens=2)
+    scheduled = bench.step()
+    assert [p.sequence_id for p in scheduled.sequences] == [0, 1], "nobody waits for the room of a guess"
+    assert first.num_preemptions == second.num_preemptions == 0
+    bench.run()
+    assert bench.said[0] == expected_tokens(range(6), 0, max_length=15)
+    assert bench.scheduler.num_free_blocks == 5
+
+
+def test_blocks_for_guesses_are_given_back_when_none_is_made_any_more():
+    bench = Bench(writes_ahead=True)
+    sequence = bench.add("a", range(6), max_tokens=40)
+    bench.step()
+    assert len(sequence.table) == 3
+    control = bench.scheduler.drafting.control
+    control.most, control.choose = 0, lambda drafted, shape, room: [0] * len(drafted)
+    assert rows(bench.step()) == [(1, 0)]
+    assert (sequence.num_computed_tokens, len(sequence.table)) == (7, 2)
+
+
+def test_no_blocks_are_taken_beyond_the_longest_text():
+    bench = Bench(k=9, blocks=4, writes_ahead=True)
+    bench.add("a", range(6), max_tokens=9)
+    while bench.scheduler.has_work():
+        scheduled = bench.step()
+        assert all(len(p.block_tables[0]) <= 4 for p in scheduled.sequences)
+    assert bench.said[0] == expected_tokens(range(6), 0, max_length=15)

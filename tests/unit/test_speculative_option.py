@@ -18,6 +18,8 @@ from kvarn.errors import ConfigError
         ("method=lookahead", SpeculativeConfig("lookahead", window=2, ngram=3, guesses=2)),
         ("method=lookahead,window=7,ngram=5,guesses=6,k=40", SpeculativeConfig("lookahead", 40, window=7, ngram=5,
                                                                                guesses=6)),
+        ("method=draft,model=/a/b c.gguf,k=2", SpeculativeConfig("draft", 2, model="/a/b c.gguf")),
+        ("method=draft, model = smollm2-135m-instruct", SpeculativeConfig("draft", model="smollm2-135m-instruct")),
         ("k=auto,max_k=16,max_step_drafts=128", SpeculativeConfig(max_k=16, max_step_drafts=128)),
     ],
 )
@@ -43,6 +45,8 @@ def test_settings(text, config):
         ("guesses=auto", "guesses must be a whole number, not 'auto'"),
         ("method=lookahead,window=20,ngram=3,guesses=13", r"\(window \+ guesses\) \* \(ngram - 1\) must be at most 64"),
         ("method=lookahead,window=40,guesses=40,max_step_drafts=512", "must be at most 128"),
+        ("method=draft", "speculative model must be the name or path of a model with method=draft"),
+        ("model=tiny.gguf", "with method=draft, absent otherwise, not 'tiny.gguf'"),
         ("ngram_min=9,ngram_max=3", r"ngram_max must be between ngram_min \(9\) and 64"),
         ("corpus_tokens=99999999", "corpus_tokens must be between 0 and"),
         ("max_step_drafts=0", "max_step_drafts must be between 1 and 4096"),

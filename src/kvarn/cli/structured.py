@@ -13,17 +13,17 @@ from kvarn.errors import ConfigError
 from kvarn.request import Grammar, GrammarKind, SamplingParams
 
 JsonSchema = Annotated[
-    Path | None, typer.Option("--json-schema", help="File with a JSON schema that the answer must satisfy.")
+    str | None, typer.Option("--json-schema", help="File with a JSON schema that the answer must satisfy.")
 ]
 Regex = Annotated[str | None, typer.Option("--regex", help="Regular expression that the whole answer must match.")]
 
 
-def structured(sampling: SamplingParams, json_schema: Path | None, regex: str | None) -> SamplingParams:
+def structured(sampling: SamplingParams, json_schema: str | None, regex: str | None) -> SamplingParams:
     """The same, with the grammar that the options ask for. Raises ConfigError."""
     if json_schema is not None and regex is not None:
         raise ConfigError("--json-schema and --regex exclude one another")
     if json_schema is not None:
-        grammar = Grammar(GrammarKind.JSON_SCHEMA, read_text(json_schema, "--json-schema"))
+        grammar = Grammar(GrammarKind.JSON_SCHEMA, read_text(Path(json_schema), "--json-schema"))
     elif regex is not None:
         grammar = Grammar.regex(regex)
     else:

@@ -243,7 +243,7 @@ def _validated(schema: Any, answer: str) -> tuple[Status, str]:
         return Status.INVALID, f"no JSON: {error}"
     try:
         kind = validator_for(schema, default=Draft202012Validator)
-        error = next(kind(schema, format_checker=kind.FORMAT_CHECKER).iter_errors(value), None)
+        wrong = next(kind(schema, format_checker=kind.FORMAT_CHECKER).iter_errors(value), None)
     except Exception as error:  # a schema may be wrong in any way
         return Status.UNCHECKED, f"{type(error).__name__}: {error}"[:200]
-    return (Status.VALID, "") if error is None else (Status.INVALID, error.message[:300])
+    return (Status.VALID, "") if wrong is None else (Status.INVALID, wrong.message[:300])

@@ -66,6 +66,7 @@ class GrammarCompiler:
         self._pending: dict[Grammar, Future[CompiledGrammar]] = {}
         self._queue: SimpleQueue[Grammar | None] = SimpleQueue()
         self._thread: threading.Thread | None = None
+        self._trial: TrialProcess | None = None
         self._closed = False
         self._stats = GrammarStats()
 
@@ -127,13 +128,12 @@ class GrammarCompiler:
             if self._closed:
                 return
             self._closed = True
-            thread = self._thread
-        if thread is None:
-            return
+            thread, trial = self._thread, self._trial
+        if trial is not None:
+            trial.close()  # so that the thread does not wait for it
         self._queue.put(None)
-        self._trial.close()  # so that the thread does not wait for it
-        thread.join()
-        self._trial.close()
+        if thread is not None:
+            thread.join()
         for future in self._pending.values():
             future.set_exception(EngineError("the engine was closed"))
         self._pending.clear()
@@ -146,10 +146,16 @@ class GrammarCompiler:
     def _tokenizer(self) -> LLTokenizer:
         return self._vocabulary.to_llguidance()
 
-    @cached_property
-    def _trial(self) -> TrialProcess:
-        c = self._config
-        return TrialProcess(self._vocabulary, c.max_grammar_seconds, c.max_grammar_mb, c.max_mask_ms)
+    def _fault(self, source: str) -> str:
+        """What a trial says of a grammar; see `TrialProcess.fault`."""
+        if self._trial is None:
+            c = self._config
+            trial = TrialProcess(self._vocabulary, c.max_grammar_seconds, c.max_grammar_mb, c.max_mask_ms)
+            with self._lock:
+                if self._closed:
+                    raise EngineError("the engine was closed")
+                self._trial = trial
+        return self._trial.fault(source)
 
     def _run(self) -> None:
         while (grammar := self._queue.get()) is not None and not self._closed:
@@ -167,7 +173,7 @@ class GrammarCompiler:
             source = to_llguidance(grammar)
         except ValueError as error:
             raise RequestError(f"the grammar cannot be used: {error}", field="grammar") from None
-        fault = self._trial.fault(source)
+        fault = self._fault(source)
         if fault:
             raise RequestError(f"the grammar {fault}", field="grammar")
         matcher = new_matcher(self._tokenizer, source)
