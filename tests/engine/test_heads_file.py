@@ -15,7 +15,7 @@ from tiny_engine import shared_model, tiny_engine
 from kvarn.config import SpeculativeConfig
 from kvarn.errors import ConfigError, ModelFileError
 from kvarn.models import content_key
-from kvarn.spec import read_heads, save_heads
+from kvarn.spec import open_heads, read_heads, save_heads
 from kvarn.spec.heads import KINDS
 from kvarn.tensors import Tensor
 from kvarn.testing import tiny_model
@@ -156,6 +156,9 @@ def test_another_models_heads_are_refused_at_start(file):
         tiny_engine(speculative=SpeculativeConfig("eagle", heads=str(file)))
     with pytest.raises(ConfigError, match="k must be at most 3, the heads that were trained, not 4"):
         tiny_engine(speculative=SpeculativeConfig("medusa", k=4, heads=str(file)))
+    bigger = tiny_model("llama", vocab_size=300)
+    with pytest.raises(ModelFileError, match="trained for a model of other sizes"):
+        open_heads(config, bigger.program)
     with pytest.raises(ModelFileError, match="cannot be read"):
         tiny_engine(speculative=SpeculativeConfig("medusa", heads=str(file) + "x"))
 

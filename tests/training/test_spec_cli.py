@@ -37,6 +37,10 @@ def test_training(kind, model, prompts, tmp_path, capsys):
         run(*given, "--resume")
     text = capsys.readouterr().out
     assert "held-out acceptance" in text and f"written: {out}" in text
+    with pytest.raises(SystemExit):
+        main(["plan", str(model), "--json", "--speculative", f"method={kind},heads={out}"])
+    served = json.loads(capsys.readouterr().out)["served"]
+    assert served["drafter"]["weights"] > 0 == served["drafter"]["kv_cache"]
 
 
 @pytest.mark.parametrize(

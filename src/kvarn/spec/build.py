@@ -6,8 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from kvarn.config import SpeculativeConfig
+from kvarn.errors import ModelFileError
 from kvarn.models import content_key
-from kvarn.program import Program
+from kvarn.program import Logits, Program
 from kvarn.runner import Drafter, NullDrafter
 from kvarn.spec.corpus import Corpora
 from kvarn.spec.eagle import eagle_model
@@ -39,15 +40,20 @@ def make_drafter(
 
 
 def open_heads(
-    config: SpeculativeConfig | None, program: Program, weights: TensorSource
+    config: SpeculativeConfig | None, program: Program, weights: TensorSource | None = None
 ) -> HeadModel | None:
-    """What the drafter that the settings ask for runs beside the target; None where it runs nothing.
+    """The heads that the settings ask for, to be run beside the target; None where they ask for none.
 
-    program, weights: the target's. Raises ModelFileError for heads that are damaged or another model's, ConfigError.
+    program, weights: the target's; without weights what heads take can be told, but not whether they are the target's.
+    Raises ModelFileError for heads that are damaged or another model's, ConfigError.
     """
     if config is None or not config.heads:
         return None
-    heads = read_heads(Path(config.heads).expanduser(), config.method, content_key(program, weights))
+    target = None if weights is None else content_key(program, weights)
+    heads = read_heads(Path(config.heads).expanduser(), config.method, target)
+    sizes = next(op.weight for op in program.ops if isinstance(op, Logits) and op.out == program.output)
+    if (heads.shape.vocab_size, heads.shape.hidden_size) != program.weight(sizes).shape:
+        raise ModelFileError("trained for a model of other sizes", path=config.heads, field="shape")
     if config.method == "medusa":
         return medusa_model(heads, program, weights, config.k)
     return eagle_model(heads, program, weights)

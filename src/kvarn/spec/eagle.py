@@ -105,7 +105,7 @@ def ring_blocks(window: int) -> int:
     return -(-(window + MOST_AHEAD) // BLOCK_SIZE) + 1
 
 
-def eagle_model(heads: Heads, target: Program, weights: TensorSource) -> HeadModel:
+def eagle_model(heads: Heads, target: Program, weights: TensorSource | None) -> HeadModel:
     """The layer beside its model."""
     shape = heads.shape
     embedding = next(op.weight for op in target.ops if isinstance(op, Embed))

@@ -35,7 +35,8 @@ class HeadModel:
 
     @cached_property
     def _dtypes(self) -> dict[str, DType]:
-        return {weight.name: self.weights.tensor(weight.name).dtype for weight in self.program.weights}
+        own = (weight.name for weight in self.program.weights if weight.name not in self.shared)
+        return {name: self.weights.tensor(name).dtype for name in own}
 
     def target_limits(self, limits: StepLimits) -> StepLimits:
         """The target's largest step with what is wanted of it."""
@@ -67,19 +68,24 @@ class HeadTensors:
     """`TensorSource` of heads (see `stored`), and of the target's own weights for shared names."""
 
     def __init__(
-        self, tensors: Mapping[str, NDArray[np.floating]], target: TensorSource, shared: Collection[str] = ()
+        self, tensors: Mapping[str, NDArray[np.floating]], target: TensorSource | None, shared: Collection[str] = ()
     ) -> None:
+        """target: None where nothing will be loaded."""
         self._tensors = {name: stored(name, values) for name, values in tensors.items()}
         self._target = target
         self._shared = frozenset(shared)
 
     def tensor(self, name: str) -> Tensor:
         """The weight of that name."""
-        return self._target.tensor(name) if name in self._shared else self._tensors[name]
+        if name in self._shared:
+            assert self._target is not None, "loaded beside a model"
+            return self._target.tensor(name)
+        return self._tensors[name]
 
     def release(self) -> None:
         """Lets the target's pages go."""
-        self._target.release()
+        if self._target is not None:
+            self._target.release()
 
 
 def stored(name: str, values: NDArray[np.floating]) -> Tensor:

@@ -52,7 +52,7 @@ def medusa_program(shape: HeadsShape) -> Program:
     return Program("medusa", tuple(ops), tuple(buffers), weights, no_kv, shape.vocab_size, 1 << 30, "logits.0")
 
 
-def medusa_model(heads: Heads, target: Program, weights: TensorSource, k: int | None) -> HeadModel:
+def medusa_model(heads: Heads, target: Program, weights: TensorSource | None, k: int | None) -> HeadModel:
     """Heads beside their model. k: tokens to guess, where that is fixed. Raises ConfigError."""
     shape = heads.shape
     if k is not None and k > shape.num_heads:
