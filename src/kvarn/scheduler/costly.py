@@ -25,6 +25,8 @@ NEARLY = 8
 """Tokens that a drafter may lack of a text without it being worth a thought."""
 READING_MEMORY, LEAST_OFF = 0.8, 0.1
 """What is known of the time of reading counts this much less with each text; and a bound of what it may say."""
+ANSWERED_SHARE = 0.05
+"""Of each step in the share of sequences that guesses came for."""
 ANSWER = 128
 """Tokens of an answer, as long as none has ended."""
 
@@ -80,6 +82,8 @@ class CostlySpeculation(AutoSpeculation):
         self._reading_expected = self._reading_taken = 0.0
         """Seconds, fading."""
         self._plans = 0
+        self._answered = 1.0
+        """How many of those who are asked for guesses have any: heads have none where they are not sure."""
 
     def plan(self, ready: ListOf[Sequence], shape: StepShape) -> None:
         """See `Speculation`."""
@@ -94,10 +98,10 @@ class CostlySpeculation(AutoSpeculation):
         times = self._step_times(ready, shape, self.most)
         one = self._guesses.seconds(count, PRIOR_SHARE * times[0])
         rates = [self._known(sequence) for sequence in ready]
-        best, tokens = MARGIN * count / times[0], float(count)
+        best, tokens, share = MARGIN * count / times[0], float(count), self._answered
         for depth in range(1, self.most + 1):
-            tokens += sum(rate.gain(depth - 1) for rate in rates)
-            seconds = times[depth] + depth * one
+            tokens += share * sum(rate.gain(depth - 1) for rate in rates)
+            seconds = share * (times[depth] + depth * one) + (1 - share) * (times[0] + one)
             if tokens / seconds > best:
                 best, self._depth = tokens / seconds, depth
                 self._saved = times[0] / count - seconds / tokens
@@ -149,6 +153,8 @@ class CostlySpeculation(AutoSpeculation):
 
     def proposed(self, asked: ListOf[int], came: ListOf[int], seconds: float, prepare_seconds: float) -> None:
         """See `Speculation`."""
+        if asked:
+            self._answered += ANSWERED_SHARE * (len(came) / len(asked) - self._answered)
         if came and len(came) == len(asked):
             self._guesses.observe(len(came), seconds / max(came))
         self._reading_taken += prepare_seconds
