@@ -23,8 +23,8 @@ class Machine:
         self, rates, *, step=0.010, row=0.0005, guess=0.003, token=0.0005, most=8, seed=1, answer=400, sure=1.0
     ):
         """step: seconds of a step, row: of each of its rows; guess: of one more guess of each; token: read by the
-        drafter. answer: tokens that each sequence says. sure: how often a drafter that is asked guesses at all; where it
-        does not, that took it one guess."""
+        drafter. answer: tokens that each sequence says. sure: how often a drafter that is asked guesses at all; where
+        it does not, that took it one guess."""
         self.cost = LinearCost(fixed=step, token=row, sampled=0.0, attended=0.0)
         self.control = CostlySpeculation(most, self.cost)
         self.guess, self.token, self.answer, self.sure = guess, token, answer, sure

@@ -13,13 +13,13 @@ from kvarn.step import SampledToken, ScheduledSequence, SchedulerOutput
 LEVELS = st.lists(st.lists(st.floats(0.01, 1.0), min_size=1, max_size=4), min_size=1, max_size=4)
 
 
-@given(LEVELS, st.integers(1, 12))
-def test_no_other_tree_of_as_many_guesses_is_expected_to_bring_more(weights, most):
+@given(LEVELS, st.integers(1, 12), st.booleans())
+def test_no_other_tree_of_as_many_guesses_is_expected_to_bring_more(weights, most, chained):
     levels = []
     for level in weights:
         probabilities = sorted((weight / sum(weights[0] + level) for weight in level), reverse=True)
         levels.append(Candidates(range(10, 10 + len(level)), probabilities))
-    places, parents = likely_tree(levels, most)
+    places, parents = likely_tree(levels, most, chained=chained)
     together, depths = [], []
     for place, parent in zip(places, parents, strict=True):
         assert parent < len(together)
@@ -33,6 +33,7 @@ def test_no_other_tree_of_as_many_guesses_is_expected_to_bring_more(weights, mos
         float(np.prod([levels[d].probabilities[rank] for d, rank in enumerate(path)]))
         for depth in range(1, len(levels) + 1)
         for path in itertools.product(*(range(len(level.places)) for level in levels[:depth]))
+        if not chained or not any(path[:-1])
     ]
     likely = sorted((p for p in every if p >= LEAST), reverse=True)[:most]
     assert together == pytest.approx(likely)

@@ -80,12 +80,17 @@ def candidates_of(logits: NDArray[np.float32], count: int) -> Candidates:
     return Candidates(first.tolist(), [float(weight) / total for weight in weights[first]])
 
 
-def likely_tree(levels: Sequence[Candidates], most: int) -> tuple[list[int], list[int]]:
+WIDTH = 4
+"""Tokens that may stand in one place of a tree."""
+
+
+def likely_tree(levels: Sequence[Candidates], most: int, *, chained: bool = False) -> tuple[list[int], list[int]]:
     """The tree of up to `most` guesses that are expected to bring most: of each its place in the draft vocabulary, and
     its parent among them (-1: what is known).
 
-    levels: what may stand at each level, whatever is before it. A guess is right with the product of the probabilities
-    along its path (Cai et al. 2024, section 2.3.1); the likeliest come first, none below `LEAST`.
+    levels: what may stand at each level, whatever is before it; chained: after the likeliest of all levels before it,
+    so that other branches have one guess. A guess is right with the product of the probabilities along its path (Cai
+    et al. 2024, section 2.3.1); the likeliest come first, none below `LEAST`.
     """
     places: list[int] = []
     parents: list[int] = []
@@ -100,6 +105,6 @@ def likely_tree(levels: Sequence[Candidates], most: int) -> tuple[list[int], lis
         parents.append(parent)
         if rank + 1 < len(here.places):
             heapq.heappush(heap, (-before * here.probabilities[rank + 1], level, rank + 1, parent, before))
-        if level + 1 < len(levels):
+        if level + 1 < len(levels) and not (chained and rank):
             heapq.heappush(heap, (negative * levels[level + 1].probabilities[0], level + 1, 0, node, -negative))
     return places, parents

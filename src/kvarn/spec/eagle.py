@@ -32,7 +32,7 @@ from kvarn.program import (
     Weight,
 )
 from kvarn.runner import Proposal
-from kvarn.spec.chain import LEAST, kept_rows, likeliest
+from kvarn.spec.chain import LEAST, WIDTH, Candidates, candidates_of, kept_rows, likely_tree
 from kvarn.spec.head_model import HeadModel, HeadTensors, last_layer
 from kvarn.spec.heads import Heads, HeadsShape, tensor_shapes
 from kvarn.spec.rings import Rings
@@ -162,19 +162,20 @@ class _Sequence:
 
 @dataclass(slots=True)
 class _Guess:
-    """A chain while it is made."""
+    """A proposal while it is made."""
 
     part: ScheduledSequence
     sequence: _Sequence
     ring: int
-    places: list[int] = field(default_factory=list)
-    """Of its tokens in the draft vocabulary."""
+    levels: list[Candidates] = field(default_factory=list)
+    """What may come in each place, the likeliest in all places before it."""
     probability: float = 1.0
     feature: Floats | None = None
 
 
 class EagleDrafter:
-    """Guesses a chain, token by token, for all sequences together, as long as all of it is likely enough.
+    """Guesses a chain, token by token, for all sequences together, as long as all of it is likely enough; beside its
+    tokens others that may stand in their place, where those are likelier than a longer chain.
 
     The layer sees the last `window` tokens. Its keys and values are in rings of blocks of its own, one for each
     sequence of a step: with so short a memory that is less than the target's blocks would take, and nothing of a
@@ -232,11 +233,7 @@ class EagleDrafter:
         going = self._catch_up(guesses)
         while going:
             going = self._go_on(going)
-        return [
-            Proposal(guess.part.sequence_id, tuple(int(self._draft_ids[place]) for place in guess.places))
-            for guess in guesses
-            if guess.places
-        ]
+        return [proposal for guess in guesses if (proposal := self._proposal(guess)) is not None]
 
     def _follow(self, scheduled: SchedulerOutput, sampled: Sequence[SampledToken], hidden: Floats) -> None:
         """Takes in tokens and hidden states of a step."""
@@ -258,6 +255,12 @@ class EagleDrafter:
                 self._sequences[taken_from].computed = 0
             guesses.append(_Guess(part, followed, ring))
         return guesses
+
+    def _proposal(self, guess: _Guess) -> Proposal | None:
+        part = guess.part
+        places, parents = likely_tree(guess.levels, part.num_nodes_wanted, chained=True)
+        tokens = tuple(int(self._draft_ids[place]) for place in places)
+        return Proposal(part.sequence_id, tokens, parents=tuple(parents)) if tokens else None
 
     def _catch_up(self, guesses: Sequence[_Guess]) -> list[_Guess]:
         """Computes the rows that wait, and with them the first guesses. Returns those to go on with."""
@@ -285,8 +288,8 @@ class EagleDrafter:
     def _go_on(self, going: Sequence[_Guess]) -> list[_Guess]:
         """One guess more for each."""
         features = np.stack([guess.feature for guess in going if guess.feature is not None])
-        tokens = [[int(self._draft_ids[guess.places[-1]])] for guess in going]
-        starts = [guess.sequence.computed + len(guess.places) - 1 for guess in going]
+        tokens = [[int(self._draft_ids[guess.levels[-1].places[0]])] for guess in going]
+        starts = [guess.sequence.computed + len(guess.levels) - 1 for guess in going]
         return self._run(going, features, tokens, starts)
 
     def _run(
@@ -297,12 +300,12 @@ class EagleDrafter:
         out = self._executable.execute(batch)
         going = []
         for guess, logits, row in zip(guesses, out[LOGITS], batch.output_rows.tolist(), strict=True):
-            place, probability = likeliest(logits)
-            guess.probability *= probability
+            part, here = guess.part, candidates_of(logits, 1 if guess.part.num_nodes_wanted == 1 else WIDTH)
+            guess.probability *= here.probabilities[0]
             if not guess.probability >= LEAST:
                 continue
-            guess.places.append(place)
-            if len(guess.places) < min(guess.part.num_drafts_wanted, MOST_AHEAD):
+            guess.levels.append(here)
+            if len(guess.levels) < min(part.num_drafts_wanted, part.num_nodes_wanted, MOST_AHEAD):
                 guess.feature = out[LAYER][row].copy()
                 going.append(guess)
         return going

@@ -24,7 +24,7 @@ from kvarn.program import (
     Weight,
 )
 from kvarn.runner import Proposal
-from kvarn.spec.chain import candidates_of, kept_rows, likely_tree
+from kvarn.spec.chain import WIDTH, candidates_of, kept_rows, likely_tree
 from kvarn.spec.head_model import HeadModel, HeadTensors, logits_input
 from kvarn.spec.heads import Heads, HeadsShape, tensor_shapes
 from kvarn.step import NewSequence, SampledToken, SchedulerOutput
@@ -32,8 +32,6 @@ from kvarn.tensors import TensorSource
 
 HIDDEN = "hidden"
 BLOCK_SIZE = 16
-WIDTH = 4
-"""Tokens of each head that may be in a tree."""
 
 
 def medusa_program(shape: HeadsShape) -> Program:
