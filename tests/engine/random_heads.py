@@ -3,8 +3,7 @@
 import numpy as np
 
 from kvarn.models import content_key
-from kvarn.spec import Heads, HeadsShape, Training, save_heads
-from kvarn.spec.heads import tensor_shapes
+from kvarn.spec.heads import Heads, HeadsShape, Training, save_heads, tensor_shapes
 
 
 def random_heads(model, kind, *, seed=0, draft_vocab=100, ahead=3, window=24, sure=6.0):

@@ -11,9 +11,9 @@ from tiny_engine import request, run_core, shared_model, tiny_engine, tokens_of
 
 from kvarn.config import SpeculativeConfig
 from kvarn.draft_tree import chain, levels
-from kvarn.spec import eagle, read_heads
+from kvarn.spec import eagle
 from kvarn.spec.chain import WIDTH
-from kvarn.spec.heads import KINDS
+from kvarn.spec.heads import KINDS, read_heads
 from kvarn.spec.rings import Rings
 
 FAMILIES = ("llama", "mistral", "gemma3_text", "gpt2")

@@ -15,8 +15,8 @@ from tiny_engine import shared_model, tiny_engine
 from kvarn.config import SpeculativeConfig
 from kvarn.errors import ConfigError, ModelFileError
 from kvarn.models import content_key
-from kvarn.spec import open_heads, read_heads, save_heads
-from kvarn.spec.heads import KINDS
+from kvarn.spec import open_heads
+from kvarn.spec.heads import KINDS, read_heads, save_heads
 from kvarn.tensors import Tensor
 from kvarn.testing import tiny_model
 

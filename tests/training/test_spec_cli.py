@@ -5,7 +5,7 @@ import json
 import pytest
 
 from kvarn.cli import main
-from kvarn.spec import read_heads
+from kvarn.spec.heads import read_heads
 from kvarn.testing import write_tiny_gguf
 
 SMALL = ("--max-tokens", 12, "--draft-vocab", 64, "--data-bytes", "4MiB", "--threads", 1)

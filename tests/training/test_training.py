@@ -8,8 +8,7 @@ from tiny_engine import request, run_core, tokens_of
 from kvarn.config import CacheConfig, EngineConfig, SpeculativeConfig
 from kvarn.engine import build_engine
 from kvarn.errors import ConfigError
-from kvarn.spec import read_heads
-from kvarn.spec.heads import KINDS
+from kvarn.spec.heads import KINDS, read_heads
 from kvarn.testing import byte_tokenizer
 from kvarn.training.run import train
 

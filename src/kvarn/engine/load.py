@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kvarn import __version__, _native
 from kvarn.backends import Backend, Executable, KvCacheSpec, MemoryUse, StepLimits
@@ -28,10 +29,13 @@ from kvarn.program import Program
 from kvarn.runner import Drafter, MoveSeconds, Runner
 from kvarn.sampling import NativeSampler, Sampler
 from kvarn.scheduler import MeasuredCost, MoveCost, Observer, Scheduler, make_scheduler
-from kvarn.spec import HeadModel, make_drafter, open_heads
+from kvarn.spec import make_drafter, open_heads
 from kvarn.text import Tokenizer, load_spellings, load_tokenizer, spellings
 from kvarn.weights import ModelFiles, open_model, packed_cache
 from kvarn.weights.fingerprint import fingerprint
+
+if TYPE_CHECKING:
+    from kvarn.spec.head_model import HeadModel
 
 
 @dataclass(frozen=True, slots=True)

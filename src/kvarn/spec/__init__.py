@@ -8,8 +8,6 @@ from kvarn.spec.build import make_drafter, open_heads
 from kvarn.spec.corpus import Corpora
 from kvarn.spec.draft_kv import DraftKv
 from kvarn.spec.draft_model import DraftModelDrafter, draft_limits
-from kvarn.spec.head_model import HeadModel
-from kvarn.spec.heads import Heads, HeadsShape, Training, read_heads, save_heads
 from kvarn.spec.index import NgramIndex
 from kvarn.spec.lookahead import LookaheadDrafter, LookaheadWindow
 from kvarn.spec.ngram import NgramDrafter
@@ -17,7 +15,6 @@ from kvarn.spec.ngram_pool import NgramPool
 from kvarn.spec.same_vocabulary import check_same_vocabulary
 
 __all__ = [
-    "Corpora", "DraftKv", "DraftModelDrafter", "HeadModel", "Heads", "HeadsShape", "LookaheadDrafter",
-    "LookaheadWindow", "NgramDrafter", "NgramIndex", "NgramPool", "Training", "check_same_vocabulary", "draft_limits",
-    "make_drafter", "open_heads", "read_heads", "save_heads",
+    "Corpora", "DraftKv", "DraftModelDrafter", "LookaheadDrafter", "LookaheadWindow", "NgramDrafter", "NgramIndex",
+    "NgramPool", "check_same_vocabulary", "draft_limits", "make_drafter", "open_heads",
 ]  # fmt: skip

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kvarn.config import SpeculativeConfig
 from kvarn.errors import ModelFileError
-from kvarn.models import content_key
 from kvarn.program import Logits, Program
 from kvarn.runner import Drafter, NullDrafter
 from kvarn.spec.corpus import Corpora
-from kvarn.spec.eagle import eagle_model
-from kvarn.spec.head_model import HeadModel
-from kvarn.spec.heads import read_heads
 from kvarn.spec.lookahead import LookaheadDrafter
-from kvarn.spec.medusa import medusa_model
 from kvarn.spec.ngram import NgramDrafter
 from kvarn.tensors import TensorSource
+
+if TYPE_CHECKING:
+    from kvarn.spec.head_model import HeadModel
 
 
 def _no_model() -> Drafter:
@@ -49,6 +48,12 @@ def open_heads(
     """
     if config is None or not config.heads:
         return None
+    # Few starts need them, and imports are a part of every start.
+    from kvarn.models import content_key
+    from kvarn.spec.eagle import eagle_model
+    from kvarn.spec.heads import read_heads
+    from kvarn.spec.medusa import medusa_model
+
     target = None if weights is None else content_key(program, weights)
     heads = read_heads(Path(config.heads).expanduser(), config.method, target)
     sizes = next(op.weight for op in program.ops if isinstance(op, Logits) and op.out == program.output)

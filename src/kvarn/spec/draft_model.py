@@ -125,6 +125,9 @@ class DraftModelDrafter:
             self._kv.written(part.sequence_id, part.block_tables[0], part.start, part.token_ids + part.draft)
         self._catch_up([part for part in scheduled.sequences if part.num_drafts_wanted])
 
+    def close(self) -> None:
+        """Nothing: the executable is not owned."""
+
     def propose(
         self,
         scheduled: SchedulerOutput,

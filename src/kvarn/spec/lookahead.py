@@ -90,6 +90,9 @@ class LookaheadDrafter:
     def prepare(self, scheduled: SchedulerOutput) -> None:
         """There is nothing to prepare."""
 
+    def close(self) -> None:
+        """Nothing."""
+
     def propose(
         self,
         scheduled: SchedulerOutput,

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kvarn.errors import ConfigError
-from kvarn.spec import HeadsShape
+from kvarn.spec.heads import HeadsShape
 from kvarn.training.batches import Batch, Window, chosen, make_batch
 from kvarn.training.nets import Net, beginning, make_net, trained
 from kvarn.training.store import TextStore

@@ -11,8 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kvarn.spec import HeadsShape
-from kvarn.spec.heads import tensor_shapes
+from kvarn.spec.heads import HeadsShape, tensor_shapes
 from kvarn.training.target import Target, last_layer_weights
 
 Params = Mapping[str, NDArray[np.floating]]

@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 
 from kvarn.config import CacheConfig, EngineConfig, SchedulerConfig
 from kvarn.engine import LoadedEngine, build_engine
-from kvarn.engine.load import LoadableModel
+from kvarn.engine.loadable import LoadableModel
 from kvarn.errors import ConfigError, TemplateError
 from kvarn.models import load_model
 from kvarn.program import Program
-from kvarn.spec import Heads, HeadsShape, Training, save_heads
+from kvarn.spec.heads import Heads, HeadsShape, Training, save_heads
 from kvarn.text import Tokenizer, load_tokenizer
 from kvarn.training.batches import Window, windows_of
 from kvarn.training.collect import HELD_OUT_EVERY, Recorder, collect
