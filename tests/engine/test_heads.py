@@ -139,9 +139,11 @@ class Watching:
         return proposals
 
 
+@pytest.mark.parametrize(("backend", "share"), [("reference", 1.0), ("cpu", 0.8)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_guesses_are_those_of_the_trained_net(kind, tmp_path, monkeypatch):
-    """The same tokens as torch finds from the same hidden states and stored weights, in float32."""
+def test_guesses_are_those_of_the_trained_net(kind, backend, share, tmp_path, monkeypatch):
+    """The same tokens as torch finds from the same hidden states and stored weights, in float32; most of them where
+    activations are quantized."""
     torch = pytest.importorskip("torch", reason="torch is not installed: heads are trained with it")
     from kvarn.spec.head_model import stored
     from kvarn.tensors.dequantize import dequantize
@@ -156,7 +158,9 @@ def test_guesses_are_those_of_the_trained_net(kind, tmp_path, monkeypatch):
     original = eagle.HeadModel.load
     monkeypatch.setattr(load, lambda *a, **k: watching.append(Watching(original(*a, **k))) or WithBuffer(watching[0]))
     config = SpeculativeConfig(kind, k=3, heads=path)
-    core = tiny_engine(speculative=config, max_model_len=256, enable_prefix_caching=False).core
+    core = tiny_engine(
+        backend=backend, speculative=config, max_model_len=256, enable_prefix_caching=False
+    ).core
     run(core, [request(str(i), text, max_tokens=150) for i, text in enumerate(PROMPTS[:3])])
     heads, target = read_heads(Path(path), kind), Target(model.program, model)
     params = {
@@ -165,7 +169,7 @@ def test_guesses_are_those_of_the_trained_net(kind, tmp_path, monkeypatch):
     }
     net = make_net(kind, heads.shape, params, target)
     (seen,) = watching
-    compared = branches = 0
+    compared = branches = right = 0
     for sequence, text in seen.texts.items():
         rows = np.stack(seen.rows[sequence]).astype(np.float32)
         for length in range(len(PROMPTS[sequence]) + 1, len(text) - 4):
@@ -187,12 +191,13 @@ def test_guesses_are_those_of_the_trained_net(kind, tmp_path, monkeypatch):
                 logits = net.guess(torch.from_numpy(shown), torch.from_numpy(tokens), length - 1, 3)
             order = [heads.draft_ids[torch.argsort(guess[0, -1], descending=True).numpy()] for guess in logits]
             for token, level, parent in zip(proposed, levels(parents), parents, strict=True):
-                assert token in order[level][:WIDTH]
+                right += token in order[level][:WIDTH]
                 assert kind == "medusa" or parent < 0 or proposed[parent] == along[level - 1]
-            assert along == [level[0] for level in order[: len(along)]]
-            compared += len(proposed)
+            right += sum(token == level[0] for token, level in zip(along, order, strict=False))
+            compared += len(proposed) + len(along)
             branches += list(parents) != sorted(set(parents))
-    assert compared > 50
+    assert compared > 100
+    assert right >= share * compared
     assert branches > 0
 
 
