@@ -43,6 +43,8 @@ def test_no_other_tree_of_as_many_guesses_is_expected_to_bring_more(weights, mos
 def test_candidates_are_the_likeliest(seed, count):
     logits = np.random.default_rng(seed).standard_normal(7).astype(np.float32) * 3
     found = candidates_of(logits, count)
+    if 1 - found.probabilities[0] < LEAST:
+        count = 1
     weights = np.exp(logits.astype(np.float64))
     order = np.argsort(-logits)[: min(count, 7)]
     assert list(found.places) == order.tolist()

@@ -54,12 +54,6 @@ def kept_rows(scheduled: SchedulerOutput, sampled: Sequence[SampledToken]) -> It
         token_row += part.num_rows
 
 
-def likeliest(logits: NDArray[np.float32]) -> tuple[int, float]:
-    """The largest of float32[n] logits: its index, and its probability."""
-    place = int(logits.argmax())
-    return place, float(1.0 / np.exp(logits - logits[place]).sum())
-
-
 @dataclass(frozen=True, slots=True)
 class Candidates:
     """The likeliest tokens of one level, in order: their places in the draft vocabulary, and their probabilities."""
@@ -68,15 +62,16 @@ class Candidates:
     probabilities: Sequence[float]
 
 
-def candidates_of(logits: NDArray[np.float32], count: int) -> Candidates:
-    """The `count` likeliest of float32[n] logits."""
-    if count == 1:
-        place, probability = likeliest(logits)
-        return Candidates((place,), (probability,))
-    weights = np.exp(logits - logits.max())
+def candidates_of(logits: NDArray[np.float32], count: int, before: float = 1.0) -> Candidates:
+    """The `count` likeliest of float32[n] logits. before: the largest probability of what may stand before them; those
+    that are not likely enough with it are left out, but for the first."""
+    place = int(logits.argmax())
+    weights = np.exp(logits - logits[place])
+    total = float(weights.sum())
+    if count == 1 or not before * (total - 1) >= LEAST * total:
+        return Candidates((place,), (1 / total,))
     first = np.argpartition(-weights, count - 1)[:count] if count < weights.size else np.arange(weights.size)
     first = first[np.argsort(-weights[first], kind="stable")]
-    total = float(weights.sum())
     return Candidates(first.tolist(), [float(weight) / total for weight in weights[first]])
 
 

@@ -300,7 +300,8 @@ class EagleDrafter:
         out = self._executable.execute(batch)
         going = []
         for guess, logits, row in zip(guesses, out[LOGITS], batch.output_rows.tolist(), strict=True):
-            part, here = guess.part, candidates_of(logits, 1 if guess.part.num_nodes_wanted == 1 else WIDTH)
+            part = guess.part
+            here = candidates_of(logits, min(WIDTH, part.num_nodes_wanted), guess.probability)
             guess.probability *= here.probabilities[0]
             if not guess.probability >= LEAST:
                 continue

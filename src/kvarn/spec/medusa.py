@@ -24,7 +24,7 @@ from kvarn.program import (
     Weight,
 )
 from kvarn.runner import Proposal
-from kvarn.spec.chain import WIDTH, candidates_of, kept_rows, likely_tree
+from kvarn.spec.chain import LEAST, WIDTH, Candidates, candidates_of, kept_rows, likely_tree
 from kvarn.spec.head_model import HeadModel, HeadTensors, logits_input
 from kvarn.spec.heads import Heads, HeadsShape, tensor_shapes
 from kvarn.step import NewSequence, SampledToken, SchedulerOutput
@@ -123,7 +123,12 @@ class MedusaDrafter:
         proposals = []
         for row, kept in enumerate(wanted):
             part = kept.part
-            levels = [candidates_of(rows[row], WIDTH) for rows in logits[: part.num_drafts_wanted]]
+            levels, before = list[Candidates](), 1.0
+            for rows in logits[: part.num_drafts_wanted]:
+                if not before >= LEAST:
+                    break
+                levels.append(candidates_of(rows[row], min(WIDTH, part.num_nodes_wanted), before))
+                before *= levels[-1].probabilities[0]
             places, parents = likely_tree(levels, part.num_nodes_wanted)
             if places:
                 tokens = tuple(int(self._draft_ids[place]) for place in places)
