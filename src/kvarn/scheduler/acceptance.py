@@ -48,9 +48,11 @@ class Acceptance:
     later: Rate
 
     @classmethod
-    def prior(cls, first: float, later: float, memory: float = MEMORY) -> Acceptance:
-        """Where nothing was seen of the sequence."""
-        rates = (Rate(PRIOR_WEIGHT * mean, PRIOR_WEIGHT * (1 - mean), memory) for mean in (first, later))
+    def prior(
+        cls, first: float, later: float, memory: float = MEMORY, weight: float = PRIOR_WEIGHT
+    ) -> Acceptance:
+        """Where nothing was seen of the sequence. weight: guesses that it counts for."""
+        rates = (Rate(weight * mean, weight * (1 - mean), memory) for mean in (first, later))
         return cls(*rates)
 
     def compare(self, draft: Sequence[int], tokens: Sequence[int]) -> None:
