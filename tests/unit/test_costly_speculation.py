@@ -105,7 +105,7 @@ def test_it_gains_what_can_be_gained_and_never_loses_more_than_trying_costs(rate
     machine.seconds = machine.plain = 0.0
     speedup, best = machine.run(1500), best_speedup(rate, machine)
     assert speedup >= 0.97
-    assert speedup >= 1 + 0.7 * (best - 1.1), "and what is to be had is mostly had"
+    assert speedup >= 1 + 0.7 * (best - 1.15), "and what is to be had is mostly had"
 
 
 @pytest.mark.parametrize("sure", [0.1, 0.3, 0.6])
@@ -113,7 +113,7 @@ def test_asking_a_drafter_that_seldom_guesses_is_counted(sure):
     machine = Machine([0.6], guess=0.002, sure=sure)
     machine.run(300)
     machine.seconds = machine.plain = 0.0
-    assert machine.run(3000) >= (0.97 if sure < 0.5 else 1.05)
+    assert machine.run(3000) >= (0.97 if sure < 0.5 else 1.02)
 
 
 @pytest.mark.parametrize("count", [1, 4, 16])

@@ -214,8 +214,10 @@ class EagleDrafter:
         self._sequences.pop(sequence_id, None)
         self._rings.free(sequence_id)
 
-    def prepare(self, scheduled: SchedulerOutput) -> None:
+    def prepare(self, scheduled: SchedulerOutput) -> bool:
         """Nothing: the layer's keys and values are in no block of the target's."""
+        del scheduled
+        return False
 
     def close(self) -> None:
         """Closes the executable."""

@@ -99,8 +99,10 @@ class MedusaDrafter:
     def remove(self, sequence_id: int) -> None:
         """Nothing."""
 
-    def prepare(self, scheduled: SchedulerOutput) -> None:
+    def prepare(self, scheduled: SchedulerOutput) -> bool:
         """Nothing: no heads keep anything of blocks."""
+        del scheduled
+        return False
 
     def close(self) -> None:
         """Closes the executable."""

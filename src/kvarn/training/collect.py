@@ -84,8 +84,10 @@ class Recorder:
             row = end
         return ()
 
-    def prepare(self, scheduled: SchedulerOutput) -> None:
+    def prepare(self, scheduled: SchedulerOutput) -> bool:
         """Nothing."""
+        del scheduled
+        return False
 
     def close(self) -> None:
         """Nothing."""
