@@ -250,6 +250,20 @@ Logprobs logprobs_of(const float *logits, size_t n, float top, int32_t chosen, i
     return result;
 }
 
+// Masks allow nearly all tokens or few of them, so that most words need no look at their bits.
+void apply_mask(float *logits, size_t vocab, const uint32_t *mask) {
+    for (size_t first = 0; first < vocab; first += 32) {
+        const uint32_t word = mask[first / 32];
+        if (word == UINT32_MAX) continue;
+        const size_t count = std::min<size_t>(32, vocab - first);
+        if (word == 0)
+            std::fill_n(logits + first, count, NEGATIVE_INFINITY);
+        else
+            for (size_t i = 0; i < count; ++i)
+                if (!(word >> i & 1)) logits[first + i] = NEGATIVE_INFINITY;
+    }
+}
+
 }  // namespace
 
 SequenceSampler::SequenceSampler(SamplingParameters parameters, const int32_t *prompt, size_t prompt_size)
@@ -275,9 +289,7 @@ void SequenceSampler::adjust(float *logits, size_t vocab, const uint32_t *mask) 
     if (output_tokens_ < parameters_.min_tokens)
         for (int32_t id : parameters_.stop_tokens)
             if (inside(id)) logits[id] = NEGATIVE_INFINITY;
-    if (mask)
-        for (size_t i = 0; i < vocab; ++i)
-            if (!(mask[i / 32] >> (i % 32) & 1)) logits[i] = NEGATIVE_INFINITY;
+    if (mask) apply_mask(logits, vocab, mask);
     if (!penalizes()) return;
     const auto repeated = [&](int32_t id) {
         float &x = logits[id];

@@ -193,7 +193,7 @@ class Masks:
         return [None if row < 0 else bits[row] for row in found.rows]
 
     def say(self, *tokens):
-        assert self.masks.advance([SampledToken(7, token) for token in tokens]) == []
+        self.masks.advance([SampledToken(7, token) for token in tokens])
 
 
 def test_a_mask_for_each_token_of_a_draft_and_the_matcher_stays_where_it_was(compiler):

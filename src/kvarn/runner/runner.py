@@ -99,9 +99,9 @@ class Runner:
             sampled = self._sampler.verify(logits, ids, positions, [self._draft(s) for s in parts], *given)
         if masks is None:
             return sampled, []
-        failed = [*masks.failed, *self.grammars.advance(sampled)]
-        lost = {f.sequence_id for f in failed}
-        return [token for token in sampled if token.sequence_id not in lost], failed
+        self.grammars.advance(sampled)
+        lost = {failed.sequence_id for failed in masks.failed}
+        return [token for token in sampled if token.sequence_id not in lost], masks.failed
 
     def _draft(self, part: ScheduledSequence) -> Draft:
         """The draft with the probabilities that it was drawn from, if it was."""
