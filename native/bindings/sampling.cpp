@@ -17,7 +17,15 @@ using namespace kvarn;
 namespace {
 
 using Logits = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Probabilities = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Bits = nb::ndarray<const uint32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+
+// The first token of a draft after the one at `parent` that is `token`; -1: there is none.
+int64_t child(const std::vector<int32_t> &draft, const std::vector<int32_t> &parents, int64_t parent, int32_t token) {
+    for (size_t i = size_t(parent + 1); i < draft.size(); ++i)
+        if (parents[i] == parent && draft[i] == token) return int64_t(i);
+    return -1;
+}
 
 // (token, None) or (token, (logprob, rank, [(id, logprob), ...]))
 nb::tuple described(const Sample &sample) {
@@ -63,14 +71,17 @@ class Sampler {
         return result;
     }
 
-    // Each sequence has a row of logits for each token of its draft, and one more. A list of (place of the sequence, what
-    // is `described` of a token): of each sequence the tokens up to the first that is not the draft's.
+    // Each sequence has a row of logits for what is known of it and one for each token of its draft, whose parents are
+    // earlier ones, or -1. A list of (place of the sequence, what is `described` of a token): of each sequence the tokens
+    // up to the first that is not the draft's, going from each on to its child that is the next.
     nb::list verify(const Logits &logits, const std::vector<int64_t> &sequences, const std::vector<uint64_t> &positions,
-                    const std::vector<std::vector<int32_t>> &drafts, const std::vector<std::optional<Logits>> &q,
-                    const std::optional<Bits> &bits, const std::optional<std::vector<int32_t>> &mask_rows) {
+                    const std::vector<std::vector<int32_t>> &drafts, const std::vector<std::vector<int32_t>> &parents,
+                    const std::vector<std::optional<Logits>> &q, const std::optional<Bits> &bits,
+                    const std::optional<std::vector<int32_t>> &mask_rows) {
         const size_t vocab = logits.shape(1), count = sequences.size();
         if (positions.size() != count || drafts.size() != count || q.size() != count || vocab == 0)
             throw std::invalid_argument("one position, draft and q a sequence");
+        check_trees(drafts, parents);
         check_rows(logits, drafts, q, bits, mask_rows);
         const std::vector<SequenceSampler *> state = states(sequences);
         std::vector<std::pair<size_t, Sample>> samples;
@@ -79,24 +90,46 @@ class Sampler {
             nb::gil_scoped_release release;
             size_t first = 0;
             for (size_t s = 0; s < count && failed < 0; first += drafts[s].size() + 1, ++s)
-                for (size_t i = 0; i <= drafts[s].size(); ++i) {
-                    const size_t r = first + i;
-                    Row row{logits.data() + r * vocab, vocab, positions[s] + i};
+                for (int64_t level = 0, place = -1; failed < 0 && (level == 0 || place >= 0); ++level) {
+                    const size_t next = size_t(place + 1), r = first + next;
+                    Row row{logits.data() + r * vocab, vocab, positions[s] + uint64_t(level)};
                     if (bits && (*mask_rows)[r] >= 0) row.mask = bits->data() + size_t((*mask_rows)[r]) * bits->shape(1);
-                    if (i < drafts[s].size()) {
-                        row.draft = drafts[s][i];
-                        if (q[s]) row.q = q[s]->data() + i * vocab;
+                    if (q[s] && next < drafts[s].size()) {
+                        row.draft = drafts[s][next];
+                        row.q = q[s]->data() + next * vocab;
                     }
                     Sample sample;
                     if (!state[s]->sample(row, scratch_, sample)) failed = sequences[s];
+                    place = child(drafts[s], parents[s], place, sample.token);
                     samples.emplace_back(s, std::move(sample));
-                    if (failed >= 0 || samples.back().second.token != row.draft) break;
                 }
         }
         check(failed);
         nb::list result;
         for (const auto &[place, sample] : samples) result.append(nb::make_tuple(place, described(sample)));
         return result;
+    }
+
+    // For each row of another model's logits, of which the first `vocab` count, a draft's token; see
+    // `SequenceSampler::guess`. q_rows: the row of `q` that its distribution goes to; -1: none. A token of -1: none.
+    std::vector<int32_t> guess(const Logits &logits, size_t vocab, const std::vector<int64_t> &sequences,
+                               const std::vector<uint64_t> &positions, const std::vector<std::vector<int32_t>> &ahead,
+                               const Probabilities &q, const std::vector<int64_t> &q_rows) {
+        const size_t rows = logits.shape(0);
+        if (sequences.size() != rows || positions.size() != rows || ahead.size() != rows || q_rows.size() != rows)
+            throw std::invalid_argument("one sequence, position, draft and row of q a row of logits");
+        if (vocab == 0 || vocab > logits.shape(1) || vocab > q.shape(1))
+            throw std::invalid_argument("the vocabulary is wider than logits or q");
+        for (const int64_t row : q_rows)
+            if (row >= 0 && size_t(row) >= q.shape(0)) throw std::invalid_argument("there is no such row of q");
+        const std::vector<SequenceSampler *> state = states(sequences);
+        std::vector<int32_t> tokens(rows);
+        nb::gil_scoped_release release;
+        for (size_t r = 0; r < rows; ++r) {
+            float *to = q_rows[r] < 0 ? nullptr : q.data() + size_t(q_rows[r]) * q.shape(1);
+            tokens[r] = state[r]->guess({logits.data() + r * logits.shape(1), vocab, positions[r]}, ahead[r], to, scratch_);
+        }
+        return tokens;
     }
 
   private:
@@ -115,6 +148,17 @@ class Sampler {
         if (failed >= 0)
             throw std::invalid_argument("the logits of sequence " + std::to_string(failed) +
                                         " hold NaN or infinity, or leave no token");
+    }
+
+    static void check_trees(const std::vector<std::vector<int32_t>> &drafts,
+                            const std::vector<std::vector<int32_t>> &parents) {
+        if (parents.size() != drafts.size()) throw std::invalid_argument("parents for each draft");
+        for (size_t s = 0; s < drafts.size(); ++s) {
+            if (parents[s].size() != drafts[s].size()) throw std::invalid_argument("a parent for each token of a draft");
+            for (size_t i = 0; i < parents[s].size(); ++i)
+                if (parents[s][i] < -1 || parents[s][i] >= int64_t(i))
+                    throw std::invalid_argument("a parent comes before its own, or is -1");
+        }
     }
 
     static void check_rows(const Logits &logits, const std::vector<std::vector<int32_t>> &drafts,
@@ -160,7 +204,9 @@ void bind_sampling(nb::module_ &m) {
         .def("remove", &Sampler::remove, nb::arg("sequence"))
         .def("sample", &Sampler::sample, nb::arg("logits"), nb::arg("sequences"), nb::arg("positions"))
         .def("verify", &Sampler::verify, nb::arg("logits"), nb::arg("sequences"), nb::arg("positions"),
-             nb::arg("drafts"), nb::arg("q"), nb::arg("bits").none(), nb::arg("mask_rows").none());
+             nb::arg("drafts"), nb::arg("parents"), nb::arg("q"), nb::arg("bits").none(), nb::arg("mask_rows").none())
+        .def("guess", &Sampler::guess, nb::arg("logits"), nb::arg("vocab"), nb::arg("sequences"), nb::arg("positions"),
+             nb::arg("ahead"), nb::arg("q"), nb::arg("q_rows"));
     m.def("philox4x32", &philox, nb::arg("counter"), nb::arg("key0"), nb::arg("key1"), "Philox4x32-10, for tests.");
     m.def(
         "uniform",

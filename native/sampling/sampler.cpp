@@ -317,20 +317,23 @@ int32_t SequenceSampler::choose(const Row &row, float *weights) const {
     return draw_residual(weights, total, row.q, row.vocab, number(Use::Residual));
 }
 
+const float *SequenceSampler::rules(const Row &row, std::vector<float> &adjusted, float raw_top, float &top) const {
+    top = raw_top;
+    if (!std::isfinite(raw_top)) return nullptr;
+    if (!row.mask && !adjusts()) return row.logits;
+    adjusted.assign(row.logits, row.logits + row.vocab);
+    adjust(adjusted.data(), row.vocab, row.mask);
+    top = maximum(adjusted.data(), row.vocab);
+    return std::isfinite(top) ? adjusted.data() : nullptr;
+}
+
 bool SequenceSampler::sample(const Row &row, std::vector<float> &scratch, Sample &out) {
     const size_t vocab = row.vocab;
     const float raw_top = maximum(row.logits, vocab);
-    if (!std::isfinite(raw_top)) return false;
-    const float *logits = row.logits;
-    float top = raw_top;
+    float top;
     std::vector<float> adjusted;
-    if (row.mask || adjusts()) {
-        adjusted.assign(logits, logits + vocab);
-        adjust(adjusted.data(), vocab, row.mask);
-        logits = adjusted.data();
-        top = maximum(logits, vocab);
-        if (!std::isfinite(top)) return false;
-    }
+    const float *logits = rules(row, adjusted, raw_top, top);
+    if (!logits) return false;
     if (parameters_.temperature == 0.0f) {
         out.token = first_equal(logits, vocab, top);
     } else {
@@ -344,6 +347,39 @@ bool SequenceSampler::sample(const Row &row, std::vector<float> &scratch, Sample
     ++output_tokens_;
     if (penalizes()) ++output_counts_[out.token];
     return true;
+}
+
+int32_t SequenceSampler::guess(const Row &row, const std::vector<int32_t> &ahead, float *q,
+                               std::vector<float> &scratch) {
+    // As if the tokens before it had been sampled.
+    const bool counts = penalizes();
+    output_tokens_ += static_cast<int64_t>(ahead.size());
+    if (counts)
+        for (const int32_t id : ahead) ++output_counts_[id];
+    const SamplingParameters &p = parameters_;
+    const size_t vocab = row.vocab;
+    float top;
+    std::vector<float> adjusted;
+    const float *logits = rules(row, adjusted, maximum(row.logits, vocab), top);
+    int32_t token = -1;
+    if (logits && p.temperature == 0.0f) {
+        token = first_equal(logits, vocab, top);
+    } else if (logits) {
+        scratch.resize(vocab);
+        exponentials(logits, vocab, top, 1.0f / p.temperature, scratch.data());
+        if (!q) {
+            token = draw_token(p, scratch.data(), vocab, uniform(p.seed, p.stream, row.position, Use::Token));
+        } else {
+            const double scale = 1.0 / keep_likeliest(p, scratch.data(), vocab);
+            for (size_t i = 0; i < vocab; ++i) q[i] = static_cast<float>(static_cast<double>(scratch[i]) * scale);
+            token = draw_all(q, vocab, uniform(p.seed, p.stream, row.position, Use::Draft));
+        }
+    }
+    output_tokens_ -= static_cast<int64_t>(ahead.size());
+    if (counts)
+        for (const int32_t id : ahead)
+            if (--output_counts_[id] == 0) output_counts_.erase(id);
+    return token;
 }
 
 }  // namespace kvarn

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from kvarn.errors import ConfigError
 from kvarn.kv_types import CACHE_TYPES
 
-DRAFT_METHODS = ("ngram",)
+DRAFT_METHODS = ("ngram", "draft", "lookahead")
 """Ways to guess tokens ahead; `kvarn.spec` says what each is."""
-MAX_SPECULATIVE_TOKENS = 32
-"""Guessed ahead for one sequence."""
+MAX_SPECULATIVE_TOKENS = 128
+"""Guesses for one sequence in a step."""
 POLICIES = ("fcfs", "priority", "fair")
 """Orders in which requests are served; `kvarn.scheduler` says what each is."""
 
@@ -99,11 +99,13 @@ class SpeculativeConfig:
     """Speculative decoding: tokens are guessed ahead, and those that are right come in one step."""
 
     method: str = "ngram"
-    """One of `DRAFT_METHODS`. ngram: what followed when the last tokens occurred before, in prompt or output."""
+    """One of `DRAFT_METHODS`. ngram: what followed when the last tokens occurred before, in prompt or output. draft:
+    what a smaller model says. lookahead: n-grams that the model makes up itself, in rows beside its text."""
     k: int | None = None
-    """Tokens guessed ahead for each sequence; None: chosen in each step by what was right lately and what it costs."""
+    """Tokens guessed ahead for each sequence; None: chosen in each step by what was right lately and what it costs. Of
+    lookahead the rows, those of its window too."""
     max_k: int = 8
-    """Most of them where k is None."""
+    """Most of them where k is None. Not of lookahead, whose settings say how many there are."""
     ngram_min: int = 2
     """Tokens that must have occurred together before, at least."""
     ngram_max: int = 8
@@ -112,6 +114,14 @@ class SpeculativeConfig:
     """Output tokens remembered of ended sequences of the same tenant and cache_salt, for matches; 0: none."""
     max_step_drafts: int = 64
     """Guessed tokens in one step at most, of all sequences; logits of so many more rows are allocated."""
+    model: str = ""
+    """Of draft: a model with the same vocabulary, a name or a path."""
+    window: int = 2
+    """Of lookahead: n-grams that are being made at a time."""
+    ngram: int = 3
+    """Of lookahead: tokens of an n-gram, the one that it is found by among them."""
+    guesses: int = 2
+    """Of lookahead: n-grams that are verified at a time."""
 
     def __post_init__(self) -> None:
         most = MAX_SPECULATIVE_TOKENS
@@ -123,13 +133,39 @@ class SpeculativeConfig:
         _check(self.ngram_min <= self.ngram_max <= 64, "speculative ngram_max", self.ngram_max, must)
         must = "between 0 and 16777216"
         _check(0 <= self.corpus_tokens <= 1 << 24, "speculative corpus_tokens", self.corpus_tokens, must)
+        named = bool(self.model) == (self.method == "draft")
+        must = "the name or path of a model with method=draft, absent otherwise"
+        _check(named, "speculative model", self.model, must)
         must = "between 1 and 4096"
         _check(1 <= self.max_step_drafts <= 4096, "speculative max_step_drafts", self.max_step_drafts, must)
+        _check(1 <= self.window <= 64, "speculative window", self.window, "between 1 and 64")
+        _check(2 <= self.ngram <= 16, "speculative ngram", self.ngram, "between 2 and 16")
+        _check(1 <= self.guesses <= 64, "speculative guesses", self.guesses, "between 1 and 64")
+        rows, most = self.lookahead_rows, min(most, self.max_step_drafts)
+        _check(self.method != "lookahead" or rows <= most, "speculative (window + guesses) * (ngram - 1)", rows,
+               f"at most {most} (max_step_drafts)")  # fmt: skip
+
+    @property
+    def writes_ahead(self) -> bool:
+        """Whether the drafter writes KV of its own for tokens that it guesses, in blocks of the sequence."""
+        return self.method == "draft"
 
     @property
     def most(self) -> int:
-        """Tokens guessed ahead for a sequence at most."""
+        """Guesses for a sequence at most."""
+        if self.method == "lookahead":
+            return self.lookahead_rows if self.k is None else min(self.k, self.lookahead_rows)
         return self.max_k if self.k is None else self.k
+
+    @property
+    def window_rows(self) -> int:
+        """Rows of lookahead's window."""
+        return self.window * (self.ngram - 1)
+
+    @property
+    def lookahead_rows(self) -> int:
+        """Those, and of the n-grams that it verifies."""
+        return (self.window + self.guesses) * (self.ngram - 1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,9 @@ class KvType:
     """Bytes of the vector's own scale; 0: none."""
     key_bytes: int = 0
     """Bytes of a group that keys take beyond that: their share of what tokens have in common."""
+    reference_every: int = 0
+    """At positions that are multiples of this a token's key is what the keys after it are stored against, so that only
+    one of several guesses of it can be in the cache; 0: each key stands for itself."""
 
     def value_bytes(self, dim: int) -> int:
         """Bytes of a value of `dim` elements."""
@@ -44,7 +47,14 @@ KV_TYPES: Mapping[str, KvType] = {
         KvType("float16", 16),
         KvType("bfloat16", 16),
         KvType("int8", 8, scale_bytes=4),
-        KvType("int4", 4, group=INT4_GROUP, group_bytes=4, key_bytes=2 * INT4_GROUP // INT4_TOKENS),
+        KvType(
+            "int4",
+            4,
+            group=INT4_GROUP,
+            group_bytes=4,
+            key_bytes=2 * INT4_GROUP // INT4_TOKENS,
+            reference_every=INT4_TOKENS,
+        ),
     )
 }
 """All of them by name.

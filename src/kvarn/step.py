@@ -30,8 +30,13 @@ class ScheduledSequence:
     """Whether the last token's logits are needed and a token is to be sampled from them."""
     draft: tuple[int, ...] = ()
     """Guesses of the tokens after token_ids, computed like those and verified; only with `sample`."""
+    parents: tuple[int, ...] = ()
+    """Of each guess the one that it follows (see `kvarn.draft_tree`). Positions `end` … are the guesses' slots, in
+    their order, whatever their places in the text are."""
     num_drafts_wanted: int = 0
-    """How many tokens a drafter is asked to propose for the next step, at most."""
+    """How many tokens ahead a drafter is asked to guess for the next step, at most."""
+    num_nodes_wanted: int = 0
+    """How many guesses it may make where it makes a tree of them."""
 
     @property
     def end(self) -> int:
@@ -116,10 +121,14 @@ class SampledToken:
 
 @dataclass(frozen=True, slots=True)
 class DraftTokens:
-    """What a drafter proposes to follow all that is known of a sequence after a step."""
+    """What a drafter proposes to follow all that is known of a sequence after a step: a tree, the best guesses first.
+
+    So the first of them are a tree, too, the one to verify where there is no room for all."""
 
     sequence_id: int
     token_ids: tuple[int, ...]
+    parents: tuple[int, ...]
+    """See `kvarn.draft_tree`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,8 +153,15 @@ class StepOutput:
     move_seconds: float = 0.0
     """What saves and loads took, which the step's shape does not tell."""
     drafts: tuple[DraftTokens, ...] = ()
-    """For the next step; of sequences with num_drafts_wanted, and no more tokens than that."""
+    """For the next step, of sequences with num_drafts_wanted."""
     draft_seconds: float = 0.0
     """What proposing them took."""
+    prepare_seconds: float = 0.0
+    """What bringing the drafter up to date took before the step: one with KV of its own may lack some of the text."""
     failed: tuple[FailedSequence, ...] = ()
     """Sequences that cannot go on; they have no tokens among `sampled`."""
+
+    @property
+    def aside_seconds(self) -> float:
+        """What the step took beside computing and sampling its tokens, and its shape does not tell."""
+        return self.move_seconds + self.draft_seconds + self.prepare_seconds

@@ -46,7 +46,8 @@ CHECKS = {
 }
 FACTORS = {
     "grammar": list(GRAMMARS),
-    "speculative": [None, SpeculativeConfig(k=4), SpeculativeConfig(), SpeculativeConfig(k=7, max_step_drafts=5)],
+    "speculative": [None, SpeculativeConfig(k=4), SpeculativeConfig(), SpeculativeConfig(k=7, max_step_drafts=5),
+                    SpeculativeConfig("lookahead", k=40)],
     "batch": [1, 16],
     "prefix_cache": [True, False],
     "budget": [24, 256],

@@ -9,6 +9,7 @@ from tiny_engine import shared_model
 from kvarn.backends import KvCacheSpec, StepLimits
 from kvarn.backends.checks import check_batch
 from kvarn.backends.reference import ReferenceBackend
+from kvarn.draft_tree import chain
 from kvarn.request import SamplingParams
 from kvarn.runner import BatchBuilder, BlockFile, NullDrafter, Proposal, Runner
 from kvarn.sampling import NativeSampler
@@ -35,7 +36,8 @@ def schedules(draw):
         table, blocks = tuple(blocks[:needed]), blocks[needed:]
         tokens = tuple(draw(st.integers(0, 258)) for _ in range(count + drafts))
         draft = tokens[count:]
-        sequences.append(ScheduledSequence(sequence_id, tokens[:count], start, (table,), sample, draft))
+        parts = (table,), sample, draft, chain(drafts)
+        sequences.append(ScheduledSequence(sequence_id, tokens[:count], start, *parts))
         left -= count + drafts
         if len(blocks) < 8:
             break
@@ -139,8 +141,8 @@ def test_a_drawn_draft_is_verified_with_what_it_was_drawn_from():
                 new=(NewSequence(0, (1, 2), sampling, seed=1, stream=0),),
             )
         )  # fmt: skip
-        assert first.drafts == (DraftTokens(0, (7, 7, 7)),)
-        part = ScheduledSequence(0, (first.sampled[0].token_id,), 2, ((3,),), True, draft=(7, 7))
+        assert first.drafts == (DraftTokens(0, (7, 7, 7), (-1, 0, 1)),)
+        part = ScheduledSequence(0, (first.sampled[0].token_id,), 2, ((3,),), True, draft=(7, 7), parents=(-1, 0))
         second = runner.execute(SchedulerOutput(2, (part,)))
         ids = [t.token_id for t in second.sampled]
         assert (ids[:2] == [7, 7]) == accepted

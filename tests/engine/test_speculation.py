@@ -3,12 +3,14 @@
 import functools
 import itertools
 import random
+from dataclasses import replace
 
 import pytest
 from pairwise import pairwise
-from tiny_engine import EOS, Script, handmade_engine, request, run_core, text_of, tiny_engine, tokens_of
+from tiny_engine import EOS, Script, handmade_engine, nearly, request, run_core, text_of, tiny_engine, tokens_of
 
 from kvarn.config import SpeculativeConfig
+from kvarn.draft_tree import levels
 from kvarn.engine.events import merge_outputs
 from kvarn.errors import RequestError
 from kvarn.request import FinishReason, Request, SamplingParams
@@ -22,8 +24,10 @@ NGRAM = SpeculativeConfig(k=4)
 class Knowing(NgramDrafter):
     """Knows what every sequence will say, and is wrong now and then; sometimes it does not know and looks it up."""
 
-    def __init__(self, answers):
+    def __init__(self, answers, tree=False):
+        """tree: it makes trees of what it knows and of what is wrong."""
         super().__init__(2, 4)
+        self.tree = tree
         self.answers = answers
         self.random = random.Random(5)
         self.streams = {}
@@ -39,9 +43,28 @@ class Knowing(NgramDrafter):
             known = len(self._texts[part.sequence_id].tokens) - len(prompt)
             answer = self.answers.get((prompt, stream), ())[known : known + part.num_drafts_wanted]
             if answer and self.random.random() < 0.8:
-                draft = [t if self.random.random() < 0.8 else self.random.randrange(256) for t in answer]
-                looked_up[part.sequence_id] = Proposal(part.sequence_id, tuple(draft))
+                guess = self.grow(answer, part.num_nodes_wanted) if self.tree else self.follow(answer)
+                looked_up[part.sequence_id] = Proposal(part.sequence_id, guess[0], parents=guess[1])
         return list(looked_up.values())
+
+    def guess(self, token):
+        return token if self.random.random() < 0.8 else self.random.randrange(256)
+
+    def follow(self, answer):
+        return tuple(self.guess(token) for token in answer), None
+
+    def grow(self, answer, count):
+        """Guesses that follow any of those before them, behind which is what would be right after as many tokens."""
+        tokens, parents = [], []
+        for place in range(count):
+            parent = self.random.randrange(max(-1, place - 4), place)
+            level = levels([*parents, parent])[-1]
+            if level < len(answer):
+                tokens.append(self.guess(answer[level]))
+                parents.append(parent)
+            else:
+                break
+        return tuple(tokens), tuple(parents)
 
 
 def run(speculative, requests, **settings):
@@ -65,13 +88,42 @@ def test_greedy_tokens_are_the_same_in_fewer_steps():
     assert plain.drafts == plain.draft_tokens == 0
 
 
+LOOKAHEAD = SpeculativeConfig("lookahead", k=40, window=4, ngram=3, guesses=4)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("dtype", ["float16", "int8", "int4"])
+def test_lookahead_says_the_same_in_fewer_steps(family, dtype):
+    """Prompts that say nothing twice."""
+    settings = {"family": family, "dtype": dtype, "num_blocks": 256}
+    prompts = [bytes(range(40 + i, 80 + i)).decode("latin1") for i in (0, 3)]
+    requests = [
+        request(f"{i}{name}", prompt, max_tokens=70, **sampling)
+        for i, prompt in enumerate(prompts)
+        for name, sampling in (("greedy", {}), ("hot", {"temperature": 0.4, "seed": 7}))
+    ]
+    for some in (requests[:1], requests):
+        expected, plain, _ = run(None, some, **settings)
+        tokens, stats, _ = run(LOOKAHEAD, some, **settings)
+        assert tokens == expected
+        assert stats.steps < plain.steps
+        assert len(stats.accepted_by_position) <= 4 + 3 - 2 + 1, "as far ahead as the window goes"
+        assert stats.free_blocks == stats.num_blocks
+
+
 FACTORS = {
-    "speculative": [NGRAM, SpeculativeConfig(k=1), SpeculativeConfig(k=7, max_step_drafts=5), SpeculativeConfig()],
+    "speculative": [
+        NGRAM, SpeculativeConfig(k=1), SpeculativeConfig(k=7, max_step_drafts=8), SpeculativeConfig(),
+        SpeculativeConfig(k=12), SpeculativeConfig("draft", k=3, model="tiny"),
+        SpeculativeConfig("draft", model="tiny"),
+    ],
+    "drafter": ["chain", "tree", "lookahead"],
+    "family": ["llama", "gemma3_text"],
     "batch": [1, 16],
     "prefix_cache": [True, False],
     "budget": [24, 256],
     "memory": ["ample", "tight", "tier"],
-    "dtype": ["float16", "int8"],
+    "dtype": ["float16", "int8", "int4"],
     "n": [1, 3],
     "sampling": ["greedy", "hot", "penalties"],
     "logprobs": [None, 2],
@@ -99,7 +151,7 @@ def test_every_pair_of_values_is_in_some_case():
     for a, b in itertools.combinations(FACTORS, 2):
         for x, y in itertools.product(FACTORS[a], FACTORS[b]):
             assert any(case[a] == x and case[b] == y for case in CASES), (a, x, b, y)
-    assert len(CASES) < 30
+    assert len(CASES) < 40
 
 
 def asked(case):
@@ -116,10 +168,14 @@ def start(case, folder, speculative):
     caching, tier = case["prefix_cache"], {}
     if caching and case["memory"] == "tier":
         tier = {"kv_offload_bytes": 1 << 20, "kv_offload_dir": str(folder), "identity": "tiny"}
+    few, many = (20, 512) if case["family"] == "gemma3_text" else (8, 256)  # it has two KV groups
+    draft = nearly(case["family"], 0, 0.1) if speculative.method == "draft" else None
     return tiny_engine(
+        family=case["family"],
         backend="cpu",
+        draft=draft,
         dtype=case["dtype"],
-        num_blocks=256 if case["memory"] == "ample" else 8,
+        num_blocks=many if case["memory"] == "ample" else few,
         max_model_len=128,
         max_num_batched_tokens=case["budget"],
         enable_prefix_caching=caching,
@@ -131,7 +187,7 @@ def start(case, folder, speculative):
 @functools.cache
 def expected_answers(**case):
     """What everybody says alone, one after the other, without speculation."""
-    core = tiny_engine(backend="cpu", dtype=case["dtype"], max_model_len=128).core
+    core = tiny_engine(family=case["family"], backend="cpu", dtype=case["dtype"], max_model_len=128).core
     answers = {r.request_id: merge_outputs(run_core(core, [r])[r.request_id]).outputs for r in asked(case)}
     core.close()
     return answers
@@ -140,14 +196,19 @@ def expected_answers(**case):
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(str(v) for v in list(case.values())[1:]))
 def test_the_same_answers_with_everything_else(case, tmp_path, monkeypatch):
     """Tokens, texts, logprobs and reasons to end, to the bit."""
-    asked_for = ("batch", "dtype", "n", "sampling", "logprobs", "ends")
+    asked_for = ("family", "batch", "dtype", "n", "sampling", "logprobs", "ends")
     expected = expected_answers(**{name: case[name] for name in asked_for})
     requests = asked(case)
     prompts = {r.request_id: r.prompt_token_ids for r in requests}
     known = {(prompts[i], part.index): part.token_ids for i, parts in expected.items() for part in parts}
-    monkeypatch.setattr("kvarn.engine.load.make_drafter", lambda config: Knowing(known))
+    speculative = case["speculative"]
+    if speculative.method != "draft" and case["drafter"] == "lookahead":
+        speculative = replace(speculative, method="lookahead", window=2, ngram=3, guesses=2)
+    elif speculative.method != "draft":
+        drafter = Knowing(known, case["drafter"] == "tree")
+        monkeypatch.setattr("kvarn.engine.load.make_drafter", lambda *_, **__: drafter)
     monkeypatch.setattr("kvarn.engine.tier.measure_move", lambda executable, file: MoveSeconds(0.0, 0.0))
-    core = start(case, tmp_path, case["speculative"])
+    core = start(case, tmp_path, speculative)
     outputs = {r.request_id: [] for r in requests}
     for r in requests:
         core.add(r)
@@ -169,12 +230,16 @@ def test_the_same_answers_with_everything_else(case, tmp_path, monkeypatch):
             assert 0 <= got.num_accepted_tokens <= sum(len(part.token_ids) for part in parts)
             assert got.num_accepted_tokens <= got.num_draft_tokens
     stats = core.stats()
-    assert stats.free_blocks == stats.num_blocks
-    if case["speculative"].k is not None and case["batch"] == 16:
-        assert 0 < stats.accepted_tokens < stats.draft_tokens
-    if case["memory"] != "ample" and case["batch"] == 16:
-        assert stats.preemptions > 0
     core.close()
+    assert stats.free_blocks == stats.num_blocks
+    tight = case["memory"] != "ample"
+    if tight and case["family"] == "gemma3_text":
+        return  # what is left over, and who is preempted for it, depends on what falls out of windows
+    if case["speculative"].k is not None and case["batch"] == 16:
+        assert stats.accepted_tokens < stats.draft_tokens
+        assert stats.accepted_tokens > 0 or case["drafter"] == "lookahead"
+    if tight and case["batch"] == 16:
+        assert stats.preemptions > 0
 
 
 def test_a_stop_string_inside_a_draft_ends_the_text_there():

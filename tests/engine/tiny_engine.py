@@ -3,18 +3,25 @@
 import functools
 import time
 
+import numpy as np
+
 from kvarn.backends import KvCacheSpec, StepLimits
 from kvarn.cache import BlockPool, NullPrefixCache, RadixPrefixCache
 from kvarn.config import CacheConfig, EngineConfig, SchedulerConfig
 from kvarn.engine import EngineCore, LoadedEngine, build_engine, make_backend
+from kvarn.engine.draft import DraftModel
+from kvarn.kv_types import KV_TYPES
 from kvarn.request import Request, RequestOutput, SamplingParams
 from kvarn.runner import Runner
 from kvarn.sampling import NativeSampler
 from kvarn.scheduler import MeasuredCost, make_scheduler
 from kvarn.spec import make_drafter
 from kvarn.step import SampledToken
-from kvarn.tensors import DType
+from kvarn.tensors import DType, Tensor
+from kvarn.tensors.dequantize import dequantize
 from kvarn.testing import byte_tokenizer, tiny_model
+from kvarn.testing.models import TinyModel
+from kvarn.text import spellings
 
 EOS = 257
 
@@ -22,6 +29,18 @@ EOS = 257
 @functools.cache
 def shared_model(family, seed, stored=DType.F32):
     return tiny_model(family, seed=seed, dtype=stored)
+
+
+@functools.cache
+def nearly(family, seed, noise):
+    """A model that mostly says what `shared_model` does: all weights are off by about that share of their size."""
+    model, rng = shared_model(family, seed), np.random.default_rng(7)
+    tensors = {}
+    for name, tensor in model.tensors.items():
+        values = dequantize(tensor)
+        off = noise * values.std() * rng.standard_normal(values.shape)
+        tensors[name] = Tensor.from_array((values + off).astype(np.float32))
+    return TinyModel(model.config, model.program, tensors)
 
 
 def tiny_engine(
@@ -42,9 +61,12 @@ def tiny_engine(
     on_plan=lambda plan: None,
     observer=None,
     speculative=None,
+    model=None,
+    draft=None,
     **cache,
 ):
-    """cache: more of `CacheConfig`; scheduling: of `SchedulerConfig`; identity and what follows: of `build_engine`."""
+    """model: instead of one of `family` and `seed`. draft: what guesses, with method draft. cache: more of
+    `CacheConfig`; scheduling: of `SchedulerConfig`; identity and what follows: of `build_engine`."""
     config = EngineConfig(
         max_model_len=max_model_len,
         backend=backend,
@@ -53,9 +75,11 @@ def tiny_engine(
         scheduler=SchedulerConfig(max_num_seqs, max_num_batched_tokens, max_num_queued_requests, **(scheduling or {})),
         speculative=speculative,
     )
-    model = shared_model(family, seed)
+    model = model or shared_model(family, seed)
+    if draft is not None:
+        draft = DraftModel(draft, spellings(byte_tokenizer().vocabulary), make_backend(backend, threads), "tinier")
     return build_engine(
-        model, byte_tokenizer(), config, name="tiny", identity=identity, on_plan=on_plan, observer=observer
+        model, byte_tokenizer(), config, name="tiny", identity=identity, draft=draft, on_plan=on_plan, observer=observer
     )
 
 
@@ -137,7 +161,7 @@ def handmade_engine(
         prefixes = RadixPrefixCache(pool) if prefix_caching else NullPrefixCache()
         return make_scheduler(
             config.scheduler, pool, max_model_len, cost, eos_token_ids=(EOS,), prefix_cache=prefixes, observer=observer,
-            speculative=speculative,
+            speculative=speculative, reference_every=KV_TYPES[dtype].reference_every,
         )  # fmt: skip
 
     tokenizer = tokenizer or byte_tokenizer()

@@ -7,10 +7,14 @@ from hypothesis import strategies as st
 from test_sampling import PARAMS, chi_square, quantile
 
 from kvarn import _native
+from kvarn.config import SpeculativeConfig
+from kvarn.draft_tree import chain, path
 from kvarn.request import SamplingParams
+from kvarn.runner import Proposal
 from kvarn.sampling import Draft, NativeSampler, ReferenceSampler, TokenMasks
 from kvarn.sampling.reference import ACCEPT, DRAFT, RESIDUAL, distribution, uniform
-from kvarn.step import NewSequence
+from kvarn.spec import LookaheadDrafter
+from kvarn.step import NewSequence, SampledToken, ScheduledSequence, SchedulerOutput
 
 VOCAB = 211
 TINY = 24
@@ -25,8 +29,11 @@ def sequence(sampling, *, number=0, seed=5, stream=0, prompt=(1, 2, 2, 3), stop=
     return NewSequence(number, tuple(prompt), sampling, seed, stream, tuple(stop))
 
 
-def random_case(seed, drawn, masked, vocab=VOCAB, drafts=(3, 0, 1, 5)):
-    """Logits, drafts and masks of several sequences; drafts are likely tokens, so that many are accepted."""
+def random_case(seed, drawn, masked, vocab=VOCAB, drafts=(3, 0, 1, 5), tree=False):
+    """Logits, drafts and masks of several sequences; drafts are likely tokens, so that many are accepted.
+
+    tree: their parents are random ones before them.
+    """
     rng = np.random.default_rng(seed)
     rows = sum(drafts) + len(drafts)
     logits = (rng.standard_normal((rows, vocab)) * 3).astype(np.float32)
@@ -35,7 +42,11 @@ def random_case(seed, drawn, masked, vocab=VOCAB, drafts=(3, 0, 1, 5)):
         near = logits[row : row + count] + rng.standard_normal((count, vocab)) * 0.5
         q = softmax(near * 1.5).astype(np.float32)
         ids = tuple(int(rng.choice(vocab, p=p.astype(np.float64) / p.sum(dtype=np.float64))) for p in q)
-        made.append(Draft(ids, q if drawn else None))
+        parents = tuple(int(rng.integers(max(-1, i - 3), i)) for i in range(count)) if tree else None
+        if parents:
+            rows_of = [row + 1 + parent for parent in parents]
+            ids = tuple(int(logits[r].argsort()[-1 - rng.integers(2)]) for r in rows_of)
+        made.append(Draft(ids, q if drawn else None, parents))
         row += count + 1
     if not masked:
         return logits, made, None
@@ -46,14 +57,14 @@ def random_case(seed, drawn, masked, vocab=VOCAB, drafts=(3, 0, 1, 5)):
 
 
 @settings(max_examples=300, deadline=None)
-@given(PARAMS, st.integers(0, 2**32), st.booleans(), st.booleans())
-def test_native_verifies_what_the_reference_verifies(params, seed, drawn, masked):
+@given(PARAMS, st.integers(0, 2**32), st.sampled_from(["compared", "drawn", "tree"]), st.booleans())
+def test_native_verifies_what_the_reference_verifies(params, seed, kind, masked):
     native, reference = NativeSampler(VOCAB), ReferenceSampler(VOCAB)
     for sampler in (native, reference):
         for number in range(4):
             sampler.add(sequence(params, number=number, seed=seed + number, stream=number, stop=(7, 9)))
     for step in range(3):
-        logits, drafts, masks = random_case(seed + step, drawn, masked)
+        logits, drafts, masks = random_case(seed + step, kind == "drawn", masked, tree=kind == "tree")
         positions = [4 + 10 * step] * 4
         got, want = (s.verify(logits, range(4), positions, drafts, masks) for s in (native, reference))
         assert [(t.sequence_id, t.token_id) for t in got] == [(t.sequence_id, t.token_id) for t in want]
@@ -66,23 +77,23 @@ def test_native_verifies_what_the_reference_verifies(params, seed, drawn, masked
 
 
 @settings(max_examples=200, deadline=None)
-@given(PARAMS, st.integers(0, 2**32), st.booleans())
-def test_a_draft_that_was_not_drawn_changes_no_token(params, seed, masked):
-    """The tokens, logprobs among them, are those of sampling row by row."""
+@given(PARAMS, st.integers(0, 2**32), st.booleans(), st.booleans())
+def test_a_draft_that_was_not_drawn_changes_no_token(params, seed, masked, tree):
+    """The tokens, logprobs among them, are those of sampling row by row, along a branch where the draft is a tree."""
     drafting, plain = NativeSampler(VOCAB), NativeSampler(VOCAB)
     for sampler in (drafting, plain):
         sampler.add(sequence(params, seed=seed, stop=(7, 9)))
     for step in range(4):
-        logits, drafts, masks = random_case(seed + step, drawn=False, masked=masked, drafts=(6,))
+        logits, drafts, masks = random_case(seed + step, drawn=False, masked=masked, drafts=(9,), tree=tree)
         position = 4 + 10 * step
         verified = drafting.verify(logits, [0], [position], drafts, masks)
-        for place, token in enumerate(verified):
-            one = None if masks is None else TokenMasks(masks.bits, masks.rows[place : place + 1])
-            (expected,) = plain.sample(logits[place : place + 1], [0], [position + place], one)
+        ids, parents = drafts[0].token_ids, drafts[0].parents or chain(9)
+        places = path(ids, parents, [t.token_id for t in verified])
+        assert len(places) == len(verified) - 1, "it goes on for as long as a guess is what is drawn"
+        for level, (row, token) in enumerate(zip([0, *(place + 1 for place in places)], verified, strict=True)):
+            one = None if masks is None else TokenMasks(masks.bits, masks.rows[row : row + 1])
+            (expected,) = plain.sample(logits[row : row + 1], [0], [position + level], one)
             assert token == expected
-        accepted = [t.token_id for t in verified[:-1]]
-        assert accepted == list(drafts[0].token_ids[: len(accepted)])
-        assert len(verified) == 7 or verified[-1].token_id != drafts[0].token_ids[len(accepted)]
 
 
 def test_a_drawn_draft_is_compared_where_the_target_is_greedy():
@@ -129,6 +140,9 @@ def test_shapes_that_do_not_agree_are_refused(kind):
         ([Draft((VOCAB,))], None, "not within the vocabulary"),
         ([Draft((-1,))], None, "not within the vocabulary"),
         ([Draft((1,), np.zeros((1, 3), np.float32))], None, "probabilities of shape"),
+        ([Draft((1,), parents=(0,))], None, "not the parents of 1 tokens"),
+        ([Draft((1,), parents=(-2,))], None, "not the parents"),
+        ([Draft((1,), parents=(-1, -1))], None, "not the parents"),
         ([Draft((1,))], TokenMasks(bits[:, :6], np.zeros(2, np.int32)), "a row has 7 words"),
         ([Draft((1,))], TokenMasks(bits, np.zeros(1, np.int32)), "needs a row of masks"),
         ([Draft((1,))], TokenMasks(bits, np.ones(2, np.int32)), "needs a row of masks"),
@@ -136,6 +150,16 @@ def test_shapes_that_do_not_agree_are_refused(kind):
     ):
         with pytest.raises(ValueError, match=message):
             sampler.verify(logits, [0], [4], drafts, masks)
+
+
+@pytest.mark.parametrize("kind", [NativeSampler, ReferenceSampler])
+def test_a_draft_with_branches_cannot_have_been_drawn(kind):
+    sampler = kind(VOCAB)
+    sampler.add(sequence(SamplingParams()))
+    q = np.full((2, VOCAB), 1 / VOCAB, np.float32)
+    with pytest.raises(ValueError, match="must be a chain"):
+        sampler.verify(np.zeros((3, VOCAB), np.float32), [0], [4], [Draft((1, 2), q, (-1, -1))])
+    sampler.verify(np.zeros((3, VOCAB), np.float32), [0], [4], [Draft((1, 2), q, (-1, 0))])
 
 
 def test_random_numbers_differ_by_their_use():
@@ -202,6 +226,58 @@ def verify_many(rule, *, drawn, claimed=DRAWN_FROM):
     return np.array(pairs)
 
 
+def branching(count):
+    """Trees of three guesses of what follows token 0, each with one of what follows it."""
+    rng = np.random.default_rng(9)
+    first = np.argsort(rng.random((count, TINY)) * DRAWN_FROM[0], axis=1)[:, -3:]
+    second = draw_rows(DRAWN_FROM[first.reshape(-1)], rng).reshape(count, 3)
+    return [(tuple(ids), (-1, -1, -1, 0, 1, 2)) for ids in np.concatenate([first, second], 1).tolist()]
+
+
+def looked_ahead(count):
+    """Trees that `LookaheadDrafter` makes for what follows token 0, in a text that is drawn from the table."""
+    rng, drafter = np.random.default_rng(9), LookaheadDrafter(SpeculativeConfig("lookahead", window=3, guesses=3))
+    drafter.add(sequence(SamplingParams(), prompt=range(TINY)))
+    last, draft, found = TINY - 1, Proposal(0, (), parents=()), []
+    while len(found) < count:
+        part = ScheduledSequence(0, (last,), 0, (), True, draft.token_ids, draft.parents, 9, 99)
+        logits = TARGET[[last, *draft.token_ids]]
+        text = []
+        while len(text) == len(path(draft.token_ids, draft.parents, text)):
+            text.append(last := int(draw_rows(softmax(TARGET[[last]]), rng)[0]))
+        step = SchedulerOutput(1, (part,))
+        (draft,) = drafter.propose(step, [SampledToken(0, token) for token in text], {"logits": logits})
+        if last == 0:
+            found.append((draft.token_ids, draft.parents))
+    return found
+
+
+def verify_trees(rule, trees, *, rows=None):
+    """Pairs as of `verify_many`, of drafts that are taken from the trees at random.
+
+    rows: which guess each row of logits comes after, 0 being token 0. None: its own, as it must.
+    """
+    rng = np.random.default_rng(9)
+    sampler = NativeSampler(TINY)
+    sampler.add(sequence(RULES[rule]))
+    bits = (ALLOWED * (1 << np.arange(TINY))).sum(1).astype(np.uint32)[:, None]
+    trees = [(Draft(tokens, parents=parents), np.array([0, *tokens])) for tokens, parents in trees]
+    pairs = []
+    for start in range(0, SAMPLES, BATCH):
+        drafts, lasts = zip(*(trees[i] for i in rng.integers(0, len(trees), BATCH)), strict=True)
+        last = np.concatenate(lasts if rows is None else [tokens[list(rows)] for tokens in lasts])
+        masks = TokenMasks(bits, last.astype(np.int32)) if rule == "mask" else None
+        positions = range(3 * start, 3 * (start + BATCH), 3)
+        said = iter(sampler.verify(TARGET[last], [0] * BATCH, positions, drafts, masks))
+        for draft in drafts:
+            text = [next(said).token_id]
+            while len(path(draft.token_ids, draft.parents, text)) == len(text):
+                text.append(next(said).token_id)
+            pairs.append([*text, -1][:2])
+        assert next(said, None) is None
+    return np.array(pairs)
+
+
 def misfits(pairs, expected):
     """(statistic, what it must be below) of the first tokens, and of the second ones after each first."""
     counts = np.bincount(pairs[:, 0], minlength=TINY)
@@ -222,6 +298,22 @@ def test_verified_tokens_have_the_exact_distribution(rule, drawn):
     pairs = verify_many(rule, drawn=drawn)
     assert (pairs[:, 1] >= 0).mean() > 0.05, "drafts are accepted"
     assert [s < most for s, most in misfits(pairs, exact(rule))] == [True, True]
+
+
+@pytest.mark.parametrize("trees", [branching, looked_ahead])
+@pytest.mark.parametrize("rule", RULES)
+def test_tokens_verified_along_a_tree_have_the_exact_distribution(rule, trees):
+    pairs = verify_trees(rule, trees(200))
+    assert (pairs[:, 1] >= 0).mean() > 0.15, "branches are gone along"
+    assert [s < most for s, most in misfits(pairs, exact(rule))] == [True, True]
+
+
+def test_the_chi_square_test_sees_rows_of_another_branch():
+    """What comes after the second guess is drawn from what comes after the first, and the other way round."""
+    pairs = verify_trees("plain", branching(200), rows=(0, 2, 1, 3, 4, 5, 6))
+    first, second = misfits(pairs, exact("plain"))
+    assert first[0] < first[1]
+    assert second[0] > second[1]
 
 
 def test_the_chi_square_test_sees_wrong_rules():

@@ -8,7 +8,8 @@ gone too early, or a wrong table is found.
 
 from collections.abc import Iterable, Sequence
 
-from kvarn.step import BlockLoad, DraftTokens, SampledToken, SchedulerOutput, StepOutput
+from kvarn.draft_tree import chain, path
+from kvarn.step import BlockLoad, DraftTokens, SampledToken, ScheduledSequence, SchedulerOutput, StepOutput
 
 VOCAB = 50
 
@@ -39,6 +40,11 @@ class PagedModel:
     def guess(self, token_ids: list[int], stream: int, most: int) -> tuple[int, ...]:
         """A draft of what follows these tokens. Tests put something else here."""
         return ()
+
+    def guess_tree(self, token_ids: list[int], stream: int, part: ScheduledSequence) -> tuple[list[int], list[int]]:
+        """The same as tokens and parents. Tests put something else here, or in `guess`."""
+        draft = self.guess(token_ids, stream, part.num_drafts_wanted)
+        return draft, chain(len(draft))
 
     def __init__(
         self, num_blocks: int, block_size: int, *, max_tokens: int, max_seqs: int,
@@ -72,28 +78,51 @@ class PagedModel:
             assert part.token_ids, "scheduled with nothing to compute"
             assert part.sample or not part.draft
             assert len(part.block_tables) == len(self.windows)
-            for position, token in enumerate(part.token_ids + part.draft, part.start):
-                for group, table in enumerate(part.block_tables):
-                    block, offset = self._slot(table, position)
-                    assert (block, offset) not in written, "two sequences write one slot"
-                    written.add((block, offset))
-                    self.slots[block][offset] = group, (*self._text(group, table, position), token)
+            for group, table in enumerate(part.block_tables):
+                slots = [self._slot(table, position) for position in range(part.start, part.start + part.num_rows)]
+                assert written.isdisjoint(slots), "two sequences write one slot"
+                written.update(slots)
+                for (block, offset), text in zip(slots, self._written(part, group, table), strict=True):
+                    self.slots[block][offset] = group, text
         sampled, drafts = [], []
         for part in step.sequences:
             if not part.sample:
                 continue
-            known, stream = self._read(part), self.streams[part.sequence_id]
-            for guess in (*part.draft, None):
-                known.append(next_token(known, stream))
-                sampled.append(SampledToken(part.sequence_id, known[-1]))
-                if known[-1] != guess:
-                    break
-            draft = self.guess(known, stream, part.num_drafts_wanted)
+            known, stream = self._read(part, part.end), self.streams[part.sequence_id]
+            assert known[-len(part.token_ids) :] == list(part.token_ids)
+            places = self._verify(part, known, stream)
+            sampled += [SampledToken(part.sequence_id, token) for token in known[part.end :]]
+            self._move(part, places)
+            assert self._read(part, part.end + len(places)) == known[:-1]
+            draft, parents = self.guess_tree(known, stream, part)
             if draft:
-                drafts.append(DraftTokens(part.sequence_id, draft))
-        return StepOutput(
-            step.step, tuple(sampled), loaded, drafts=tuple(drafts)
-        )
+                drafts.append(DraftTokens(part.sequence_id, tuple(draft), tuple(parents)))
+        return StepOutput(step.step, tuple(sampled), loaded, drafts=tuple(drafts))
+
+    def _written(self, part: ScheduledSequence, group: int, table: Sequence[int]) -> list[tuple[int, ...]]:
+        """The text up to each of the part's rows. A guess of a tree follows its parent, wherever that is."""
+        texts = [self._text(group, table, part.start)]
+        for token in part.token_ids:
+            texts.append((*texts[-1], token))
+        first = len(texts)
+        for token, parent in zip(part.draft, part.parents, strict=True):
+            texts.append((*texts[first + parent], token))
+        return texts[1:]
+
+    def _verify(self, part: ScheduledSequence, known: list[int], stream: int) -> list[int]:
+        """Says what comes, along the draft and one token beyond; returns which guesses were right."""
+        while True:
+            known.append(next_token(known, stream))
+            places = path(part.draft, part.parents, known[part.end :])
+            if len(places) < len(known) - part.end:
+                return places
+
+    def _move(self, part: ScheduledSequence, places: list[int]) -> None:
+        for table in part.block_tables:
+            for level, place in enumerate(places):
+                block, offset = self._slot(table, part.end + level)
+                source, there = self._slot(table, part.end + place)
+                self.slots[block][offset] = self.slots[source][there]
 
     def _load(self, load: BlockLoad) -> int:
         for count, (block, slot, name) in enumerate(zip(load.blocks, load.slots, load.names, strict=True)):
@@ -119,13 +148,13 @@ class PagedModel:
         assert len(kv[1]) == length, "attention reads KV of another position"
         return kv[1]
 
-    def _read(self, part) -> list[int]:
-        """The known tokens. Also looks at what was written for the draft."""
-        texts, end = set(), part.end + len(part.draft)
+    def _read(self, part: ScheduledSequence, end: int) -> list[int]:
+        """The tokens up to `end`, as they are in all groups."""
+        texts = set()
         for group, (table, window) in enumerate(zip(part.block_tables, self.windows, strict=True)):
             text = self._text(group, table, end)
             texts.add(text)
             for position in range(0 if window is None else max(0, part.start - window + 1), end):
                 assert self._text(group, table, position + 1) == text[: position + 1], "reads KV of another text"
         (text,) = texts
-        return list(text[: part.end])
+        return list(text)

@@ -6,15 +6,21 @@ from types import SimpleNamespace
 import pytest
 from virtual_time import LinearCost
 
+from kvarn.draft_tree import chain
 from kvarn.scheduler import AutoSpeculation, StepShape
 from kvarn.scheduler.acceptance import Acceptance
-from kvarn.scheduler.auto import MARGIN, RowTimes
+from kvarn.scheduler.auto import MARGIN, RowTimes, _worth
 
 
 def sequence(draft=8, tokens=50):
     return SimpleNamespace(
-        draft=(1,) * draft, num_tokens=tokens, acceptance={}, sampling=SimpleNamespace(num_speculative_tokens=None)
-    )
+        draft=(1,) * draft, parents=chain(draft), num_tokens=tokens, acceptance={},
+        sampling=SimpleNamespace(num_speculative_tokens=None),
+    )  # fmt: skip
+
+
+def propose(one, count):
+    one.draft, one.parents = (1,) * count, chain(count)
 
 
 def decodes(count, tokens=50):
@@ -37,7 +43,7 @@ class Machine:
         """The counts that were verified. Drafts are there where they are wanted."""
         shape, most = decodes(len(self.sequences)), self.control.most
         for one in self.sequences:
-            one.draft = (1,) * self.control.wanted(one)
+            propose(one, self.control.wanted(one))
         self.asked += any(one.draft for one in self.sequences)
         drafted = [one for one in self.sequences if one.draft]
         counts = self.control.choose(drafted, shape, 64) if drafted else [0] * len(self.sequences)
@@ -49,7 +55,7 @@ class Machine:
             # The token after the accepted ones is what the draft says there, if the draft is longer, or it is not.
             lucky = right == count and self.random.random() < rate
             said = [1] * right + [1 if lucky else 0]
-            self.control.compare(one, one.draft, said)
+            self.control.compare(one, one.draft, one.parents, said)
             shape = shape.drafted(one.num_tokens, count)
             self.tokens += right + 1
         self.control.timed(shape, self.cost.seconds(shape))
@@ -136,10 +142,10 @@ def test_drafts_of_different_length_are_judged_apart():
     chosen = {2: [], 8: []}
     for turn in range(400):
         length = (2, 8)[turn % 2]
-        one.draft = (1,) * min(length, control.wanted(one))
+        propose(one, min(length, control.wanted(one)))
         counts = control.choose([one], decodes(1), 64) if one.draft else [0]
         said = [0] if length == 2 else [1] * counts[0] + [1]
-        control.compare(one, one.draft, said)
+        control.compare(one, one.draft, one.parents, said)
         chosen[length].append(counts[0])
         shape = decodes(1).drafted(50, counts[0])
         control.timed(shape, cost.seconds(shape))
@@ -150,14 +156,60 @@ def test_drafts_of_different_length_are_judged_apart():
 def test_acceptance_counts_guesses_up_to_the_first_wrong_one():
     acceptance = Acceptance.prior(0.5, 0.5)
     acceptance.compare((1, 2, 3, 4), [1, 2, 9])
-    first, later = acceptance.first, acceptance.later
+    first, later = acceptance.first[0], acceptance.later[0]
     assert (first.right > first.wrong, later.right == pytest.approx(later.wrong, rel=0.3)) == (True, True)
-    assert acceptance.gain(0) == first.mean
-    assert acceptance.gain(2) == pytest.approx(first.mean * later.mean**2)
-    before = acceptance.gain(1)
+    before = acceptance.gains(chain(3))
+    assert before[0] == first.mean
+    assert before[2] == pytest.approx(first.mean * later.mean**2)
     acceptance.compare((), [1])
     acceptance.compare((1,), [])
-    assert acceptance.gain(1) == before
+    assert acceptance.gains(chain(3)) == before
+
+
+def test_acceptance_tells_the_guesses_of_one_token_apart():
+    """The second one of the next token is right; after it the first, and after that none of two."""
+    acceptance = Acceptance.prior(0.5, 0.5)
+    tree = (-1, -1, 1, 0, 1, 2, 2)
+    before = acceptance.gains(tree)
+    assert before[0] > before[1] > 0
+    assert before[2] == pytest.approx(before[1] * acceptance.later[0].mean)
+    assert before[4] == pytest.approx(before[1] * acceptance.later[1].mean)
+    for _ in range(40):
+        acceptance.compare((1, 2, 3, 3, 4, 5, 6), [2, 3, 9], tree)
+    first, second, follows, behind_wrong, other, *beyond = acceptance.gains(tree)
+    assert first < 0.05 and behind_wrong < 0.05
+    assert second > 0.9
+    assert 0.4 < follows < 0.6, "right after the second, then nothing is"
+    assert other < 0.05
+    assert max(beyond) < 0.3
+    begun = acceptance.start()
+    assert begun.gains(tree) == pytest.approx(acceptance.gains(tree))
+    begun.compare((1,), [1])
+    assert begun.gains(tree)[0] > acceptance.gains(tree)[0] + 0.2, "what a sequence starts from is soon forgotten"
+
+
+def test_a_guess_that_a_better_one_follows_is_worth_what_they_bring_together():
+    assert _worth([0.5, 0.25, 0.125]) == [0.5, 0.25, 0.125]
+    assert _worth([0.1, 0.3, 0.5, 0.1]) == pytest.approx([0.3, 0.3, 0.3, 0.1])
+    assert _worth([0.4, 0.1, 0.3, 0.0]) == pytest.approx([0.4, 0.2, 0.2, 0.0])
+    assert _worth([]) == []
+
+
+def test_branches_are_verified_where_they_pay():
+    """Of two guesses of the next token the drafter's second is always right, and so is what follows it."""
+    control = AutoSpeculation(6, cost := LinearCost(fixed=0.004, token=0.0005, sampled=0.0))
+    one = sequence(0)
+    chosen = []
+    for _ in range(300):
+        if control.wanted(one):
+            one.draft, one.parents = (1, 2, 1, 3, 4), (-1, -1, 0, 1, 3)
+        (count,) = control.choose([one], decodes(1), 64)
+        chosen.append(count)
+        said = [2, 3, 4, 7] if count == 5 else [2, 3, 7] if count == 4 else [2, 7] if count else [2]
+        control.compare(one, one.draft, one.parents, said)
+        shape = decodes(1).drafted(50, count)
+        control.timed(shape, cost.seconds(shape))
+    assert sum(count == 5 for count in chosen[50:]) > 200
 
 
 def test_times_are_by_rows_and_between_them_interpolated():

@@ -6,6 +6,7 @@ from virtual_time import LinearCost
 
 from kvarn.cache import BlockPool, RadixPrefixCache
 from kvarn.config import SchedulerConfig
+from kvarn.draft_tree import levels, path, pruned
 from kvarn.errors import RequestError
 from kvarn.request import FinishReason, Request, SamplingParams
 from kvarn.scheduler import FairShare, FixedSpeculation, ItlBudget, NullObserver, Scheduler
@@ -47,6 +48,17 @@ class Bench:
         for place in range(most):
             text.append(next_token(text, stream) + (place >= self.right))
         return tuple(text[len(token_ids) :])
+
+    def branch(self, token_ids, stream, part):
+        """A tree: a wrong guess, the right ones `right` levels deep each with a wrong one before it."""
+        text, tokens, parents, at = list(token_ids), [], [], -1
+        while len(tokens) + 2 <= part.num_nodes_wanted:
+            text.append(next_token(text, stream))
+            wrong = len(parents) // 2 >= self.right
+            tokens += [text[-1] + 50, text[-1] + wrong]
+            parents += [at, at]
+            at = len(tokens) - 1
+        return tokens, parents
 
     def add(self, name, prompt, tenant="", **sampling):
         sequences = self.scheduler.add(Request(name, tuple(prompt), SamplingParams(**sampling), tenant=tenant))
@@ -229,3 +241,129 @@ def test_rejected_tokens_never_enter_the_prefix_cache():
     scheduled = bench.step()
     assert scheduled.sequences[0].start == len(text) - 1
     assert bench.said[1] == expected_tokens([*text, 1], 0, max_length=len(text) + 2)
+
+
+def trees(**settings):
+    """A bench whose drafts are trees with the right guesses in every second place."""
+    bench = Bench(**settings)
+    bench.model.guess_tree = bench.branch
+    return bench
+
+
+@WINDOWS
+@pytest.mark.parametrize("right", [0, 1, 99])
+def test_a_tree_brings_what_its_branch_says(right, windows):
+    """Its guesses take slots and rows; what is right moves up, what is not is forgotten."""
+    bench = trees(k=8, right=right, caching=True, windows=windows)
+    sequence = bench.add("a", range(6), max_tokens=22)
+    assert rows(bench.step()) == [(6, 0)]
+    scheduled = bench.step()
+    assert rows(scheduled) == [(1, 8)]
+    assert scheduled.sequences[0].parents == (-1, -1, 1, 1, 3, 3, 5, 5)
+    assert sequence.num_tokens == 7 + min(right, 4) + 1
+    assert len(sequence.table) == -(-sequence.num_computed_tokens // BLOCK)
+    bench.run()
+    assert bench.said[0] == expected_tokens(range(6), 0, max_length=28)
+    counts = bench.scheduler.drafting.counts
+    assert len(counts.by_position) == min(right, 4), "they are counted by how far ahead they are"
+    assert counts.accepted_tokens == sum(counts.by_position)
+    text = [*range(6), *bench.said[0]]
+    bench.add("b", [*text, 1], max_tokens=1)
+    assert bench.step().sequences[0].start == len(text) - 1
+    assert bench.said[1] == expected_tokens([*text, 1], 0, max_length=len(text) + 2)
+
+
+def test_a_tree_goes_no_further_than_the_sequence_may_and_its_slots_no_further_than_the_model():
+    bench = trees(k=9)
+    bench.add("a", range(6), max_tokens=5)
+    bench.step()
+    (part,) = bench.step().sequences
+    assert levels(part.parents) == [0, 0, 1, 1, 2, 2]
+    bench = trees(k=9)
+    bench.add("a", range(92))
+    assert [rows(bench.step()) for _ in range(3)] == [[(64, 0)], [(28, 0)], [(1, 6)]]
+    bench.run()
+    assert bench.said[0] == expected_tokens(range(92), 0, max_length=100)
+
+
+def test_of_a_draft_that_is_longer_than_was_asked_what_has_a_slot_is_verified():
+    bench = trees(k=9)
+    bench.model.guess_tree = lambda text, stream, part: ([0] * 40, [-1] * 40)
+    bench.add("a", range(92))
+    while bench.scheduler.has_work():
+        assert all(part.end + len(part.draft) <= 100 for part in bench.step().sequences)
+    assert bench.scheduler.drafting.counts.draft_tokens > 0
+    assert bench.said[0] == expected_tokens(range(92), 0, max_length=100)
+
+
+def test_of_a_tree_there_is_room_for_a_beginning():
+    bench = trees(k=8, most=5)
+    bench.add("a", range(4), max_tokens=40)
+    bench.add("b", range(4), max_tokens=40)
+    bench.step()
+    scheduled = bench.step()
+    assert [part.parents for part in scheduled.sequences] == [(-1, -1), (-1, -1, 1)]
+    assert [len(tokens) for tokens in bench.said.values()] == [3, 3]
+
+
+@pytest.mark.parametrize("every", [4, 16])
+def test_where_a_cache_holds_one_guess_the_others_and_what_follows_them_are_left_out(every):
+    """At positions that are multiples of `every`. The wrong one comes first here, and cuts the tree."""
+    bench = trees(k=8, reference_every=every)
+    bench.add("a", range(6), max_tokens=40)
+    cut = 0
+    while bench.scheduler.has_work():
+        for part in bench.step().sequences:
+            at = [part.end + level for level in levels(part.parents)]
+            referred = [position for position in at if position % every == 0]
+            assert len(referred) == len(set(referred))
+            cut += 0 < len(at) < 8
+    assert cut
+    assert bench.said[0] == expected_tokens(range(6), 0, max_length=46)
+
+
+def test_paths_and_parts_of_trees():
+    tokens, parents = (5, 6, 7, 7, 6, 8), (-1, -1, 1, 0, 0, 2)
+    assert levels(parents) == [0, 0, 1, 1, 1, 2]
+    assert path(tokens, parents, [6, 7, 8, 9]) == [1, 2, 5]
+    assert path(tokens, parents, [5, 6]) == [0, 4]
+    assert path(tokens, parents, [7, 7]) == []
+    assert path((3, 3), (-1, -1), [3, 3]) == [0]
+    assert pruned(tokens, parents, lambda place, level: place != 1) == ((5, 7, 6), (-1, 0, 0))
+    assert pruned(tokens, parents, lambda place, level: level < 1) == ((5, 6), (-1, -1))
+    assert pruned(tokens, parents, lambda place, level: place != 0) == ((6, 7, 8), (-1, 0, 1))
+
+
+def test_a_drafter_that_computes_its_guesses_gets_blocks_for_them_until_somebody_needs_those():
+    bench = Bench(blocks=5, writes_ahead=True)
+    first = bench.add("a", range(6), max_tokens=9)
+    (part,) = bench.step().sequences
+    assert len(part.block_tables[0]) * BLOCK >= part.end + part.num_drafts_wanted == 9
+    assert len(first.table) == 3, "what was guessed stays where it is"
+    second = bench.add("b", range(20, 26), max_tokens=2)
+    scheduled = bench.step()
+    assert [p.sequence_id for p in scheduled.sequences] == [0, 1], "nobody waits for the room of a guess"
+    assert first.num_preemptions == second.num_preemptions == 0
+    bench.run()
+    assert bench.said[0] == expected_tokens(range(6), 0, max_length=15)
+    assert bench.scheduler.num_free_blocks == 5
+
+
+def test_blocks_for_guesses_are_given_back_when_none_is_made_any_more():
+    bench = Bench(writes_ahead=True)
+    sequence = bench.add("a", range(6), max_tokens=40)
+    bench.step()
+    assert len(sequence.table) == 3
+    control = bench.scheduler.drafting.control
+    control.most, control.choose = 0, lambda drafted, shape, room: [0] * len(drafted)
+    assert rows(bench.step()) == [(1, 0)]
+    assert (sequence.num_computed_tokens, len(sequence.table)) == (7, 2)
+
+
+def test_no_blocks_are_taken_beyond_the_longest_text():
+    bench = Bench(k=9, blocks=4, writes_ahead=True)
+    bench.add("a", range(6), max_tokens=9)
+    while bench.scheduler.has_work():
+        scheduled = bench.step()
+        assert all(len(p.block_tables[0]) <= 4 for p in scheduled.sequences)
+    assert bench.said[0] == expected_tokens(range(6), 0, max_length=15)

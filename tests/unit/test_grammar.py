@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from kvarn.config import GrammarConfig
+from kvarn.draft_tree import chain
 from kvarn.errors import ConfigError, EngineError, QueueFullError, RequestError
 from kvarn.grammar import GrammarCompiler, GrammarMasks, GrammarVocabulary
 from kvarn.request import Grammar, GrammarKind, SamplingParams
@@ -184,9 +185,10 @@ class Masks:
         self.masks = GrammarMasks(compiler.find, 259, (EOS,))
         self.masks.add(NewSequence(7, (1,), SamplingParams(grammar=Grammar.regex(pattern)), seed=0, stream=0))
 
-    def rows(self, *draft, others=()):
+    def rows(self, *draft, parents=None, others=()):
         """The allowed tokens after each token of a draft; None where all are. others: parts without a grammar."""
-        parts = [*others, ScheduledSequence(7, (1,), 0, ((0,),), True, draft)]
+        parents = chain(len(draft)) if parents is None else parents
+        parts = [*others, ScheduledSequence(7, (1,), 0, ((0,),), True, draft, parents)]
         found = self.masks.finish(self.masks.begin(parts))
         assert not found.failed
         bits = [np.flatnonzero(np.unpackbits(row.view(np.uint8), bitorder="little")).tolist() for row in found.bits]
@@ -203,8 +205,10 @@ def test_a_mask_for_each_token_of_a_draft_and_the_matcher_stays_where_it_was(com
     assert text.rows(97, c, e) == [[97, 258], [b, c], [d, e], [EOS]]
     assert text.rows(97, b, d) == [[97, 258], [b, c], [c], None], "rows behind what is forbidden are not looked at"
     assert text.rows(258, c, d, EOS) == [[97, 258], [c], [d, e], [EOS], None]
-    other = ScheduledSequence(8, (1,), 0, ((0,),), True, (5,))
+    other = ScheduledSequence(8, (1,), 0, ((0,),), True, (5,), (-1,))
     assert text.rows(97, others=(other,)) == [None, None, [97, 258], [b, c]]
+    branches = text.rows(97, b, c, c, d, d, b, 97, c, parents=(-1, 0, 0, 1, 2, 3, 3, -1, 7))
+    assert branches == [[97, 258], [b, c], [c], [d, e], [d, e], [EOS], [EOS], None, [b, c], [d, e]]
     text.say(97, c)
     assert text.rows(e) == [[d, e], [EOS]]
     text.say(d, EOS)
@@ -217,8 +221,9 @@ def test_what_is_forced_and_what_of_a_draft_is_allowed(compiler):
     assert text.masks.forced(7, 2) == tuple(b"xy")
     text.say(*b"xyz")
     assert text.masks.forced(7, 8) == ()
-    assert text.masks.count_allowed(7, (*b"1", EOS)) == 2
-    assert text.masks.count_allowed(7, tuple(b"12")) == 1
+    assert text.masks.allowed(7, (*b"1", EOS), (-1, 0)) == {0, 1}
+    assert text.masks.allowed(7, tuple(b"12"), (-1, 0)) == {0}
+    assert text.masks.allowed(7, (*b"132", EOS, *b"1"), (-1, -1, -1, 2, 1)) == {0, 2, 3}
     assert text.rows() == [[*b"12", EOS]]
 
 
@@ -240,6 +245,10 @@ def proposed(text, *proposals, wanted=4):
 def test_guesses_are_what_is_forced_or_what_is_allowed(compiler):
     text = Masks(compiler, "xyz(1|2)3[ab]*")
     (forced,) = proposed(text)
+    (tree,) = proposed(text, Proposal(7, tuple(b"xyyqz1"), parents=(-1, 0, -1, 1, 1, 4)))
+    assert (tree.token_ids, tree.parents) == (tuple(b"xyz1"), (-1, 0, 1, 2)), "a branch has what is forced"
+    (chosen,) = proposed(text, Proposal(7, tuple(b"xyyqz1"), parents=(-1, 0, -1, 1, 0, 4)))
+    assert chosen.token_ids == tuple(b"xyz")
     assert forced.token_ids == tuple(b"xyz")
     assert proposed(text, Proposal(7, tuple(b"xq")))[0].token_ids == tuple(b"xyz")
     assert proposed(text, Proposal(7, tuple(b"xyz2")))[0].token_ids == tuple(b"xyz2")
@@ -248,6 +257,8 @@ def test_guesses_are_what_is_forced_or_what_is_allowed(compiler):
     assert proposed(text) == []
     assert proposed(text, Proposal(7, tuple(b"4"))) == []
     assert proposed(text, Proposal(7, tuple(b"13zb")))[0].token_ids == tuple(b"13")
+    (tree,) = proposed(text, Proposal(7, tuple(b"41235ab"), parents=(-1, -1, -1, 1, 1, 3, 3)))
+    assert (tree.token_ids, tree.parents) == (tuple(b"123ab"), (-1, -1, 0, 2, 2))
     other = Proposal(8, (1, 2))
     assert proposed(text, other) == [other]
 
@@ -278,7 +289,7 @@ def test_tokens_that_are_drawn_ahead_have_the_distribution_of_those_that_are_not
         draft = tuple(rng.choice(259, 2, p=q).tolist())
         (guess,) = proposed(text, Proposal(7, draft, np.stack([q, q]).astype(np.float32)), wanted=2)
         drawn = guess.token_ids
-        part = ScheduledSequence(7, (1,), 0, ((0,),), True, drawn)
+        part = ScheduledSequence(7, (1,), 0, ((0,),), True, drawn, chain(len(drawn)))
         found = text.masks.finish(text.masks.begin([part]))
         assert found.bits.shape[1] == words
         masks = TokenMasks(found.bits, found.rows)

@@ -5,6 +5,7 @@ import random
 import hypothesis.strategies as st
 import pytest
 from hypothesis.stateful import initialize, invariant, precondition, rule
+from paged_draft import DraftedModel
 from paged_model import VOCAB, PagedModel, expected_tokens, next_token
 from state_machines import SHARE, CountedMachine, run_machine
 from virtual_time import LinearCost
@@ -43,6 +44,9 @@ class SchedulerMachine(CountedMachine):
     policy = FirstComeFirstServed
     budget = ConstantBudget
     speculation = NoSpeculation
+    reference_every = 0
+    model_type = PagedModel
+    writes_ahead = False
 
     @initialize(
         blocks=st.integers(4, 24), seqs=st.integers(1, 6), spare_tokens=st.integers(0, 20), queue=st.integers(1, 6)
@@ -52,7 +56,7 @@ class SchedulerMachine(CountedMachine):
         self.pool = BlockPool(blocks, BLOCK, self.windows)
         shared = self.shared_prefixes
         self.cache = NullPrefixCache() if shared is None else RadixPrefixCache(self.pool, shared, self.new_tier())
-        self.model = PagedModel(blocks, BLOCK, max_tokens=tokens, max_seqs=seqs, windows=self.windows)
+        self.model = self.model_type(blocks, BLOCK, max_tokens=tokens, max_seqs=seqs, windows=self.windows)
         self.tokens = tokens
         self.queue = queue
         config = SchedulerConfig(max_num_seqs=seqs, max_num_batched_tokens=tokens, max_num_queued_requests=queue)
@@ -62,6 +66,8 @@ class SchedulerMachine(CountedMachine):
         self.scheduler = Scheduler(
             config, self.pool, 60, eos_token_ids=ENDS, policy=self.policy(), budget=self.budget(tokens),
             prefix_cache=self.cache, moves=moves, speculation=self.speculation(), max_step_drafts=9,
+            reference_every=self.reference_every,
+            writes_ahead=self.writes_ahead,
         )  # fmt: skip
         self.sequences = []
         self.said = {}
@@ -177,11 +183,13 @@ class SchedulerMachine(CountedMachine):
             return
         self.scheduler.check()
         for sequence in self.sequences:
+            ahead = len(sequence.draft) if self.writes_ahead else 0
             if sequence.sequence_id in self.scheduler.running_ids:
-                assert (len(sequence.table) - 1) * BLOCK < sequence.num_computed_tokens, "it has blocks for nothing"
+                held = sequence.num_computed_tokens + ahead
+                assert (len(sequence.table) - 1) * BLOCK < held, "it has blocks for nothing"
             for group, table in enumerate(sequence.table.by_group):
                 most = self.pool.windows.most_in_group(group, self.tokens)
-                assert most is None or table.num_held <= most, "it keeps what it does not see"
+                assert most is None or table.num_held <= most + ahead, "it keeps what it does not see"
         self.count_step()
         self.unchecked = False
 
@@ -207,7 +215,8 @@ class SchedulerMachine(CountedMachine):
             accepted = sum(token.sequence_id == part.sequence_id for token in result.sampled) - 1
             sequence = by_id[part.sequence_id]
             if part.draft and not sequence.finished:
-                text = (*sequence.token_ids, *part.draft[:accepted])
+                said = [token.token_id for token in result.sampled if token.sequence_id == part.sequence_id]
+                text = (*sequence.token_ids, *said[:accepted])
                 ends = range(len(sequence.token_ids) + 1, len(text) + 1)
                 self.computed[sequence.request.tenant].update(text[:end] for end in ends)
 
@@ -333,7 +342,7 @@ class WithDrafts(WithTenants):
         drafts = sum(len(part.draft) for part in scheduled.sequences)
         assert drafts <= 9
         for part in scheduled.sequences:
-            assert part.num_drafts_wanted <= 5
+            assert part.num_drafts_wanted <= part.num_nodes_wanted <= self.scheduler.drafting.control.most
         super().book(scheduled)
         self.scheduler.drafting.control.timed(StepShape.of(scheduled), self.rng.choice([0.001, 0.1]))
 
@@ -354,6 +363,43 @@ class WithDrafts(WithTenants):
             assert counts.accepted_tokens == sum(counts.by_position) == accepted <= counts.draft_tokens == drafted
 
 
+class WithTrees(WithDrafts):
+    """Guesses branch."""
+
+    reference_every = 3
+
+    def book(self, scheduled):
+        self.model.guess_tree = self.tree
+        super().book(scheduled)
+
+    def tree(self, token_ids, stream, part):
+        """Guesses that follow random ones before them, some of them right."""
+        texts, tokens, parents = [list(token_ids)], [], []
+        for _ in range(self.rng.randint(0, part.num_nodes_wanted)):
+            parent = self.rng.randrange(max(0, len(texts) - 3), len(texts))
+            right = self.rng.random() < 0.7
+            tokens.append(next_token(texts[parent], stream) if right else self.rng.randrange(VOCAB))
+            parents.append(parent - 1)
+            texts.append([*texts[parent], tokens[-1]])
+        return tokens, parents
+
+
+class WithChosenTrees(WithTrees):
+    """And as many of them are verified as seem to pay."""
+
+    reference_every = 0
+
+    @staticmethod
+    def speculation():
+        return AutoSpeculation(7, LinearCost())
+
+
+class WithWindowsAndTrees(WithTrees):
+    """In every group, of which some see less than a branch is long."""
+
+    windows = (None, 9, 3)
+
+
 class WithChosenDrafts(WithDrafts):
     """As many are verified as seem to pay."""
 
@@ -368,6 +414,40 @@ class WithDraftsAndTargets(WithDrafts, WithTargets):
     @staticmethod
     def budget(tokens):
         return ItlBudget(tokens, 0.012, LinearCost())
+
+
+class Fickle(FixedSpeculation):
+    """Does not want guesses all the time."""
+
+    def __init__(self, k):
+        super().__init__(k)
+        self.rng = random.Random(k)
+
+    def wanted(self, sequence):
+        return super().wanted(sequence) if self.rng.random() < 0.8 else 0
+
+
+class WithADraftModel(WithDrafts):
+    """Whose own KV is in the same blocks: what it guesses follows the text that it has really read."""
+
+    model_type = DraftedModel
+    writes_ahead = True
+
+    @staticmethod
+    def speculation():
+        return Fickle(5)
+
+    def book(self, scheduled):
+        self.model.say = lambda text, stream: (
+            next_token(text, stream) if self.rng.random() < 0.8 else self.rng.randrange(VOCAB)
+        )
+        super().book(scheduled)
+
+
+class WithADraftModelAndWindows(WithADraftModel):
+    """Its KV is in the blocks of the group that keeps all tokens."""
+
+    windows = (None, 9, 3)
 
 
 class WithWindows(WithSecondTier):
@@ -403,7 +483,8 @@ class WithWindowsAndDraftsOnly(WithDrafts):
 MACHINES = [
     SchedulerMachine, WithPrefixCache, WithSharedPrefixes, WithSecondTier, WithAnotherPolicy, WithPriorities,
     WithTenants, WithTargets, WithDrafts, WithChosenDrafts, WithDraftsAndTargets, WithWindows, WithWindowsOnly,
-    WithWindowsAndNoCache, WithWindowsAndDrafts, WithWindowsAndDraftsOnly,
+    WithWindowsAndNoCache, WithWindowsAndDrafts, WithWindowsAndDraftsOnly, WithADraftModel, WithADraftModelAndWindows,
+    WithTrees, WithChosenTrees, WithWindowsAndTrees,
 ]  # fmt: skip
 
 

@@ -15,6 +15,11 @@ from kvarn.errors import ConfigError
         ("method=ngram,k=auto", SpeculativeConfig(k=None)),
         ("k=4", SpeculativeConfig(k=4)),
         ("k = 3 , ngram_min=1,ngram_max=3, corpus_tokens=5000", SpeculativeConfig("ngram", 3, 8, 1, 3, 5000)),
+        ("method=lookahead", SpeculativeConfig("lookahead", window=2, ngram=3, guesses=2)),
+        ("method=lookahead,window=7,ngram=5,guesses=6,k=40", SpeculativeConfig("lookahead", 40, window=7, ngram=5,
+                                                                               guesses=6)),
+        ("method=draft,model=/a/b c.gguf,k=2", SpeculativeConfig("draft", 2, model="/a/b c.gguf")),
+        ("method=draft, model = smollm2-135m-instruct", SpeculativeConfig("draft", model="smollm2-135m-instruct")),
         ("k=auto,max_k=16,max_step_drafts=128", SpeculativeConfig(max_k=16, max_step_drafts=128)),
     ],
 )
@@ -31,9 +36,17 @@ def test_settings(text, config):
         ("k=4,k=5", "k is given twice"),
         ("k=many", "k must be a whole number or auto, not 'many'"),
         ("max_k=auto", "max_k must be a whole number, not 'auto'"),
-        ("k=0", "speculative k must be auto, or between 1 and 32"),
-        ("k=33", "between 1 and 32"),
-        ("method=magic", "speculative method must be one of ngram"),
+        ("k=0", "speculative k must be auto, or between 1 and 128"),
+        ("k=129", "between 1 and 128"),
+        ("method=magic", "speculative method must be one of ngram, draft, lookahead"),
+        ("window=0", "speculative window must be between 1 and 64, not 0"),
+        ("ngram=1", "speculative ngram must be between 2 and 16, not 1"),
+        ("guesses=65", "speculative guesses must be between 1 and 64, not 65"),
+        ("guesses=auto", "guesses must be a whole number, not 'auto'"),
+        ("method=lookahead,window=20,ngram=3,guesses=13", r"\(window \+ guesses\) \* \(ngram - 1\) must be at most 64"),
+        ("method=lookahead,window=40,guesses=40,max_step_drafts=512", "must be at most 128"),
+        ("method=draft", "speculative model must be the name or path of a model with method=draft"),
+        ("model=tiny.gguf", "with method=draft, absent otherwise, not 'tiny.gguf'"),
         ("ngram_min=9,ngram_max=3", r"ngram_max must be between ngram_min \(9\) and 64"),
         ("corpus_tokens=99999999", "corpus_tokens must be between 0 and"),
         ("max_step_drafts=0", "max_step_drafts must be between 1 and 4096"),
@@ -42,6 +55,13 @@ def test_settings(text, config):
 def test_what_is_wrong_is_named(text, words):
     with pytest.raises(ConfigError, match=words):
         speculative_config(text)
+
+
+def test_of_lookahead_the_rows_are_counted():
+    config = SpeculativeConfig("lookahead", window=7, ngram=4, guesses=6)
+    assert (config.window_rows, config.lookahead_rows, config.most) == (21, 39, 39)
+    assert SpeculativeConfig("lookahead", 30, window=7, ngram=4, guesses=6).most == 30
+    assert SpeculativeConfig("lookahead", 50, window=7, ngram=4, guesses=6).most == 39
 
 
 def test_without_it_no_row_of_a_draft_is_planned():

@@ -65,7 +65,15 @@ class SequenceSampler {
     // Returns false where the logits hold NaN, +inf, or nothing finite; the state is unchanged then.
     bool sample(const Row &row, std::vector<float> &scratch, Sample &out);
 
+    // Chooses a draft's token from another model's logits by the same rules; the state stays as it is. ahead: the draft's
+    // tokens before it. q: float[row.vocab], set to the distribution that the token is drawn from, with a number of its
+    // own; null: it is drawn with the number that `sample` will have for the position. Greedy ones leave q alone.
+    // -1 where `sample` returns false.
+    int32_t guess(const Row &row, const std::vector<int32_t> &ahead, float *q, std::vector<float> &scratch);
+
   private:
+    // Finite logits after all rules, in `row.logits` or `adjusted`, and their maximum; null where there are none.
+    const float *rules(const Row &row, std::vector<float> &adjusted, float raw_top, float &top) const;
     int32_t choose(const Row &row, float *weights) const;
     bool adjusts() const;
     bool penalizes() const;

@@ -149,6 +149,15 @@ class MemoryUse:
         """Sum of all parts."""
         return self.without_cache + self.kv_cache
 
+    def plus(self, other: MemoryUse) -> MemoryUse:
+        """What two of them hold."""
+        return MemoryUse(
+            self.weights + other.weights,
+            self.tables + other.tables,
+            self.kv_cache + other.kv_cache,
+            self.activations + other.activations,
+        )
+
 
 class Executable(Protocol):
     """A loaded program. Owns its packed weights, KV cache and activations. Not thread-safe: one caller at a time."""

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from kvarn.cli.options import KvCacheBytes, KvOffloadBytes, MemoryUtilization, Threads, optional_size, size_option
+from kvarn.cli.speculative import Speculative, speculative_config
 from kvarn.config import CacheConfig, EngineConfig, SchedulerConfig
 from kvarn.errors import CapacityError, ConfigError
 from kvarn.kv_types import CACHE_TYPES
 
 if TYPE_CHECKING:
     from kvarn.models import ModelConfig
-    from kvarn.planning import MemoryPlan, Plan
+    from kvarn.planning import MemoryPlan, Plan, Uses
     from kvarn.program import Program
     from kvarn.tensors import DType
 
@@ -56,6 +58,7 @@ def command(
         str | None, typer.Option(help="Memory to serve in, as 16GiB; default: what this machine has now.")
     ] = None,
     threads: Threads = 0,
+    speculative: Speculative = None,
     program: Annotated[bool, typer.Option("--program", help="Print the program, op by op, and nothing else.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -83,6 +86,7 @@ def command(
                 kv_offload_bytes=size_option("kv-offload-bytes", kv_offload_bytes),
             ),
             scheduler=SchedulerConfig(max_num_seqs, max_num_batched_tokens),
+            speculative=speculative_config(speculative),
         ),
         optional_size("memory", memory),
     )
@@ -102,12 +106,30 @@ def _served(
 
     backend = CpuBackend(threads=config.threads)
     available = available_memory() if memory is None else Available(memory, "--memory")
+    with _draft_uses(program, config) as drafter:
+        try:
+            return plan_memory(
+                program, lambda kv, limits: backend.memory_use(program, dtypes, kv, limits), config, available, drafter
+            )
+        except CapacityError as error:
+            return error
+
+
+@contextmanager
+def _draft_uses(program: Program, config: EngineConfig) -> Iterator[Uses | None]:
+    """What a draft model would take; None where the settings name none."""
+    chosen = config.speculative
+    if chosen is None or chosen.method != "draft":
+        yield None
+        return
+    from kvarn.engine.load import open_draft
+
+    draft = open_draft(config)
+    assert draft is not None
     try:
-        return plan_memory(
-            program, lambda kv, limits: backend.memory_use(program, dtypes, kv, limits), config, available
-        )
-    except CapacityError as error:
-        return error
+        yield draft.uses(program, chosen)
+    finally:
+        draft.close()
 
 
 def _json(served: MemoryPlan | CapacityError) -> dict[str, object]:

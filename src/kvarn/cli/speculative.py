@@ -14,11 +14,12 @@ Speculative = Annotated[
     str | None,
     typer.Option(
         help="Guess tokens ahead, so that several come in one step: 'method=ngram,k=auto' or k=4. ngram: what followed "
-        "when the last tokens occurred before, in prompt or output. auto: as many as pay. Also: max_k (of auto), "
-        "ngram_min, ngram_max, corpus_tokens, max_step_drafts."
+        "when the last tokens occurred before, in prompt or output. 'method=draft,model=MODEL': what a smaller model "
+        "with the same vocabulary says. lookahead: n-grams that the model makes up itself (window, ngram, guesses). "
+        "auto: as many as pay. Also: max_k (of auto), ngram_min, ngram_max, corpus_tokens, max_step_drafts."
     ),
 ]
-_NUMBERS = tuple(field.name for field in dataclasses.fields(SpeculativeConfig) if field.name != "method")
+_NAMES = tuple(field.name for field in dataclasses.fields(SpeculativeConfig))
 
 
 def speculative_config(text: str | None) -> SpeculativeConfig | None:
@@ -28,16 +29,16 @@ def speculative_config(text: str | None) -> SpeculativeConfig | None:
     given: dict[str, str] = {}
     for setting in text.split(","):
         name, equals, value = (part.strip() for part in setting.partition("="))
-        if not equals or name not in ("method", *_NUMBERS):
-            names = ", ".join(("method", *_NUMBERS))
+        if not equals or name not in _NAMES:
+            names = ", ".join(_NAMES)
             raise ConfigError(f"--speculative: settings are name=value with a name of {names}, not {setting[:40]!r}")
         if name in given:
             raise ConfigError(f"--speculative: {name} is given twice")
         given[name] = value
-    method = given.pop("method", SpeculativeConfig().method)
+    method, model = given.pop("method", SpeculativeConfig().method), given.pop("model", "")
     if given.get("k") == "auto":
         del given["k"]
-    return SpeculativeConfig(method, **{name: _number(name, value) for name, value in given.items()})
+    return SpeculativeConfig(method, model=model, **{name: _number(name, value) for name, value in given.items()})
 
 
 def _number(name: str, text: str) -> int:

@@ -85,7 +85,8 @@ class EngineCore:
         """new_scheduler: makes an empty scheduler over the runner's blocks. vocab_size: width of the logits.
 
         grammars: compiles those of requests, for the runner to find; owned from now on; None: a request must have none.
-        cost: learns from every step that succeeds, scheduling and texts included, but not what moving blocks took.
+        cost: learns from every step that succeeds, scheduling and texts included, but not what moving blocks and
+        guessing took.
         observer: told of every step, with times of `clock` in seconds; `new_scheduler` tells it of the rest.
         on_close: called after the runner is closed (the model's files, from which a back-end may still read).
         """
@@ -179,7 +180,7 @@ class EngineCore:
         executed = self._clock()
         events = self._book(scheduled, result)
         times = StepTimes(began, decided, executed, self._clock())
-        shape, seconds = StepShape.of(scheduled), times.ended - times.began - result.move_seconds
+        shape, seconds = StepShape.of(scheduled), times.ended - times.began - result.aside_seconds
         self._cost.observe(shape, seconds)
         self._scheduler.drafting.control.timed(shape, seconds)
         self._observer.stepped(scheduled, times)

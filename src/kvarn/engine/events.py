@@ -59,7 +59,7 @@ class EngineStats:
     accepted_tokens: int = 0
     """Those of them that became output."""
     accepted_by_position: tuple[int, ...] = ()
-    """The same by their place in the draft, the first at 0."""
+    """The same by how far ahead they were guessed, the next token at 0."""
     draft_seconds: float = 0.0
     """Spent on proposing drafts."""
     grammars_compiled: int = 0

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Protocol
 
 from kvarn import __version__, _native
 from kvarn.backends import Backend
@@ -16,40 +15,23 @@ from kvarn.backends.cpu import CpuBackend, PackedSlot
 from kvarn.cache import BlockPool, NullPrefixCache, RadixPrefixCache
 from kvarn.config import EngineConfig
 from kvarn.engine.core import EngineCore
+from kvarn.engine.draft import DraftModel
+from kvarn.engine.loadable import LoadableModel, stored_types
 from kvarn.engine.prefixes import shared_prefixes
 from kvarn.engine.tier import open_tier
 from kvarn.errors import ConfigError
 from kvarn.grammar import GrammarCompiler, GrammarMasks, GrammarVocabulary
+from kvarn.kv_types import KV_TYPES
 from kvarn.models import Model, ModelConfig, load_model
 from kvarn.planning import Available, MemoryPlan, available_memory, plan_memory
 from kvarn.program import Program
-from kvarn.runner import MoveSeconds, Runner
-from kvarn.sampling import NativeSampler
+from kvarn.runner import Drafter, MoveSeconds, Runner
+from kvarn.sampling import NativeSampler, Sampler
 from kvarn.scheduler import MeasuredCost, MoveCost, Observer, Scheduler, make_scheduler
 from kvarn.spec import make_drafter
-from kvarn.tensors import TensorSource
-from kvarn.text import Tokenizer, load_tokenizer
+from kvarn.text import Tokenizer, load_spellings, load_tokenizer, spellings
 from kvarn.weights import ModelFiles, open_model, packed_cache
 from kvarn.weights.fingerprint import fingerprint
-
-
-class LoadableModel(Protocol):
-    """What an engine is built from: `kvarn.models.Model`, or a model that a test made in memory."""
-
-    @property
-    def config(self) -> ModelConfig:
-        """Sizes and ids."""
-        ...
-
-    @property
-    def program(self) -> Program:
-        """What runs."""
-        ...
-
-    @property
-    def weights(self) -> TensorSource:
-        """Where its weights come from."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +94,7 @@ def load_engine(
     times = [time.perf_counter()]
     path = catalog.resolve(name_or_path)
     files = open_model(path)
+    draft: DraftModel | None = None
     try:
         model = load_model(files, config.max_model_len)
         times.append(time.perf_counter())
@@ -119,14 +102,35 @@ def load_engine(
         times.append(time.perf_counter())
         packed = _packed_slot(files, model, config)
         name, identity = model_name(name_or_path), _model_identity(files, model)
+        draft = open_draft(config)
         engine = build_engine(
-            model, tokenizer, config, name=name, packed=packed, identity=identity,
+            model, tokenizer, config, name=name, packed=packed, identity=identity, draft=draft,
             on_plan=on_plan, observer=observer, on_close=files.close,
         )  # fmt: skip
         files.release()
         _native.trim_heap()  # of what building a tokenizer takes, half is needed afterwards
         times.append(time.perf_counter())
         return replace(engine, load_times=LoadTimes(*(end - start for start, end in pairwise(times))))
+    except BaseException:
+        if draft is not None:
+            draft.close()
+        files.close()
+        raise
+
+
+def open_draft(config: EngineConfig) -> DraftModel | None:
+    """The draft model that the settings name, pulled where it is not there yet, its files open and no weight read; None
+    without one. Raises ModelFileError, UnsupportedModelError, PullError."""
+    from kvarn.weights import catalog
+
+    if config.speculative is None or config.speculative.method != "draft":
+        return None
+    name = config.speculative.model
+    files = open_model(catalog.resolve(name))
+    try:
+        model = load_model(files, config.max_model_len)
+        backend = make_backend(config.backend, config.threads, _packed_slot(files, model, config))
+        return DraftModel(model, load_spellings(files), backend, model_name(name), files.close)
     except BaseException:
         files.close()
         raise
@@ -170,6 +174,7 @@ def build_engine(
     name: str = "model",
     packed: PackedSlot | None = None,
     identity: str = "",
+    draft: DraftModel | None = None,
     on_plan: OnPlan = lambda _plan: None,
     observer: Observer | None = None,
     on_close: Callable[[], None] = lambda: None,
@@ -177,13 +182,16 @@ def build_engine(
     """Sizes the cache, loads the program on the back-end, and puts the engine together.
 
     identity: tells the model's weights from all others, for KV that outlives the engine; needed for kv_offload_bytes.
+    draft: guesses for it, for config.speculative with method draft; owned once the engine is built.
     The weights must stay open until `on_close` is called, when the engine is closed: a back-end may read them late.
     on_plan: told what the engine will take, before weights are read. observer: told of every decision and step.
     Raises CapacityError before any weight is read.
     """
     program = model.program
     backend = make_backend(config.backend, config.threads, packed)
-    memory = engine_memory(model, config, backend, available_memory())
+    if draft is not None:
+        draft.check(program, spellings(tokenizer.vocabulary), name, config.max_model_len)
+    memory = engine_memory(model, config, backend, available_memory(), draft)
     shared = shared_prefixes(tokenizer, config.cache, memory.num_blocks, memory.windows)
     on_plan(memory)
     executable = backend.load(program, model.weights, memory.kv, memory.limits)
@@ -201,17 +209,25 @@ def build_engine(
         return make_scheduler(
             config.scheduler, pool, memory.max_model_len, cost,
             eos_token_ids=ends, prefix_cache=prefixes, moves=moves, observer=observer, speculative=config.speculative,
+            reference_every=KV_TYPES[config.cache.dtype].reference_every,
         )  # fmt: skip
 
     grammars = GrammarCompiler(lambda: grammar_vocabulary(tokenizer, program.vocab_size, ends), config.grammar)
     sampler = NativeSampler(program.vocab_size)
     runner = Runner(
         executable, sampler, memory.limits, memory.block_size, logits=program.output, block_file=tier.file,
-        drafter=make_drafter(config.speculative), grammars=GrammarMasks(grammars.find, program.vocab_size, ends),
+        drafter=_drafter(config, draft, memory, sampler, program),
+        grammars=GrammarMasks(grammars.find, program.vocab_size, ends),
     )  # fmt: skip
+
+    def close() -> None:
+        if draft is not None:
+            draft.close()
+        on_close()
+
     core = EngineCore(
         runner, new_scheduler, tokenizer, program.vocab_size, cost=cost, observer=observer, grammars=grammars,
-        on_close=on_close,
+        on_close=close,
     )  # fmt: skip
     moving = seconds if tier.file is not None else None
     return LoadedEngine(
@@ -228,8 +244,26 @@ def grammar_vocabulary(tokenizer: Tokenizer, vocab_size: int, ends: Iterable[int
     return GrammarVocabulary(tokens, frozenset(t for t in special if t < vocab_size), tuple(ends), encode)
 
 
-def engine_memory(model: LoadableModel, config: EngineConfig, backend: Backend, available: Available) -> MemoryPlan:
-    """What an engine of the model takes on the back-end. Raises CapacityError, ConfigError (see `plan_memory`)."""
-    program = model.program
-    dtypes = {weight.name: model.weights.tensor(weight.name).dtype for weight in program.weights}
-    return plan_memory(program, lambda kv, limits: backend.memory_use(program, dtypes, kv, limits), config, available)
+def _drafter(
+    config: EngineConfig, draft: DraftModel | None, memory: MemoryPlan, sampler: Sampler, program: Program
+) -> Drafter:
+    chosen = config.speculative
+    if draft is None or chosen is None:
+        return make_drafter(chosen, logits=program.output)
+    return make_drafter(chosen, lambda: draft.load(memory, sampler, program.vocab_size, chosen))
+
+
+def engine_memory(
+    model: LoadableModel,
+    config: EngineConfig,
+    backend: Backend,
+    available: Available,
+    draft: DraftModel | None = None,
+) -> MemoryPlan:
+    """What an engine of the model takes on the back-end, with a draft model where there is one. Raises CapacityError,
+    ConfigError (see `plan_memory`)."""
+    program, dtypes, chosen = model.program, stored_types(model), config.speculative
+    drafter = None if draft is None or chosen is None else draft.uses(program, chosen)
+    return plan_memory(
+        program, lambda kv, limits: backend.memory_use(program, dtypes, kv, limits), config, available, drafter
+    )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from kvarn.draft_tree import way
 from kvarn.grammar.compiler import CompiledGrammar
 from kvarn.grammar.vocabulary import cause
 from kvarn.request import Grammar
@@ -120,10 +121,16 @@ class GrammarMasks:
         matcher = self._at(sequence_id)
         return () if matcher.is_error() else tuple(matcher.compute_ff_tokens()[:most])
 
-    def count_allowed(self, sequence_id: int, draft: tuple[int, ...]) -> int:
-        """How many tokens of a draft the sequence's grammar allows, an end of the text where it may be among them."""
-        matcher = self._at(sequence_id)
-        return 0 if matcher.is_error() else matcher.validate_tokens(list(draft))
+    def allowed(self, sequence_id: int, draft: Sequence[int], parents: Sequence[int]) -> set[int]:
+        """The places of a draft's tokens that the sequence's grammar allows, an end of the text where it may be among
+        them."""
+        matcher, places = self._at(sequence_id), set[int]()
+        if matcher.is_error():
+            return places
+        for leaf in set(range(len(draft))).difference(parents):
+            along = way(parents, leaf)
+            places.update(along[: matcher.validate_tokens([draft[place] for place in along])])
+        return places
 
     def close(self) -> None:
         """Ends the thread. Idempotent."""
@@ -140,37 +147,56 @@ class GrammarMasks:
         for part, count in zip(parts, counts, strict=True):
             if part.sequence_id in self._matchers:
                 matcher = self._at(part.sequence_id)
-                done = self._compute_one(matcher, part.draft, masks.bits[used : used + count])
+                done = self._compute_one(matcher, part, masks.bits[used : used + count])
                 if matcher.is_error() or not masks.bits[used].any():
                     masks.failed.append(self._failure(part.sequence_id, matcher))
                 else:
-                    masks.rows[row : row + done] = range(used, used + done)
+                    masks.rows[[row + place for place in done]] = [used + place for place in done]
                 used += count
             row += count
         self.seconds += time.perf_counter() - started
         return masks
 
-    def _compute_one(self, matcher: LLMatcher, draft: Sequence[int], bits: NDArray[np.uint32]) -> int:
-        """Fills bits, a row for the matcher's place and for each after a token of the draft; returns how many.
-
-        They end where the draft does what the grammar forbids, or ends the text: rows beyond are not looked at.
+    def _compute_one(self, matcher: LLMatcher, part: ScheduledSequence, bits: NDArray[np.uint32]) -> list[int]:
+        """Fills rows of bits, the first for the matcher's place, the others for after each token of the draft; returns
+        which. Those after a token that the grammar forbids, or that ends the text, are not looked at.
         """
-        consumed = 0
-        for place in range(len(bits)):
-            target = bits[place]
-            matcher.unsafe_compute_mask_ptr(target.ctypes.data, target.nbytes)
-            if place == len(draft) or draft[place] in self._ends or matcher.is_error():
+        matcher.unsafe_compute_mask_ptr(bits[0].ctypes.data, bits[0].nbytes)
+        done, behind = [0], list[int]()
+        for place, (token, parent) in enumerate(zip(part.draft, part.parents, strict=True)):
+            if matcher.is_error():
                 break
-            if not target[draft[place] >> 5] >> np.uint32(draft[place] & 31) & 1:
+            if parent + 1 not in done or token in self._ends or not _allows(bits[parent + 1], token):
+                continue
+            if not _go(matcher, behind, way(part.parents, place), part.draft):
                 break
-            if not matcher.consume_token(draft[place]):
-                break
-            consumed += 1
-        if consumed:
-            matcher.rollback(consumed)
-        return place + 1
+            matcher.unsafe_compute_mask_ptr(bits[place + 1].ctypes.data, bits[place + 1].nbytes)
+            done.append(place + 1)
+        if behind:
+            matcher.rollback(len(behind))
+        return done
 
     @staticmethod
     def _failure(sequence_id: int, matcher: LLMatcher) -> FailedSequence:
         said = cause(matcher) or "it allows no token here"
         return FailedSequence(sequence_id, f"the grammar is too complex: {said}")
+
+
+def _allows(mask: NDArray[np.uint32], token: int) -> bool:
+    return bool(mask[token >> 5] >> np.uint32(token & 31) & 1)
+
+
+def _go(matcher: LLMatcher, behind: list[int], along: list[int], draft: Sequence[int]) -> bool:
+    """Takes the matcher from behind some tokens of a draft, by place, to behind those `along` another way; False where
+    it gives up. behind: is changed to where it stands."""
+    common = 0
+    while common < min(len(behind), len(along)) and behind[common] == along[common]:
+        common += 1
+    if len(behind) > common:
+        matcher.rollback(len(behind) - common)
+        del behind[common:]
+    for place in along[common:]:
+        if not matcher.consume_token(draft[place]):
+            return False
+        behind.append(place)
+    return True

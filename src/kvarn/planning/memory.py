@@ -49,11 +49,13 @@ class MemoryPlan:
     """Memory for what is known of that file's blocks."""
     windows: tuple[int | None, ...] = (None,)
     """Of the KV groups: each block is one group's."""
+    drafter: MemoryUse | None = None
+    """Of a draft model, with a KV cache of as many blocks; None: there is none."""
 
     @property
     def total(self) -> int:
         """All that is taken of the memory."""
-        return self.use.total + self.offload_index
+        return self.use.total + self.offload_index + (self.drafter.total if self.drafter else 0)
 
     @property
     def budget(self) -> int:
@@ -95,26 +97,33 @@ def sequence_blocks(groups: Windows, length: int, chunk: int) -> tuple[int, int]
     return groups.most_blocks(length, chunk), groups.most_blocks(length, 1)
 
 
-def plan_memory(program: Program, uses: Uses, config: EngineConfig, available: Available) -> MemoryPlan:
+def plan_memory(
+    program: Program, uses: Uses, config: EngineConfig, available: Available, drafter: Uses | None = None
+) -> MemoryPlan:
     """Sizes the cache within the available memory, of which the engine takes its share.
 
     Where neither blocks nor bytes are given, there is room for as many of the longest sequences as may run at once,
     but no more than 4 GiB (or one sequence), and no more than fits. Where max_model_len is not given it is what the
     model was made for, or the longest that fits. Raises CapacityError with the numbers and the nearest setting that
     fits, ConfigError where max_model_len exceeds what the model was made for.
+
+    drafter: of a draft model beside it, whose cache has as many blocks; None: there is none.
     """
     limit = program.max_positions
     if config.max_model_len is not None and config.max_model_len > limit:
         raise ConfigError(
             f"max_model_len must be at most {limit}, what the model was made for, not {config.max_model_len}"
         )
-    return _Planner(program, uses, config, available).plan()
+    return _Planner(program, uses, config, available, drafter).plan()
 
 
 class _Planner:
-    def __init__(self, program: Program, uses: Uses, config: EngineConfig, available: Available) -> None:
+    def __init__(
+        self, program: Program, uses: Uses, config: EngineConfig, available: Available, drafter: Uses | None
+    ) -> None:
         self._program = program
         self._uses = uses
+        self._drafter = drafter
         self._config = config
         self._available = available
         self._block_size = config.cache.block_size
@@ -123,8 +132,10 @@ class _Planner:
         self._budget = int(available.num_bytes * config.cache.memory_utilization)
         self._known: dict[StepLimits, MemoryUse] = {}
         # What the back-end takes for a block: it may keep a type in more bytes than the type has.
-        self._block_bytes = self._fixed(config.max_model_len or program.max_positions).kv_cache
-        self._offload_index = config.cache.kv_offload_bytes // self._block_bytes * OFFLOAD_ENTRY_BYTES
+        limits = self._limits(config.max_model_len or program.max_positions)
+        self._block_bytes = self._taken(1, limits).kv_cache
+        own = self._uses(self._kv(1), limits).kv_cache
+        self._offload_index = config.cache.kv_offload_bytes // own * OFFLOAD_ENTRY_BYTES
 
     def plan(self) -> MemoryPlan:
         config = self._config
@@ -137,10 +148,11 @@ class _Planner:
         if wanted is not None and (wanted > length or self._needed(wanted) > num_blocks):
             raise self._too_long(wanted, asked)
         length = self._longest(length, num_blocks)
-        use = self._uses(KvCacheSpec(num_blocks, self._block_size, config.cache.dtype), self._limits(length))
+        kv, limits = self._kv(num_blocks), self._limits(length)
         steps = config.scheduler
         return MemoryPlan(
-            use=use,
+            use=self._uses(kv, limits),
+            drafter=None if self._drafter is None else self._drafter(kv, limits),
             num_blocks=num_blocks,
             block_size=self._block_size,
             kv_dtype=config.cache.dtype,
@@ -163,11 +175,20 @@ class _Planner:
         steps, drafts = self._config.scheduler, self._config.max_step_drafts
         return StepLimits(tokens or steps.max_num_batched_tokens, steps.max_num_seqs, length, drafts)
 
+    def _kv(self, num_blocks: int) -> KvCacheSpec:
+        return KvCacheSpec(num_blocks, self._block_size, self._config.cache.dtype)
+
+    def _taken(self, num_blocks: int, limits: StepLimits) -> MemoryUse:
+        """By the model and a draft model together."""
+        kv = self._kv(num_blocks)
+        use = self._uses(kv, limits)
+        return use if self._drafter is None else use.plus(self._drafter(kv, limits))
+
     def _fixed(self, length: int, tokens: int | None = None) -> MemoryUse:
         """What is taken beside the cache; its `kv_cache` is of one block."""
         limits = self._limits(length, tokens)
         if limits not in self._known:
-            self._known[limits] = self._uses(KvCacheSpec(1, self._block_size, self._config.cache.dtype), limits)
+            self._known[limits] = self._taken(1, limits)
         return self._known[limits]
 
     def _fitting(self, length: int, tokens: int | None = None) -> int:

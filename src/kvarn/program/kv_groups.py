@@ -61,6 +61,11 @@ def kv_groups(layers: Sequence[KvLayer], max_positions: int) -> KvGroups:
     return _divided(layers, windows, order, size)
 
 
+def one_group(layers: Sequence[KvLayer]) -> KvGroups:
+    """All layers in one group that keeps all tokens, whatever they see."""
+    return KvGroups((None,), tuple((0, index) for index in range(len(layers))), tuple(layers))
+
+
 def _divided(
     layers: Sequence[KvLayer], windows: Sequence[int | None], order: Sequence[int | None], size: int
 ) -> KvGroups:

@@ -8,7 +8,7 @@ from functools import cached_property
 
 from kvarn.kv_types import KvType
 from kvarn.program.buffers import Buffer, KvLayer, Weight
-from kvarn.program.kv_groups import KvGroups, kv_groups
+from kvarn.program.kv_groups import KvGroups, kv_groups, one_group
 from kvarn.program.ops import Op
 
 BUFFER_FIELDS = frozenset({"out", "x", "q", "k", "v", "gate", "up", "a", "b"})
@@ -42,6 +42,9 @@ class Program:
     vocab_size: int
     max_positions: int
     output: str = "logits"
+    one_kv_group: bool = False
+    """All KV layers keep all tokens in one group, whatever they see: for a program that has its keys and values in the
+    blocks of another's sequences."""
 
     def __post_init__(self) -> None:
         from kvarn.program.shapes import validate
@@ -74,6 +77,8 @@ class Program:
     @cached_property
     def kv_groups(self) -> KvGroups:
         """How the KV layers share the blocks of the cache."""
+        if self.one_kv_group:
+            return one_group(self.kv_layers)
         return kv_groups(self.kv_layers, self.max_positions)
 
     def kv_bytes_per_token(self, kv: KvType) -> int:

@@ -3,10 +3,10 @@
 from kvarn.runner.batch import BatchBuilder
 from kvarn.runner.block_file import BlockFile
 from kvarn.runner.block_mover import BlockMover, MoveSeconds, measure_move
-from kvarn.runner.drafter import Drafter, NullDrafter, Proposal
+from kvarn.runner.drafter import Drafter, NullDrafter, Proposal, logits_rows
 from kvarn.runner.runner import Runner
 
 __all__ = [
     "BatchBuilder", "BlockFile", "BlockMover", "Drafter", "MoveSeconds", "NullDrafter", "Proposal", "Runner",
-    "measure_move",
+    "logits_rows", "measure_move",
 ]  # fmt: skip

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from kvarn.backends import InputBatch, StepLimits
+from kvarn.backends.trees import with_trees
 from kvarn.step import ScheduledSequence
 
 
@@ -68,11 +69,15 @@ class BatchBuilder:
             ends = zip(query_start[1:].tolist(), sequences, strict=True)
             rows = [row for end, s in ends if s.sample for row in range(end - len(s.draft) - 1, end)]
             output_rows = np.array(rows, np.int32)
+            trees = [s.parents for s in sequences]
         else:
             sampled = [row for row, s in enumerate(sequences) if s.sample]
             output_rows = query_start[1:][sampled]
             output_rows -= 1
-        return InputBatch(token_ids, positions, slots, query_start, seq_lens, self._tables[:count], output_rows)
+            trees = []
+        tables = self._tables[:count]
+        batch = InputBatch(token_ids, positions, slots, query_start, seq_lens, tables, output_rows)
+        return with_trees(batch, trees) if trees else batch
 
     def _write_tables(self, row: int, tables: tuple[tuple[int, ...], ...]) -> None:
         for group, (table, before) in enumerate(zip(tables, self._written[row], strict=True)):

@@ -14,15 +14,18 @@ from kvarn.step import NewSequence, SampledToken, SchedulerOutput
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Proposal:
-    """Guesses of the next tokens of one sequence, one after the other.
+    """Guesses of the next tokens of one sequence.
 
     probabilities: float32[len(token_ids), vocab], the distribution that each was drawn from, by use 1 of the random
-    numbers (see `kvarn.sampling.Draft`); None where they were not drawn.
+    numbers (see `kvarn.sampling.Draft`); None where they were not drawn, as in a tree with branches they cannot be.
+    parents: of each guess the one that it follows (see `kvarn.draft_tree`); None: each follows the one before. The
+    guesses are in the drafter's own order, the likeliest first: where there is no room for all the first are verified.
     """
 
     sequence_id: int
     token_ids: tuple[int, ...]
     probabilities: NDArray[np.float32] | None = None
+    parents: tuple[int, ...] | None = None
 
 
 class Drafter(Protocol):
@@ -33,7 +36,7 @@ class Drafter(Protocol):
 
     @property
     def buffers(self) -> Sequence[str]:
-        """Names of the program's buffers that `propose` wants to see, beside none."""
+        """Names of the program's buffers that `propose` wants to see, beside none. The logits cost nothing."""
         ...
 
     def add(self, sequence: NewSequence) -> None:
@@ -44,20 +47,41 @@ class Drafter(Protocol):
         """Forgets a sequence; unknown ones are ignored."""
         ...
 
+    def prepare(self, scheduled: SchedulerOutput) -> None:
+        """Told of every step before the program runs, also of one that only moves blocks.
+
+        By then the step's blocks are saved, copied and loaded. What a drafter keeps for the tokens of blocks it brings
+        up to date here.
+        """
+        ...
+
     def propose(
         self,
         scheduled: SchedulerOutput,
         sampled: Sequence[SampledToken],
         values: Mapping[str, NDArray[np.float32]],
     ) -> Sequence[Proposal]:
-        """Guesses for the next step, of no more than `num_drafts_wanted` tokens for each scheduled sequence.
+        """Guesses for the next step, no further ahead than `num_drafts_wanted` for each scheduled sequence, and no more
+        than `num_nodes_wanted`.
 
         Called after every step that computed anything. sampled: see `StepOutput.sampled`; all of a sequence's tokens
         that are known now are its prompt's and these, from all steps. (What comes after a sequence's end is among
-        them; it will be removed.) values: `buffers` by name, with a row for each token of the step; valid in this
-        call only.
+        them; it will be removed.) values: `buffers` by name, with a row for each token of the step, guesses after
+        the known ones; logits have one for each sequence's last known token and each guess (`logits_rows`). Valid in
+        this call only.
         """
         ...
+
+
+def logits_rows(scheduled: SchedulerOutput) -> dict[int, int]:
+    """Of each sequence with `sample` the row of the logits of its last known token; those of its guesses follow."""
+    rows: dict[int, int] = {}
+    count = 0
+    for part in scheduled.sequences:
+        if part.sample:
+            rows[part.sequence_id] = count
+            count += 1 + len(part.draft)
+    return rows
 
 
 class NullDrafter:
@@ -69,6 +93,9 @@ class NullDrafter:
         """Nothing."""
 
     def remove(self, sequence_id: int) -> None:
+        """Nothing."""
+
+    def prepare(self, scheduled: SchedulerOutput) -> None:
         """Nothing."""
 
     def propose(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 
+from kvarn.draft_tree import chain, path, pruned
 from kvarn.grammar import GrammarMasks
 from kvarn.runner.drafter import Proposal
 from kvarn.step import SchedulerOutput
@@ -29,11 +29,14 @@ def guided(grammars: GrammarMasks, scheduled: SchedulerOutput, proposals: Sequen
 
 
 def _guided(grammars: GrammarMasks, proposal: Proposal, wanted: int) -> Proposal:
-    forced = grammars.forced(proposal.sequence_id, wanted)
-    if proposal.token_ids[: len(forced)] != forced:
-        return Proposal(proposal.sequence_id, forced)
-    count = grammars.count_allowed(proposal.sequence_id, proposal.token_ids)
-    if proposal.probabilities is None:
-        return dataclasses.replace(proposal, token_ids=proposal.token_ids[:count])
-    count = min(count + 1, len(proposal.token_ids))
-    return Proposal(proposal.sequence_id, proposal.token_ids[:count], proposal.probabilities[:count])
+    number, tokens, drawn = proposal.sequence_id, proposal.token_ids, proposal.probabilities
+    parents = chain(len(tokens)) if proposal.parents is None else proposal.parents
+    forced = grammars.forced(number, wanted)
+    if len(path(tokens, parents, forced)) < len(forced):
+        return Proposal(number, forced)
+    allowed = grammars.allowed(number, tokens, parents)
+    if drawn is None:
+        tokens, parents = pruned(tokens, parents, lambda place, _level: place in allowed)
+        return Proposal(number, tokens, parents=parents)
+    count = min(len(allowed) + 1, len(tokens))
+    return Proposal(number, tokens[:count], drawn[:count])

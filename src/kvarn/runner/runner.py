@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvarn.backends import Executable, StepLimits
+from kvarn.draft_tree import chain, path
 from kvarn.grammar import GrammarMasks, StepMasks
 from kvarn.runner.batch import BatchBuilder
 from kvarn.runner.block_file import BlockFile
@@ -51,6 +52,7 @@ class Runner:
         """The last proposals that were drawn from probabilities, by sequence."""
         self._num_groups = len(executable.program.kv_groups)
         self._batches = BatchBuilder(limits, block_size, self._num_groups)
+        self._block_size = block_size
         self._logits = logits
         self._known: set[int] = set()
 
@@ -72,8 +74,11 @@ class Runner:
             self._executable.copy_blocks(scheduled.block_copies)
         loaded = self._blocks.load(scheduled.block_loads)
         moved = self._blocks.take_seconds()
+        started = time.perf_counter()
+        self._drafter.prepare(scheduled)
+        prepare_seconds = time.perf_counter() - started
         if not scheduled.sequences:
-            return StepOutput(scheduled.step, (), loaded, moved)
+            return StepOutput(scheduled.step, (), loaded, moved, prepare_seconds=prepare_seconds)
         parts = [s for s in scheduled.sequences if s.sample]
         pending = self.grammars.begin(parts)
         values = self._executable.execute(self._batches.build(scheduled.sequences), self._drafter.buffers)
@@ -83,8 +88,10 @@ class Runner:
         proposals = guided(self.grammars, scheduled, self._drafter.propose(scheduled, sampled, values))
         draft_seconds = time.perf_counter() - started if proposals else 0.0
         self._drawn = {p.sequence_id: p for p in proposals if p.probabilities is not None}
-        drafts = tuple(DraftTokens(p.sequence_id, p.token_ids) for p in proposals if p.token_ids)
-        return StepOutput(scheduled.step, tuple(sampled), loaded, moved, drafts, draft_seconds, tuple(failed))
+        drafts = tuple(_tokens(p) for p in proposals if p.token_ids)
+        return StepOutput(
+            scheduled.step, tuple(sampled), loaded, moved, drafts, draft_seconds, prepare_seconds, tuple(failed)
+        )
 
     def _sample(
         self, logits: NDArray[np.float32], parts: list[ScheduledSequence], masks: StepMasks | None
@@ -97,20 +104,41 @@ class Runner:
             sampled = self._sampler.sample(logits, ids, positions, *given)
         else:
             sampled = self._sampler.verify(logits, ids, positions, [self._draft(s) for s in parts], *given)
+            self._move_accepted(parts, sampled)
         if masks is None:
             return sampled, []
         self.grammars.advance(sampled)
         lost = {failed.sequence_id for failed in masks.failed}
         return [token for token in sampled if token.sequence_id not in lost], masks.failed
 
+    def _move_accepted(self, parts: list[ScheduledSequence], sampled: list[SampledToken]) -> None:
+        """Moves the KV of accepted guesses to the slots of their positions, where they were behind other branches."""
+        said: dict[int, list[int]] = {}
+        for token in sampled:
+            said.setdefault(token.sequence_id, []).append(token.token_id)
+        moves = [
+            (self._slot(table, part.end + place), self._slot(table, part.end + level))
+            for part in parts
+            if part.draft
+            for level, place in enumerate(path(part.draft, part.parents, said.get(part.sequence_id, ())))
+            if place != level
+            for table in part.block_tables
+        ]
+        if moves:
+            self._executable.move_slots(moves)
+
+    def _slot(self, table: tuple[int, ...], position: int) -> int:
+        block, offset = divmod(position, self._block_size)
+        return table[block] * self._block_size + offset
+
     def _draft(self, part: ScheduledSequence) -> Draft:
         """The draft with the probabilities that it was drawn from, if it was."""
         drawn = self._drawn.get(part.sequence_id)
         count = len(part.draft)
         if not count or drawn is None or drawn.probabilities is None:
-            return Draft(part.draft)
+            return Draft(part.draft, parents=part.parents)
         assert drawn.token_ids[:count] == part.draft, "a draft is a beginning of what was proposed last"
-        return Draft(part.draft, drawn.probabilities[:count])
+        return Draft(part.draft, drawn.probabilities[:count], part.parents)
 
     def _remove(self, sequence_id: int) -> None:
         self._sampler.remove(sequence_id)
@@ -131,3 +159,8 @@ class Runner:
         self._executable.close()
         self._blocks.close()
         self.grammars.close()
+
+
+def _tokens(proposal: Proposal) -> DraftTokens:
+    parents = chain(len(proposal.token_ids)) if proposal.parents is None else proposal.parents
+    return DraftTokens(proposal.sequence_id, proposal.token_ids, parents)

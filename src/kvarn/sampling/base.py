@@ -9,6 +9,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from kvarn.draft_tree import Parents, chain
 from kvarn.errors import RequestError
 from kvarn.request import SamplingParams
 from kvarn.step import NewSequence, SampledToken
@@ -26,10 +27,13 @@ class TokenMasks:
 @dataclass(frozen=True, slots=True, eq=False)
 class Draft:
     """What was guessed to follow in a sequence. probabilities: float32[len(token_ids), vocab], the distribution that
-    each token was drawn from, all before it given (uses 1 of the random numbers); None: they were not drawn."""
+    each token was drawn from, all before it given (uses 1 of the random numbers); None: they were not drawn. parents:
+    of each token the one that it follows (see `kvarn.draft_tree`); None: each follows the one before, as it must where
+    they were drawn."""
 
     token_ids: tuple[int, ...] = ()
     probabilities: NDArray[np.float32] | None = None
+    parents: Parents | None = None
 
 
 class Sampler(Protocol):
@@ -65,14 +69,15 @@ class Sampler(Protocol):
     ) -> list[SampledToken]:
         """The tokens of each sequence in order: those of its draft that are accepted, then one more.
 
-        logits: for each sequence 1 + len(draft) rows, each as after the draft's tokens before it. positions: where the
-        first of its tokens will stand. Rows are looked at one after the other, since penalties and `min_tokens` depend
-        on what was accepted, and not beyond the first token that is no draft's. What comes has exactly the
-        distribution that `sample` would draw from token by token:
+        logits: for each sequence 1 + len(draft) rows, as after what is known and after each token of the draft, all
+        before it given. positions: where the first of its tokens will stand. Rows are looked at one after the other,
+        since penalties and `min_tokens` depend on what was accepted, along what is accepted and not beyond the first
+        token that is no draft's. What comes has exactly the distribution that `sample` would draw from token by token:
 
         - A draft without probabilities is compared with the token that `sample` would draw in its place, from the same
           random number. So the tokens are the very same as without a draft. (It is the rule below with all of q on
-          one token: accepted with p(draft), else drawn from p without it.)
+          one token: accepted with p(draft), else drawn from p without it.) Where several tokens of the draft follow
+          one, the one that is drawn is gone on from (Miao et al. 2024, SpecInfer, its naive sampling).
         - One with probabilities q is accepted with min(1, p / q), else a token is drawn from max(0, p - q), scaled to
           1; after the last one from p (Leviathan et al. 2023, algorithm 1; Chen et al. 2023, algorithm 2).
 
@@ -80,9 +85,33 @@ class Sampler(Protocol):
         """
         ...
 
+    def guess(
+        self,
+        logits: NDArray[np.float32],
+        sequence_ids: Sequence[int],
+        positions: Sequence[int],
+        ahead: Sequence[Sequence[int]],
+        probabilities: NDArray[np.float32],
+        rows: Sequence[int],
+    ) -> list[int]:
+        """A draft's next token from each row of another model's logits (R, any width), by the rules of its sequence.
 
-def check_drafts(rows: int, vocab_size: int, drafts: Sequence[Draft]) -> None:
-    """Raises ValueError where `rows` of logits are not what the drafts need, or a draft is no draft of these tokens."""
+        ahead: by row the draft's tokens before it, taken as sampled; the state stays as it is. positions: as in
+        `sample`. rows: by row of the logits the row of `probabilities`, float32[any, vocab], that is set to the
+        distribution q, from which the token is then drawn by use 1 of the random numbers: for `verify` with q. -1: the
+        token is what `sample` would say to these logits, by the same random number. Compared with what `sample` says to
+        the model's own logits it is right the more often the more the two agree, and changes nothing. So it is for
+        greedy sequences in any case.
+
+        Tokens that one of the two vocabularies lacks are not guessed. A token of -1: the logits hold NaN or infinity,
+        or leave nothing to choose.
+        """
+        ...
+
+
+def check_drafts(rows: int, vocab_size: int, drafts: Sequence[Draft]) -> list[Parents]:
+    """The parents of each draft's tokens. Raises ValueError where `rows` of logits are not what the drafts need, or a
+    draft is no draft of these tokens or no tree."""
     needed = sum(1 + len(draft.token_ids) for draft in drafts)
     if rows != needed:
         raise ValueError(f"{rows} rows of logits for drafts that need {needed}")
@@ -92,6 +121,31 @@ def check_drafts(rows: int, vocab_size: int, drafts: Sequence[Draft]) -> None:
             raise ValueError(f"probabilities of shape {q.shape} for a draft of {len(draft.token_ids)} tokens")
         if any(not 0 <= token < vocab_size for token in draft.token_ids):
             raise ValueError(f"the draft {draft.token_ids} is not within the vocabulary of {vocab_size}")
+    return [_check_parents(draft) for draft in drafts]
+
+
+def _check_parents(draft: Draft) -> Parents:
+    count = len(draft.token_ids)
+    straight = chain(count)
+    if draft.parents is None or draft.parents == straight:
+        return straight
+    if draft.probabilities is not None:
+        raise ValueError(f"a draft that was drawn must be a chain, not a tree of parents {draft.parents}")
+    if len(draft.parents) != count or any(not -1 <= p < place for place, p in enumerate(draft.parents)):
+        raise ValueError(f"{draft.parents} are not the parents of {count} tokens, each before its own")
+    return draft.parents
+
+
+def check_guesses(
+    logits: NDArray[np.float32], probabilities: NDArray[np.float32], vocab_size: int, rows: Sequence[int]
+) -> None:
+    """Raises ValueError where there is no room for the probabilities of guesses."""
+    if len(rows) != len(logits):
+        raise ValueError(f"{len(logits)} rows of logits, but {len(rows)} of probabilities")
+    if probabilities.ndim != 2 or probabilities.shape[1] != vocab_size:
+        raise ValueError(f"probabilities of shape {probabilities.shape} for a vocabulary of {vocab_size}")
+    if any(not -1 <= row < len(probabilities) for row in rows):
+        raise ValueError(f"a row of probabilities is out of range 0…{len(probabilities) - 1}")
 
 
 def check_masks(rows: int, vocab_size: int, masks: TokenMasks | None) -> None:

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from kvarn import _native
 from kvarn.request import TokenLogprob
-from kvarn.sampling.base import Draft, TokenMasks, check_drafts, check_ids, check_masks
+from kvarn.sampling.base import Draft, TokenMasks, check_drafts, check_guesses, check_ids, check_masks
 from kvarn.step import NewSequence, SampledToken
 
 UINT64 = (1 << 64) - 1
@@ -73,17 +73,36 @@ class NativeSampler:
         masks: TokenMasks | None = None,
     ) -> list[SampledToken]:
         """See `Sampler.verify`."""
-        check_drafts(len(logits), self._vocab_size, drafts)
+        parents = check_drafts(len(logits), self._vocab_size, drafts)
         check_masks(len(logits), self._vocab_size, masks)
         found = self._native.verify(
             logits,
             list(sequence_ids),
             list(positions),
             [list(draft.token_ids) for draft in drafts],
+            [list(tree) for tree in parents],
             [None if d.probabilities is None else np.ascontiguousarray(d.probabilities, np.float32) for d in drafts],
             *((None, None) if masks is None else (np.ascontiguousarray(masks.bits), masks.rows.tolist())),
         )
         return [_token(sequence_ids[place], row) for place, row in found]
+
+    def guess(
+        self,
+        logits: NDArray[np.float32],
+        sequence_ids: Sequence[int],
+        positions: Sequence[int],
+        ahead: Sequence[Sequence[int]],
+        probabilities: NDArray[np.float32],
+        rows: Sequence[int],
+    ) -> list[int]:
+        """See `Sampler.guess`."""
+        check_guesses(logits, probabilities, self._vocab_size, rows)
+        vocab = min(logits.shape[1], self._vocab_size)
+        tokens: list[int] = self._native.guess(
+            logits, vocab, list(sequence_ids), list(positions), [list(before) for before in ahead], probabilities,
+            list(rows),
+        )  # fmt: skip
+        return tokens
 
 
 def _token(sequence_id: int, row: tuple[int, tuple[float, int, list[tuple[int, float]]] | None]) -> SampledToken:

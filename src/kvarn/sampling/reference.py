@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from kvarn.draft_tree import child
 from kvarn.request import SamplingParams, TokenLogprob
-from kvarn.sampling.base import Draft, TokenMasks, check_drafts, check_ids, check_masks
+from kvarn.sampling.base import Draft, TokenMasks, check_drafts, check_guesses, check_ids, check_masks
 from kvarn.step import NewSequence, SampledToken
 
 Floats = NDArray[np.float64]
@@ -101,6 +102,12 @@ class _State:
     new: NewSequence
     output: Counter[int] = field(default_factory=Counter)
 
+    def adjusted(self, row: Floats, allowed: NDArray[np.uint32] | None, ahead: Sequence[int] = ()) -> Floats:
+        """The row's logits after the sequence's rules, had the tokens `ahead` been sampled."""
+        new, output = self.new, self.output + Counter(ahead)
+        masked = new.stop_token_ids if output.total() < new.sampling.min_tokens else ()
+        return adjusted_logits(row, new.sampling, new.prompt_token_ids, output, masked, allowed)
+
 
 class ReferenceSampler:
     """`Sampler` as its rules read; for tests and as documentation."""
@@ -137,22 +144,61 @@ class ReferenceSampler:
         masks: TokenMasks | None = None,
     ) -> list[SampledToken]:
         """See `Sampler.verify`."""
-        check_drafts(len(logits), self._vocab_size, drafts)
+        trees = check_drafts(len(logits), self._vocab_size, drafts)
         check_masks(len(logits), self._vocab_size, masks)
         allowed = [None if masks is None or m < 0 else masks.bits[m] for m in _mask_rows(masks, len(logits))]
         tokens: list[SampledToken] = []
         row = 0
-        for sequence_id, position, draft in zip(sequence_ids, positions, drafts, strict=True):
-            guesses = [*draft.token_ids, None]
-            for offset, guess in enumerate(guesses):
-                q = None if draft.probabilities is None or guess is None else draft.probabilities[offset]
-                at = row + offset
+        for sequence_id, position, draft, parents in zip(sequence_ids, positions, drafts, trees, strict=True):
+            place, level = -1, 0
+            while True:
+                at = row + 1 + place
+                guess = q = None
+                if draft.probabilities is not None and place + 1 < len(parents):
+                    guess, q = draft.token_ids[place + 1], draft.probabilities[place + 1]
                 x = logits[at].astype(np.float64)
-                tokens.append(self._choose(x, sequence_id, position + offset, allowed[at], guess, q))
-                if tokens[-1].token_id != guess:
+                tokens.append(self._choose(x, sequence_id, position + level, allowed[at], guess, q))
+                place, level = child(draft.token_ids, parents, place, tokens[-1].token_id), level + 1
+                if place < 0:
                     break
-            row += len(guesses)
+            row += 1 + len(parents)
         return tokens
+
+    def guess(
+        self,
+        logits: NDArray[np.float32],
+        sequence_ids: Sequence[int],
+        positions: Sequence[int],
+        ahead: Sequence[Sequence[int]],
+        probabilities: NDArray[np.float32],
+        rows: Sequence[int],
+    ) -> list[int]:
+        """See `Sampler.guess`."""
+        check_guesses(logits, probabilities, self._vocab_size, rows)
+        vocab = min(logits.shape[1], self._vocab_size)
+        padded = np.full((len(logits), self._vocab_size), -np.inf)
+        padded[:, :vocab] = logits[:, :vocab]
+        parts = zip(padded, sequence_ids, positions, ahead, rows, strict=True)
+        return [self._guess(row, self._states[s], at, before, probabilities, to) for row, s, at, before, to in parts]
+
+    def _guess(
+        self,
+        row: Floats,
+        state: _State,
+        position: int,
+        ahead: Sequence[int],
+        probabilities: NDArray[np.float32],
+        to: int,
+    ) -> int:
+        p, x = state.new.sampling, state.adjusted(row, None, ahead)
+        if not (np.isfinite(row.max()) and np.isfinite(x.max())):
+            return -1
+        if p.greedy:
+            return int(x.argmax())
+        q, use = distribution(x, p), TOKEN
+        if to >= 0:
+            probabilities[to], use = q, DRAFT
+        return draw(q, uniform(state.new.seed, state.new.stream, position, use))
 
     def _choose(
         self,
@@ -168,8 +214,7 @@ class ReferenceSampler:
             raise ValueError(f"sequence {sequence_id} was not added")
         state = self._states[sequence_id]
         new, p = state.new, state.new.sampling
-        masked = new.stop_token_ids if state.output.total() < p.min_tokens else ()
-        x = adjusted_logits(row, p, new.prompt_token_ids, state.output, masked, allowed)
+        x = state.adjusted(row, allowed)
         if not (np.isfinite(row.max()) and np.isfinite(x.max())):
             raise ValueError(f"the logits of sequence {sequence_id} hold NaN or infinity, or leave no token")
         if p.greedy:

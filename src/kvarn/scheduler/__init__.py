@@ -10,6 +10,7 @@ from kvarn.scheduler.auto import AutoSpeculation
 from kvarn.scheduler.budget import Budget, ConstantBudget, ItlBudget
 from kvarn.scheduler.build import make_budget, make_policy, make_scheduler, make_speculation
 from kvarn.scheduler.cost import StepCost, StepShape
+from kvarn.scheduler.costly import CostlySpeculation
 from kvarn.scheduler.fairness import FairShare
 from kvarn.scheduler.forecast import Forecast, QueueForecast
 from kvarn.scheduler.measured import MeasuredCost
@@ -21,8 +22,9 @@ from kvarn.scheduler.sequence import Sequence
 from kvarn.scheduler.speculation import FixedSpeculation, NoSpeculation, Speculation
 
 __all__ = [
-    "AlwaysMove", "AutoSpeculation", "Backlog", "Budget", "ConstantBudget", "FairShare", "FirstComeFirstServed",
-    "FixedSpeculation", "Forecast", "Hold", "ItlBudget", "Limits", "MeasuredCost", "MoveCost", "Moves", "NoSpeculation",
-    "NullObserver", "Observer", "Policy", "PriorityClasses", "QueueForecast", "Scheduler", "Sequence", "Speculation",
-    "StepCost", "StepShape", "StepTimes", "make_budget", "make_policy", "make_scheduler", "make_speculation",
+    "AlwaysMove", "AutoSpeculation", "Backlog", "Budget", "ConstantBudget", "CostlySpeculation", "FairShare",
+    "FirstComeFirstServed", "FixedSpeculation", "Forecast", "Hold", "ItlBudget", "Limits", "MeasuredCost", "MoveCost",
+    "Moves", "NoSpeculation", "NullObserver", "Observer", "Policy", "PriorityClasses", "QueueForecast", "Scheduler",
+    "Sequence", "Speculation", "StepCost", "StepShape", "StepTimes", "make_budget", "make_policy", "make_scheduler",
+    "make_speculation",
 ]  # fmt: skip

@@ -68,13 +68,13 @@ class RowTimes:
         place = bisect.bisect_left(self._rows, rows)
         return place < len(self._rows) and self._rows[place] == rows
 
-    def seconds(self, shape: StepShape, length: int, most: int) -> list[float]:
-        """Expected wall times of the step with 0 … `most` rows more, in seconds. length: where those stand in their
-        sequences, about. Between none and all of them the model is taken to be a straight line."""
+    def seconds(self, shape: StepShape, length: int, most: int, every: int = 1) -> list[float]:
+        """Expected wall times of the step with 0, `every`, … `most` rows more, in seconds. length: where those stand in
+        their sequences, about. Between none and all of them the model is taken to be a straight line."""
         first = self._cost.seconds(shape)
         slope = (self._cost.seconds(shape.drafted(length, most)) - first) / most if most else 0.0
         rows = shape.num_tokens
-        return [(first + slope * more) * self._ratio(rows + more) for more in range(most + 1)]
+        return [(first + slope * more) * self._ratio(rows + more) for more in range(0, most + 1, every)]
 
     def _ratio(self, rows: int) -> float:
         if not self._rows:
@@ -132,7 +132,7 @@ class AutoSpeculation:
         order, gains = self._likeliest(drafted, room)
         length = sum(s.num_tokens for s in drafted) // len(drafted)
         times = self._times.seconds(shape, length, len(order))
-        count = _best(shape.num_sequences, gains, times)
+        count = best_count(shape.num_sequences, gains, times)
         self._against = 0 if count else self._against + 1
         if self._against >= PATIENCE:
             self._awake = self._steps + min(LONGEST_REST, 1 << min(self._against - PATIENCE, 30))
@@ -143,51 +143,83 @@ class AutoSpeculation:
             counts[place] += 1
         return counts
 
-    def compare(self, sequence: Sequence, draft: tuple[int, ...], tokens: ListOf[int]) -> None:
+    def plan(self, ready: ListOf[Sequence], shape: StepShape) -> None:
+        """There is nothing to plan: guesses cost nothing until they are verified."""
+
+    def proposed(self, asked: ListOf[int], came: ListOf[int], seconds: float, prepare_seconds: float) -> None:
+        """Learns nothing."""
+
+    def ended(self, sequence: Sequence) -> None:
+        """Learns nothing."""
+
+    def compare(
+        self, sequence: Sequence, draft: tuple[int, ...], parents: tuple[int, ...], tokens: ListOf[int]
+    ) -> None:
         """See `Speculation`."""
         if draft:
-            self._of(sequence, draft).compare(draft, tokens)
-            self._common[kind_of(draft)].compare(draft, tokens)
+            for known in (self._of(sequence, draft), self._common[self._kind(draft)]):
+                known.compare(draft, tokens, parents)
 
     def timed(self, shape: StepShape, seconds: float) -> None:
         """See `Speculation`."""
         self._steps += 1
         self._times.observe(shape, seconds)
 
+    def _kind(self, draft: tuple[int, ...]) -> int:
+        return kind_of(draft)
+
     def _of(self, sequence: Sequence, draft: tuple[int, ...]) -> Acceptance:
         """What is known of the sequence's drafts of that kind."""
-        kind = kind_of(draft)
+        kind = self._kind(draft)
         known = sequence.acceptance.get(kind)
         if known is None:
             common = self._common[kind]
-            known = sequence.acceptance[kind] = Acceptance.prior(common.first.mean, common.later.mean)
+            known = sequence.acceptance[kind] = common.start()
         return known
 
     def _likeliest(self, drafted: ListOf[Sequence], room: int) -> tuple[list[int], list[float]]:
-        """The guesses of all drafts, the likeliest first, `room` at most: whose each is, and what it brings."""
-        rates = [self._of(sequence, sequence.draft) for sequence in drafted]
-        heap = [(-rate.gain(0), place, 0) for place, rate in enumerate(rates)]
+        """The guesses of all drafts, the likeliest first, `room` at most: whose each is, and what it brings.
+
+        Of a draft they are in its order. One that makes way for likelier ones is taken where those are.
+        """
+        of = [self._of(sequence, sequence.draft).gains(sequence.parents) for sequence in drafted]
+        worth = [_worth(gains) for gains in of]
+        heap = [(-values[0], place, 0) for place, values in enumerate(worth)]
         heapq.heapify(heap)
         order: list[int] = []
         gains: list[float] = []
         while heap and len(order) < room and -heap[0][0] >= LEAST_GAIN:
-            gain, place, guess = heapq.heappop(heap)
+            _, place, guess = heapq.heappop(heap)
             order.append(place)
-            gains.append(-gain)
-            if guess + 1 < len(drafted[place].draft):
-                heapq.heappush(heap, (-rates[place].gain(guess + 1), place, guess + 1))
+            gains.append(of[place][guess])
+            if guess + 1 < len(of[place]):
+                heapq.heappush(heap, (-worth[place][guess + 1], place, guess + 1))
         return order, gains
 
     def _probe(self, tokens: int, gains: list[float], times: list[float]) -> int:
         """How many guesses to verify in order to learn what they cost; mostly none."""
-        count = _best(tokens, gains, times)
+        count = best_count(tokens, gains, times)
         if not count:
             return 0
         self._refusals += 1
         return count if self._refusals % PROBE_EVERY == 0 else 0
 
 
-def _best(tokens: int, gains: list[float], times: list[float]) -> int:
+def _worth(gains: list[float]) -> list[float]:
+    """What each of some guesses is worth, of which the first so many may be had: its own gain, or the mean of it and
+    its neighbours where later ones bring more. Never more than the one before. (Sidney 1975, "Decomposition algorithms
+    for single-machine sequencing with precedence relations", for chains.)"""
+    blocks: list[tuple[float, int]] = []
+    for gain in gains:
+        total, count = gain, 1
+        while blocks and total * blocks[-1][1] > blocks[-1][0] * count:
+            before, more = blocks.pop()
+            total, count = total + before, count + more
+        blocks.append((total, count))
+    return [total / count for total, count in blocks for _ in range(count)]
+
+
+def best_count(tokens: int, gains: list[float], times: list[float]) -> int:
     """How many guesses make expected tokens by expected seconds largest; 0 unless that beats none by `MARGIN`.
 
     tokens: that come in any case. times: seconds of the step with 0, 1, 2, … guesses.

@@ -9,6 +9,7 @@ from kvarn.config import SchedulerConfig, SpeculativeConfig
 from kvarn.scheduler.auto import AutoSpeculation
 from kvarn.scheduler.budget import Budget, ConstantBudget, ItlBudget
 from kvarn.scheduler.cost import StepCost
+from kvarn.scheduler.costly import CostlySpeculation
 from kvarn.scheduler.fairness import FairShare
 from kvarn.scheduler.forecast import QueueForecast
 from kvarn.scheduler.moves import Moves
@@ -39,8 +40,8 @@ def make_speculation(config: SpeculativeConfig | None, cost: StepCost) -> Specul
     if config is None:
         return NoSpeculation()
     if config.k is not None:
-        return FixedSpeculation(config.k)
-    return AutoSpeculation(config.max_k, cost)
+        return FixedSpeculation(config.most)
+    return CostlySpeculation(config.most, cost) if config.writes_ahead else AutoSpeculation(config.most, cost)
 
 
 def make_scheduler(
@@ -54,8 +55,10 @@ def make_scheduler(
     moves: Moves | None = None,
     observer: Observer | None = None,
     speculative: SpeculativeConfig | None = None,
+    reference_every: int = 0,
 ) -> Scheduler:
-    """The scheduler that the settings ask for, empty. pool: owned by it. cost: see `make_budget`."""
+    """The scheduler that the settings ask for, empty. pool: owned by it. cost: see `make_budget`.
+    reference_every: of the type of cache (`KvType`)."""
     budget = make_budget(config, cost)
     return Scheduler(
         config,
@@ -70,4 +73,6 @@ def make_scheduler(
         observer=observer,
         speculation=make_speculation(speculative, cost),
         max_step_drafts=speculative.max_step_drafts if speculative else 0,
+        reference_every=reference_every,
+        writes_ahead=speculative is not None and speculative.writes_ahead,
     )

@@ -9,13 +9,14 @@ from collections.abc import Sequence as ListOf
 from dataclasses import dataclass, field
 
 from kvarn.cache import BlockPool, blocks_for
+from kvarn.draft_tree import pruned
 from kvarn.scheduler.budget import MIN_PROMPT_TOKENS, Budget
 from kvarn.scheduler.cost import StepShape
 from kvarn.scheduler.observer import Observer
 from kvarn.scheduler.reuse import PrefixReuse
 from kvarn.scheduler.sequence import Sequence
 from kvarn.scheduler.speculation import Speculation
-from kvarn.step import SampledToken, ScheduledSequence, SchedulerOutput, StepOutput
+from kvarn.step import DraftTokens, SampledToken, ScheduledSequence, SchedulerOutput, StepOutput
 
 
 @dataclass(slots=True)
@@ -26,7 +27,7 @@ class DraftCounts:
     draft_tokens: int = 0
     accepted_tokens: int = 0
     by_position: list[int] = field(default_factory=list)
-    """Accepted tokens by their place in the draft."""
+    """Accepted tokens by how far ahead they were guessed, the next one at 0."""
     seconds: float = 0.0
     """Spent on proposing."""
 
@@ -40,25 +41,46 @@ class DraftCounts:
             self.by_position[place] += 1
 
 
+@dataclass(frozen=True, slots=True)
+class DraftLimits:
+    """What there is room for."""
+
+    max_step_drafts: int
+    """Guesses in one step, of all sequences."""
+    max_model_len: int
+    """Slots of a sequence. Each branch of a tree has its own, so that a tree needs more than the text has positions."""
+    reference_every: int = 0
+    """See `KvType`."""
+    writes_ahead: bool = False
+    """Whether the drafter computes keys and values of its own for what it guesses, in the sequence's blocks."""
+
+
 class Drafting:
     """Puts drafts into steps and books them. It changes drafts, counts and tables of sequences.
+
+    A draft is a tree; its first guesses, however many, are a tree, too, so that a part of it is its beginning.
 
     Drafts are for sequences that compute one token. They count in the step's budget like all tokens, but take blocks
     only that nobody else wants in this step, and give back after it those that hold no known token: nobody is held
     up or preempted for a guess, and what the scheduler holds between two steps is the same as without guesses.
+
+    But for a drafter that computes keys and values of its own for what it guesses (`writes_ahead`): it gets blocks for
+    that, too, and what it has guessed keeps them for the next step, unless somebody needs them (`give_back`).
     """
 
     def __init__(
-        self, control: Speculation, pool: BlockPool, reuse: PrefixReuse, observer: Observer, max_step_drafts: int
+        self, control: Speculation, pool: BlockPool, reuse: PrefixReuse, observer: Observer, limits: DraftLimits
     ) -> None:
-        """control: says how many. max_step_drafts: in one step, of all sequences. observer: told what was right."""
+        """control: says how many. observer: told what was right."""
         self.control = control
         self.counts = DraftCounts()
         self._pool = pool
         self._reuse = reuse
         self._observer = observer
-        self._max_step_drafts = max_step_drafts
+        self._limits = limits
         self._chosen: list[tuple[Sequence, int]] = []
+        self._ahead: list[Sequence] = []
+        """Sequences with blocks behind their known tokens."""
         self.active = control.most > 0
         """Whether any token may ever be guessed."""
 
@@ -71,47 +93,67 @@ class Drafting:
         count, tokens = len(ready), sum([len(s.token_ids) for s in ready])
         shape = StepShape(count, count, count, tokens, tokens)
         if self.active:
+            self.control.plan(ready, shape)
             self._chosen = []
             drafted = [s for s in ready if s.draft]
             if drafted:
                 room = budget.draft_room(shape, len(running) - count + MIN_PROMPT_TOKENS)
-                return self._choose(drafted, shape, min(room, self._max_step_drafts))
+                return self._choose(drafted, shape, min(room, self._limits.max_step_drafts))
         return shape
 
     def _choose(self, drafted: list[Sequence], shape: StepShape, room: int) -> StepShape:
         if room <= 0:
             return shape
         for sequence, count in zip(drafted, self.control.choose(drafted, shape, room), strict=True):
-            # One token comes in any case, and no more than max_length.
-            count = min(count, sequence.max_length - sequence.num_tokens - 1)
             if count > 0:
                 self._chosen.append((sequence, count))
                 shape = shape.drafted(sequence.num_tokens, count)
         return shape
 
-    def put(self, parts: list[ScheduledSequence]) -> list[tuple[int, int]]:
-        """Adds the chosen drafts to the step's parts, as far as blocks are left over; returns the blocks to copy."""
+    def put(self, parts: list[ScheduledSequence], sequences: Mapping[int, Sequence]) -> list[tuple[int, int]]:
+        """Adds the chosen drafts to the step's parts, as far as blocks are left over; returns the blocks to copy.
+
+        sequences: those of the parts, by id.
+        """
         copies: list[tuple[int, int]] = []
-        if not self._chosen:
+        chosen = {sequence.sequence_id: count for sequence, count in self._chosen}
+        self._chosen = []
+        if not chosen and not self._limits.writes_ahead:
             return copies
-        places = {part.sequence_id: place for place, part in enumerate(parts)}
-        for sequence, count in self._chosen:
-            place = places.get(sequence.sequence_id)
-            if place is None:
-                continue  # preempted meanwhile
-            part = parts[place]
-            blocks = len(sequence.table) + self._pool.num_available // len(self._pool.windows)
-            slots = blocks * self._pool.block_size
-            draft = sequence.draft[: min(count, slots - part.end)]
-            if not draft:
-                continue
-            copies += self._reuse.take_blocks(sequence, part.end, part.end + len(draft))
-            parts[place] = dataclasses.replace(part, draft=draft, block_tables=sequence.table.ids)
+        for place, part in enumerate(parts):
+            count = chosen.get(part.sequence_id, 0)
+            ahead = part.num_drafts_wanted if self._limits.writes_ahead else 0
+            if count or ahead:
+                sequence = sequences[part.sequence_id]
+                draft = sequence.draft[: self._take(part.end, count, self._limits.max_model_len, sequence, copies)]
+                self._take(part.end + len(draft), ahead, sequence.max_length, sequence, copies)
+                parents, tables = sequence.parents[: len(draft)], sequence.table.ids
+                parts[place] = dataclasses.replace(part, draft=draft, parents=parents, block_tables=tables)
         return copies
 
-    def wanted(self, sequence: Sequence) -> int:
-        """Tokens to guess for the step after this one, which samples a token of the sequence."""
-        return max(0, min(self.control.wanted(sequence), sequence.max_length - sequence.num_tokens - 2))
+    def _take(self, end: int, count: int, most: int, sequence: Sequence, copies: list[tuple[int, int]]) -> int:
+        """Takes blocks for `count` guesses in slots `end` …, below `most`, or for fewer; returns for how many."""
+        blocks = len(sequence.table) + self._pool.num_available // len(self._pool.windows)
+        last = min(end + count, blocks * self._pool.block_size, most)
+        if last <= end:
+            return 0
+        copies += self._reuse.take_blocks(sequence, end, last)
+        return last - end
+
+    def give_back(self) -> bool:
+        """Gives back the blocks that were kept for guesses, since somebody needs them; whether there were any."""
+        before = self._pool.num_available
+        for sequence in self._ahead:
+            self._truncate(sequence, sequence.num_tokens)  # the last one may be in this step already
+        self._ahead = []
+        return self._pool.num_available > before
+
+    def wanted(self, sequence: Sequence) -> tuple[int, int]:
+        """How far to guess ahead for the step after this one, which samples a token of the sequence, and how many
+        guesses a tree of them may have."""
+        nodes = min(self.control.wanted(sequence), self._limits.max_model_len - sequence.num_tokens - 1)
+        ahead = min(nodes, sequence.max_length - sequence.num_tokens - 2)
+        return (ahead, nodes) if ahead > 0 else (0, 0)
 
     def book(
         self,
@@ -123,27 +165,68 @@ class Drafting:
         """Told of a step when its tokens are booked. gained: those that were not dropped. alive: who goes on, by id."""
         if not self.active:
             return
-        self.counts.seconds += result.draft_seconds
+        self.counts.seconds += result.draft_seconds + result.prepare_seconds
         tokens: dict[Sequence, list[int]] = {}
         for sequence, token in gained:
             tokens.setdefault(sequence, []).append(token.token_id)
         verified = Counter(token.sequence_id for token in result.sampled)
         parts = {part.sequence_id: part for part in scheduled.sequences if part.draft}
         for sequence, said in tokens.items():
-            self.control.compare(sequence, sequence.draft, said)
-            sequence.draft = ()
             part = parts.get(sequence.sequence_id)
+            # What a model drew may be accepted without being what would have come: only verified ones tell.
+            told = sequence.draft if not self._limits.writes_ahead else part.draft if part is not None else ()
+            self.control.compare(sequence, told, sequence.parents[: len(told)], said)
+            if sequence.finished:
+                self.control.ended(sequence)
+            sequence.draft = sequence.parents = ()
             if part is not None:
                 self._count(sequence, len(part.draft), min(len(said), verified[sequence.sequence_id] - 1))
         for draft in result.drafts:
             owner = alive.get(draft.sequence_id)
             if owner is not None:
-                owner.draft = draft.token_ids
+                owner.draft, owner.parents = self._fitting(owner, draft)
+                owner.num_drafter_tokens = owner.num_tokens
+        asked = [part.num_drafts_wanted for part in scheduled.sequences if part.num_drafts_wanted]
+        lengths = [len(draft.token_ids) for draft in result.drafts]
+        self.control.proposed(asked, lengths, result.draft_seconds, result.prepare_seconds)
+        self._keep_ahead(scheduled, alive)
+
+    def _fitting(self, sequence: Sequence, draft: DraftTokens) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The draft without what the sequence would not say, one token coming in any case, or the cache cannot hold."""
+        start, every = sequence.num_tokens, self._limits.reference_every
+        most, longest = self._limits.max_model_len - start, sequence.max_length - start - 1
+        referred: set[int] = set()
+
+        def fits(place: int, level: int) -> bool:
+            if place >= most or level >= longest:
+                return False
+            if not every or (start + level) % every:
+                return True
+            alone = level not in referred
+            referred.add(level)
+            return alone
+
+        return pruned(draft.token_ids, draft.parents, fits)
+
+    def _keep_ahead(self, scheduled: SchedulerOutput, alive: Mapping[int, Sequence]) -> None:
+        """Gives back the blocks of the step that hold neither known tokens nor what the drafter has of its guesses."""
+        step = (alive.get(p.sequence_id) for p in scheduled.sequences if p.draft or p.num_drafts_wanted)
+        touched = dict.fromkeys([*self._ahead, *(sequence for sequence in step if sequence is not None)])
+        self._ahead = []
+        for sequence in touched:
+            if alive.get(sequence.sequence_id) is not sequence:
+                continue
+            # The last known token has its KV from the drafter already, and the last guess none.
+            ahead = len(sequence.draft) if self._limits.writes_ahead else 0
+            self._truncate(sequence, sequence.num_computed_tokens + ahead)
+            if ahead:
+                self._ahead.append(sequence)
+
+    def _truncate(self, sequence: Sequence, num_tokens: int) -> None:
+        sequence.table.truncate(blocks_for(num_tokens, self._pool.block_size))
 
     def _count(self, sequence: Sequence, drafted: int, accepted: int) -> None:
         self.counts.add(drafted, accepted)
         sequence.num_draft_tokens += drafted
         sequence.num_accepted_tokens += accepted
         self._observer.verified(sequence, drafted, accepted)
-        if not sequence.finished:
-            sequence.table.truncate(blocks_for(sequence.num_computed_tokens, self._pool.block_size))

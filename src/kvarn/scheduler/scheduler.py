@@ -13,7 +13,7 @@ from kvarn.request import FinishReason, Request
 from kvarn.scheduler.admission import Backlog, Limits, check_deadline
 from kvarn.scheduler.assembly import Group, StepAssembly
 from kvarn.scheduler.budget import Budget, ConstantBudget
-from kvarn.scheduler.drafting import Drafting
+from kvarn.scheduler.drafting import Drafting, DraftLimits
 from kvarn.scheduler.forecast import Crowd, Forecast, NoForecast
 from kvarn.scheduler.moves import Moves
 from kvarn.scheduler.observer import Hold, NullObserver, Observer
@@ -66,6 +66,8 @@ class Scheduler:
         observer: Observer | None = None,
         speculation: Speculation | None = None,
         max_step_drafts: int = 64,
+        reference_every: int = 0,
+        writes_ahead: bool = False,
     ) -> None:
         """pool: all blocks of the KV cache, owned from now on. eos_token_ids: the model's own ends of text.
 
@@ -73,11 +75,14 @@ class Scheduler:
         refused for their deadlines, unless given.
         prefix_cache: of that pool; owned from now on. moves: when its second tier is used; None: always.
         observer: told of every decision. speculation: how many tokens are guessed; None: none. max_step_drafts: of
-        them in one step at most.
+        them in one step at most. reference_every: see `KvType`. writes_ahead: the drafter wants blocks for what it
+        guesses.
         """
         self._observer = observer or NullObserver()
         self.reuse = PrefixReuse(pool, prefix_cache, moves, self._observer)
-        self.drafting = Drafting(speculation or NoSpeculation(), pool, self.reuse, self._observer, max_step_drafts)
+        control = speculation or NoSpeculation()
+        limits = DraftLimits(max_step_drafts, max_model_len, reference_every, writes_ahead)
+        self.drafting = Drafting(control, pool, self.reuse, self._observer, limits)
         self.limits = Limits.of(pool, self.reuse.cache.num_reserved, config.max_num_batched_tokens, max_model_len)
         self.num_preemptions = 0
         self._config = config
@@ -197,7 +202,7 @@ class Scheduler:
         step = StepAssembly(self._budget.open(decodes), deque(sorted(self._running.values(), key=self._key)))
         self._schedule_running(step)
         self._admit_waiting(step)
-        step.copies += self.drafting.put(step.sequences)
+        step.copies += self.drafting.put(step.sequences, self._running)
         if step.held is not None:
             self._observer.held(*step.held)
         finished, self._finished_ids = tuple(self._finished_ids), []
@@ -346,7 +351,7 @@ class Scheduler:
             return Hold.BUDGET
         if self.reuse.loads(sequence):
             return Hold.LOADING
-        if not self._may_fit():
+        if not self._may_fit() and not (self.drafting.give_back() and self._may_fit()):
             return Hold.BLOCKS
         forked = len(sequence.table) > 0
         found = self.reuse.adopt(sequence)
@@ -395,6 +400,7 @@ class Scheduler:
         start = sequence.num_computed_tokens
         end = start + count
         sample = end == sequence.num_tokens
+        ahead, nodes = self.drafting.wanted(sequence) if sample and self.drafting.active else (0, 0)
         self.reuse.computes(sequence, end)
         step.copies += self.reuse.take_blocks(sequence, start, end)
         if end >= sequence.num_prompt_tokens:
@@ -406,7 +412,8 @@ class Scheduler:
                 start=start,
                 block_tables=sequence.table.ids,
                 sample=sample,
-                num_drafts_wanted=self.drafting.wanted(sequence) if sample and self.drafting.active else 0,
+                num_drafts_wanted=ahead,
+                num_nodes_wanted=nodes,
             )
         )
 
@@ -434,6 +441,8 @@ class Scheduler:
             wanted += sum(max(least, self._blocks_to_catch_up(running)) for running in self._running.values())
             if wanted <= self._pool.num_available:
                 return True
+            if self.drafting.give_back():
+                continue
             if self._running:
                 return False
             others = [s for s in self._waiting if len(s.table) and s is not sequence]
@@ -450,6 +459,8 @@ class Scheduler:
         """Frees blocks for `count` tokens of the first pending sequence; False where that one itself was preempted."""
         start = sequence.num_computed_tokens
         while sequence.table.blocks_needed(start, start + count) > self._pool.num_available:
+            if self.drafting.give_back():
+                continue
             # Those that are not pending are in this step already.
             victim = self._last(itertools.chain((step.pending[-1],), (s for s in self._waiting if len(s.table))))
             if victim is step.pending[-1]:
@@ -465,7 +476,7 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         self._observer.preempted(sequence)
         self.reuse.give_up_blocks(sequence)
-        sequence.draft = ()
+        sequence.draft = sequence.parents = ()
         sequence.num_preemptions += 1
         self.num_preemptions += 1
         if self._running.pop(sequence.sequence_id, None) is not None:

@@ -44,6 +44,12 @@ class Sequence:
     """Whether the policy has been told of the prompt's tokens. Only the first of a request's sequences pays them."""
     draft: tuple[int, ...] = ()
     """Guesses of its next tokens, for the next step."""
+    parents: tuple[int, ...] = ()
+    """Of each guess the one that it follows (see `kvarn.draft_tree`)."""
+    num_drafter_tokens: int = 0
+    """Tokens that there were when a drafter guessed last: it has read them."""
+    drafter_reads: bool = False
+    """Whether what a drafter has not read of it was found worth the time."""
     acceptance: dict[int, Acceptance] = field(default_factory=dict)
     """How often such guesses were right, by the draft's kind, where somebody asks."""
     num_draft_tokens: int = 0

@@ -21,6 +21,13 @@ class Speculation(Protocol):
         """Raises RequestError where the request asks for more than is done here. Any thread may call."""
         ...
 
+    def plan(self, ready: ListOf[Sequence], shape: StepShape) -> None:
+        """Told which sequences compute one token in the step that is put together, before `wanted` is asked of any.
+
+        shape: of them, without drafts.
+        """
+        ...
+
     def wanted(self, sequence: Sequence) -> int:
         """Tokens that a drafter is to propose for the sequence, at most."""
         ...
@@ -32,12 +39,23 @@ class Speculation(Protocol):
         """
         ...
 
-    def compare(self, sequence: Sequence, draft: tuple[int, ...], tokens: ListOf[int]) -> None:
+    def compare(
+        self, sequence: Sequence, draft: tuple[int, ...], parents: tuple[int, ...], tokens: ListOf[int]
+    ) -> None:
         """Told which tokens came in the place of a draft, of which some may have been verified, or none."""
         ...
 
+    def proposed(self, asked: ListOf[int], came: ListOf[int], seconds: float, prepare_seconds: float) -> None:
+        """Told what came of asking for guesses in a step: how many of each sequence of which any were asked, and the
+        lengths of the drafts that came. seconds: that making them took; prepare_seconds: and getting ready for it."""
+        ...
+
+    def ended(self, sequence: Sequence) -> None:
+        """Told of a sequence that has said its last token."""
+        ...
+
     def timed(self, shape: StepShape, seconds: float) -> None:
-        """Told what each step took."""
+        """Told what each step took, without guessing."""
         ...
 
 
@@ -83,7 +101,18 @@ class NoSpeculation:
         del shape, room
         return [0] * len(drafted)
 
-    def compare(self, sequence: Sequence, draft: tuple[int, ...], tokens: ListOf[int]) -> None:
+    def compare(
+        self, sequence: Sequence, draft: tuple[int, ...], parents: tuple[int, ...], tokens: ListOf[int]
+    ) -> None:
+        """Learns nothing."""
+
+    def plan(self, ready: ListOf[Sequence], shape: StepShape) -> None:
+        """Plans nothing."""
+
+    def proposed(self, asked: ListOf[int], came: ListOf[int], seconds: float, prepare_seconds: float) -> None:
+        """Learns nothing."""
+
+    def ended(self, sequence: Sequence) -> None:
         """Learns nothing."""
 
     def timed(self, shape: StepShape, seconds: float) -> None:
@@ -113,7 +142,18 @@ class FixedSpeculation:
             counts.append(min(len(sequence.draft), (room - sum(counts)) // (len(drafted) - place)))
         return counts
 
-    def compare(self, sequence: Sequence, draft: tuple[int, ...], tokens: ListOf[int]) -> None:
+    def compare(
+        self, sequence: Sequence, draft: tuple[int, ...], parents: tuple[int, ...], tokens: ListOf[int]
+    ) -> None:
+        """Learns nothing."""
+
+    def plan(self, ready: ListOf[Sequence], shape: StepShape) -> None:
+        """Plans nothing."""
+
+    def proposed(self, asked: ListOf[int], came: ListOf[int], seconds: float, prepare_seconds: float) -> None:
+        """Learns nothing."""
+
+    def ended(self, sequence: Sequence) -> None:
         """Learns nothing."""
 
     def timed(self, shape: StepShape, seconds: float) -> None:

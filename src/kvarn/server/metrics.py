@@ -59,7 +59,7 @@ class EngineCollector(Collector):
                 yield family
         by_position = CounterMetricFamily(
             "kvarn:spec_decode_num_accepted_tokens_per_pos",
-            "Tokens of drafts that became output, by their place in the draft.",
+            "Tokens of drafts that became output, by how far ahead they were guessed.",
             labels=["model_name", "position"],
         )
         for position, count in enumerate(stats.accepted_by_position):

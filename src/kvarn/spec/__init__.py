@@ -6,7 +6,15 @@ how much of it (`kvarn.scheduler.Speculation`).
 
 from kvarn.spec.build import make_drafter
 from kvarn.spec.corpus import Corpora
+from kvarn.spec.draft_kv import DraftKv
+from kvarn.spec.draft_model import DraftModelDrafter, draft_limits
 from kvarn.spec.index import NgramIndex
+from kvarn.spec.lookahead import LookaheadDrafter, LookaheadWindow
 from kvarn.spec.ngram import NgramDrafter
+from kvarn.spec.ngram_pool import NgramPool
+from kvarn.spec.same_vocabulary import check_same_vocabulary
 
-__all__ = ["Corpora", "NgramDrafter", "NgramIndex", "make_drafter"]
+__all__ = [
+    "Corpora", "DraftKv", "DraftModelDrafter", "LookaheadDrafter", "LookaheadWindow", "NgramDrafter", "NgramIndex",
+    "NgramPool", "check_same_vocabulary", "draft_limits", "make_drafter",
+]  # fmt: skip

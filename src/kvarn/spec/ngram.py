@@ -52,6 +52,9 @@ class NgramDrafter:
         if text is not None and self._corpora is not None:
             self._corpora.add(text.new.salt, text.tokens[len(text.new.prompt_token_ids) :])
 
+    def prepare(self, scheduled: SchedulerOutput) -> None:
+        """There is nothing to prepare."""
+
     def propose(
         self,
         scheduled: SchedulerOutput,

@@ -1,6 +1,6 @@
 """Text to tokens and back: vocabularies, chat templates, incremental detokenizing with stop strings."""
 
 from kvarn.text.detokenizer import IncrementalDetokenizer
-from kvarn.text.tokenizer import Tokenizer, load_tokenizer
+from kvarn.text.tokenizer import Tokenizer, load_spellings, load_tokenizer, spellings
 
-__all__ = ["IncrementalDetokenizer", "Tokenizer", "load_tokenizer"]
+__all__ = ["IncrementalDetokenizer", "Tokenizer", "load_spellings", "load_tokenizer", "spellings"]

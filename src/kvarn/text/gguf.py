@@ -162,6 +162,15 @@ def vocabulary_from_gguf(metadata: Mapping[str, Any], path: str) -> Vocabulary:
     )
 
 
+def spellings_from_gguf(metadata: Mapping[str, Any], path: str) -> list[str]:
+    """How each token is spelt, by id; "" for ids that only fill the embedding up. Raises ModelFileError."""
+    reader = _Reader(metadata, path)
+    tokens = list(reader.tokens)
+    for index in reader.of_type(UNUSED) if metadata.get(f"{PREFIX}model") == "gpt2" else ():
+        tokens[index] = ""
+    return tokens
+
+
 def _names(reader: _Reader) -> tuple[tuple[str, str], ...]:
     keys = {"unk_token": "unknown_token_id", "pad_token": "padding_token_id", "sep_token": "seperator_token_id"}
     ids = {name: reader.token_id(key) for name, key in keys.items()}

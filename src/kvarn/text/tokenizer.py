@@ -180,6 +180,24 @@ def well_formed(text: str) -> str:
     return text
 
 
+def spellings(vocabulary: Vocabulary) -> list[str]:
+    """How each token is spelt, by id; "" for ids that only fill the embedding up."""
+    tokens = list(vocabulary.tokens)
+    for index in vocabulary.padding:
+        tokens[index] = ""
+    return tokens
+
+
+def load_spellings(files: ModelFiles) -> list[str]:
+    """The `spellings` of open files. For GGUF files without making a tokenizer, which takes longer. Raises as
+    `load_tokenizer` does."""
+    if files.format == "gguf":
+        from kvarn.text.gguf import spellings_from_gguf
+
+        return spellings_from_gguf(files.metadata, str(files.path))
+    return spellings(load_tokenizer(files).vocabulary)
+
+
 def load_tokenizer(files: ModelFiles) -> Tokenizer:
     """The tokenizer of open files; a vocabulary-only GGUF is enough. The files may be closed afterwards.
 

@@ -1,0 +1,220 @@
+"""`CostlySpeculation`: as many guesses as pay where making them takes time, too, as with a draft model."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import deque
+from collections.abc import Sequence as ListOf
+
+from kvarn.scheduler.acceptance import Acceptance
+from kvarn.scheduler.auto import LEAST_GAIN, MARGIN, PLAIN_EVERY, AutoSpeculation, best_count
+from kvarn.scheduler.cost import StepCost, StepShape
+from kvarn.scheduler.sequence import Sequence
+from kvarn.scheduler.speculation import limit
+
+PRIOR_SHARE = 0.4
+"""What a guess of each sequence is believed to take of a step without guesses, as long as none was measured."""
+LAST = 5
+"""Measurements of which the median counts, for each number of sequences: some have texts to read first."""
+ALLOWANCE = 0.02
+"""Of the time of steps, what trying guesses that are not believed to pay may take."""
+LEAST_TRIED, TRIED_DEPTH = 8, 2
+"""Drafts that a trial has verified, at least, and how many tokens each has."""
+NEARLY = 8
+"""Tokens that a drafter may lack of a text without it being worth a thought."""
+READING_MEMORY, LEAST_OFF = 0.8, 0.1
+"""What is known of the time of reading counts this much less with each text; and a bound of what it may say."""
+ANSWER = 128
+"""Tokens of an answer, as long as none has ended."""
+
+
+class GuessTimes:
+    """What one more guess of each of n sequences takes, by what it took lately."""
+
+    def __init__(self) -> None:
+        self._lately: dict[int, deque[float]] = {}
+
+    def observe(self, count: int, seconds: float) -> None:
+        """One guess of each of `count` sequences took so long."""
+        self._lately.setdefault(count, deque(maxlen=LAST)).append(seconds)
+
+    def seconds(self, count: int, otherwise: float) -> float:
+        """Expected time in seconds: of the nearest number that was measured, for more sequences with the root of their
+        ratio, since they share the weights that are read; `otherwise` where none was."""
+        if not self._lately:
+            return otherwise
+        nearest = min(self._lately, key=lambda known: abs(known - count))
+        return statistics.median(self._lately[nearest]) * math.sqrt(max(1.0, count / nearest))
+
+
+class CostlySpeculation(AutoSpeculation):
+    """`AutoSpeculation` for a drafter whose guesses cost about as much as a share of a step each.
+
+    How many tokens to guess is decided before they are: as many for each sequence as make expected tokens by expected
+    time largest, the time of guessing among it, and none where none do. A text that the drafter has not read costs more
+    at first: it is read where the answer is expected to be long enough to earn it.
+
+    Where guesses are not believed to pay, one sequence at a time is tried, as often as a fixed share of the time
+    (`ALLOWANCE`) has room for what it takes. So what guesses are worth is known, and not knowing it costs no more.
+    Only verified guesses teach: one that was drawn from probabilities may be right without being what came.
+    """
+
+    def __init__(self, most: int, cost: StepCost) -> None:
+        """See `AutoSpeculation`."""
+        super().__init__(most, cost)
+        self._cost = cost
+        self._guesses = GuessTimes()
+        self._depth = 0
+        self._saved = 0.0
+        """Seconds that guessing at that depth is expected to save a token of each sequence."""
+        self._allowance = 0.0
+        self._trial: int | None = None
+        """Id of the sequence that is tried."""
+        self._num_tried = 0
+        self._tried = False
+        """Whether enough was tried to believe what is known."""
+        self._first = True
+        """Whether nothing was tried yet: the first time it may take what it takes."""
+        self._answer = float(ANSWER)
+        self._reading_expected = self._reading_taken = 0.0
+        """Seconds, fading."""
+        self._plans = 0
+
+    def plan(self, ready: ListOf[Sequence], shape: StepShape) -> None:
+        """See `Speculation`."""
+        self._depth, self._saved = 0, 0.0
+        self._plans += 1
+        ready = [sequence for sequence in ready if limit(self.most, sequence)]
+        if not ready:
+            return
+        if self._plans % PLAIN_EVERY == 0 or not self._times.knows(shape.num_tokens):
+            return
+        count = shape.num_sequences
+        times = self._step_times(ready, shape, self.most)
+        one = self._guesses.seconds(count, PRIOR_SHARE * times[0])
+        rates = [self._known(sequence) for sequence in ready]
+        best, tokens = MARGIN * count / times[0], float(count)
+        for depth in range(1, self.most + 1):
+            tokens += sum(rate.gain(depth - 1) for rate in rates)
+            seconds = times[depth] + depth * one
+            if tokens / seconds > best:
+                best, self._depth = tokens / seconds, depth
+                self._saved = times[0] / count - seconds / tokens
+        if self._depth and self._tried:
+            self._trial = None
+        else:
+            self._depth = 0
+            self._try_one(ready, times, count)
+
+    def wanted(self, sequence: Sequence) -> int:
+        """See `Speculation`."""
+        if sequence.sequence_id == self._trial:
+            return limit(TRIED_DEPTH, sequence)
+        depth = limit(self._depth, sequence)
+        if not depth or not self._worth_reading(sequence):
+            return 0
+        rate = self._known(sequence)
+        while depth and rate.gain(depth - 1) < LEAST_GAIN:
+            depth -= 1
+        return depth
+
+    def choose(self, drafted: ListOf[Sequence], shape: StepShape, room: int) -> list[int]:
+        """See `Speculation`. What guessing them took is spent already."""
+        order, gains = self._likeliest(drafted, room)
+        length = sum(s.num_tokens for s in drafted) // len(drafted)
+        times = self._times.seconds(shape, length, len(order))
+        counts = [0] * len(drafted)
+        for place in order[: best_count(shape.num_sequences, gains, times)]:
+            counts[place] += 1
+        for place, sequence in enumerate(drafted):
+            if sequence.sequence_id == self._trial:
+                counts[place] = min(len(sequence.draft), room - sum(counts) + counts[place])
+        return counts
+
+    def compare(
+        self, sequence: Sequence, draft: tuple[int, ...], parents: tuple[int, ...], tokens: ListOf[int]
+    ) -> None:
+        """See `Speculation`."""
+        super().compare(sequence, draft, parents, tokens)
+        if draft and sequence.sequence_id == self._trial:
+            self._num_tried += 1
+            if self._num_tried >= LEAST_TRIED:
+                self._trial, self._tried, self._num_tried = None, True, 0
+
+    def timed(self, shape: StepShape, seconds: float) -> None:
+        """See `Speculation`."""
+        super().timed(shape, seconds)
+        self._allowance = min(self._allowance + ALLOWANCE * seconds, 100 * seconds)
+
+    def proposed(self, asked: ListOf[int], came: ListOf[int], seconds: float, prepare_seconds: float) -> None:
+        """See `Speculation`."""
+        if came and len(came) == len(asked):
+            self._guesses.observe(len(came), seconds / max(came))
+        self._reading_taken += prepare_seconds
+        if self._trial is not None:
+            self._allowance -= seconds + prepare_seconds
+
+    def ended(self, sequence: Sequence) -> None:
+        """See `Speculation`."""
+        self._answer += 0.1 * (sequence.num_output_tokens - self._answer)
+        if sequence.sequence_id == self._trial:
+            self._trial = None
+
+    def _kind(self, draft: tuple[int, ...]) -> int:
+        """The drafter is asked for a length: it says nothing of how sure it is."""
+        del draft
+        return 0
+
+    def _known(self, sequence: Sequence) -> Acceptance:
+        return self._of(sequence, ())
+
+    def _step_times(self, ready: ListOf[Sequence], shape: StepShape, most: int) -> list[float]:
+        """Of steps with 0, 1, … guesses verified for each sequence."""
+        length = sum(s.num_tokens for s in ready) // len(ready)
+        return self._times.seconds(shape, length, most * len(ready), len(ready))
+
+    def _try_one(self, ready: ListOf[Sequence], times: list[float], count: int) -> None:
+        """Chooses a sequence to try where there is time for it: the one that takes least, of those the last one."""
+        if self._trial is not None and any(s.sequence_id == self._trial for s in ready):
+            return
+        self._trial = None
+        sequence = min(reversed(ready), key=self._unread)
+        one = self._guesses.seconds(1, PRIOR_SHARE * times[0])
+        rows = (times[1] - times[0]) / count
+        cost = self._reading_seconds(sequence) + LEAST_TRIED * TRIED_DEPTH * (one + rows)
+        if self._allowance >= cost or self._first:
+            self._trial, self._first = sequence.sequence_id, False
+            self._reads(sequence)
+
+    def _unread(self, sequence: Sequence) -> int:
+        """Tokens that the drafter has not read, about."""
+        return sequence.num_tokens - sequence.num_drafter_tokens
+
+    def _reading_seconds(self, sequence: Sequence) -> float:
+        """What the drafter takes for them, by what it took in proportion to what was expected."""
+        off = self._reading_taken / self._reading_expected if self._reading_expected else 1.0
+        return self._modelled_seconds(sequence) * max(off, LEAST_OFF)
+
+    def _modelled_seconds(self, sequence: Sequence) -> float:
+        """As much longer than for a guess as the model's own step is."""
+        unread = self._unread(sequence)
+        if unread <= NEARLY:
+            return 0.0
+        many, one = StepShape(unread, 1, 0, unread * unread // 2), StepShape(1, 1, 1, unread)
+        return self._guesses.seconds(1, 0.0) * self._cost.seconds(many) / self._cost.seconds(one)
+
+    def _worth_reading(self, sequence: Sequence) -> bool:
+        if sequence.drafter_reads or self._unread(sequence) <= NEARLY:
+            return True
+        left = min(sequence.max_length - sequence.num_tokens, max(self._answer - sequence.num_output_tokens, 0))
+        if self._reading_seconds(sequence) > self._saved * left:
+            return False
+        self._reads(sequence)
+        return True
+
+    def _reads(self, sequence: Sequence) -> None:
+        """Expects it to be read from now on."""
+        sequence.drafter_reads = True
+        self._reading_expected = READING_MEMORY * self._reading_expected + self._modelled_seconds(sequence)
+        self._reading_taken *= READING_MEMORY
