@@ -58,8 +58,8 @@ class ToolUse:
                    parallel is not False and named is None)  # fmt: skip
 
     def bind(self, sampling: SamplingParams) -> SamplingParams:
-        """The same, for an answer that calls tools. Raises ApiError where another form is asked for already, RequestError
-        with field "grammar" for schemas that cannot be held to."""
+        """The same, for an answer that calls tools. Raises ApiError where another form is asked for already, and
+        RequestError with field "grammar" for schemas that cannot be held to."""
         if sampling.grammar is not None:
             raise _wrong("tools", "cannot be called in an answer of another form (response_format, structured_outputs)")
         for schema in self.schemas.values():
