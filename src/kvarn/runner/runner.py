@@ -107,9 +107,9 @@ class Runner:
             self._move_accepted(parts, sampled)
         if masks is None:
             return sampled, []
-        failed = [*masks.failed, *self.grammars.advance(sampled)]
-        lost = {f.sequence_id for f in failed}
-        return [token for token in sampled if token.sequence_id not in lost], failed
+        self.grammars.advance(sampled)
+        lost = {failed.sequence_id for failed in masks.failed}
+        return [token for token in sampled if token.sequence_id not in lost], masks.failed
 
     def _move_accepted(self, parts: list[ScheduledSequence], sampled: list[SampledToken]) -> None:
         """Moves the KV of accepted guesses to the slots of their positions, where they were behind other branches."""
