@@ -58,7 +58,7 @@ def test_the_same_answers_with_a_draft_model_that_is_always_right(smollm2_path):
     """The model guesses for itself: in chunks and after preemptions too its own keys and values are the same."""
     quiet, _ = answers(smollm2_path, one_by_one=True, num_blocks=64)
     squeezed, stats = answers(
-        smollm2_path, num_blocks=24, max_num_batched_tokens=48, max_num_seqs=12,
+        smollm2_path, num_blocks=16, max_num_batched_tokens=48, max_num_seqs=12,
         speculative=SpeculativeConfig("draft", k=4, model=str(smollm2_path)),
     )  # fmt: skip
     assert squeezed == quiet
