@@ -140,28 +140,31 @@ class GrammarMasks:
 
     def _compute(self, parts: Sequence[ScheduledSequence]) -> StepMasks:
         started = time.perf_counter()
-        counts = [1 + len(part.draft) for part in parts]
-        total = sum(count for count, part in zip(counts, parts, strict=True) if part.sequence_id in self._matchers)
-        masks = StepMasks(np.zeros((total, self._words), np.uint32), np.full(sum(counts), -1, np.int32))
-        row = used = 0
-        for part, count in zip(parts, counts, strict=True):
-            if part.sequence_id in self._matchers:
-                matcher = self._at(part.sequence_id)
-                done = self._compute_one(matcher, part, masks.bits[used : used + count])
-                if matcher.is_error() or not masks.bits[used].any():
-                    masks.failed.append(self._failure(part.sequence_id, matcher))
-                else:
-                    masks.rows[[row + place for place in done]] = [used + place for place in done]
-                used += count
-            row += count
+        mine = [(part, self._at(part.sequence_id)) for part in parts if part.sequence_id in self._matchers]
+        bits = np.empty((sum(1 + len(part.draft) for part, _ in mine), self._words), np.uint32)
+        done: dict[int, dict[int, int]] = {}
+        failed: list[FailedSequence] = []
+        used, address = 0, bits.ctypes.data
+        for part, matcher in mine:
+            places = self._compute_one(matcher, part, bits[used:], address + used * bits.strides[0])
+            if matcher.is_error() or not bits[used].any():
+                failed.append(self._failure(part.sequence_id, matcher))
+                places = []
+            done[part.sequence_id] = {place: used + place for place in places}
+            used += 1 + len(part.draft)
+        rows = [done.get(part.sequence_id, {}).get(n, -1) for part in parts for n in range(1 + len(part.draft))]
         self.seconds += time.perf_counter() - started
-        return masks
+        return StepMasks(bits, np.array(rows, np.int32), failed)
 
-    def _compute_one(self, matcher: LLMatcher, part: ScheduledSequence, bits: NDArray[np.uint32]) -> list[int]:
-        """Fills rows of bits, the first for the matcher's place, the others for after each token of the draft; returns
-        which. Those after a token that the grammar forbids, or that ends the text, are not looked at.
+    def _compute_one(
+        self, matcher: LLMatcher, part: ScheduledSequence, bits: NDArray[np.uint32], address: int
+    ) -> list[int]:
+        """Fills rows of bits, which begin at the address: the first for the matcher's place, the others for after each
+        token of the draft; returns which. Those after a token that the grammar forbids, or that ends the text, are not
+        looked at.
         """
-        matcher.unsafe_compute_mask_ptr(bits[0].ctypes.data, bits[0].nbytes)
+        size = bits.strides[0]
+        matcher.unsafe_compute_mask_ptr(address, size)
         done, behind = [0], list[int]()
         for place, (token, parent) in enumerate(zip(part.draft, part.parents, strict=True)):
             if matcher.is_error():
@@ -170,7 +173,7 @@ class GrammarMasks:
                 continue
             if not _go(matcher, behind, way(part.parents, place), part.draft):
                 break
-            matcher.unsafe_compute_mask_ptr(bits[place + 1].ctypes.data, bits[place + 1].nbytes)
+            matcher.unsafe_compute_mask_ptr(address + (place + 1) * size, size)
             done.append(place + 1)
         if behind:
             matcher.rollback(len(behind))
