@@ -14,7 +14,8 @@ from kvarn import __version__, _native
 from kvarn.backends import Backend, Executable, KvCacheSpec, MemoryUse, StepLimits
 from kvarn.backends.cpu import CpuBackend, PackedSlot
 from kvarn.cache import BlockPool, NullPrefixCache, RadixPrefixCache
-from kvarn.config import EngineConfig
+from kvarn.config import CacheConfig, EngineConfig
+from kvarn.engine.commit import MemoryCommit
 from kvarn.engine.core import EngineCore
 from kvarn.engine.draft import DraftModel
 from kvarn.engine.loadable import LoadableModel, stored_types
@@ -241,7 +242,7 @@ def build_engine(
 
     core = EngineCore(
         runner, new_scheduler, tokenizer, program.vocab_size, cost=cost, observer=observer, grammars=grammars,
-        on_close=close,
+        idle=_idle_work(config.cache, memory, executable), on_close=close,
     )  # fmt: skip
     moving = seconds if tier.file is not None else None
     return LoadedEngine(
@@ -274,6 +275,14 @@ def _drafter(
     if chosen is not None and heads is not None:
         return make_drafter(chosen, lambda: heads.load(backend, executable, memory.kv, memory.limits))
     return make_drafter(chosen, logits=program.output)
+
+
+def _idle_work(cache: CacheConfig, memory: MemoryPlan, executable: Executable) -> Callable[[], bool]:
+    """What the engine does while it has no work."""
+    if not cache.commit_memory:
+        return lambda: False
+    spare = memory.available.num_bytes - memory.budget
+    return MemoryCommit(executable, spare, available_memory).piece
 
 
 def engine_memory(
