@@ -207,14 +207,14 @@ class EngineLoop:
             command()
         return True
 
+    def _is_idle(self) -> bool:
+        with self._wake:
+            return not (self._commands or self._closing or self._core.has_work())
+
     def _refuse(self, request_id: str, error: KvarnError) -> None:
         with self._wake:
             self._submitted.pop(request_id, None)
         self._publish([RequestFailed(request_id, error)])
-
-    def _is_idle(self) -> bool:
-        with self._wake:
-            return not (self._commands or self._closing or self._core.has_work())
 
     def _add(self, request: Request, _grammar: CompiledGrammar | None = None) -> None:
         """_grammar: the request's, held until the core holds it."""
