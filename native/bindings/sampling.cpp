@@ -183,7 +183,7 @@ class Sampler {
     }
 
     std::unordered_map<int64_t, SequenceSampler> sequences_;
-    std::vector<float> scratch_;
+    Scratch scratch_;
 };
 
 std::vector<uint32_t> philox(std::vector<uint32_t> counter, uint32_t key0, uint32_t key1) {

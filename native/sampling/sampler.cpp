@@ -250,6 +250,21 @@ Logprobs logprobs_of(const float *logits, size_t n, float top, int32_t chosen, i
     return result;
 }
 
+// The logits of the tokens that a mask allows; minus infinity for the others, which no rule after it changes. Masks allow
+// nearly all tokens or few of them, so that most words need no look at their bits.
+void copy_allowed(const float *logits, const uint32_t *mask, size_t vocab, float *out) {
+    for (size_t first = 0; first < vocab; first += 32) {
+        const uint32_t word = mask[first / 32];
+        const size_t count = std::min<size_t>(32, vocab - first);
+        if (word == UINT32_MAX)
+            std::copy_n(logits + first, count, out + first);
+        else if (word == 0)
+            std::fill_n(out + first, count, NEGATIVE_INFINITY);
+        else
+            for (size_t i = first; i < first + count; ++i) out[i] = word >> (i - first) & 1 ? logits[i] : NEGATIVE_INFINITY;
+    }
+}
+
 }  // namespace
 
 SequenceSampler::SequenceSampler(SamplingParameters parameters, const int32_t *prompt, size_t prompt_size)
@@ -268,16 +283,13 @@ bool SequenceSampler::adjusts() const {
            (output_tokens_ < parameters_.min_tokens && !parameters_.stop_tokens.empty());
 }
 
-void SequenceSampler::adjust(float *logits, size_t vocab, const uint32_t *mask) const {
+void SequenceSampler::adjust(float *logits, size_t vocab) const {
     const auto inside = [vocab](int32_t id) { return id >= 0 && static_cast<size_t>(id) < vocab; };
     for (const auto &[id, bias] : parameters_.bias)
         if (inside(id)) logits[id] += bias;
     if (output_tokens_ < parameters_.min_tokens)
         for (int32_t id : parameters_.stop_tokens)
             if (inside(id)) logits[id] = NEGATIVE_INFINITY;
-    if (mask)
-        for (size_t i = 0; i < vocab; ++i)
-            if (!(mask[i / 32] >> (i % 32) & 1)) logits[i] = NEGATIVE_INFINITY;
     if (!penalizes()) return;
     const auto repeated = [&](int32_t id) {
         float &x = logits[id];
@@ -309,36 +321,39 @@ const float *SequenceSampler::rules(const Row &row, std::vector<float> &adjusted
     top = raw_top;
     if (!std::isfinite(raw_top)) return nullptr;
     if (!row.mask && !adjusts()) return row.logits;
-    adjusted.assign(row.logits, row.logits + row.vocab);
-    adjust(adjusted.data(), row.vocab, row.mask);
+    adjusted.resize(row.vocab);
+    if (row.mask)
+        copy_allowed(row.logits, row.mask, row.vocab, adjusted.data());
+    else
+        std::copy_n(row.logits, row.vocab, adjusted.data());
+    adjust(adjusted.data(), row.vocab);
     top = maximum(adjusted.data(), row.vocab);
     return std::isfinite(top) ? adjusted.data() : nullptr;
 }
 
-bool SequenceSampler::sample(const Row &row, std::vector<float> &scratch, Sample &out) {
+bool SequenceSampler::sample(const Row &row, Scratch &scratch, Sample &out) {
     const size_t vocab = row.vocab;
     const float raw_top = maximum(row.logits, vocab);
     float top;
-    std::vector<float> adjusted;
-    const float *logits = rules(row, adjusted, raw_top, top);
+    const float *logits = rules(row, scratch.adjusted, raw_top, top);
     if (!logits) return false;
     if (parameters_.temperature == 0.0f) {
         out.token = first_equal(logits, vocab, top);
     } else {
-        scratch.resize(vocab);
-        exponentials(logits, vocab, top, 1.0f / parameters_.temperature, scratch.data());
-        out.token = choose(row, scratch.data());
+        scratch.weights.resize(vocab);
+        exponentials(logits, vocab, top, 1.0f / parameters_.temperature, scratch.weights.data());
+        out.token = choose(row, scratch.weights.data());
     }
     out.has_logprobs = parameters_.logprobs >= 0;
     if (out.has_logprobs)
-        out.logprobs = logprobs_of(row.logits, vocab, raw_top, out.token, parameters_.logprobs, scratch);
+        out.logprobs = logprobs_of(row.logits, vocab, raw_top, out.token, parameters_.logprobs, scratch.weights);
     ++output_tokens_;
     if (penalizes()) ++output_counts_[out.token];
     return true;
 }
 
 int32_t SequenceSampler::guess(const Row &row, const std::vector<int32_t> &ahead, float *q,
-                               std::vector<float> &scratch) {
+                               Scratch &scratch) {
     // As if the tokens before it had been sampled.
     const bool counts = penalizes();
     output_tokens_ += static_cast<int64_t>(ahead.size());
@@ -347,19 +362,18 @@ int32_t SequenceSampler::guess(const Row &row, const std::vector<int32_t> &ahead
     const SamplingParameters &p = parameters_;
     const size_t vocab = row.vocab;
     float top;
-    std::vector<float> adjusted;
-    const float *logits = rules(row, adjusted, maximum(row.logits, vocab), top);
+    const float *logits = rules(row, scratch.adjusted, maximum(row.logits, vocab), top);
     int32_t token = -1;
     if (logits && p.temperature == 0.0f) {
         token = first_equal(logits, vocab, top);
     } else if (logits) {
-        scratch.resize(vocab);
-        exponentials(logits, vocab, top, 1.0f / p.temperature, scratch.data());
+        scratch.weights.resize(vocab);
+        exponentials(logits, vocab, top, 1.0f / p.temperature, scratch.weights.data());
         if (!q) {
-            token = draw_token(p, scratch.data(), vocab, uniform(p.seed, p.stream, row.position, Use::Token));
+            token = draw_token(p, scratch.weights.data(), vocab, uniform(p.seed, p.stream, row.position, Use::Token));
         } else {
-            const double scale = 1.0 / keep_likeliest(p, scratch.data(), vocab);
-            for (size_t i = 0; i < vocab; ++i) q[i] = static_cast<float>(static_cast<double>(scratch[i]) * scale);
+            const double scale = 1.0 / keep_likeliest(p, scratch.weights.data(), vocab);
+            for (size_t i = 0; i < vocab; ++i) q[i] = static_cast<float>(static_cast<double>(scratch.weights[i]) * scale);
             token = draw_all(q, vocab, uniform(p.seed, p.stream, row.position, Use::Draft));
         }
     }

@@ -7,7 +7,7 @@ The way of a request, in the order of the folders:
     cache     which blocks hold whose KV             runner     `SchedulerOutput` to arrays, arrays to tokens
     models    a family's config to a `Program`       program    ops, buffers, shapes, counts
     backends  run a program: reference, cpu, null    weights    files to tensors
-    sampling  logits to tokens
+    sampling  logits to tokens                       grammar    which tokens an answer of a given form may have
 
 `LLM` and `AsyncLLM` are the two ways in; both are imported on first use, so that `import kvarn` costs nothing.
 """
@@ -21,17 +21,15 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from kvarn.engine import LLM, AsyncLLM
-    from kvarn.request import SamplingParams
+    from kvarn.request import Grammar, SamplingParams
 
-__all__ = ["LLM", "AsyncLLM", "SamplingParams", "__version__"]
+__all__ = ["LLM", "AsyncLLM", "Grammar", "SamplingParams", "__version__"]
 
 
 def __getattr__(name: str) -> object:
     if name in ("LLM", "AsyncLLM"):
         # By name: for import-linter, an import written here would let every module of kvarn reach the engine.
         return getattr(importlib.import_module("kvarn.engine"), name)
-    if name == "SamplingParams":
-        from kvarn.request import SamplingParams
-
-        return SamplingParams
+    if name in ("Grammar", "SamplingParams"):
+        return getattr(importlib.import_module("kvarn.request"), name)
     raise AttributeError(f"module 'kvarn' has no attribute {name!r}")

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from kvarn.errors import ConfigError
 from kvarn.kv_types import CACHE_TYPES
 
-DRAFT_METHODS = ("ngram", "draft", "lookahead")
-"""Ways to guess tokens ahead; `kvarn.spec` says what each is."""
+DRAFT_METHODS = ("ngram", "draft", "lookahead", "medusa", "eagle")
+HEAD_METHODS = ("medusa", "eagle")
+"""Ways to guess tokens ahead, and those that need trained heads; `kvarn.spec` says what each is."""
 MAX_SPECULATIVE_TOKENS = 128
 """Guesses for one sequence in a step."""
 POLICIES = ("fcfs", "priority", "fair")
@@ -103,7 +104,8 @@ class SpeculativeConfig:
 
     method: str = "ngram"
     """One of `DRAFT_METHODS`. ngram: what followed when the last tokens occurred before, in prompt or output. draft:
-    what a smaller model says. lookahead: n-grams that the model makes up itself, in rows beside its text."""
+    what a smaller model says. lookahead: n-grams that the model makes up itself, in rows beside its text. medusa: what
+    heads guess that were trained for the model. eagle: what a trained layer guesses, going on from its own guesses."""
     k: int | None = None
     """Tokens guessed ahead for each sequence; None: chosen in each step by what was right lately and what it costs. Of
     lookahead the rows, those of its window too."""
@@ -117,6 +119,8 @@ class SpeculativeConfig:
     """Output tokens remembered of ended sequences of the same tenant and cache_salt, for matches; 0: none."""
     max_step_drafts: int = 64
     """Guessed tokens in one step at most, of all sequences; logits of so many more rows are allocated."""
+    heads: str = ""
+    """The file of trained heads (`kvarn spec train`)."""
     model: str = ""
     """Of draft: a model with the same vocabulary, a name or a path."""
     window: int = 2
@@ -129,6 +133,9 @@ class SpeculativeConfig:
     def __post_init__(self) -> None:
         most = MAX_SPECULATIVE_TOKENS
         _check(self.method in DRAFT_METHODS, "speculative method", self.method, f"one of {', '.join(DRAFT_METHODS)}")
+        needs = self.method in HEAD_METHODS
+        must = f"the file of heads that method={self.method} needs" if needs else f"left out for method={self.method}"
+        _check(needs == bool(self.heads), "speculative heads", self.heads, must)
         _check(self.k is None or 1 <= self.k <= most, "speculative k", self.k, f"auto, or between 1 and {most}")
         _check(1 <= self.max_k <= most, "speculative max_k", self.max_k, f"between 1 and {most}")
         _check(1 <= self.ngram_min <= 64, "speculative ngram_min", self.ngram_min, "between 1 and 64")
@@ -152,6 +159,11 @@ class SpeculativeConfig:
     def writes_ahead(self) -> bool:
         """Whether the drafter writes KV of its own for tokens that it guesses, in blocks of the sequence."""
         return self.method == "draft"
+
+    @property
+    def costly(self) -> bool:
+        """Whether making guesses takes a part of a step worth counting."""
+        return self.method == "draft" or self.method in HEAD_METHODS
 
     @property
     def most(self) -> int:

@@ -190,14 +190,16 @@ def test_a_grammar_that_gives_up_fails_its_own_request_only(monkeypatch):
     core = tiny_engine(backend="cpu", num_blocks=256).core
     requests = [request(str(i), "x", max_tokens=30, n=2) for i in range(2)]
     bad = request("bad", "x", max_tokens=30, n=2, grammar=Grammar.regex("[ab]+"), ignore_eos=False)
-    advance, calls = GrammarMasks.advance, []
+    finish, calls = GrammarMasks.finish, []
 
-    def advance_or_give_up(self, sampled):
-        calls.append(sampled)
-        mine = [FailedSequence(t.sequence_id, "too complex") for t in sampled if t.sequence_id in self]
-        return mine if len(calls) == 5 else advance(self, sampled)
+    def finish_or_give_up(self, pending):
+        calls.append(pending)
+        masks = finish(self, pending)
+        if len(calls) == 5:
+            masks.failed += [FailedSequence(i, "too complex") for i in range(10) if i in self]
+        return masks
 
-    monkeypatch.setattr(GrammarMasks, "advance", advance_or_give_up)
+    monkeypatch.setattr(GrammarMasks, "finish", finish_or_give_up)
     for r in (*requests, bad):
         core.add(r)
     events = []

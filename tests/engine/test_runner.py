@@ -65,8 +65,8 @@ def test_batches_say_what_was_scheduled(steps):
         for row, s in zip(batch.block_tables, sequences, strict=True):
             (table,) = s.block_tables
             assert row.tolist() == [[*table, *([-1] * (row.size - len(table)))]]
-        assert batch.tree_parents is None
-        arrays = {name: getattr(batch, name) for name in batch.__slots__ if name != "tree_parents"}
+        assert batch.tree_parents is None and not batch.inputs
+        arrays = {name: getattr(batch, name) for name in batch.__slots__ if name not in ("tree_parents", "inputs")}
         assert all(array.flags.c_contiguous for array in arrays.values())
         assert arrays.pop("slot_mapping").dtype == np.int64
         assert {array.dtype for array in arrays.values()} == {np.dtype(np.int32)}

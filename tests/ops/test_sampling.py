@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from kvarn import _native
 from kvarn.errors import RequestError
 from kvarn.request import SamplingParams
-from kvarn.sampling import NativeSampler, ReferenceSampler
+from kvarn.sampling import NativeSampler, ReferenceSampler, TokenMasks
 from kvarn.sampling.reference import distribution, philox4x32, uniform
 from kvarn.step import NewSequence
 
@@ -57,6 +57,26 @@ def test_native_draws_what_the_reference_draws(params, seed, stream):
             assert got.logprob.logprob == pytest.approx(want.logprob.logprob, abs=1e-5)
             assert [t for t, _ in got.logprob.top] == [t for t, _ in want.logprob.top]
             assert np.allclose([p for _, p in got.logprob.top], [p for _, p in want.logprob.top], atol=1e-5)
+
+
+WORDS = st.lists(st.sampled_from([0, 0, 2**32 - 1, 2**32 - 1, 0x80000001, 0xFFFFFFFE]), min_size=7, max_size=7)
+
+
+@settings(max_examples=200, deadline=None)
+@given(PARAMS, st.integers(0, 2**63 - 1), WORDS.filter(any))
+def test_under_a_mask_too_whichever_words_of_it_are_full_or_empty(params, seed, words):
+    native, reference = NativeSampler(VOCAB), ReferenceSampler(VOCAB)
+    for sampler in (native, reference):
+        sampler.add(sequence(params, seed=seed, stop=(7,)))
+    allowed = [token for token in range(VOCAB) if words[token // 32] >> token % 32 & 1 and token != 7]
+    masks = TokenMasks(np.array([words], np.uint32), np.zeros(1, np.int32))
+    for position in range(4, 8) if allowed else ():
+        logits = random_logits(seed + position)
+        got, want = (sampler.sample(logits, [0], [position], masks)[0] for sampler in (native, reference))
+        assert got.token_id == want.token_id
+        assert got.token_id in allowed or got.token_id == 7
+        assert got.logprob is None or got.logprob.rank == want.logprob.rank
+
 
 
 def chi_square(counts, probabilities):

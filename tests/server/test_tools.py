@@ -148,6 +148,8 @@ def test_the_model_is_told_of_the_tools_and_of_its_calls(tooled):
 FUNCTION = TOOLS[1]["function"]
 REFUSED = {
     "keyword": ({"tools": [{"type": "function", "function": {**FUNCTION, "parameters": {"if": {}}}}]}, "tools", '"if"'),
+    "meaning": ({"tools": [{"type": "function", "function": {"name": "x", "parameters": {"minProperties": 5}}}]},
+                "tools", "minProperties"),
     "no name": ({"tools": [{"type": "function", "function": {}}]}, "tools[0].function.name", "1 to 64"),
     "kind": ({"tools": [{"type": "web"}]}, "tools[0].type", "function"),
     "twice": ({"tools": [TOOLS[0], TOOLS[0]]}, "tools[1].function.name", "twice"),

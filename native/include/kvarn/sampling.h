@@ -56,6 +56,12 @@ struct Row {
     const float *q = nullptr;
 };
 
+// Room for one row at a time, kept from row to row: to have a vocabulary's worth of pages anew for each takes longer than
+// to fill them.
+struct Scratch {
+    std::vector<float> weights, adjusted;
+};
+
 // The state of one sequence: its parameters and which tokens it has seen.
 class SequenceSampler {
   public:
@@ -63,13 +69,13 @@ class SequenceSampler {
 
     // Chooses the row's token, and takes it into the state.
     // Returns false where the logits hold NaN, +inf, or nothing finite; the state is unchanged then.
-    bool sample(const Row &row, std::vector<float> &scratch, Sample &out);
+    bool sample(const Row &row, Scratch &scratch, Sample &out);
 
     // Chooses a draft's token from another model's logits by the same rules; the state stays as it is. ahead: the draft's
     // tokens before it. q: float[row.vocab], set to the distribution that the token is drawn from, with a number of its
     // own; null: it is drawn with the number that `sample` will have for the position. Greedy ones leave q alone.
     // -1 where `sample` returns false.
-    int32_t guess(const Row &row, const std::vector<int32_t> &ahead, float *q, std::vector<float> &scratch);
+    int32_t guess(const Row &row, const std::vector<int32_t> &ahead, float *q, Scratch &scratch);
 
   private:
     // Finite logits after all rules, in `row.logits` or `adjusted`, and their maximum; null where there are none.
@@ -77,7 +83,7 @@ class SequenceSampler {
     int32_t choose(const Row &row, float *weights) const;
     bool adjusts() const;
     bool penalizes() const;
-    void adjust(float *logits, size_t vocab, const uint32_t *mask) const;
+    void adjust(float *logits, size_t vocab) const;
 
     SamplingParameters parameters_;
     std::unordered_map<int32_t, int32_t> output_counts_;  // kept only where a penalty needs them

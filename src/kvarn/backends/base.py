@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -31,6 +31,8 @@ class InputBatch:
     ones of every KV group, so that draft i (from 0) has that of position (known tokens + i), and seq_lens counts drafts
     too. In a chain, where every parent is the row before, slots are those of the positions: that is the batch without
     `tree_parents`. In an int4 cache one draft of a tree at most may be at a multiple of 16.
+
+    inputs: float32[T, width] for each buffer that the program's `Input` ops name; copied before the step.
     """
 
     token_ids: NDArray[np.int32]
@@ -41,6 +43,7 @@ class InputBatch:
     block_tables: NDArray[np.int32]
     output_rows: NDArray[np.int32]
     tree_parents: NDArray[np.int32] | None = None
+    inputs: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
 
     @classmethod
     def of_one(
@@ -120,6 +123,8 @@ class StepLimits:
     max_model_len: int
     max_num_drafts: int = 0
     """Rows with logits that a step may have beside one for each sequence."""
+    outputs: tuple[str, ...] = ()
+    """Buffers that every step returns, asked for or not, beside the program's output."""
 
     @property
     def max_num_outputs(self) -> int:
@@ -170,7 +175,8 @@ class Executable(Protocol):
     def execute(self, batch: InputBatch, outputs: Sequence[str] = ()) -> Mapping[str, NDArray[np.float32]]:
         """Runs one step; writes the KV of all T tokens.
 
-        Returns the program's output buffer (logits, float32[R, vocab]) and every buffer named in `outputs`, by name.
+        Returns the program's output buffer (logits, float32[R, vocab]), those of `StepLimits.outputs`, and every buffer
+        named in `outputs`, by name.
         The arrays are valid until the next call. Raises ValueError where the batch exceeds the limits or names a
         slot, block or token out of range (nothing is run then).
         """
@@ -220,13 +226,34 @@ class Backend(Protocol):
     name: str
 
     def memory_use(
-        self, program: Program, dtypes: Mapping[str, DType], kv: KvCacheSpec, limits: StepLimits
+        self,
+        program: Program,
+        dtypes: Mapping[str, DType],
+        kv: KvCacheSpec,
+        limits: StepLimits,
+        *,
+        shared: Collection[str] = (),
     ) -> MemoryUse:
         """What `load` will allocate, all of it; a step allocates nothing. dtypes: stored type of each weight by name.
-        Reads no weight."""
+        shared: see `load`. Reads no weight."""
         ...
 
-    def load(self, program: Program, weights: TensorSource, kv: KvCacheSpec, limits: StepLimits) -> Executable:
-        """Reads and packs the weights, allocates cache and activations. Raises UnsupportedModelError where an op, a
-        tensor type or a shape is not supported, ConfigError where a setting is."""
+    def load(
+        self,
+        program: Program,
+        weights: TensorSource,
+        kv: KvCacheSpec,
+        limits: StepLimits,
+        *,
+        beside: Executable | None = None,
+        shared: Collection[str] = (),
+    ) -> Executable:
+        """Reads and packs the weights, allocates cache and activations.
+
+        beside: an executable of this back-end that never runs at the same time, such as that of the model which a small
+        program belongs to: its threads are used, and nothing is kept on disk. shared: names of weights that are the
+        same in both programs, and are held once.
+
+        Raises UnsupportedModelError where an op, a tensor type or a shape is not supported, ConfigError where a setting
+        is."""
         ...

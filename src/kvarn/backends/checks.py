@@ -33,6 +33,7 @@ def check_batch(batch: InputBatch, program: Program, kv: KvCacheSpec, limits: St
     _check(counts.min() > 0, "each sequence needs at least one token")
     _check(lengths.max() <= limits.max_model_len, f"a sequence is longer than max_model_len={limits.max_model_len}")
     _check(batch.token_ids.min() >= 0 and batch.token_ids.max() < program.vocab_size, "a token id is out of range")
+    check_inputs(batch, program)
     places = np.arange(tokens) - np.repeat(starts[1:] - lengths, counts)
     _check(places.min() >= 0, "a sequence is shorter than its rows")
     owner = np.repeat(np.arange(sequences), counts)
@@ -51,6 +52,14 @@ def check_batch(batch: InputBatch, program: Program, kv: KvCacheSpec, limits: St
         ),
         "output_rows must be ascending and within the tokens",
     )
+
+
+def check_inputs(batch: InputBatch, program: Program) -> None:
+    """Raises ValueError where the batch lacks rows that the program wants, or has other ones."""
+    _check(batch.inputs.keys() == set(program.inputs), f"inputs must be {list(program.inputs)}")
+    for name, rows in batch.inputs.items():
+        shape = (batch.num_tokens, program.buffer(name).width)
+        _check(rows.shape == shape, f"the input {name!r} must have the shape {shape}, not {rows.shape}")
 
 
 def _check_tables(

@@ -25,6 +25,7 @@ COMMANDS = {
     "plan": "kvarn.cli.plan",
     "tokenize": "kvarn.cli.tokenize",
     "eval": "kvarn.cli.eval",
+    "spec": "kvarn.cli.spec",
     "bench": "kvarn.cli.bench",
     "profile": "kvarn.cli.profile",
     "simulate": "kvarn.cli.simulate",

@@ -18,6 +18,7 @@ from kvarn.errors import CapacityError, ConfigError
 from kvarn.kv_types import CACHE_TYPES
 
 if TYPE_CHECKING:
+    from kvarn.backends import KvCacheSpec, MemoryUse, StepLimits
     from kvarn.models import ModelConfig
     from kvarn.planning import MemoryPlan, Plan, Uses
     from kvarn.program import Program
@@ -103,14 +104,18 @@ def _served(
     """What `kvarn serve` would take with these settings, or why it would refuse."""
     from kvarn.backends.cpu import CpuBackend
     from kvarn.planning import Available, available_memory, plan_memory
+    from kvarn.spec import open_heads
 
     backend = CpuBackend(threads=config.threads)
     available = available_memory() if memory is None else Available(memory, "--memory")
+    heads = open_heads(config.speculative, program)
+
+    def uses(kv: KvCacheSpec, limits: StepLimits) -> MemoryUse:
+        return backend.memory_use(program, dtypes, kv, limits if heads is None else heads.target_limits(limits))
+
     with _draft_uses(program, config) as drafter:
         try:
-            return plan_memory(
-                program, lambda kv, limits: backend.memory_use(program, dtypes, kv, limits), config, available, drafter
-            )
+            return plan_memory(program, uses, config, available, drafter if heads is None else heads.uses(backend))
         except CapacityError as error:
             return error
 

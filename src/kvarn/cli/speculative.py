@@ -15,11 +15,13 @@ Speculative = Annotated[
     typer.Option(
         help="Guess tokens ahead, so that several come in one step: 'method=ngram,k=auto' or k=4. ngram: what followed "
         "when the last tokens occurred before, in prompt or output. 'method=draft,model=MODEL': what a smaller model "
-        "with the same vocabulary says. lookahead: n-grams that the model makes up itself (window, ngram, guesses). "
-        "auto: as many as pay. Also: max_k (of auto), ngram_min, ngram_max, corpus_tokens, max_step_drafts."
+        "with the same vocabulary says. 'method=eagle,heads=FILE' or medusa: what heads say that were trained for the "
+        "model (`kvarn spec train` makes them). lookahead: n-grams that the model makes up itself (window, ngram, "
+        "guesses). auto: as many as pay. Also: max_k (of auto), ngram_min, ngram_max, corpus_tokens, max_step_drafts."
     ),
 ]
 _NAMES = tuple(field.name for field in dataclasses.fields(SpeculativeConfig))
+_TEXTS = ("model", "heads")
 
 
 def speculative_config(text: str | None) -> SpeculativeConfig | None:
@@ -35,10 +37,12 @@ def speculative_config(text: str | None) -> SpeculativeConfig | None:
         if name in given:
             raise ConfigError(f"--speculative: {name} is given twice")
         given[name] = value
-    method, model = given.pop("method", SpeculativeConfig().method), given.pop("model", "")
+    method = given.pop("method", SpeculativeConfig().method)
     if given.get("k") == "auto":
         del given["k"]
-    return SpeculativeConfig(method, model=model, **{name: _number(name, value) for name, value in given.items()})
+    model, heads = (given.pop(name, "") for name in _TEXTS)
+    numbers = {name: _number(name, value) for name, value in given.items()}
+    return SpeculativeConfig(method, model=model, heads=heads, **numbers)
 
 
 def _number(name: str, text: str) -> int:

@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kvarn import __version__, _native
-from kvarn.backends import Backend, Executable
+from kvarn.backends import Backend, Executable, KvCacheSpec, MemoryUse, StepLimits
 from kvarn.backends.cpu import CpuBackend, PackedSlot
 from kvarn.cache import BlockPool, NullPrefixCache, RadixPrefixCache
 from kvarn.config import CacheConfig, EngineConfig
@@ -24,15 +25,18 @@ from kvarn.errors import ConfigError
 from kvarn.grammar import GrammarCompiler, GrammarMasks, GrammarVocabulary
 from kvarn.kv_types import KV_TYPES
 from kvarn.models import Model, ModelConfig, load_model
-from kvarn.planning import Available, MemoryPlan, available_memory, plan_memory
+from kvarn.planning import Available, MemoryPlan, Uses, available_memory, plan_memory
 from kvarn.program import Program
 from kvarn.runner import Drafter, MoveSeconds, Runner
 from kvarn.sampling import NativeSampler, Sampler
 from kvarn.scheduler import MeasuredCost, MoveCost, Observer, Scheduler, make_scheduler
-from kvarn.spec import make_drafter
+from kvarn.spec import make_drafter, open_heads
 from kvarn.text import Tokenizer, load_spellings, load_tokenizer, spellings
 from kvarn.weights import ModelFiles, open_model, packed_cache
 from kvarn.weights.fingerprint import fingerprint
+
+if TYPE_CHECKING:
+    from kvarn.spec.head_model import HeadModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +79,7 @@ def make_backend(name: str, threads: int = 0, packed: PackedSlot | None = None) 
 
 
 OnPlan = Callable[[MemoryPlan], None]
+NewDrafter = Callable[[Program], Drafter]
 
 
 def load_engine(
@@ -175,6 +180,7 @@ def build_engine(
     name: str = "model",
     packed: PackedSlot | None = None,
     identity: str = "",
+    new_drafter: NewDrafter | None = None,
     draft: DraftModel | None = None,
     on_plan: OnPlan = lambda _plan: None,
     observer: Observer | None = None,
@@ -183,19 +189,23 @@ def build_engine(
     """Sizes the cache, loads the program on the back-end, and puts the engine together.
 
     identity: tells the model's weights from all others, for KV that outlives the engine; needed for kv_offload_bytes.
-    draft: guesses for it, for config.speculative with method draft; owned once the engine is built.
+    draft: guesses for it, for config.speculative with method draft; owned once the engine is built. new_drafter: makes
+    the drafter of the program, in place of the one that config.speculative asks for: for those who want to see hidden
+    states.
     The weights must stay open until `on_close` is called, when the engine is closed: a back-end may read them late.
     on_plan: told what the engine will take, before weights are read. observer: told of every decision and step.
     Raises CapacityError before any weight is read.
     """
     program = model.program
     backend = make_backend(config.backend, config.threads, packed)
+    heads = open_heads(config.speculative, program, model.weights)
     if draft is not None:
         draft.check(program, spellings(tokenizer.vocabulary), name, config.max_model_len)
-    memory = engine_memory(model, config, backend, available_memory(), draft)
+    memory = engine_memory(model, config, backend, available_memory(), draft, heads)
     shared = shared_prefixes(tokenizer, config.cache, memory.num_blocks, memory.windows)
     on_plan(memory)
-    executable = backend.load(program, model.weights, memory.kv, memory.limits)
+    limits = memory.limits if heads is None else heads.target_limits(memory.limits)
+    executable = backend.load(program, model.weights, memory.kv, limits)
     tier = open_tier(config, program, executable, identity)
     ends = dict.fromkeys((*model.config.eos_token_ids, *tokenizer.eos_token_ids))
 
@@ -217,7 +227,11 @@ def build_engine(
     sampler = NativeSampler(program.vocab_size)
     runner = Runner(
         executable, sampler, memory.limits, memory.block_size, logits=program.output, block_file=tier.file,
-        drafter=_drafter(config, draft, memory, sampler, program),
+        drafter=(
+            _drafter(config, draft, heads, memory, sampler, backend, executable)
+            if new_drafter is None
+            else new_drafter(program)
+        ),
         grammars=GrammarMasks(grammars.find, program.vocab_size, ends),
     )  # fmt: skip
 
@@ -236,14 +250,6 @@ def build_engine(
     )
 
 
-def _idle_work(cache: CacheConfig, memory: MemoryPlan, executable: Executable) -> Callable[[], bool]:
-    """What the engine does while it has no work."""
-    if not cache.commit_memory:
-        return lambda: False
-    spare = memory.available.num_bytes - memory.budget
-    return MemoryCommit(executable, spare, available_memory).piece
-
-
 def grammar_vocabulary(tokenizer: Tokenizer, vocab_size: int, ends: Iterable[int]) -> GrammarVocabulary:
     """The vocabulary of a tokenizer as grammars need it. vocab_size: of the logits. ends: tokens that end an answer."""
     special = frozenset(tokenizer.vocabulary.special)
@@ -254,12 +260,29 @@ def grammar_vocabulary(tokenizer: Tokenizer, vocab_size: int, ends: Iterable[int
 
 
 def _drafter(
-    config: EngineConfig, draft: DraftModel | None, memory: MemoryPlan, sampler: Sampler, program: Program
+    config: EngineConfig,
+    draft: DraftModel | None,
+    heads: HeadModel | None,
+    memory: MemoryPlan,
+    sampler: Sampler,
+    backend: Backend,
+    executable: Executable,
 ) -> Drafter:
-    chosen = config.speculative
-    if draft is None or chosen is None:
-        return make_drafter(chosen, logits=program.output)
-    return make_drafter(chosen, lambda: draft.load(memory, sampler, program.vocab_size, chosen))
+    """The drafter that the settings ask for, its model or heads loaded beside the executable."""
+    chosen, program = config.speculative, executable.program
+    if chosen is not None and draft is not None:
+        return make_drafter(chosen, lambda: draft.load(memory, sampler, program.vocab_size, chosen))
+    if chosen is not None and heads is not None:
+        return make_drafter(chosen, lambda: heads.load(backend, executable, memory.kv, memory.limits))
+    return make_drafter(chosen, logits=program.output)
+
+
+def _idle_work(cache: CacheConfig, memory: MemoryPlan, executable: Executable) -> Callable[[], bool]:
+    """What the engine does while it has no work."""
+    if not cache.commit_memory:
+        return lambda: False
+    spare = memory.available.num_bytes - memory.budget
+    return MemoryCommit(executable, spare, available_memory).piece
 
 
 def engine_memory(
@@ -268,11 +291,18 @@ def engine_memory(
     backend: Backend,
     available: Available,
     draft: DraftModel | None = None,
+    heads: HeadModel | None = None,
 ) -> MemoryPlan:
-    """What an engine of the model takes on the back-end, with a draft model where there is one. Raises CapacityError,
-    ConfigError (see `plan_memory`)."""
+    """What an engine of the model takes on the back-end, with a draft model or heads where there are such. Raises
+    CapacityError, ConfigError (see `plan_memory`)."""
     program, dtypes, chosen = model.program, stored_types(model), config.speculative
-    drafter = None if draft is None or chosen is None else draft.uses(program, chosen)
-    return plan_memory(
-        program, lambda kv, limits: backend.memory_use(program, dtypes, kv, limits), config, available, drafter
-    )
+    drafter: Uses | None = None
+    if draft is not None and chosen is not None:
+        drafter = draft.uses(program, chosen)
+    elif heads is not None:
+        drafter = heads.uses(backend)
+
+    def uses(kv: KvCacheSpec, limits: StepLimits) -> MemoryUse:
+        return backend.memory_use(program, dtypes, kv, limits if heads is None else heads.target_limits(limits))
+
+    return plan_memory(program, uses, config, available, drafter)

@@ -28,8 +28,10 @@ from kvarn.text import Tokenizer
 CLOSERS = {'"': 1.0, "}": 0.6, "]": 0.6, ",": 0.3}
 """Texts that bring an answer nearer to its end, with how much: a model of random weights would go on for thousands of
 tokens in each string."""
-PUSHES = ((8.0, 768), (40.0, 2048))
-"""How hard the first try and the second are pushed towards the end, and the tokens they may take."""
+QUOTE = {'"': 1.0}
+"""For strings that must have some other character before they may end, as an @."""
+TRIES = ((CLOSERS, 8.0, 768), (CLOSERS, 40.0, 2048), (QUOTE, 40.0, 2048))
+"""What each try is pushed to say, how hard, and the tokens it may take."""
 BATCH = 32
 
 
@@ -145,15 +147,16 @@ def evaluate_structured(
     pairs = list(schemas)
     outcomes = [Outcome(name, Status.UNFINISHED) for name, _ in pairs]
     try:
+        core.grammars.compile(Grammar.regex("a"))  # what the first grammar waits for is no schema's fault
         grammars: dict[int, Grammar] = {}
         for index, (_, schema) in enumerate(pairs):
             compiled = _compile(core, schema, outcomes[index])
             if compiled is not None:
                 grammars[index] = compiled
             progress(index + 1, 2 * len(pairs))
-        for push, tokens in PUSHES:
+        for closers, push, tokens in TRIES:
             left = {i: g for i, g in grammars.items() if outcomes[i].status is Status.UNFINISHED}
-            for done, (index, event) in enumerate(_answers(core, left, push, tokens, seed)):
+            for done, (index, event) in enumerate(_answers(core, left, _bias(core, closers, push), tokens, seed)):
                 _judge(outcomes[index], pairs[index][1], event)
                 progress(len(pairs) + min(done + 1, len(pairs)), 2 * len(pairs))
     finally:
@@ -164,7 +167,7 @@ def evaluate_structured(
 def _engine(
     tokenizer: Tokenizer, grammar: GrammarConfig, speculative: SpeculativeConfig | None, seed: int
 ) -> EngineCore:
-    length = PUSHES[-1][1] + 16
+    length = max(tokens for _, _, tokens in TRIES) + 16
     model = random_model(tokenizer.vocab_size, length, tokenizer.eos_token_ids, seed)
     config = EngineConfig(
         threads=1,
@@ -192,10 +195,9 @@ def _compile(core: EngineCore, schema: Any, outcome: Outcome) -> Grammar | None:
 
 
 def _answers(
-    core: EngineCore, grammars: Mapping[int, Grammar], push: float, max_tokens: int, seed: int
+    core: EngineCore, grammars: Mapping[int, Grammar], bias: Mapping[int, float], max_tokens: int, seed: int
 ) -> Iterator[tuple[int, tuple[str, FinishReason] | KvarnError]]:
     """For each grammar the text that a sequence came to and why it ended, or how it failed, in the order of ends."""
-    bias = _bias(core, push)
     waiting, texts = iter(grammars.items()), dict[int, str]()
     while True:
         for index, grammar in waiting:
@@ -218,9 +220,9 @@ def _answers(
                 yield index, (texts.pop(index), part.finish_reason)
 
 
-def _bias(core: EngineCore, push: float) -> dict[int, float]:
+def _bias(core: EngineCore, closers: Mapping[str, float], push: float) -> dict[int, float]:
     tokenizer = core.tokenizer
-    bias = {tokenizer.encode(text)[0]: push * much for text, much in CLOSERS.items()}
+    bias = {tokenizer.encode(text)[0]: push * much for text, much in closers.items()}
     return bias | dict.fromkeys(tokenizer.eos_token_ids, 1.5 * push)
 
 

@@ -163,7 +163,7 @@ class GrammarCompiler:
             outcome: CompiledGrammar | Exception
             try:
                 outcome = self._compile(grammar)
-            except Exception as error:
+            except BaseException as error:  # a panic in Rust is no Exception; who waits must hear of it all the same
                 outcome = error if isinstance(error, KvarnError) else EngineError(f"the grammar failed: {error}")
             self._finish(grammar, outcome, time.perf_counter() - started)
 

@@ -53,6 +53,8 @@ class GrammarMasks:
         self._words = -(-vocab_size // 32)
         self._ends = frozenset(ends)
         self._matchers: dict[int, LLMatcher] = {}
+        self._behind: dict[int, list[int]] = {}
+        """Tokens that a matcher has still to take in, which is done beside the model where nobody asks before."""
         self._thread: ThreadPoolExecutor | None = None
         self.seconds = 0.0
         """Spent on masks, beside the model."""
@@ -80,6 +82,7 @@ class GrammarMasks:
     def remove(self, sequence_id: int) -> None:
         """Forgets a sequence; unknown ones are ignored."""
         self._matchers.pop(sequence_id, None)
+        self._behind.pop(sequence_id, None)
 
     def begin(self, parts: Sequence[ScheduledSequence]) -> Future[StepMasks] | None:
         """Starts computing the masks for parts that sample, each with a row for its last token and for each of its
@@ -99,26 +102,29 @@ class GrammarMasks:
         self.waited_seconds += time.perf_counter() - started
         return masks
 
-    def advance(self, sampled: Sequence[SampledToken]) -> list[FailedSequence]:
-        """Takes sampled tokens into the matchers; returns whose matcher gave up."""
-        failed = []
+    def advance(self, sampled: Sequence[SampledToken]) -> None:
+        """Told of sampled tokens."""
         for token in sampled:
-            matcher = self._matchers.get(token.sequence_id)
-            if matcher is None or token.token_id in self._ends:
-                continue
-            if not matcher.consume_token(token.token_id):
-                failed.append(self._failure(token.sequence_id, matcher))
-        return failed
+            if token.sequence_id in self._matchers and token.token_id not in self._ends:
+                self._behind.setdefault(token.sequence_id, []).append(token.token_id)
+
+    def _at(self, sequence_id: int) -> LLMatcher:
+        """The sequence's matcher, where its last token is. It may have given up."""
+        matcher = self._matchers[sequence_id]
+        behind = self._behind.pop(sequence_id, None)
+        if behind:
+            matcher.consume_tokens(behind)
+        return matcher
 
     def forced(self, sequence_id: int, most: int) -> tuple[int, ...]:
         """The next tokens of a sequence with a grammar that leaves no choice of them, at most `most`."""
-        matcher = self._matchers[sequence_id]
+        matcher = self._at(sequence_id)
         return () if matcher.is_error() else tuple(matcher.compute_ff_tokens()[:most])
 
     def allowed(self, sequence_id: int, draft: Sequence[int], parents: Sequence[int]) -> set[int]:
         """The places of a draft's tokens that the sequence's grammar allows, an end of the text where it may be among
         them."""
-        matcher, places = self._matchers[sequence_id], set[int]()
+        matcher, places = self._at(sequence_id), set[int]()
         if matcher.is_error():
             return places
         for leaf in set(range(len(draft))).difference(parents):
@@ -134,28 +140,31 @@ class GrammarMasks:
 
     def _compute(self, parts: Sequence[ScheduledSequence]) -> StepMasks:
         started = time.perf_counter()
-        counts = [1 + len(part.draft) for part in parts]
-        total = sum(count for count, part in zip(counts, parts, strict=True) if part.sequence_id in self._matchers)
-        masks = StepMasks(np.zeros((total, self._words), np.uint32), np.full(sum(counts), -1, np.int32))
-        row = used = 0
-        for part, count in zip(parts, counts, strict=True):
-            matcher = self._matchers.get(part.sequence_id)
-            if matcher is not None:
-                done = self._compute_one(matcher, part, masks.bits[used : used + count])
-                if matcher.is_error() or not masks.bits[used].any():
-                    masks.failed.append(self._failure(part.sequence_id, matcher))
-                else:
-                    masks.rows[[row + place for place in done]] = [used + place for place in done]
-                used += count
-            row += count
+        mine = [(part, self._at(part.sequence_id)) for part in parts if part.sequence_id in self._matchers]
+        bits = np.empty((sum(1 + len(part.draft) for part, _ in mine), self._words), np.uint32)
+        done: dict[int, dict[int, int]] = {}
+        failed: list[FailedSequence] = []
+        used, address = 0, bits.ctypes.data
+        for part, matcher in mine:
+            places = self._compute_one(matcher, part, bits[used:], address + used * bits.strides[0])
+            if matcher.is_error() or not bits[used].any():
+                failed.append(self._failure(part.sequence_id, matcher))
+                places = []
+            done[part.sequence_id] = {place: used + place for place in places}
+            used += 1 + len(part.draft)
+        rows = [done.get(part.sequence_id, {}).get(n, -1) for part in parts for n in range(1 + len(part.draft))]
         self.seconds += time.perf_counter() - started
-        return masks
+        return StepMasks(bits, np.array(rows, np.int32), failed)
 
-    def _compute_one(self, matcher: LLMatcher, part: ScheduledSequence, bits: NDArray[np.uint32]) -> list[int]:
-        """Fills rows of bits, the first for the matcher's place, the others for after each token of the draft; returns
-        which. Those after a token that the grammar forbids, or that ends the text, are not looked at.
+    def _compute_one(
+        self, matcher: LLMatcher, part: ScheduledSequence, bits: NDArray[np.uint32], address: int
+    ) -> list[int]:
+        """Fills rows of bits, which begin at the address: the first for the matcher's place, the others for after each
+        token of the draft; returns which. Those after a token that the grammar forbids, or that ends the text, are not
+        looked at.
         """
-        matcher.unsafe_compute_mask_ptr(bits[0].ctypes.data, bits[0].nbytes)
+        size = bits.strides[0]
+        matcher.unsafe_compute_mask_ptr(address, size)
         done, behind = [0], list[int]()
         for place, (token, parent) in enumerate(zip(part.draft, part.parents, strict=True)):
             if matcher.is_error():
@@ -164,7 +173,7 @@ class GrammarMasks:
                 continue
             if not _go(matcher, behind, way(part.parents, place), part.draft):
                 break
-            matcher.unsafe_compute_mask_ptr(bits[place + 1].ctypes.data, bits[place + 1].nbytes)
+            matcher.unsafe_compute_mask_ptr(address + (place + 1) * size, size)
             done.append(place + 1)
         if behind:
             matcher.rollback(len(behind))

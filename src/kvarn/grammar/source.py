@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 from kvarn.config import GrammarConfig
@@ -13,6 +14,11 @@ WHITESPACE = r"( |\n[ \t]{0,20})?"
 """Between the parts of JSON: at most one space, or a line break and 20 characters of indentation. Without a bound a
 small model may go on with white space for ever."""
 MAX_CHOICES = 4096
+OLD_DRAFT = re.compile(r"draft-0[0-3]\b")
+NAMED_SCHEMAS = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"})
+"""Keywords with an object of schemas by name."""
+VALUES = frozenset({"const", "enum", "default", "example", "examples"})
+"""Keywords with values that are no schemas."""
 SPECIAL = frozenset(r"\.+*?()|[]{}^$#&-~/")
 """What regular expressions give a meaning."""
 
@@ -92,8 +98,32 @@ def _check_schema(text: str, max_depth: int) -> None:
     for _ in range(max_depth):
         level = [item for value in level for item in _children(value)]
         if not level:
-            return
-    raise _too_deep(max_depth)
+            break
+    else:
+        raise _too_deep(max_depth)
+    check_meaning(schema)
+
+
+def check_meaning(schema: Any) -> None:
+    """Raises RequestError, field "grammar", for a schema that llguidance takes, but for less than it says."""
+    named = schema.get("$schema") if isinstance(schema, dict) else None
+    if isinstance(named, str) and OLD_DRAFT.search(named):
+        raise _refusal(f"has a $schema before draft 4 ({named[:60]}), whose keywords mean other things")
+    nodes = [schema]
+    while nodes:
+        node = nodes.pop()
+        if not isinstance(node, dict):
+            continue
+        least, required = node.get("minProperties"), node.get("required")
+        known = len(required) if isinstance(required, list) else 0
+        if isinstance(least, int) and least > known + 1:
+            # Keys that are not listed may come twice, and two that are alike are one property.
+            raise _refusal(f"has a minProperties ({least}) of more than the required properties ({known}) and one")
+        for key, value in node.items():
+            if key in NAMED_SCHEMAS and isinstance(value, dict):
+                nodes += value.values()
+            elif key not in VALUES:
+                nodes += value if isinstance(value, list) else [value]
 
 
 def _children(value: Any) -> list[Any]:

@@ -113,7 +113,7 @@ def count_op(program: Program, op: ops.Op, shape: StepShape, weight_bytes: Bytes
             return Counts(4 * elements, stored)
         case ops.Rope():
             return Counts(3 * elements, stored)
-        case ops.SelectRows():
+        case ops.SelectRows() | ops.Input():
             return Counts()
         case _:
             return Counts(elements, stored)

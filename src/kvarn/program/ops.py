@@ -31,6 +31,17 @@ class RopeTable:
 
 
 @dataclass(frozen=True, slots=True)
+class Input:
+    """out[t] = the rows that the caller gives (`InputBatch.inputs`). Before all other ops.
+
+    For programs that go on from what another one computed: heads over hidden states.
+    """
+
+    out: str
+    kind: ClassVar[str] = "input"
+
+
+@dataclass(frozen=True, slots=True)
 class Embed:
     """out[t] = scale * weight[token_ids[t]]."""
 
@@ -177,7 +188,8 @@ class Logits:
 
 
 Op = (
-    Embed
+    Input
+    | Embed
     | PositionEmbed
     | Norm
     | Linear

@@ -9,7 +9,7 @@ from functools import cached_property
 from kvarn.kv_types import KvType
 from kvarn.program.buffers import Buffer, KvLayer, Weight
 from kvarn.program.kv_groups import KvGroups, kv_groups, one_group
-from kvarn.program.ops import Op
+from kvarn.program.ops import Input, Op
 
 BUFFER_FIELDS = frozenset({"out", "x", "q", "k", "v", "gate", "up", "a", "b"})
 WEIGHT_FIELDS = frozenset({"weight", "bias"})
@@ -68,6 +68,11 @@ class Program:
     def ops_of_kind(self, kind: str) -> Iterator[Op]:
         """All ops of one kind, in order."""
         return (op for op in self.ops if op.kind == kind)
+
+    @cached_property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of the buffers that the caller fills."""
+        return tuple(op.out for op in self.ops if isinstance(op, Input))
 
     @property
     def num_parameters(self) -> int:

@@ -30,7 +30,8 @@ def validate(program: Program) -> None:
 
     written: set[str] = set()
     used: set[str] = set()
-    for op in program.ops:
+    for before, op in zip((None, *program.ops), program.ops, strict=False):
+        _require(not isinstance(op, ops.Input) or before is None or isinstance(before, ops.Input), op, "comes first")
         for name in buffers_read(op):
             _require(name in buffers, op, f"no buffer {name!r}")
             _require(name in written, op, f"reads {name!r} before anything wrote it")
@@ -55,6 +56,8 @@ def _check_op(program: Program, op: ops.Op, buffers: dict[str, Buffer], weights:
         return weights[name].shape
 
     match op:
+        case ops.Input():
+            _require(buffers[op.out].rows is Rows.TOKENS, op, "the caller gives token rows")
         case ops.Embed():
             _require(shape(op.weight) == (program.vocab_size, width(op.out)), op, "table must be (vocab, width)")
         case ops.PositionEmbed():

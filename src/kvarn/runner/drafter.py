@@ -47,11 +47,11 @@ class Drafter(Protocol):
         """Forgets a sequence; unknown ones are ignored."""
         ...
 
-    def prepare(self, scheduled: SchedulerOutput) -> None:
+    def prepare(self, scheduled: SchedulerOutput) -> bool:
         """Told of every step before the program runs, also of one that only moves blocks.
 
         By then the step's blocks are saved, copied and loaded. What a drafter keeps for the tokens of blocks it brings
-        up to date here.
+        up to date here. Returns whether a model computed for that.
         """
         ...
 
@@ -70,6 +70,10 @@ class Drafter(Protocol):
         the known ones; logits have one for each sequence's last known token and each guess (`logits_rows`). Valid in
         this call only.
         """
+        ...
+
+    def close(self) -> None:
+        """Releases what it holds. Idempotent."""
         ...
 
 
@@ -95,8 +99,10 @@ class NullDrafter:
     def remove(self, sequence_id: int) -> None:
         """Nothing."""
 
-    def prepare(self, scheduled: SchedulerOutput) -> None:
+    def prepare(self, scheduled: SchedulerOutput) -> bool:
         """Nothing."""
+        del scheduled
+        return False
 
     def propose(
         self,
@@ -107,3 +113,6 @@ class NullDrafter:
         """Nothing."""
         del scheduled, sampled, values
         return ()
+
+    def close(self) -> None:
+        """Nothing."""

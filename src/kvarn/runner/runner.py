@@ -75,8 +75,8 @@ class Runner:
         loaded = self._blocks.load(scheduled.block_loads)
         moved = self._blocks.take_seconds()
         started = time.perf_counter()
-        self._drafter.prepare(scheduled)
-        prepare_seconds = time.perf_counter() - started
+        computed = self._drafter.prepare(scheduled)
+        prepare_seconds = time.perf_counter() - started if computed else 0.0
         if not scheduled.sequences:
             return StepOutput(scheduled.step, (), loaded, moved, prepare_seconds=prepare_seconds)
         parts = [s for s in scheduled.sequences if s.sample]
@@ -86,7 +86,7 @@ class Runner:
         sampled, failed = self._sample(values[self._logits], parts, masks)
         started = time.perf_counter()
         proposals = guided(self.grammars, scheduled, self._drafter.propose(scheduled, sampled, values))
-        draft_seconds = time.perf_counter() - started if proposals else 0.0
+        draft_seconds = time.perf_counter() - started
         self._drawn = {p.sequence_id: p for p in proposals if p.probabilities is not None}
         drafts = tuple(_tokens(p) for p in proposals if p.token_ids)
         return StepOutput(
@@ -107,9 +107,9 @@ class Runner:
             self._move_accepted(parts, sampled)
         if masks is None:
             return sampled, []
-        failed = [*masks.failed, *self.grammars.advance(sampled)]
-        lost = {f.sequence_id for f in failed}
-        return [token for token in sampled if token.sequence_id not in lost], failed
+        self.grammars.advance(sampled)
+        lost = {failed.sequence_id for failed in masks.failed}
+        return [token for token in sampled if token.sequence_id not in lost], masks.failed
 
     def _move_accepted(self, parts: list[ScheduledSequence], sampled: list[SampledToken]) -> None:
         """Moves the KV of accepted guesses to the slots of their positions, where they were behind other branches."""
@@ -155,7 +155,8 @@ class Runner:
         self._executable.execute(self._batches.build((probe,)))
 
     def close(self) -> None:
-        """Closes the executable and the block file. Idempotent."""
+        """Closes the drafter, the executable and the block file. Idempotent."""
+        self._drafter.close()
         self._executable.close()
         self._blocks.close()
         self.grammars.close()

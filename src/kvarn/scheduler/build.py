@@ -42,7 +42,7 @@ def make_speculation(config: SpeculativeConfig | None, cost: StepCost) -> Specul
         return NoSpeculation()
     if config.k is not None:
         return FixedSpeculation(config.most)
-    return CostlySpeculation(config.most, cost) if config.writes_ahead else AutoSpeculation(config.most, cost)
+    return CostlySpeculation(config.most, cost) if config.costly else AutoSpeculation(config.most, cost)
 
 
 def make_scheduler(

@@ -4,7 +4,7 @@ A drafter implements `kvarn.runner.Drafter`; the sampler verifies what it says (
 how much of it (`kvarn.scheduler.Speculation`).
 """
 
-from kvarn.spec.build import make_drafter
+from kvarn.spec.build import make_drafter, open_heads
 from kvarn.spec.corpus import Corpora
 from kvarn.spec.draft_kv import DraftKv
 from kvarn.spec.draft_model import DraftModelDrafter, draft_limits
@@ -16,5 +16,5 @@ from kvarn.spec.same_vocabulary import check_same_vocabulary
 
 __all__ = [
     "Corpora", "DraftKv", "DraftModelDrafter", "LookaheadDrafter", "LookaheadWindow", "NgramDrafter", "NgramIndex",
-    "NgramPool", "check_same_vocabulary", "draft_limits", "make_drafter",
+    "NgramPool", "check_same_vocabulary", "draft_limits", "make_drafter", "open_heads",
 ]  # fmt: skip

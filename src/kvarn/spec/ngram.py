@@ -52,8 +52,10 @@ class NgramDrafter:
         if text is not None and self._corpora is not None:
             self._corpora.add(text.new.salt, text.tokens[len(text.new.prompt_token_ids) :])
 
-    def prepare(self, scheduled: SchedulerOutput) -> None:
+    def prepare(self, scheduled: SchedulerOutput) -> bool:
         """There is nothing to prepare."""
+        del scheduled
+        return False
 
     def propose(
         self,
@@ -72,6 +74,9 @@ class NgramDrafter:
                 if draft:
                     proposals.append(Proposal(part.sequence_id, draft))
         return proposals
+
+    def close(self) -> None:
+        """Nothing."""
 
     def _guess(self, sequence_id: int, count: int) -> tuple[int, ...]:
         text = self._texts[sequence_id]

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from kvarn import _native
-from kvarn.backends.base import KvCacheSpec, MemoryUse, StepLimits
+from kvarn.backends.base import Executable, KvCacheSpec, MemoryUse, StepLimits
 from kvarn.backends.cpu.build import Parameters, rotary_table
 from kvarn.backends.cpu.executable import CpuExecutable
 from kvarn.backends.cpu.memory import kv_slots, memory_use
@@ -43,24 +43,41 @@ class CpuBackend:
         self._packed = packed
 
     def memory_use(
-        self, program: Program, dtypes: Mapping[str, DType], kv: KvCacheSpec, limits: StepLimits
+        self,
+        program: Program,
+        dtypes: Mapping[str, DType],
+        kv: KvCacheSpec,
+        limits: StepLimits,
+        *,
+        shared: Collection[str] = (),
     ) -> MemoryUse:
         """What `load` will hold, to the byte."""
-        return memory_use(program, dtypes, kv, limits, self.threads)
+        return memory_use(program, dtypes, kv, limits, self.threads, shared)
 
-    def load(self, program: Program, weights: TensorSource, kv: KvCacheSpec, limits: StepLimits) -> CpuExecutable:
+    def load(
+        self,
+        program: Program,
+        weights: TensorSource,
+        kv: KvCacheSpec,
+        limits: StepLimits,
+        *,
+        beside: Executable | None = None,
+        shared: Collection[str] = (),
+    ) -> CpuExecutable:
         """Packs every weight, or maps what was packed before; allocates cache and activations.
 
         The file is not needed afterwards. Raises UnsupportedModelError for shapes the kernels do not run, ConfigError
         for settings, ModelFileError from the source.
         """
         _check(program, kv, limits)
-        pool = _native.Pool(self.threads, self._pins())
-        packed = None if self._packed is None else self._packed.read(program)
+        other = None if beside is None else _cpu_executable(beside)
+        pool = _native.Pool(self.threads, self._pins()) if other is None else other.pool
+        slot = self._packed if other is None else None
+        packed = None if slot is None else slot.read(program)
         writer = None
         if packed is None:
-            packed = pack_weights(program, weights, pool)
-            writer = None if self._packed is None else PackedWriter(self._packed, program, packed)
+            packed = pack_weights(program, weights, pool, None if other is None else other.shared_weights(shared))
+            writer = None if slot is None else PackedWriter(slot, program, packed)
         parameters = Parameters(
             matrices=packed.matrices,
             vectors=packed.vectors,
@@ -70,22 +87,36 @@ class CpuBackend:
             },
         )
         cache = _native.KvCache(kv_slots(program), kv.num_blocks, kv.block_size, kv.dtype)
-        return CpuExecutable(program, packed.dtypes, parameters, pool, cache, kv, limits, self.isa, writer)
+        return CpuExecutable(program, packed.dtypes, parameters, pool, cache, kv, limits, self.isa, writer, shared)
 
     def _pins(self) -> list[list[int]]:
         """Each thread on its own core, where there are as many cores; else wherever the system puts it."""
         return [list(core) for core in self._cores] if self.threads == len(self._cores) else []
 
 
-def pack_weights(program: Program, weights: TensorSource, pool: _native.Pool) -> PackedWeights:
-    """Every weight of the program in the form kernels read. Of the source little more than one tensor is in memory."""
-    matrices: dict[str, _native.PackedWeight] = {}
-    vectors: dict[str, _native.Vector] = {}
-    dtypes: dict[str, DType] = {}
+def _cpu_executable(executable: Executable) -> CpuExecutable:
+    if not isinstance(executable, CpuExecutable):
+        raise TypeError("beside must be an executable of this back-end")
+    return executable
+
+
+def pack_weights(
+    program: Program, weights: TensorSource, pool: _native.Pool, known: PackedWeights | None = None
+) -> PackedWeights:
+    """Every weight of the program in the form kernels read. Of the source little more than one tensor is in memory.
+
+    known: weights that are packed already.
+    """
+    known = known or PackedWeights({}, {}, {})
+    matrices: dict[str, _native.PackedWeight] = dict(known.matrices)
+    vectors: dict[str, _native.Vector] = dict(known.vectors)
+    dtypes: dict[str, DType] = dict(known.dtypes)
     unreleased = 0
     # One arena: with pages of its own each matrix would leave half a large page unused, or be written in small ones.
-    arena, offset = _native.Pages(_arena_bytes(program, weights)), 0
+    arena, offset = _native.Pages(_arena_bytes(program, weights, dtypes)), 0
     for weight in program.weights:
+        if weight.name in dtypes:
+            continue
         tensor = _checked(weight, weights.tensor(weight.name))
         dtypes[weight.name] = tensor.dtype
         if len(tensor.shape) > 1:
@@ -142,8 +173,9 @@ def _checked(weight: Weight, tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _arena_bytes(program: Program, weights: TensorSource) -> int:
-    tensors = (weights.tensor(weight.name) for weight in program.weights if len(weight.shape) > 1)
+def _arena_bytes(program: Program, weights: TensorSource, known: Collection[str]) -> int:
+    names = (weight.name for weight in program.weights if len(weight.shape) > 1 and weight.name not in known)
+    tensors = map(weights.tensor, names)
     return sum(_native.packed_bytes(tensor.dtype.name, tensor.rows, tensor.shape[-1]) for tensor in tensors)
 
 

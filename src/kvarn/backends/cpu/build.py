@@ -33,6 +33,7 @@ class BuiltPlan:
 
     plan: _native.StepPlan
     outputs: Mapping[str, tuple[_native.FloatBuffer, Rows]]
+    inputs: Mapping[str, _native.FloatBuffer]
 
 
 def rotary_table(table: RopeTable, positions: int) -> _native.RotaryTable:
@@ -68,7 +69,7 @@ def build_plan(
         builder.add(stage)
     plan.finish()
     outputs = {name: (builder.floats(place), place.rows) for name, place in stages.outputs.items()}
-    return BuiltPlan(plan, outputs)
+    return BuiltPlan(plan, outputs, {name: builder.floats(place) for name, place in stages.inputs.items()})
 
 
 class _Builder:
@@ -123,6 +124,8 @@ class _Builder:
         """Appends one stage to the plan."""
         plan, matrices = self.plan, self.parameters.matrices
         match stage:
+            case s.InputStage():
+                pass
             case s.EmbedStage():
                 plan.embed(matrices[stage.table], self.floats(stage.out), stage.scale)
             case s.PositionStage():

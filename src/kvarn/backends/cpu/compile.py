@@ -19,6 +19,7 @@ from kvarn.backends.cpu.stages import (
     EmbedStage,
     GatedStage,
     HeadSpec,
+    InputStage,
     Job,
     KvWriteStage,
     LinearStage,
@@ -91,7 +92,9 @@ class _Compiler:
         for index in range(len(self.program.ops)):
             if index not in self.done:
                 self._op(index)
-        return StageList(tuple(self.stages), {name: self.floats[value] for name, value in self.flow.outputs.items()})
+        outputs = {name: self.floats[value] for name, value in self.flow.outputs.items()}
+        inputs = {stage.name: stage.out for stage in self.stages if isinstance(stage, InputStage)}
+        return StageList(tuple(self.stages), outputs, inputs)
 
     # Values and places
 
@@ -144,7 +147,8 @@ class _Compiler:
             self.recipes[out] = (read[0], _norm(op))
             return
         x = tuple(self.floats[value] for value in read)
-        place = self._new(out) if isinstance(op, ops.Embed | ops.SelectRows) else self._over(read[0], out, index)
+        made = isinstance(op, ops.Input | ops.Embed | ops.SelectRows)
+        place = self._new(out) if made else self._over(read[0], out, index)
         self.stages.append(_plain_stage(op, x, place))
         self.executed.add(index)
 
@@ -320,7 +324,7 @@ def _norm(op: ops.Norm) -> NormSpec:
 
 
 _Plain = (
-    ops.Embed | ops.PositionEmbed | ops.Norm | ops.Rope | ops.Activation | ops.GatedActivation | ops.Add
+    ops.Input | ops.Embed | ops.PositionEmbed | ops.Norm | ops.Rope | ops.Activation | ops.GatedActivation | ops.Add
     | ops.SelectRows
 )  # fmt: skip
 
@@ -328,6 +332,8 @@ _Plain = (
 def _plain_stage(op: _Plain, x: tuple[Place, ...], out: Place) -> Stage:
     """The stage of an op that nothing was fused with."""
     match op:
+        case ops.Input():
+            return InputStage(op.out, out)
         case ops.Embed():
             return EmbedStage(op.weight, out, op.scale)
         case ops.PositionEmbed():

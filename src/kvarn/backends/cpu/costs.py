@@ -19,6 +19,7 @@ from kvarn.backends.cpu.stages import (
     EmbedStage,
     GatedStage,
     HeadSpec,
+    InputStage,
     Job,
     KvWriteStage,
     LinearStage,
@@ -140,6 +141,8 @@ class _Counter:
                 return self._linear(stage, logits)
             case AttentionStage():
                 return self._attention(stage)
+            case InputStage():
+                return []
             case _:
                 cost, name, layer = self._plain(stage)
                 made = writes(stage)
@@ -166,8 +169,8 @@ class _Counter:
                 return Cost(), "add", None
             case SelectStage():
                 return Cost(), "select_rows", None
-            case LinearStage() | AttentionStage():
-                raise AssertionError("these become several stages")
+            case LinearStage() | AttentionStage() | InputStage():
+                raise AssertionError("these become no stage, or several")
 
     # Linears
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,9 +10,11 @@ from numpy.typing import NDArray
 
 from kvarn import _native
 from kvarn.backends.base import InputBatch, KvCacheSpec, MemoryUse, StepLimits
+from kvarn.backends.checks import check_inputs
 from kvarn.backends.cpu.build import BuiltPlan, Parameters, build_plan
 from kvarn.backends.cpu.compile import compile_program
 from kvarn.backends.cpu.memory import assign, weight_bytes
+from kvarn.backends.cpu.packed_file import PackedWeights
 from kvarn.backends.cpu.packed_slot import PackedWriter
 from kvarn.errors import EngineError
 from kvarn.program import Program, Rows
@@ -62,8 +64,11 @@ class CpuExecutable:
         limits: StepLimits,
         isa: str,
         writer: PackedWriter | None = None,
+        shared: Collection[str] = (),
     ) -> None:
-        """writer: keeps the packed weights for later starts; begins after the first step, which it would slow down."""
+        """shared: weights that another executable holds, too.
+
+        writer: keeps the packed weights for later starts; begins after the first step, which it would slow down."""
         self.program = program
         self.kv = kv_spec
         self.limits = limits
@@ -73,17 +78,26 @@ class CpuExecutable:
         self._cache: _native.KvCache | None = kv
         self._isa = isa
         self._writer = writer
+        self._shared = frozenset(shared)
         self._main: BuiltPlan | None = self._build(())
         self._variants: dict[tuple[str, ...], BuiltPlan] = {}
 
     def execute(self, batch: InputBatch, outputs: Sequence[str] = ()) -> Mapping[str, NDArray[np.float32]]:
         """Runs one step in one native call without the GIL (see `Executable`)."""
-        built = self._plan(tuple(sorted(set(outputs) - {self.program.output})))
+        built = self._plan(tuple(sorted(set(outputs) - {self.program.output, *self.limits.outputs})))
+        self._fill(built, batch)
         built.plan.run(*_arrays(batch))
         if self._writer is not None:
             self._writer.start()
         rows = {Rows.TOKENS: batch.num_tokens, Rows.OUTPUTS: int(batch.output_rows.size)}
         return {name: built.plan.array(buffer, rows[kind]) for name, (buffer, kind) in built.outputs.items()}
+
+    def _fill(self, built: BuiltPlan, batch: InputBatch) -> None:
+        """Copies what the caller gives to where the plan reads it."""
+        if batch.inputs or built.inputs:
+            check_inputs(batch, self.program)
+            for name, buffer in built.inputs.items():
+                built.plan.array(buffer, batch.num_tokens)[:] = batch.inputs[name]
 
     def count_stages(self, on: bool) -> None:
         """Switches the native counters of stages on or off, from zero. Off at load, when they cost nothing."""
@@ -120,6 +134,22 @@ class CpuExecutable:
         """Sets a block to what `read_block` gave. Raises ValueError."""
         self._open_cache().write(block, data)
 
+    @property
+    def pool(self) -> _native.Pool:
+        """The threads, for an executable that runs when this one does not."""
+        if self._pool is None:
+            raise EngineError("the executable is closed")
+        return self._pool
+
+    def shared_weights(self, names: Collection[str]) -> PackedWeights:
+        """Weights for another executable, which holds them as long as it needs them."""
+        matrices, vectors = self._parameters.matrices, self._parameters.vectors
+        return PackedWeights(
+            {name: matrices[name] for name in names if name in matrices},
+            {name: vectors[name] for name in names if name in vectors},
+            {name: self._dtypes[name] for name in names},
+        )
+
     def info(self) -> CpuInfo:
         """Instruction set, threads and bytes held now (activations of extra plans among them)."""
         if self._pool is None or self._cache is None:
@@ -127,7 +157,7 @@ class CpuExecutable:
         plans = [built.plan for built in (self._main, *self._variants.values()) if built is not None]
         tables = sum(self.limits.max_model_len * table.rotary_dim * 4 for table in self._parameters.rotary)
         memory = MemoryUse(
-            weights=weight_bytes(self.program, self._dtypes),
+            weights=weight_bytes(self.program, self._dtypes, self._shared),
             tables=tables,
             kv_cache=self._cache.nbytes,
             activations=sum(plan.arena_bytes + plan.scratch_bytes for plan in plans),
@@ -171,7 +201,7 @@ class CpuExecutable:
     def _build(self, outputs: tuple[str, ...]) -> BuiltPlan:
         assert self._pool is not None
         assert self._cache is not None
-        stages = compile_program(self.program, self._dtypes, outputs)
+        stages = compile_program(self.program, self._dtypes, (*self.limits.outputs, *outputs))
         layout = assign(stages, self.program, self.limits, self._pool.threads)
         return build_plan(
             stages, layout, self._parameters,

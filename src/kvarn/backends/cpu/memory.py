@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from kvarn import _native
@@ -54,23 +54,31 @@ def assign(stages: StageList, program: Program, limits: StepLimits, threads: int
 
 
 def memory_use(
-    program: Program, dtypes: Mapping[str, DType], kv: KvCacheSpec, limits: StepLimits, threads: int
+    program: Program,
+    dtypes: Mapping[str, DType],
+    kv: KvCacheSpec,
+    limits: StepLimits,
+    threads: int,
+    shared: Collection[str] = (),
 ) -> MemoryUse:
-    """What `CpuBackend(threads).load(...)` will hold, to the byte. dtypes: stored type of each of the weights."""
-    stages = compile_program(program, dtypes)
+    """What `CpuBackend(threads).load(...)` will hold, to the byte. dtypes: stored type of each of the weights.
+
+    shared: weights that another executable holds.
+    """
+    stages = compile_program(program, dtypes, limits.outputs)
     layout = assign(stages, program, limits, threads)
     rotary = {op.table for op in program.ops if isinstance(op, Rope)}
     return MemoryUse(
-        weights=weight_bytes(program, dtypes),
+        weights=weight_bytes(program, dtypes, shared),
         tables=sum(limits.max_model_len * table.rotary_dim * 4 for table in rotary),
         kv_cache=kv_cache_bytes(program, kv),
         activations=layout.arena_bytes + threads * _thread_bytes(stages, program, kv.dtype),
     )
 
 
-def weight_bytes(program: Program, dtypes: Mapping[str, DType]) -> int:
-    """Bytes of the program's weights as kernels hold them."""
-    return sum(held_bytes(weight, dtypes[weight.name]) for weight in program.weights)
+def weight_bytes(program: Program, dtypes: Mapping[str, DType], shared: Collection[str] = ()) -> int:
+    """Bytes of the program's weights as kernels hold them, less those that another executable holds."""
+    return sum(held_bytes(weight, dtypes[weight.name]) for weight in program.weights if weight.name not in shared)
 
 
 def held_bytes(weight: Weight, dtype: DType) -> int:

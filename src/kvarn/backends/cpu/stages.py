@@ -31,6 +31,14 @@ class NormSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class InputStage:
+    """out is filled by the caller before the step; nothing runs. name: the buffer's."""
+
+    name: str
+    out: Place
+
+
+@dataclass(frozen=True, slots=True)
 class EmbedStage:
     """out = scale * table[token_ids]."""
 
@@ -174,8 +182,8 @@ class AttentionStage:
 
 
 Stage = (
-    EmbedStage | PositionStage | NormStage | RopeStage | KvWriteStage | ActivationStage | GatedStage | AddStage
-    | SelectStage | LinearStage | AttentionStage
+    InputStage | EmbedStage | PositionStage | NormStage | RopeStage | KvWriteStage | ActivationStage | GatedStage
+    | AddStage | SelectStage | LinearStage | AttentionStage
 )  # fmt: skip
 
 
@@ -185,12 +193,13 @@ class StageList:
 
     stages: tuple[Stage, ...]
     outputs: dict[str, Place]
+    inputs: dict[str, Place]
 
 
 def reads(stage: Stage) -> tuple[Place, ...]:
     """Places a stage reads."""
     match stage:
-        case EmbedStage():
+        case InputStage() | EmbedStage():
             found: tuple[Place | None, ...] = ()
         case PositionStage() | NormStage() | RopeStage() | ActivationStage() | SelectStage():
             found = (stage.x,)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kvarn.backends.base import InputBatch, KvCacheSpec, MemoryUse, StepLimits
+from kvarn.backends.base import Executable, InputBatch, KvCacheSpec, MemoryUse, StepLimits
 from kvarn.backends.checks import check_batch
 from kvarn.kv_types import KV_TYPES
-from kvarn.program import Program
+from kvarn.program import Program, Rows
 from kvarn.program.counts import Counts, StepShape, count_step
 from kvarn.tensors import DType, TensorSource
 
@@ -21,14 +21,30 @@ class NullBackend:
     name = "null"
 
     def memory_use(
-        self, program: Program, dtypes: Mapping[str, DType], kv: KvCacheSpec, limits: StepLimits
+        self,
+        program: Program,
+        dtypes: Mapping[str, DType],
+        kv: KvCacheSpec,
+        limits: StepLimits,
+        *,
+        shared: Collection[str] = (),
     ) -> MemoryUse:
         """Its zero logits."""
-        del dtypes, kv
+        del dtypes, kv, shared
         return MemoryUse(0, 0, 0, 4 * limits.max_num_tokens * program.vocab_size)
 
-    def load(self, program: Program, weights: TensorSource, kv: KvCacheSpec, limits: StepLimits) -> NullExecutable:
+    def load(
+        self,
+        program: Program,
+        weights: TensorSource,
+        kv: KvCacheSpec,
+        limits: StepLimits,
+        *,
+        beside: Executable | None = None,
+        shared: Collection[str] = (),
+    ) -> NullExecutable:
         """Looks at the sizes of the weights, reads none."""
+        del beside, shared
         return NullExecutable(program, weights, kv, limits)
 
 
@@ -57,7 +73,9 @@ class NullExecutable:
         logits = self._logits[: batch.output_rows.size]
         logits[:] = 0
         logits[np.arange(len(logits)), (batch.positions[batch.output_rows] + 1) % self.program.vocab_size] = 1
-        named = {name: np.zeros((batch.num_tokens, self.program.buffer(name).width), np.float32) for name in outputs}
+        buffers = (self.program.buffer(name) for name in (*self.limits.outputs, *outputs))
+        rows = {Rows.TOKENS: batch.num_tokens, Rows.OUTPUTS: int(batch.output_rows.size)}
+        named = {buffer.name: np.zeros((rows[buffer.rows], buffer.width), np.float32) for buffer in buffers}
         return {**named, self.program.output: logits}
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:

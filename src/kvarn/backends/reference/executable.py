@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import assert_never
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kvarn.backends.base import InputBatch, KvCacheSpec, MemoryUse, StepLimits
+from kvarn.backends.base import Executable, InputBatch, KvCacheSpec, MemoryUse, StepLimits
 from kvarn.backends.checks import check_batch, check_moves, first_blocks
 from kvarn.backends.reference import functions as f
 from kvarn.backends.reference.cache import cache_bytes, layer_cache
@@ -29,25 +29,42 @@ class ReferenceBackend:
     name = "reference"
 
     def memory_use(
-        self, program: Program, dtypes: Mapping[str, DType], kv: KvCacheSpec, limits: StepLimits
+        self,
+        program: Program,
+        dtypes: Mapping[str, DType],
+        kv: KvCacheSpec,
+        limits: StepLimits,
+        *,
+        shared: Collection[str] = (),
     ) -> MemoryUse:
         """Every weight as float32, and all buffers of a step; an op's own intermediate results come on top."""
         del dtypes
         rows = {Rows.TOKENS: limits.max_num_tokens, Rows.OUTPUTS: limits.max_num_outputs}
         slots = kv.num_blocks * kv.block_size
         return MemoryUse(
-            weights=4 * program.num_parameters,
+            weights=4 * sum(weight.num_elements for weight in program.weights if weight.name not in shared),
             tables=0,
             kv_cache=sum(cache_bytes(layer, slots, kv.dtype) for layer in program.kv_groups.slots),
             activations=sum(4 * buffer.width * rows[buffer.rows] for buffer in program.buffers),
         )
 
-    def load(self, program: Program, weights: TensorSource, kv: KvCacheSpec, limits: StepLimits) -> ReferenceExecutable:
-        """Keeps the source; weights are dequantized when first used and kept, embedding rows at each use.
+    def load(
+        self,
+        program: Program,
+        weights: TensorSource,
+        kv: KvCacheSpec,
+        limits: StepLimits,
+        *,
+        beside: Executable | None = None,
+        shared: Collection[str] = (),
+    ) -> ReferenceExecutable:
+        """Keeps the source, also for shared weights. They are dequantized when first used and kept, embedding rows at
+        each use.
 
         Raises ConfigError where the model has learned positions and fewer than limits.max_model_len, or where blocks of
         int4 do not hold whole groups of tokens.
         """
+        del beside, shared
         if kv.dtype == "int4" and kv.block_size % INT4_TOKENS:
             raise ConfigError(f"block_size must be a multiple of {INT4_TOKENS} for int4, not {kv.block_size}")
         for op in program.ops:
@@ -81,7 +98,7 @@ class ReferenceExecutable:
         buffers: dict[str, Floats] = {}
         for op in self.program.ops:
             self._run(op, batch, buffers)
-        return {name: buffers[name] for name in (self.program.output, *outputs)}
+        return {name: buffers[name] for name in (self.program.output, *self.limits.outputs, *outputs)}
 
     def commit(self) -> int:
         """Nothing: this back-end is for small models."""
@@ -144,6 +161,8 @@ class ReferenceExecutable:
 
     def _run(self, op: ops.Op, batch: InputBatch, buffers: dict[str, Floats]) -> None:
         match op:
+            case ops.Input():
+                buffers[op.out] = np.array(batch.inputs[op.out], np.float32)
             case ops.Embed():
                 buffers[op.out] = self._rows(op.weight, batch.token_ids) * np.float32(op.scale)
             case ops.PositionEmbed():

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
+from kvarn.grammar.source import check_meaning
 from kvarn.request import Grammar, SamplingParams
 from kvarn.server.errors import ApiError
 from kvarn.server.tools.calls import CallReader
@@ -57,9 +58,12 @@ class ToolUse:
                    parallel is not False and named is None)  # fmt: skip
 
     def bind(self, sampling: SamplingParams) -> SamplingParams:
-        """The same, for an answer that calls tools. Raises ApiError where another form is asked for already."""
+        """The same, for an answer that calls tools. Raises ApiError where another form is asked for already, and
+        RequestError with field "grammar" for schemas that cannot be held to."""
         if sampling.grammar is not None:
             raise _wrong("tools", "cannot be called in an answer of another form (response_format, structured_outputs)")
+        for schema in self.schemas.values():
+            check_meaning(schema)
         grammar = Grammar.lark(self.form.grammar(self.schemas, must=self.must, several=self.several))
         return dataclasses.replace(sampling, grammar=grammar)
 
