@@ -51,3 +51,16 @@ def test_the_same_answers_with_tokens_guessed_ahead(smollm2_path):
     )
     assert stats.preemptions > 0 and stats.accepted_tokens > 0
     assert squeezed == quiet
+
+
+@pytest.mark.e2e
+def test_the_same_answers_with_a_draft_model_that_is_always_right(smollm2_path):
+    """The model guesses for itself: in chunks and after preemptions too its own keys and values are the same."""
+    quiet, _ = answers(smollm2_path, one_by_one=True, num_blocks=64)
+    squeezed, stats = answers(
+        smollm2_path, num_blocks=16, max_num_batched_tokens=48, max_num_seqs=12,
+        speculative=SpeculativeConfig("draft", k=4, model=str(smollm2_path)),
+    )  # fmt: skip
+    assert squeezed == quiet
+    assert stats.preemptions > 0
+    assert stats.accepted_tokens == stats.draft_tokens > 100

@@ -349,6 +349,18 @@ def test_a_drafter_that_computes_its_guesses_gets_blocks_for_them_until_somebody
     assert bench.scheduler.num_free_blocks == 5
 
 
+def test_nobody_is_preempted_for_the_room_of_a_guess():
+    """The first one's guesses have the blocks that the second one comes to need."""
+    bench = Bench(k=7, right=0, blocks=6, writes_ahead=True)
+    both = [bench.add("a", range(6), max_tokens=10), bench.add("b", range(20, 26), max_tokens=6)]
+    bench.step()
+    assert [len(sequence.table) for sequence in both] == [4, 2]
+    bench.run()
+    assert [sequence.num_preemptions for sequence in both] == [0, 0]
+    assert bench.said[0] == expected_tokens(range(6), 0, max_length=16)
+    assert bench.said[1] == expected_tokens(range(20, 26), 0, max_length=12)
+
+
 def test_blocks_for_guesses_are_given_back_when_none_is_made_any_more():
     bench = Bench(writes_ahead=True)
     sequence = bench.add("a", range(6), max_tokens=40)

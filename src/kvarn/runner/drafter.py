@@ -47,11 +47,11 @@ class Drafter(Protocol):
         """Forgets a sequence; unknown ones are ignored."""
         ...
 
-    def prepare(self, scheduled: SchedulerOutput) -> None:
+    def prepare(self, scheduled: SchedulerOutput) -> bool:
         """Told of every step before the program runs, also of one that only moves blocks.
 
         By then the step's blocks are saved, copied and loaded. What a drafter keeps for the tokens of blocks it brings
-        up to date here.
+        up to date here. Returns whether a model computed for that.
         """
         ...
 
@@ -95,8 +95,10 @@ class NullDrafter:
     def remove(self, sequence_id: int) -> None:
         """Nothing."""
 
-    def prepare(self, scheduled: SchedulerOutput) -> None:
+    def prepare(self, scheduled: SchedulerOutput) -> bool:
         """Nothing."""
+        del scheduled
+        return False
 
     def propose(
         self,

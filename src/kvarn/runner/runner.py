@@ -75,8 +75,8 @@ class Runner:
         loaded = self._blocks.load(scheduled.block_loads)
         moved = self._blocks.take_seconds()
         started = time.perf_counter()
-        self._drafter.prepare(scheduled)
-        prepare_seconds = time.perf_counter() - started
+        computed = self._drafter.prepare(scheduled)
+        prepare_seconds = time.perf_counter() - started if computed else 0.0
         if not scheduled.sequences:
             return StepOutput(scheduled.step, (), loaded, moved, prepare_seconds=prepare_seconds)
         parts = [s for s in scheduled.sequences if s.sample]

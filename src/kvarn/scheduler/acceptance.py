@@ -70,9 +70,9 @@ class Acceptance:
         """Where nothing was seen. first, later: means of guesses that are the only ones of their token."""
         return cls(_rates(first, memory), _rates(later, memory))
 
-    def start(self) -> Acceptance:
-        """Where nothing was seen of a sequence, and this is what is known of all."""
-        return Acceptance(*([_start(rate) for rate in rates] for rates in (self.first, self.later)))
+    def start(self, weight: float = PRIOR_WEIGHT) -> Acceptance:
+        """Where nothing was seen of a sequence, and this is known of all. weight: guesses that it counts for."""
+        return Acceptance(*([_start(rate, weight) for rate in rates] for rates in (self.first, self.later)))
 
     def compare(self, draft: Sequence[int], tokens: Sequence[int], parents: Sequence[int] | None = None) -> None:
         """Takes in what came in the place of a draft, whether that was verified or not. parents: None: a chain's."""
@@ -105,5 +105,5 @@ class Acceptance:
         return gains
 
 
-def _start(rate: Rate) -> Rate:
-    return Rate(PRIOR_WEIGHT * rate.mean, PRIOR_WEIGHT * (1 - rate.mean))
+def _start(rate: Rate, weight: float) -> Rate:
+    return Rate(weight * rate.mean, weight * (1 - rate.mean))

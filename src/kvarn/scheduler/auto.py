@@ -7,7 +7,7 @@ import heapq
 from collections.abc import Sequence as ListOf
 
 from kvarn.request import Request
-from kvarn.scheduler.acceptance import MOST_KINDS, Acceptance, kind_of
+from kvarn.scheduler.acceptance import MOST_KINDS, PRIOR_WEIGHT, Acceptance, kind_of
 from kvarn.scheduler.cost import StepCost, StepShape
 from kvarn.scheduler.sequence import Sequence
 from kvarn.scheduler.speculation import check_asked, limit
@@ -108,6 +108,9 @@ class AutoSpeculation:
     then to measure it anew. Where guesses do not pay, they are asked for in some of the steps only.
     """
 
+    prior_weight = PRIOR_WEIGHT
+    """Guesses of a sequence that what is known of all counts for."""
+
     def __init__(self, most: int, cost: StepCost) -> None:
         """most: guesses for a sequence at most. cost: predicts steps, as a start."""
         self.most = most
@@ -174,7 +177,7 @@ class AutoSpeculation:
         known = sequence.acceptance.get(kind)
         if known is None:
             common = self._common[kind]
-            known = sequence.acceptance[kind] = common.start()
+            known = sequence.acceptance[kind] = common.start(self.prior_weight)
         return known
 
     def _likeliest(self, drafted: ListOf[Sequence], room: int) -> tuple[list[int], list[float]]:

@@ -114,7 +114,7 @@ class DraftModelDrafter:
         self._texts.pop(sequence_id, None)
         self._kv.forget(sequence_id)
 
-    def prepare(self, scheduled: SchedulerOutput) -> None:
+    def prepare(self, scheduled: SchedulerOutput) -> bool:
         """See `Drafter.prepare`. Computes some of what is missing of those that want guesses."""
         copies = self._kv.copied(scheduled.block_copies)
         if copies:
@@ -123,7 +123,7 @@ class DraftModelDrafter:
             self._kv.loaded(load.blocks)
         for part in scheduled.sequences:
             self._kv.written(part.sequence_id, part.block_tables[0], part.start, part.token_ids + part.draft)
-        self._catch_up([part for part in scheduled.sequences if part.num_drafts_wanted])
+        return self._catch_up([part for part in scheduled.sequences if part.num_drafts_wanted])
 
     def propose(
         self,
@@ -142,7 +142,7 @@ class DraftModelDrafter:
             going = [guess for guess in going if len(guess.draft) < guess.depth and guess.draft[-1] >= 0]
         return [proposal for guess in guesses if (proposal := self._end(guess)) is not None]
 
-    def _catch_up(self, parts: Sequence[ScheduledSequence]) -> None:
+    def _catch_up(self, parts: Sequence[ScheduledSequence]) -> bool:
         left, written, steps = min(CATCH_UP_TOKENS, self._limits.max_num_tokens), set[int](), []
         for part in parts:
             end, table = min(part.end, self._limits.max_model_len), self._table(part)
@@ -157,6 +157,7 @@ class DraftModelDrafter:
             self._run(steps)
             for step in steps:
                 self._kv.computed(step.block_tables[0], step.start, step.end)
+        return bool(steps)
 
     def _begin(self, parts: Sequence[ScheduledSequence]) -> list[_Guess]:
         """Those of the step's sequences that can be guessed for, and how far."""

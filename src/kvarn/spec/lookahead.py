@@ -87,8 +87,10 @@ class LookaheadDrafter:
         """See `Drafter.remove`."""
         self._states.pop(sequence_id, None)
 
-    def prepare(self, scheduled: SchedulerOutput) -> None:
+    def prepare(self, scheduled: SchedulerOutput) -> bool:
         """There is nothing to prepare."""
+        del scheduled
+        return False
 
     def propose(
         self,

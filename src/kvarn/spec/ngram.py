@@ -52,8 +52,10 @@ class NgramDrafter:
         if text is not None and self._corpora is not None:
             self._corpora.add(text.new.salt, text.tokens[len(text.new.prompt_token_ids) :])
 
-    def prepare(self, scheduled: SchedulerOutput) -> None:
+    def prepare(self, scheduled: SchedulerOutput) -> bool:
         """There is nothing to prepare."""
+        del scheduled
+        return False
 
     def propose(
         self,
