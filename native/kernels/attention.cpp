@@ -198,6 +198,17 @@ KVARN_INLINE void in_blocks(int64_t queries, Body body) {
     }
 }
 
+// The next tile's values in the rows that this tile has none in: where they are in both, value_block asks for them.
+void ask_for_rest(const Work &w, const Tile &tile, int64_t from) {
+    const int64_t bytes = w.a.kv->vector_bytes(w.a.kv->value_dim);
+    const auto ask = [&](int64_t begin, int64_t end) {
+        for (int64_t t = begin; t < end; ++t)
+            for (int64_t i = 0; i < bytes; i += 64) prefetch(tile.next_values[t / kSub] + t % kSub * bytes + i);
+    };
+    ask(0, from);
+    ask(tile.count, kKeyTile);
+}
+
 template <KvType type, bool ahead>
 void visit(const Work &w, const Tile &tile, int64_t start) {
     in_blocks(w.queries, [&]<int n>(int64_t query) { score_block<type, ahead, n>(w, tile, query); });
@@ -216,6 +227,7 @@ void visit(const Work &w, const Tile &tile, int64_t start) {
     }
     merge_sums(w.span, w.tile_m, w.tile_l, w.queries, w.old_factor, w.now_factor);
     in_blocks(w.queries, [&]<int n>(int64_t query) { value_rows<type, ahead, n>(w, tile, query, lowest); });
+    if constexpr (ahead) ask_for_rest(w, tile, lowest);
 }
 
 template <KvType type>

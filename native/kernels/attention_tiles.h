@@ -128,22 +128,34 @@ struct Tile {
     int64_t value_stride;
     int64_t first;  // position of the first sub-block that is seen
     int64_t count;  // tokens that the sequence has
-    // Where the tile after this one is, to ask for it in time: its blocks lie anywhere. The tile itself at the end.
+    // Where the tile after this one is, to ask for it in time: its blocks lie anywhere. After the call's last tile that is
+    // what the thread reads after the call, or, not known, the tile itself.
     const uint8_t *next_keys[kSubs], *next_values[kSubs];
     const float *key_scales[kSubs], *value_scales[kSubs];  // of int8 elements; else null
     Int4Scales scales[kSubs], next_scales[kSubs];          // of int4
 };
 
-void locate_int4(const Work &w, int64_t start, int64_t last, Tile &tile) {
-    const KvLayerView &kv = *w.a.kv;
-    const auto locate = [&](int64_t position) {
-        const int64_t seen = position >= tile.first && position <= last ? position : tile.first;
-        return kv.int4_scales(kv.head(w.a.block_table[seen / kv.block_size], w.a.kv_head), seen % kv.block_size);
-    };
-    for (int64_t s = 0; s < kSubs; ++s) {
-        tile.scales[s] = locate(start + s * kSub);
-        tile.next_scales[s] = locate(start + s * kSub + kKeyTile);
+// A token of a head: where its block is, and its place in it.
+struct Place {
+    uint8_t *head;
+    int64_t offset;
+};
+
+Place place_of(const KvLayerView &kv, const int32_t *block_table, int64_t kv_head, int64_t position) {
+    return {kv.head(block_table[position / kv.block_size], kv_head), position % kv.block_size};
+}
+
+// Sub-block s of the tile after the one at `start`. first, last: seen of the tile at `start`, and of the call.
+Place place_after(const AttentionArgs &a, int64_t start, int64_t s, int64_t first, int64_t last) {
+    const int64_t end = last < a.span_end * kKeySpan ? last : a.span_end * kKeySpan - 1;
+    if (start + kKeyTile > end && a.after) {
+        const KeysAfter &after = *a.after;
+        const int64_t position = after.first / kKeyTile * kKeyTile + s * kSub;
+        const bool is_seen = position >= after.first && position <= after.last;
+        return place_of(*a.kv, after.block_table, after.kv_head, is_seen ? position : after.first);
     }
+    const int64_t position = start + kKeyTile + s * kSub;
+    return place_of(*a.kv, a.block_table, a.kv_head, position <= end ? position : first);
 }
 
 // Keys and values from position `start` on, as far as `last`. first_key: the first one that any of the rows sees.
@@ -151,14 +163,9 @@ Tile cached_tile(const Work &w, int64_t start, int64_t first_key, int64_t last) 
     const KvLayerView &kv = *w.a.kv;
     const int64_t key_bytes = kv.vector_bytes(kv.key_dim), value_bytes = kv.vector_bytes(kv.value_dim);
     const int64_t values_at = kv.block_size * key_bytes, scales_at = values_at + kv.block_size * value_bytes;
-    const int64_t head_bytes = scales_at + kv.scales_bytes();
-    const auto locate = [&](int64_t position, const uint8_t *&keys, const uint8_t *&values) {
-        const int64_t offset = position % kv.block_size;
-        const int64_t block = w.a.block_table[position / kv.block_size];
-        const uint8_t *head = kv.data + (block * kv.heads + w.a.kv_head) * head_bytes;
-        keys = head + offset * key_bytes;
-        values = head + values_at + offset * value_bytes;
-        return reinterpret_cast<const float *>(head + scales_at) + offset;
+    const auto locate = [&](const Place &at, const uint8_t *&keys, const uint8_t *&values) {
+        keys = at.head + at.offset * key_bytes;
+        values = at.head + values_at + at.offset * value_bytes;
     };
     Tile tile;
     const int64_t seen = first_key / kSub * kSub;
@@ -166,14 +173,19 @@ Tile cached_tile(const Work &w, int64_t start, int64_t first_key, int64_t last) 
     tile.first = seen > start ? seen : start;
     tile.count = last + 1 - start < kKeyTile ? last + 1 - start : kKeyTile;
     for (int64_t s = 0; s < kSubs; ++s) {
-        const int64_t position = start + s * kSub, next = position + kKeyTile;
+        const int64_t position = start + s * kSub;
         const bool is_seen = position >= tile.first && position <= last;
-        const float *scales = locate(is_seen ? position : tile.first, tile.keys[s], tile.values[s]);
+        const Place at = place_of(kv, w.a.block_table, w.a.kv_head, is_seen ? position : tile.first);
+        const Place next = place_after(w.a, start, s, tile.first, last);
+        locate(at, tile.keys[s], tile.values[s]);
+        locate(next, tile.next_keys[s], tile.next_values[s]);
+        const float *scales = reinterpret_cast<const float *>(at.head + scales_at) + at.offset;
         tile.key_scales[s] = kv.type == KvType::kInt8 ? scales : nullptr;
         tile.value_scales[s] = kv.type == KvType::kInt8 ? scales + kv.block_size : nullptr;
-        locate(next <= last ? next : tile.first, tile.next_keys[s], tile.next_values[s]);
+        if (kv.type != KvType::kInt4) continue;
+        tile.scales[s] = kv.int4_scales(at.head, at.offset);
+        tile.next_scales[s] = kv.int4_scales(next.head, next.offset);
     }
-    if (kv.type == KvType::kInt4) locate_int4(w, start, last, tile);
     return tile;
 }
 

@@ -135,29 +135,43 @@ void AttentionStage::prefill_item(const Step &step, uint32_t item, Scratch &scra
     finish(step, tile.row, tile.rows, kv_head);
 }
 
-void AttentionStage::decode_item(const Step &step, uint32_t item, Scratch &scratch) const {
+AttentionStage::Cut AttentionStage::cut_of(const Step &step, uint32_t item) const {
     const int64_t count = parts(step), part = item % count, pair = item / count;
-    const int64_t kv_head = pair % shape_.kv.heads, s = pair / shape_.kv.heads;
-    const int64_t kd = shape_.kv.key_dim, vd = shape_.kv.value_dim, group = shape_.group();
-    const int64_t position = step.batch.positions[s];
+    const int64_t sequence = pair / shape_.kv.heads, position = step.batch.positions[sequence];
     const int64_t first = shape_.window > 0 && position >= shape_.window ? (position - shape_.window + 1) / kKeySpan : 0;
     const int64_t spans = position / kKeySpan + 1 - first;
-    const int64_t begin = spans * part / count, end = spans * (part + 1) / count;
+    return {sequence, pair % shape_.kv.heads, part, first, spans, spans * part / count, spans * (part + 1) / count};
+}
+
+// Where an item's keys begin; of an item without any, the last ones.
+KeysAfter AttentionStage::keys_of(const Step &step, const Cut &cut) const {
+    const int64_t position = step.batch.positions[cut.sequence];
+    const int64_t seen = shape_.window > 0 && position >= shape_.window ? position - shape_.window + 1 : 0;
+    const int64_t first = std::min(std::max((cut.first + cut.begin) * kKeySpan, seen), position);
+    return {step.batch.table(cut.sequence, shape_.kv_group), cut.kv_head, first / kSubBlock * kSubBlock, position};
+}
+
+void AttentionStage::decode_item(const Step &step, uint32_t item, Scratch &scratch) const {
+    const Cut cut = cut_of(step, item);
+    const int64_t count = parts(step), s = cut.sequence, kv_head = cut.kv_head, pair = s * shape_.kv.heads + kv_head;
+    const bool any = cut.begin < cut.end;
+    const int64_t kd = shape_.kv.key_dim, vd = shape_.kv.value_dim, group = shape_.group();
+    const int64_t position = step.batch.positions[s];
 
     float *own = reinterpret_cast<float *>(scratch.data), *key = own + group * kd;
     const float *q = input_.q.x.row(s) + kv_head * group * kd;
-    if (input_.q.used() && begin < end) {
+    if (input_.q.used() && any) {
         for (int64_t h = 0; h < group; ++h) input_.q.apply(kernels(), q + h * kd, own + h * kd, kd, position);
         q = own;
     }
-    if (input_.write && part == count - 1) {  // the part that has the newest key
+    if (input_.write && cut.part == count - 1) {  // the part that has the newest key
         input_.k.apply(kernels(), input_.k.x.row(s) + kv_head * kd, key, kd, position);
         const int64_t slot = step.batch.slot(s, shape_.kv_group);
         kernels().kv_write(shape_.kv, slot, slot, kv_head, key, input_.v.row(s) + kv_head * vd);
     }
     const int64_t entry = attention_partial_elements(vd);
     float *partial = count > 1 ? partials_ + pair * shape_.max_spans * group * entry : nullptr;
-    if (begin < end) {
+    if (any) {
         AttentionArgs args{};
         args.kv = &shape_.kv;
         args.block_table = step.batch.table(s, shape_.kv_group);
@@ -170,18 +184,23 @@ void AttentionStage::decode_item(const Step &step, uint32_t item, Scratch &scrat
         args.window = shape_.window;
         args.scale = shape_.scale;
         args.softcap = shape_.softcap;
-        args.span_begin = first + begin;
-        args.span_end = first + end;
-        args.partial = partial ? partial + begin * group * entry : nullptr;
+        args.span_begin = cut.first + cut.begin;
+        args.span_end = cut.first + cut.end;
+        args.partial = partial ? partial + cut.begin * group * entry : nullptr;
         args.out = out_.row(s) + kv_head * group * vd;
         args.out_stride = out_.stride;
         args.scratch = kernel_scratch(scratch);
+        KeysAfter after{};
+        if (item + 1 < items(step)) {  // what this thread takes next, but at the end of its share
+            after = keys_of(step, cut_of(step, item + 1));
+            args.after = &after;
+        }
         kernels().attention(args);
     }
     if (partial) {
         if (finished_[size_t(pair)].fetch_add(1, std::memory_order_acq_rel) + 1 < count) return;
         finished_[size_t(pair)].store(0, std::memory_order_relaxed);
-        merge_parts(s, kv_head, spans, partial, kernel_scratch(scratch));
+        merge_parts(s, kv_head, cut.spans, partial, kernel_scratch(scratch));
     }
     finish(step, s, 1, kv_head);
 }

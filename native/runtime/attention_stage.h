@@ -64,7 +64,15 @@ public:
     static int64_t partial_elements(const AttentionShape &shape, int threads);
 
 private:
+    // An item of a decode step: spans begin … end - 1 of the `spans` that a KV head's queries see of a sequence, of which
+    // `first` is the first. There may be none.
+    struct Cut {
+        int64_t sequence, kv_head, part, first, spans, begin, end;
+    };
+
     int64_t parts(const Step &step) const;
+    Cut cut_of(const Step &step, uint32_t item) const;
+    KeysAfter keys_of(const Step &step, const Cut &cut) const;
     int64_t cuts(const Step &step) const;
     void prefill_item(const Step &step, uint32_t item, Scratch &scratch) const;
     void decode_item(const Step &step, uint32_t item, Scratch &scratch) const;

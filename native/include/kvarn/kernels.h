@@ -151,6 +151,14 @@ struct TreeRows {
     int64_t slot(int64_t r) const { return slots[r * stride]; }
 };
 
+// Keys and values that the thread will read after a call: those at positions first … last of one head of a sequence.
+struct KeysAfter {
+    const int32_t *block_table;
+    int64_t kv_head;
+    int64_t first;  // of the first sub-block that is seen
+    int64_t last;
+};
+
 struct AttentionArgs {
     const KvLayerView *kv;
     const int32_t *block_table;  // of this sequence; read from the block of the first key that a row sees on
@@ -169,6 +177,7 @@ struct AttentionArgs {
     float *out;                  // row r, head j: out + r * out_stride + j * value_dim
     int64_t out_stride;
     float *scratch;              // attention_scratch_elements floats, 64-byte aligned
+    const KeysAfter *after;      // null: not known. Else the first tile of them is asked for beside the call's last one
 };
 constexpr int64_t kQueryTile = 32;  // query rows of one call at most
 // For one row of a tree: its sums, and a tile of keys and values gathered along its path (with room to read past it).
