@@ -71,8 +71,7 @@ class Acceptance:
         return cls(_rates(first, memory), _rates(later, memory))
 
     def start(self, weight: float = PRIOR_WEIGHT) -> Acceptance:
-        """Where nothing was seen of a sequence, and this is what is known of all. weight: guesses that it counts for.
-        """
+        """Where nothing was seen of a sequence, and this is known of all. weight: guesses that it counts for."""
         return Acceptance(*([_start(rate, weight) for rate in rates] for rates in (self.first, self.later)))
 
     def compare(self, draft: Sequence[int], tokens: Sequence[int], parents: Sequence[int] | None = None) -> None:
