@@ -127,6 +127,7 @@ void bind_storage(nb::module_ &m) {
         }, "slots"_a, "num_blocks"_a, "block_size"_a, "type"_a)
         .def_prop_ro("nbytes", [](const KvCache &kv) { return kv.bytes(); })
         .def_prop_ro("block_bytes", &KvCache::block_bytes)
+        .def("commit", &KvCache::commit, nb::call_guard<nb::gil_scoped_release>())
         .def("copy", &KvCache::copy, "pairs"_a, nb::call_guard<nb::gil_scoped_release>())
         .def("move", &KvCache::move, "pairs"_a, nb::call_guard<nb::gil_scoped_release>())
         .def("read", [](const KvCache &kv, int64_t block, const WritableBytes &out) {

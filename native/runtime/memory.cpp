@@ -44,6 +44,18 @@ Pages &Pages::operator=(Pages &&other) noexcept {
     return *this;
 }
 
+void touch(uint8_t *data, size_t bytes) {
+    constexpr size_t page = 4096;
+    for (size_t i = 0; i < bytes; i += page) {
+        volatile uint8_t *at = data + i;
+        *at = *at;
+    }
+    if (bytes > 0) {
+        volatile uint8_t *last = data + bytes - 1;
+        *last = *last;
+    }
+}
+
 void trim_heap() {
 #ifdef __GLIBC__
     malloc_trim(0);

@@ -24,6 +24,9 @@ private:
     size_t mapped_ = 0;
 };
 
+// Has the system back all pages of a range, without changing what is in them.
+void touch(uint8_t *data, size_t bytes);
+
 // Gives memory that was freed with free() back to the system, where the C library has a way to.
 void trim_heap();
 

@@ -15,6 +15,7 @@ namespace {
 
 constexpr int64_t kPanelsPerItem = 4;
 constexpr size_t kPanelSlack = 64;
+constexpr int64_t kPiece = int64_t(2) << 20;  // of memory to touch in one go, of a layer
 
 void check_blocks(Format format, int64_t rows, int64_t cols) {
     if (rows < 1 || cols < 1 || cols % traits(format).block_size != 0)
@@ -127,6 +128,26 @@ void KvCache::move(const std::vector<std::pair<int64_t, int64_t>> &pairs) {
             for (size_t i = 0; i < pairs.size(); ++i) copy_token(between, int64_t(i), h, layer, pairs[i].second, h);
         }
     }
+}
+
+size_t KvCache::commit() {
+    if (committed_blocks_ == num_blocks_ || views_.empty()) return 0;
+    int64_t largest = 1;
+    for (const KvLayerView &each : views_) largest = std::max(largest, each.block_bytes());
+    const int64_t end = std::min(num_blocks_, committed_blocks_ + std::max<int64_t>(1, kPiece / largest));
+    const KvLayerView &layer = views_[committed_layers_];
+    const size_t each = size_t(layer.block_bytes());
+    touch(layer.data + size_t(committed_blocks_) * each, size_t(end - committed_blocks_) * each);
+    if (++committed_layers_ == views_.size()) {
+        committed_layers_ = 0;
+        committed_blocks_ = end;
+    }
+    size_t left = 0;
+    for (size_t i = 0; i < views_.size(); ++i) {
+        const int64_t done = i < committed_layers_ ? end : committed_blocks_;
+        left += size_t(num_blocks_ - done) * size_t(views_[i].block_bytes());
+    }
+    return left;
 }
 
 size_t KvCache::block_bytes() const {

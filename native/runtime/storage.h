@@ -77,6 +77,10 @@ public:
     // position. Throws where a slot does not exist or is twice a destination; nothing is copied then.
     void move(const std::vector<std::pair<int64_t, int64_t>> &pairs);
 
+    // Touches a piece of what no call has touched yet, blocks of low numbers first, so that the system backs it; returns
+    // the bytes that are left. Their values stay as they are. Nobody may use the cache meanwhile.
+    size_t commit();
+
     // Bytes of one block.
     size_t block_bytes() const;
     // A block's bytes, slot by slot. Throws where there is no such block.
@@ -90,6 +94,8 @@ private:
     KvType type_;
     Pages pages_;
     std::vector<KvLayerView> views_;
+    int64_t committed_blocks_ = 0;  // of all layers
+    size_t committed_layers_ = 0;   // of the piece after them
 };
 
 }  // namespace kvarn

@@ -35,6 +35,9 @@ class CacheConfig:
     """Exact number of blocks; overrides kv_cache_bytes (tests, benchmarks)."""
     memory_utilization: float = 0.8
     """Share of the memory available to the process that weights, cache and activations may take together."""
+    commit_memory: bool = False
+    """Whether the system is made to back the whole cache soon after the start, while nothing else is to be done, and
+    not when its blocks are first used. As long as the share that memory_utilization leaves to others is there."""
     enable_prefix_caching: bool = True
     """Whether what was computed for one request is kept for the next that begins with the same tokens."""
     shared_prefixes: tuple[tuple[int, ...], ...] = ()

@@ -21,7 +21,7 @@ def server(smollm2_path):
     """(base URL, process) of a running server."""
     process = subprocess.Popen(
         [sys.executable, "-m", "kvarn", "serve", str(smollm2_path), "--port", "0", "--max-num-seqs", "16",
-         "--max-model-len", "1024", "--served-model-name", "smol"],
+         "--max-model-len", "1024", "--served-model-name", "smol", "--no-commit-memory"],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"},
     )  # fmt: skip
     watchdog = threading.Timer(300, process.kill)

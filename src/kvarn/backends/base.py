@@ -202,6 +202,13 @@ class Executable(Protocol):
         """Sets a block to what `read_block` gave, for this program and this type of cache. Raises ValueError."""
         ...
 
+    def commit(self) -> int:
+        """Has the system back a piece of a few MB of the KV cache that nothing has used yet; returns the bytes left.
+
+        Changes no value. A cache grows in memory as its blocks are first used; this does it before.
+        """
+        ...
+
     def close(self) -> None:
         """Releases threads and memory. Idempotent."""
         ...

@@ -37,6 +37,13 @@ KvCacheBytes = Annotated[
         "--memory-utilization."
     ),
 ]
+CommitMemory = Annotated[
+    bool,
+    typer.Option(
+        help="Take the memory of the KV cache soon after the start, while no request runs, so that none waits for it; "
+        "else as it is used."
+    ),
+]
 KvOffloadBytes = Annotated[
     str,
     typer.Option(help="Size of a file for evicted parts of the KV cache, as 2GiB; kept for the next start; 0: none."),

@@ -13,6 +13,7 @@ import typer
 
 from kvarn.cli.options import (
     DEFAULT_MODEL,
+    CommitMemory,
     KvCacheBytes,
     KvOffloadBytes,
     MaxModelLen,
@@ -95,6 +96,7 @@ def command(
         ),
     ] = None,
     kv_cache_bytes: KvCacheBytes = None,
+    commit_memory: CommitMemory = True,
     kv_cache_dtype: Annotated[
         str,
         typer.Option(help="Type of cached keys and values: float16, float32, int8 (half the bytes) or int4 (a third)."),
@@ -149,6 +151,7 @@ def command(
             dtype=kv_cache_dtype,
             kv_cache_bytes=optional_size("kv-cache-bytes", kv_cache_bytes),
             memory_utilization=memory_utilization,
+            commit_memory=commit_memory,
             enable_prefix_caching=prefix_cache,
             shared_system_prompts=system_prompts,
             kv_offload_bytes=size_option("kv-offload-bytes", kv_offload_bytes),

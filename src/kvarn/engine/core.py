@@ -80,6 +80,7 @@ class EngineCore:
         observer: Observer | None = None,
         grammars: GrammarCompiler | None = None,
         clock: Callable[[], float] = time.perf_counter,
+        idle: Callable[[], bool] = lambda: False,
         on_close: Callable[[], None] = lambda: None,
     ) -> None:
         """new_scheduler: makes an empty scheduler over the runner's blocks. vocab_size: width of the logits.
@@ -88,6 +89,7 @@ class EngineCore:
         cost: learns from every step that succeeds, scheduling and texts included, but not what moving blocks and
         guessing took.
         observer: told of every step, with times of `clock` in seconds; `new_scheduler` tells it of the rest.
+        idle: something of milliseconds that may be done while there is no work; False where nothing is left of it.
         on_close: called after the runner is closed (the model's files, from which a back-end may still read).
         """
         self._runner = runner
@@ -106,6 +108,7 @@ class EngineCore:
         self._cost = cost or MeasuredCost()
         self._observer = observer or NullObserver()
         self._clock = clock
+        self._idle = idle
         self._closed = False
 
     def check(self, request: Request) -> None:
@@ -167,6 +170,13 @@ class EngineCore:
     def has_work(self) -> bool:
         """Whether `step` has anything to do."""
         return self._scheduler.has_work()
+
+    def idle(self) -> bool:
+        """Does a piece of what can be done while there is no work; False where nothing is left to do.
+
+        Raises what that raises, as `step` does.
+        """
+        return self._idle()
 
     def step(self) -> list[Event]:
         """Runs one step; returns what each request gained by it.

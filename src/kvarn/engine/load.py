@@ -10,10 +10,11 @@ from itertools import pairwise
 from pathlib import Path
 
 from kvarn import __version__, _native
-from kvarn.backends import Backend
+from kvarn.backends import Backend, Executable
 from kvarn.backends.cpu import CpuBackend, PackedSlot
 from kvarn.cache import BlockPool, NullPrefixCache, RadixPrefixCache
-from kvarn.config import EngineConfig
+from kvarn.config import CacheConfig, EngineConfig
+from kvarn.engine.commit import MemoryCommit
 from kvarn.engine.core import EngineCore
 from kvarn.engine.draft import DraftModel
 from kvarn.engine.loadable import LoadableModel, stored_types
@@ -227,12 +228,20 @@ def build_engine(
 
     core = EngineCore(
         runner, new_scheduler, tokenizer, program.vocab_size, cost=cost, observer=observer, grammars=grammars,
-        on_close=close,
+        idle=_idle_work(config.cache, memory, executable), on_close=close,
     )  # fmt: skip
     moving = seconds if tier.file is not None else None
     return LoadedEngine(
         core, name, tokenizer, model.config, memory.max_model_len, config, memory, move_seconds=moving
     )
+
+
+def _idle_work(cache: CacheConfig, memory: MemoryPlan, executable: Executable) -> Callable[[], bool]:
+    """What the engine does while it has no work."""
+    if not cache.commit_memory:
+        return lambda: False
+    spare = memory.available.num_bytes - memory.budget
+    return MemoryCommit(executable, spare, available_memory).piece
 
 
 def grammar_vocabulary(tokenizer: Tokenizer, vocab_size: int, ends: Iterable[int]) -> GrammarVocabulary:

@@ -195,8 +195,10 @@ class EngineLoop:
 
     def _take_commands(self) -> bool:
         """Waits while there is nothing to do, then applies all commands; False where the loop is to end."""
+        while self._is_idle() and self._core.idle():
+            pass  # a request waits for one piece at most
         with self._wake:
-            while not (self._commands or self._closing or self._core.has_work()):
+            while self._is_idle():
                 self._wake.wait()
             if self._closing:
                 return False
@@ -204,6 +206,10 @@ class EngineLoop:
         for command in commands:
             command()
         return True
+
+    def _is_idle(self) -> bool:
+        with self._wake:
+            return not (self._commands or self._closing or self._core.has_work())
 
     def _refuse(self, request_id: str, error: KvarnError) -> None:
         with self._wake:

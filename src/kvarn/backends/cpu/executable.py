@@ -103,6 +103,10 @@ class CpuExecutable:
         """Copies keys and values from slot to slot in all layers (see `Executable`). Raises ValueError."""
         self._open_cache().move(list(pairs))
 
+    def commit(self) -> int:
+        """Touches a piece of the cache (see `Executable`): of one layer, 2 MiB."""
+        return self._open_cache().commit()
+
     @property
     def block_bytes(self) -> int:
         """Bytes of one KV block."""

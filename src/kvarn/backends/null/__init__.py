@@ -66,6 +66,10 @@ class NullExecutable:
     def move_slots(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Nothing to copy."""
 
+    def commit(self) -> int:
+        """There is no memory."""
+        return 0
+
     @property
     def block_bytes(self) -> int:
         """What a block would take."""
