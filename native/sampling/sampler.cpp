@@ -265,6 +265,55 @@ void copy_allowed(const float *logits, const uint32_t *mask, size_t vocab, float
     }
 }
 
+// Calls all(first, count) for runs of tokens that are allowed, and some(first, count, word) for each other word of a mask.
+template <class All, class Some>
+void over_mask(const uint32_t *mask, size_t vocab, All all, Some some) {
+    for (size_t first = 0, end; first < vocab; first = end) {
+        end = std::min(vocab, first + 32);
+        if (mask[first / 32] != UINT32_MAX) {
+            some(first, end - first, mask[first / 32]);
+            continue;
+        }
+        while (end < vocab && mask[end / 32] == UINT32_MAX) end = std::min(vocab, end + 32);
+        all(first, end - first);
+    }
+}
+
+// The next three look at a mask in place where no other rule changes the logits: to copy a row takes as long as to look
+// for its maximum. They are what maximum, first_equal and exponentials say of the copy.
+
+float maximum_allowed(const float *logits, const uint32_t *mask, size_t vocab) {
+    float best = NEGATIVE_INFINITY, words[32];
+    over_mask(
+        mask, vocab, [&](size_t first, size_t count) { best = std::max(best, maximum(logits + first, count)); },
+        [&](size_t first, size_t count, uint32_t word) {
+            if (word == 0) return;
+            copy_allowed(logits + first, &word, count, words);
+            for (size_t i = 0; i < count; ++i) best = std::max(best, words[i]);
+        });
+    return best;
+}
+
+int32_t first_allowed(const float *logits, const uint32_t *mask, size_t vocab, float value) {
+    for (size_t i = 0; i < vocab; ++i)
+        if (logits[i] == value && mask[i / 32] >> (i % 32) & 1) return static_cast<int32_t>(i);
+    return -1;
+}
+
+void exponentials_allowed(const float *logits, const uint32_t *mask, size_t vocab, float top, float scale, float *out) {
+    float words[32];
+    over_mask(
+        mask, vocab, [&](size_t first, size_t count) { exponentials(logits + first, count, top, scale, out + first); },
+        [&](size_t first, size_t count, uint32_t word) {
+            if (word == 0) {
+                std::fill_n(out + first, count, 0.0f);
+                return;
+            }
+            copy_allowed(logits + first, &word, count, words);
+            exponentials(words, count, top, scale, out + first);
+        });
+}
+
 }  // namespace
 
 SequenceSampler::SequenceSampler(SamplingParameters parameters, const int32_t *prompt, size_t prompt_size)
@@ -320,7 +369,10 @@ int32_t SequenceSampler::choose(const Row &row, float *weights) const {
 const float *SequenceSampler::rules(const Row &row, std::vector<float> &adjusted, float raw_top, float &top) const {
     top = raw_top;
     if (!std::isfinite(raw_top)) return nullptr;
-    if (!row.mask && !adjusts()) return row.logits;
+    if (!adjusts()) {
+        if (row.mask) top = maximum_allowed(row.logits, row.mask, row.vocab);
+        return std::isfinite(top) ? row.logits : nullptr;
+    }
     adjusted.resize(row.vocab);
     if (row.mask)
         copy_allowed(row.logits, row.mask, row.vocab, adjusted.data());
@@ -337,11 +389,16 @@ bool SequenceSampler::sample(const Row &row, Scratch &scratch, Sample &out) {
     float top;
     const float *logits = rules(row, scratch.adjusted, raw_top, top);
     if (!logits) return false;
+    const uint32_t *mask = logits == row.logits ? row.mask : nullptr;
     if (parameters_.temperature == 0.0f) {
-        out.token = first_equal(logits, vocab, top);
+        out.token = mask ? first_allowed(logits, mask, vocab, top) : first_equal(logits, vocab, top);
     } else {
         scratch.weights.resize(vocab);
-        exponentials(logits, vocab, top, 1.0f / parameters_.temperature, scratch.weights.data());
+        const float scale = 1.0f / parameters_.temperature;
+        if (mask)
+            exponentials_allowed(logits, mask, vocab, top, scale, scratch.weights.data());
+        else
+            exponentials(logits, vocab, top, scale, scratch.weights.data());
         out.token = choose(row, scratch.weights.data());
     }
     out.has_logprobs = parameters_.logprobs >= 0;

@@ -78,7 +78,8 @@ class SequenceSampler {
     int32_t guess(const Row &row, const std::vector<int32_t> &ahead, float *q, Scratch &scratch);
 
   private:
-    // Finite logits after all rules, in `row.logits` or `adjusted`, and their maximum; null where there are none.
+    // Finite logits after all rules, in `adjusted`, and their maximum; null where there are none. They are `row.logits`
+    // where no rule but the mask changes any: then the maximum is that of the allowed ones.
     const float *rules(const Row &row, std::vector<float> &adjusted, float raw_top, float &top) const;
     int32_t choose(const Row &row, float *weights) const;
     bool adjusts() const;
