@@ -5,11 +5,13 @@
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <optional>
 #include <stdexcept>
 #include <string>
 
 #include "kvarn/sampling.h"
+#include "runtime/pool.h"
 
 namespace nb = nanobind;
 using namespace kvarn;
@@ -51,21 +53,22 @@ class Sampler {
 
     void remove(int64_t sequence) { sequences_.erase(sequence); }
 
-    // A list with what is `described` of each row.
-    nb::list sample(const Logits &logits, const std::vector<int64_t> &sequences, const std::vector<uint64_t> &positions) {
+    // A list with what is `described` of each row. pool: whose threads share the rows; null: the caller does them.
+    nb::list sample(const Logits &logits, const std::vector<int64_t> &sequences, const std::vector<uint64_t> &positions,
+                    Pool *pool) {
         const size_t rows = logits.shape(0), vocab = logits.shape(1);
         if (sequences.size() != rows || positions.size() != rows || vocab == 0)
             throw std::invalid_argument("one sequence and one position a row of logits");
         const std::vector<SequenceSampler *> state = states(sequences);
         std::vector<Sample> samples(rows);
-        int64_t failed = -1;
+        std::vector<uint8_t> failed(rows);
         {
             nb::gil_scoped_release release;
-            for (size_t r = 0; r < rows && failed < 0; ++r)
-                if (!state[r]->sample({logits.data() + r * vocab, vocab, positions[r]}, scratch_, samples[r]))
-                    failed = sequences[r];
+            share(pool, state, [&](size_t r, Scratch &scratch) {
+                failed[r] = !state[r]->sample({logits.data() + r * vocab, vocab, positions[r]}, scratch, samples[r]);
+            });
         }
-        check(failed);
+        check(failed, sequences);
         nb::list result;
         for (const Sample &sample : samples) result.append(described(sample));
         return result;
@@ -77,21 +80,22 @@ class Sampler {
     nb::list verify(const Logits &logits, const std::vector<int64_t> &sequences, const std::vector<uint64_t> &positions,
                     const std::vector<std::vector<int32_t>> &drafts, const std::vector<std::vector<int32_t>> &parents,
                     const std::vector<std::optional<Logits>> &q, const std::optional<Bits> &bits,
-                    const std::optional<std::vector<int32_t>> &mask_rows) {
+                    const std::optional<std::vector<int32_t>> &mask_rows, Pool *pool) {
         const size_t vocab = logits.shape(1), count = sequences.size();
         if (positions.size() != count || drafts.size() != count || q.size() != count || vocab == 0)
             throw std::invalid_argument("one position, draft and q a sequence");
         check_trees(drafts, parents);
         check_rows(logits, drafts, q, bits, mask_rows);
         const std::vector<SequenceSampler *> state = states(sequences);
-        std::vector<std::pair<size_t, Sample>> samples;
-        int64_t failed = -1;
+        std::vector<size_t> first(count);
+        for (size_t s = 1; s < count; ++s) first[s] = first[s - 1] + drafts[s - 1].size() + 1;
+        std::vector<std::vector<Sample>> samples(count);
+        std::vector<uint8_t> failed(count);
         {
             nb::gil_scoped_release release;
-            size_t first = 0;
-            for (size_t s = 0; s < count && failed < 0; first += drafts[s].size() + 1, ++s)
-                for (int64_t level = 0, place = -1; failed < 0 && (level == 0 || place >= 0); ++level) {
-                    const size_t next = size_t(place + 1), r = first + next;
+            share(pool, state, [&](size_t s, Scratch &scratch) {
+                for (int64_t level = 0, place = -1; !failed[s] && (level == 0 || place >= 0); ++level) {
+                    const size_t next = size_t(place + 1), r = first[s] + next;
                     Row row{logits.data() + r * vocab, vocab, positions[s] + uint64_t(level)};
                     if (bits && (*mask_rows)[r] >= 0) row.mask = bits->data() + size_t((*mask_rows)[r]) * bits->shape(1);
                     if (q[s] && next < drafts[s].size()) {
@@ -99,14 +103,16 @@ class Sampler {
                         row.q = q[s]->data() + next * vocab;
                     }
                     Sample sample;
-                    if (!state[s]->sample(row, scratch_, sample)) failed = sequences[s];
+                    failed[s] = !state[s]->sample(row, scratch, sample);
                     place = child(drafts[s], parents[s], place, sample.token);
-                    samples.emplace_back(s, std::move(sample));
+                    samples[s].push_back(std::move(sample));
                 }
+            });
         }
-        check(failed);
+        check(failed, sequences);
         nb::list result;
-        for (const auto &[place, sample] : samples) result.append(nb::make_tuple(place, described(sample)));
+        for (size_t s = 0; s < count; ++s)
+            for (const Sample &sample : samples[s]) result.append(nb::make_tuple(s, described(sample)));
         return result;
     }
 
@@ -114,7 +120,7 @@ class Sampler {
     // `SequenceSampler::guess`. q_rows: the row of `q` that its distribution goes to; -1: none. A token of -1: none.
     std::vector<int32_t> guess(const Logits &logits, size_t vocab, const std::vector<int64_t> &sequences,
                                const std::vector<uint64_t> &positions, const std::vector<std::vector<int32_t>> &ahead,
-                               const Probabilities &q, const std::vector<int64_t> &q_rows) {
+                               const Probabilities &q, const std::vector<int64_t> &q_rows, Pool *pool) {
         const size_t rows = logits.shape(0);
         if (sequences.size() != rows || positions.size() != rows || ahead.size() != rows || q_rows.size() != rows)
             throw std::invalid_argument("one sequence, position, draft and row of q a row of logits");
@@ -125,10 +131,10 @@ class Sampler {
         const std::vector<SequenceSampler *> state = states(sequences);
         std::vector<int32_t> tokens(rows);
         nb::gil_scoped_release release;
-        for (size_t r = 0; r < rows; ++r) {
+        share(pool, state, [&](size_t r, Scratch &scratch) {
             float *to = q_rows[r] < 0 ? nullptr : q.data() + size_t(q_rows[r]) * q.shape(1);
-            tokens[r] = state[r]->guess({logits.data() + r * logits.shape(1), vocab, positions[r]}, ahead[r], to, scratch_);
-        }
+            tokens[r] = state[r]->guess({logits.data() + r * logits.shape(1), vocab, positions[r]}, ahead[r], to, scratch);
+        });
         return tokens;
     }
 
@@ -144,9 +150,25 @@ class Sampler {
         return result;
     }
 
-    static void check(int64_t failed) {
-        if (failed >= 0)
-            throw std::invalid_argument("the logits of sequence " + std::to_string(failed) +
+    // Calls body(i, scratch) for each of the sequences, on the threads of the pool where each is there once.
+    template <class Body>
+    void share(Pool *pool, std::vector<SequenceSampler *> sequences, Body body) {
+        const size_t count = sequences.size();
+        std::sort(sequences.begin(), sequences.end());
+        const bool distinct = std::adjacent_find(sequences.begin(), sequences.end()) == sequences.end();
+        if (!pool || !distinct || count < 2 || count > Job::kMaxItems) {
+            for (size_t i = 0; i < count; ++i) body(i, scratch_[0]);
+            return;
+        }
+        if (scratch_.size() < size_t(pool->threads())) scratch_.resize(size_t(pool->threads()));
+        pool->parallel_for(uint32_t(count), [&](uint32_t i, int thread) { body(i, scratch_[size_t(thread)]); });
+    }
+
+    static void check(const std::vector<uint8_t> &failed, const std::vector<int64_t> &sequences) {
+        const auto found = std::find(failed.begin(), failed.end(), uint8_t(1));
+        if (found != failed.end())
+            throw std::invalid_argument("the logits of sequence " +
+                                        std::to_string(sequences[size_t(found - failed.begin())]) +
                                         " hold NaN or infinity, or leave no token");
     }
 
@@ -183,7 +205,7 @@ class Sampler {
     }
 
     std::unordered_map<int64_t, SequenceSampler> sequences_;
-    Scratch scratch_;
+    std::vector<Scratch> scratch_{1};  // of each thread
 };
 
 std::vector<uint32_t> philox(std::vector<uint32_t> counter, uint32_t key0, uint32_t key1) {
@@ -202,11 +224,13 @@ void bind_sampling(nb::module_ &m) {
              nb::arg("frequency_penalty"), nb::arg("min_tokens"), nb::arg("logprobs"), nb::arg("seed"),
              nb::arg("stream"), nb::arg("bias"), nb::arg("stop_tokens"))
         .def("remove", &Sampler::remove, nb::arg("sequence"))
-        .def("sample", &Sampler::sample, nb::arg("logits"), nb::arg("sequences"), nb::arg("positions"))
+        .def("sample", &Sampler::sample, nb::arg("logits"), nb::arg("sequences"), nb::arg("positions"),
+             nb::arg("pool").none() = nb::none())
         .def("verify", &Sampler::verify, nb::arg("logits"), nb::arg("sequences"), nb::arg("positions"),
-             nb::arg("drafts"), nb::arg("parents"), nb::arg("q"), nb::arg("bits").none(), nb::arg("mask_rows").none())
+             nb::arg("drafts"), nb::arg("parents"), nb::arg("q"), nb::arg("bits").none(), nb::arg("mask_rows").none(),
+             nb::arg("pool").none() = nb::none())
         .def("guess", &Sampler::guess, nb::arg("logits"), nb::arg("vocab"), nb::arg("sequences"), nb::arg("positions"),
-             nb::arg("ahead"), nb::arg("q"), nb::arg("q_rows"));
+             nb::arg("ahead"), nb::arg("q"), nb::arg("q_rows"), nb::arg("pool").none() = nb::none());
     m.def("philox4x32", &philox, nb::arg("counter"), nb::arg("key0"), nb::arg("key1"), "Philox4x32-10, for tests.");
     m.def(
         "uniform",

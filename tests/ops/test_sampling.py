@@ -138,10 +138,12 @@ def test_the_chi_square_test_sees_a_wrong_rule():
     assert statistic > quantile(freedom)
 
 
-def test_a_row_does_not_depend_on_its_neighbours():
+@pytest.mark.parametrize("threads", [0, 1, 3])
+def test_a_row_does_not_depend_on_its_neighbours_nor_on_who_draws_it(threads):
+    pool = _native.Pool(threads, []) if threads else None
     params = [SamplingParams(temperature=t, top_p=p, logprobs=3) for t, p in itertools.product((0, 1.0), (0.7, 1.0))]
     logits = random_logits(3, rows=4)
-    together = NativeSampler(VOCAB)
+    together = NativeSampler(VOCAB, lambda: pool)
     for number, p in enumerate(params):
         together.add(sequence(p, number=number, seed=number))
     crowd = together.sample(logits, range(4), [9] * 4)

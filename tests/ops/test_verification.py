@@ -1,5 +1,7 @@
 """Drafts change no distribution: what is verified is what would have been sampled, token by token."""
 
+import functools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -56,10 +58,15 @@ def random_case(seed, drawn, masked, vocab=VOCAB, drafts=(3, 0, 1, 5), tree=Fals
     return logits, made, TokenMasks(bits, rng.integers(-1, 4, rows).astype(np.int32))
 
 
+@functools.cache
+def threads():
+    return _native.Pool(2, [])
+
+
 @settings(max_examples=300, deadline=None)
-@given(PARAMS, st.integers(0, 2**32), st.sampled_from(["compared", "drawn", "tree"]), st.booleans())
-def test_native_verifies_what_the_reference_verifies(params, seed, kind, masked):
-    native, reference = NativeSampler(VOCAB), ReferenceSampler(VOCAB)
+@given(PARAMS, st.integers(0, 2**32), st.sampled_from(["compared", "drawn", "tree"]), st.booleans(), st.booleans())
+def test_native_verifies_what_the_reference_verifies(params, seed, kind, masked, shared):
+    native, reference = NativeSampler(VOCAB, threads if shared else lambda: None), ReferenceSampler(VOCAB)
     for sampler in (native, reference):
         for number in range(4):
             sampler.add(sequence(params, number=number, seed=seed + number, stream=number, stop=(7, 9)))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from kvarn import __version__, _native
 from kvarn.backends import Backend, Executable, KvCacheSpec, MemoryUse, StepLimits
-from kvarn.backends.cpu import CpuBackend, PackedSlot
+from kvarn.backends.cpu import CpuBackend, CpuExecutable, PackedSlot
 from kvarn.cache import BlockPool, NullPrefixCache, RadixPrefixCache
 from kvarn.config import CacheConfig, EngineConfig
 from kvarn.engine.commit import MemoryCommit
@@ -224,7 +224,7 @@ def build_engine(
         )  # fmt: skip
 
     grammars = GrammarCompiler(lambda: grammar_vocabulary(tokenizer, program.vocab_size, ends), config.grammar)
-    sampler = NativeSampler(program.vocab_size)
+    sampler = NativeSampler(program.vocab_size, _pool_of(executable))
     runner = Runner(
         executable, sampler, memory.limits, memory.block_size, logits=program.output, block_file=tier.file,
         drafter=(
@@ -275,6 +275,11 @@ def _drafter(
     if chosen is not None and heads is not None:
         return make_drafter(chosen, lambda: heads.load(backend, executable, memory.kv, memory.limits))
     return make_drafter(chosen, logits=program.output)
+
+
+def _pool_of(executable: Executable) -> Callable[[], _native.Pool | None]:
+    """The threads that are idle between its steps, where there are any."""
+    return lambda: executable.pool if isinstance(executable, CpuExecutable) else None
 
 
 def _idle_work(cache: CacheConfig, memory: MemoryPlan, executable: Executable) -> Callable[[], bool]:

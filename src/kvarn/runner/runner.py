@@ -86,7 +86,8 @@ class Runner:
         sampled, failed = self._sample(values[self._logits], parts, masks)
         started = time.perf_counter()
         proposals = guided(self.grammars, scheduled, self._drafter.propose(scheduled, sampled, values))
-        draft_seconds = time.perf_counter() - started
+        asked = any(part.num_drafts_wanted for part in scheduled.sequences)
+        draft_seconds = time.perf_counter() - started if asked else 0.0
         self._drawn = {p.sequence_id: p for p in proposals if p.probabilities is not None}
         drafts = tuple(_tokens(p) for p in proposals if p.token_ids)
         return StepOutput(

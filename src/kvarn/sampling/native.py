@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,8 +18,10 @@ UINT64 = (1 << 64) - 1
 class NativeSampler:
     """`Sampler` in C++. Draws what `ReferenceSampler` draws, up to rounding at the edge between two tokens."""
 
-    def __init__(self, vocab_size: int) -> None:
+    def __init__(self, vocab_size: int, pool: Callable[[], _native.Pool | None] = lambda: None) -> None:
+        """pool: asked in each call whose threads share the rows, and must be idle; None: the caller's does all."""
         self._vocab_size = vocab_size
+        self._pool = pool
         self._native = _native.Sampler()
 
     def add(self, sequence: NewSequence) -> None:
@@ -58,7 +60,7 @@ class NativeSampler:
         """See `Sampler.sample`."""
         if masks is not None:
             return self.verify(logits, sequence_ids, positions, [Draft()] * len(sequence_ids), masks)
-        rows = self._native.sample(logits, list(sequence_ids), list(positions))
+        rows = self._native.sample(logits, list(sequence_ids), list(positions), self._pool())
         return [
             SampledToken(sequence_id, row[0]) if row[1] is None else _token(sequence_id, row)
             for sequence_id, row in zip(sequence_ids, rows, strict=True)
@@ -75,6 +77,7 @@ class NativeSampler:
         """See `Sampler.verify`."""
         parents = check_drafts(len(logits), self._vocab_size, drafts)
         check_masks(len(logits), self._vocab_size, masks)
+        bits, rows = (None, None) if masks is None else (np.ascontiguousarray(masks.bits), masks.rows.tolist())
         found = self._native.verify(
             logits,
             list(sequence_ids),
@@ -82,7 +85,9 @@ class NativeSampler:
             [list(draft.token_ids) for draft in drafts],
             [list(tree) for tree in parents],
             [None if d.probabilities is None else np.ascontiguousarray(d.probabilities, np.float32) for d in drafts],
-            *((None, None) if masks is None else (np.ascontiguousarray(masks.bits), masks.rows.tolist())),
+            bits,
+            rows,
+            self._pool(),
         )
         return [_token(sequence_ids[place], row) for place, row in found]
 
@@ -100,7 +105,7 @@ class NativeSampler:
         vocab = min(logits.shape[1], self._vocab_size)
         tokens: list[int] = self._native.guess(
             logits, vocab, list(sequence_ids), list(positions), [list(before) for before in ahead], probabilities,
-            list(rows),
+            list(rows), self._pool(),
         )  # fmt: skip
         return tokens
 

@@ -136,7 +136,7 @@ class CpuExecutable:
 
     @property
     def pool(self) -> _native.Pool:
-        """The threads, for an executable that runs when this one does not."""
+        """The threads, for who runs when this executable does not: another one, or a sampler."""
         if self._pool is None:
             raise EngineError("the executable is closed")
         return self._pool
