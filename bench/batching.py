@@ -27,6 +27,8 @@ from serving import served
 
 from kvarn import figures
 
+KV_CACHE_BYTES = "2GiB"
+"""More than all clients use at once; less than the passes together, so that blocks are evicted as in daily work."""
 MEDIAN_TOKENS, SPREAD, MOST_TOKENS = 16, 1.8, 1024
 """Of the answers' lengths, lognormal: a mean of about 64 tokens, a few answers of many hundreds."""
 
@@ -186,7 +188,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.plot:
         figures.check(options.plot)
-    with served(options.model) as server:
+    with served(options.model, "--kv-cache-bytes", KV_CACHE_BYTES) as server:
         ways, clients = asyncio.run(measure(server.address, options.requests, options.batch, options.sweep))
     if options.json:
         print(json.dumps({"ways": [asdict(p) for p in ways], "clients": [asdict(p) for p in clients]}))

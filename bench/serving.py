@@ -8,10 +8,13 @@ import re
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 START_SECONDS = 120
+SETTLE_SECONDS = 0.5
 STOP_SECONDS = 30
 
 
@@ -37,7 +40,8 @@ class Server:
 def served(model: str, *options: str, env: Mapping[str, str] | None = None) -> Iterator[Server]:
     """A server of the model that is ready to answer. options: of `kvarn serve`. env: beside this process' own.
 
-    Raises SystemExit where it does not start; what it says of that is on stderr.
+    Ready is when it has taken the memory of its KV cache, too, so that no measurement pays for that: give it a
+    `--kv-cache-bytes` where that takes long. Raises SystemExit where it does not start; what it says then is on stderr.
     """
     command = [sys.executable, "-m", "kvarn", "serve", model, "--port", "0", *options]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, **(env or {})})
@@ -46,11 +50,24 @@ def served(model: str, *options: str, env: Mapping[str, str] | None = None) -> I
     try:
         server = _ready(process, model)
         too_late.cancel()
+        _settle(process.pid)
         yield server
     finally:
         too_late.cancel()
         process.terminate()
         process.wait(timeout=STOP_SECONDS)
+
+
+def _settle(pid: int) -> None:
+    """Waits until a process that does nothing else takes no more memory."""
+    status, before = Path(f"/proc/{pid}/statm"), -1
+    deadline = time.monotonic() + START_SECONDS
+    while status.exists() and time.monotonic() < deadline:
+        pages = int(status.read_text().split()[1])
+        if pages <= before:
+            return
+        before = pages
+        time.sleep(SETTLE_SECONDS)
 
 
 def _ready(process: subprocess.Popen[str], model: str) -> Server:
