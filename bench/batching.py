@@ -4,11 +4,12 @@
                                             [--plot docs/batching.png] [--json]
 
 Starts `kvarn serve` on a free port of the loopback interface. The same requests, whose answers have a long tail
-(lognormal lengths, seeded), run three ways: one after another (a sixth of them), in static batches (the next batch
-begins when the longest answer of the last one has ended), and continuously (as many at once, a new one whenever one
-ends). Then a closed loop of so many clients for each concurrency of the sweep. Every pass has a `cache_salt` of its
-own, so none finds what another has computed. The clients share the machine with the server, so they do as little as
-they can: they count events and read no text. `--plot` needs kvarn[plots].
+(lognormal lengths, seeded), run four ways: one after another (a sixth of them), in static batches (the next batch
+begins when the longest answer of the last one has ended; computed to that end for all of the batch, as batches of one
+shape are, or freed of those that have ended), and continuously (as many at once, a new one whenever one ends). Then a
+closed loop of so many clients for each concurrency of the sweep. Every pass has a `cache_salt` of its own, so none
+finds what another has computed. The clients share the machine with the server, so they do as little as they can: they
+count events and read no text. `--plot` needs kvarn[plots].
 """
 
 import argparse
@@ -19,7 +20,7 @@ import json
 import random
 import statistics
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from prefix_cache import WORDS
@@ -104,8 +105,16 @@ async def ask(address, work, salt) -> list[float]:
     return stamps
 
 
-async def run(address, name, works, at_once, static=False) -> Pass:
-    """All works, `at_once` of them at a time; static: batch by batch."""
+def to_the_longest(batch: list[Work]) -> list[Work]:
+    """All with the longest answer among them."""
+    return [replace(work, tokens=max(other.tokens for other in batch)) for work in batch]
+
+
+async def run(address, name, works, at_once, static=False, one_shape=False) -> Pass:
+    """All works, `at_once` of them at a time; static: batch by batch; one_shape: as long as the longest of each batch.
+
+    Tokens that nobody asked for are not counted.
+    """
     free = asyncio.Semaphore(at_once)
 
     async def one(work):
@@ -116,7 +125,7 @@ async def run(address, name, works, at_once, static=False) -> Pass:
     answers = []
     for begin in range(0, len(works), at_once if static else len(works)):
         batch = works[begin : begin + at_once] if static else works
-        answers += await asyncio.gather(*(one(work) for work in batch))
+        answers += await asyncio.gather(*(one(work) for work in (to_the_longest(batch) if one_shape else batch)))
     seconds = time.perf_counter() - started
     ttfts = [stamps[0] for stamps in answers]
     gaps = [late - early for stamps in answers for early, late in itertools.pairwise(stamps)] or [0.0]
@@ -128,11 +137,12 @@ async def run(address, name, works, at_once, static=False) -> Pass:
 
 
 async def measure(address, requests, batch, sweep):
-    """(the three ways, the sweep)."""
+    """(the four ways, the sweep)."""
     works = long_tailed(requests, seed=1)
     await run(address, "first", works[:1], 1)
     ways = [
         await run(address, "one at a time", works[:: max(1, requests // 16)], 1),
+        await run(address, f"static, {batch} of one shape", works, batch, static=True, one_shape=True),
         await run(address, f"static batches of {batch}", works, batch, static=True),
         await run(address, f"continuous, {batch} at once", works, batch),
     ]
@@ -194,7 +204,8 @@ def main() -> None:
         print(json.dumps({"ways": [asdict(p) for p in ways], "clients": [asdict(p) for p in clients]}))
     else:
         table(ways, ways[0])
-        print(f"continuous against static: {ways[2].rate / ways[1].rate:.2f}×\n")
+        ratios = [f"{ways[3].rate / way.rate:.2f}×" for way in ways[1:3]]
+        print(f"continuous against static: {ratios[0]} of one shape, {ratios[1]} where what has ended is freed\n")
         table(clients, clients[0])
     if options.plot:
         plot(options.plot, Path(options.model).stem, options.sweep, clients)
