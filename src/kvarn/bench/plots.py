@@ -103,14 +103,14 @@ def speculation(path: Path, title: str, result: Speculation) -> None:
         place = tasks.index(row.task) + (methods.index(row.method) - (len(methods) - 1) / 2) * high
         won = row.speedup.median >= 1
         ax.barh([place], [row.speedup.median], height=0.9 * high, color=READ if won else INTEGER)
-        ax.text(row.speedup.high, place, f"  {row.speedup.median:.2f}×  {row.method}", va="center", fontsize=8)
+        ax.text(max(row.speedup.high, row.predicted or 0), place, f"  {row.speedup.median:.2f}×  {row.method}", va="center", fontsize=8)
         ax.plot([row.speedup.low, row.speedup.high], [place, place], color="black", linewidth=0.8)
         if row.predicted is not None:
             ax.plot([row.predicted], [place], marker="|", markersize=12, color="black")
     ax.axvline(1, color="black", linewidth=0.8, linestyle=":")
     ax.set_yticks(range(len(tasks)), tasks)
     ax.invert_yaxis()
-    ax.set_xlim(0, 1.45 * max((row.speedup.high for row in rows), default=1.0))
+    ax.set_xlim(0, 1.45 * max((max(row.speedup.high, row.predicted or 0) for row in rows), default=1.0))
     ax.set_xlabel("speedup; thin line: least to most of the rounds; upright mark: predicted; red: below 1")
     ax.set_title(title, loc="left", fontsize=10)
     figures.save(figure, path)

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from itertools import batched
 
 from kvarn.bench.spec_lane import Lane, Method, Setup, Tally
 from kvarn.bench.spec_prompts import TaskPrompt
@@ -129,8 +128,8 @@ def _groups(prompts: Sequence[TaskPrompt], batch: int) -> Iterator[tuple[str, li
     for prompt in prompts:
         tasks.setdefault(prompt.task, []).append(prompt.token_ids)
     for task, several in tasks.items():
-        for group in batched(several, batch):
-            yield task, list(group)
+        for start in range(0, len(several), batch):
+            yield task, several[start : start + batch]
 
 
 def _in_turns(
@@ -196,8 +195,8 @@ def make_row(taken: Taken, task: str, name: str, num_prompts: int) -> Row:
 
 
 def explain(plain: Sequence[Tally], rounds: Sequence[Tally], acceptance: float, speedup: float) -> Why | None:
-    """What a speedup is made of; None where there was no step to guess in. plain, rounds: tallies of each round, without
-    guesses and with them."""
+    """What a speedup is made of; None where there was no step to guess in. plain, rounds: tallies of each round,
+    without guesses and with them."""
     total = Tally.sum(rounds)
     if not total.guessed or not all(tally.turns for tally in (*plain, *rounds)):
         return None

@@ -66,7 +66,7 @@ def _speedups(rows: Sequence[Row]) -> str:
          _times(row.predicted), note(row))
         for row in rows
     ]  # fmt: skip
-    columns = ("task", "method", "α", "tokens", "tokens/s (least–most)", "speedup", "predicted", "the rest is")
+    columns = ("task", "method", "α", "tokens", "tokens/s (least–most)", "speedup", "predicted", "note")
     return table(columns, cells)
 
 
