@@ -101,9 +101,9 @@ def speculation(path: Path, title: str, result: Speculation) -> None:
     high = 0.8 / max(1, len(methods))
     for row in rows:
         place = tasks.index(row.task) + (methods.index(row.method) - (len(methods) - 1) / 2) * high
-        won = row.speedup.median >= 1
+        won, end = row.speedup.median >= 1, max(row.speedup.high, row.predicted or 0)
         ax.barh([place], [row.speedup.median], height=0.9 * high, color=READ if won else INTEGER)
-        ax.text(max(row.speedup.high, row.predicted or 0), place, f"  {row.speedup.median:.2f}×  {row.method}", va="center", fontsize=8)
+        ax.text(end, place, f"  {row.speedup.median:.2f}×  {row.method}", va="center", fontsize=8)
         ax.plot([row.speedup.low, row.speedup.high], [place, place], color="black", linewidth=0.8)
         if row.predicted is not None:
             ax.plot([row.predicted], [place], marker="|", markersize=12, color="black")

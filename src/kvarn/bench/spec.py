@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -226,7 +227,7 @@ def expected(acceptance: float, guesses: float) -> float:
     are: (1 - α^(K+1)) / (1 - α)."""
     if acceptance == 1.0:
         return guesses + 1
-    return (1 - acceptance ** (guesses + 1)) / (1 - acceptance)
+    return (1 - math.pow(acceptance, guesses + 1)) / (1 - acceptance)
 
 
 def row_costs(lanes: Sequence[Mapping[int, Sequence[float]]]) -> tuple[dict[int, float], int]:

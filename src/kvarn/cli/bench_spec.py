@@ -134,10 +134,14 @@ def _fit(
 
 def _ran(given: dict[str, int], num_prompts: int, left_out: int) -> str:
     text = (
-        f"{num_prompts} prompts, batch {given['batch']}, greedy answers of at most {given['max-tokens']} tokens; "
+        f"{_count(num_prompts)}, batch {given['batch']}, greedy answers of at most {given['max-tokens']} tokens; "
         f"median of {given['rounds']} in turns"
     )
-    return text + (f"; {left_out} prompts left out: the model has no room for them" if left_out else "")
+    return text + (f"; {_count(left_out)} left out: longer than the model has room for" if left_out else "")
+
+
+def _count(prompts: int) -> str:
+    return f"{prompts} prompt{'' if prompts == 1 else 's'}"
 
 
 def _check_number(option: str, value: int) -> None:
