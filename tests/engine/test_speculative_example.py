@@ -30,6 +30,7 @@ def test_the_example_on_a_real_model(smollm2_path):
     assert result.returncode == 0, result.stdout + result.stderr
     assert "the same tokens" in result.stdout
     assert "p, to within" in result.stdout
+    assert "[On Thursday at 9 o'clock the miller opens the gate" in result.stdout
     greedy = result.stdout.splitlines()[1].split()
     alpha, guesses, length = float(greedy[1]), float(greedy[2]), float(greedy[4])
     assert 0 < alpha <= 1 and 0 < guesses <= 4
