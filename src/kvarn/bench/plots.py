@@ -12,6 +12,7 @@ from kvarn.bench.machine import Machine
 from kvarn.bench.profile import REST as REST_NAME
 from kvarn.bench.profile import StepProfile
 from kvarn.bench.roofline import Rooflines
+from kvarn.bench.spec import OFF, Speculation
 
 READ, INTEGER, FLOAT, REST = "#2a6f97", "#c8553d", "#7a9e3c", "#c9c9c9"
 
@@ -88,4 +89,28 @@ def profiles(path: Path, title: str, results: Sequence[StepProfile]) -> None:
     handles = [plt.Rectangle((0, 0), 1, 1, color=color) for color in shown.values()]
     figure.legend(handles, list(shown), frameon=False, loc="outside upper right", ncols=3, fontsize=8)
     figure.suptitle(title, x=0.01, ha="left", fontsize=10)
+    figures.save(figure, path)
+
+
+def speculation(path: Path, title: str, result: Speculation) -> None:
+    """For each task a bar for each method: its speedup, with a mark where it was predicted."""
+    plt = figures.pyplot()
+    rows = [row for row in result.rows if row.method != OFF.name]
+    tasks, methods = list(dict.fromkeys(row.task for row in rows)), list(dict.fromkeys(row.method for row in rows))
+    figure, ax = plt.subplots(figsize=(8, 1.4 + 0.3 * max(1, len(rows))), layout="constrained")
+    high = 0.8 / max(1, len(methods))
+    for row in rows:
+        place = tasks.index(row.task) + (methods.index(row.method) - (len(methods) - 1) / 2) * high
+        won, end = row.speedup.median >= 1, max(row.speedup.high, row.predicted or 0)
+        ax.barh([place], [row.speedup.median], height=0.9 * high, color=READ if won else INTEGER)
+        ax.text(end, place, f"  {row.speedup.median:.2f}×  {row.method}", va="center", fontsize=8)
+        ax.plot([row.speedup.low, row.speedup.high], [place, place], color="black", linewidth=0.8)
+        if row.predicted is not None:
+            ax.plot([row.predicted], [place], marker="|", markersize=12, color="black")
+    ax.axvline(1, color="black", linewidth=0.8, linestyle=":")
+    ax.set_yticks(range(len(tasks)), tasks)
+    ax.invert_yaxis()
+    ax.set_xlim(0, 1.45 * max((max(row.speedup.high, row.predicted or 0) for row in rows), default=1.0))
+    ax.set_xlabel("speedup; thin line: least to most of the rounds; upright mark: predicted; red: below 1")
+    ax.set_title(title, loc="left", fontsize=10)
     figures.save(figure, path)

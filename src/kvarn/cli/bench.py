@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from kvarn.cli import bench_spec
 from kvarn.cli.options import ModelArgument, Threads
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure speed, and how far it is from the limits.")
@@ -51,6 +52,8 @@ Isa = Annotated[str | None, typer.Option(help="Instruction set: avx512, avx2 or 
 
 
 MOST_SEQUENCES = 4096
+
+app.command("spec", epilog=bench_spec.EPILOG)(bench_spec.spec_command)
 
 
 @app.callback()
