@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 
 from kvarn.cache.salt import Salt
@@ -28,7 +29,7 @@ class OffloadIndex:
         self.num_saved = 0
         """Blocks that were given a slot."""
         self._identity = identity.encode()
-        self._slots: dict[bytes, int] = dict(present or {})
+        self._slots: OrderedDict[bytes, int] = OrderedDict(present or {})  # as in BlockPool
         used = set(self._slots.values())
         self._free = [slot for slot in range(num_slots - 1, -1, -1) if slot not in used]
         self._saves: list[BlockSave] = []
@@ -61,7 +62,7 @@ class OffloadIndex:
         """Asks for the block to be saved, unless it is there. The block must keep its values until `take_saves`."""
         slot = self._slots.pop(name, None)
         if slot is None:
-            slot = self._free.pop() if self._free else self._slots.pop(next(iter(self._slots)))
+            slot = self._free.pop() if self._free else self._slots.popitem(last=False)[1]
             self._saves.append(BlockSave(block, slot, name))
             self.num_saved += 1
         self._slots[name] = slot

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Iterable
 
 from kvarn.cache.windows import Windows
@@ -38,8 +38,9 @@ class BlockPool:
         self._free = list(range(num_blocks - 1, -1, -1))
         self._references = [0] * num_blocks
         self._kept = bytearray(num_blocks)
-        self._idle: dict[int, None] = {}
-        self._spare: dict[int, None] = {}
+        # Of a dict, whose places stay when what was first is gone, finding the first takes longer and longer.
+        self._idle: OrderedDict[int, None] = OrderedDict()
+        self._spare: OrderedDict[int, None] = OrderedDict()
 
     @property
     def num_free(self) -> int:
