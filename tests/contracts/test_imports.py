@@ -16,8 +16,8 @@ def modules_after(statement: str) -> set[str]:
     return set(json.loads(output.splitlines()[-1]))
 
 
-def self_time_of_imports(statement: str) -> dict[str, int]:
-    """Microseconds of each kvarn module's own import work, as the interpreter itself counts them."""
+def work_of_imports(statement: str) -> tuple[int, int]:
+    """Microseconds of own work of kvarn's modules and of all others, as the interpreter itself counts them."""
     environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "0"}
     trace = subprocess.run(
         [sys.executable, "-X", "importtime", "-c", statement],
@@ -26,12 +26,14 @@ def self_time_of_imports(statement: str) -> dict[str, int]:
         text=True,
         env=environment,
     ).stderr
-    times = {}
-    for line in trace.splitlines():
+    ours = others = 0
+    for line in trace.splitlines()[1:]:
         own, _, name = line.removeprefix("import time:").split("|")
         if name.strip().split(".")[0] == "kvarn":
-            times[name.strip()] = int(own)
-    return times
+            ours += int(own)
+        else:
+            others += int(own)
+    return ours, others
 
 
 def test_import_kvarn_loads_nothing_heavy():
@@ -57,6 +59,7 @@ def test_deciding_loads_no_arrays():
     assert "numpy" not in loaded
 
 
-def test_imports_own_work_stays_under_150_ms():
-    best = min(sum(self_time_of_imports("import kvarn; kvarn.LLM").values()) for _ in range(3))
-    assert best < 150_000, f"{best} µs"
+def test_imports_take_little_more_than_what_they_import():
+    """A ratio in one run: numpy, jinja2 and the standard library's modules are as slow as the machine is."""
+    best = min(ours / others for ours, others in (work_of_imports("import kvarn; kvarn.LLM") for _ in range(3)))
+    assert best < 1.25, f"{best:.2f} times the work of all other modules"

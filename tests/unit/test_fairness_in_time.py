@@ -8,7 +8,7 @@ from kvarn.scheduler import FairShare, FirstComeFirstServed, ItlBudget
 SLOW = LinearCost()
 FAST = LinearCost(fixed=0.0015, token=0.00028, sampled=0.00015, attended=2e-8)
 """Near what SmolLM2 takes on two threads."""
-SECONDS = 120
+SECONDS = 60
 
 
 class Town:
