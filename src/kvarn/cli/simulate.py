@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -125,6 +126,7 @@ def command(
         )  # fmt: skip
     arrivals = _shaped(arrivals, requests, start, duration, speed, token_scale)
     results = []
+    gc.freeze()  # the traffic lives to the end: collections need not look at it again and again
     with work_bar("runs") as progress:
         for done, run in enumerate(runs):
             progress(done, len(runs))
