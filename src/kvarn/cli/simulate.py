@@ -127,10 +127,13 @@ def command(
     arrivals = _shaped(arrivals, requests, start, duration, speed, token_scale)
     results = []
     gc.freeze()  # the traffic lives to the end: collections need not look at it again and again
-    with work_bar("runs") as progress:
-        for done, run in enumerate(runs):
-            progress(done, len(runs))
-            results.append(simulate(arrivals, run, model.cost))
+    try:
+        with work_bar("runs") as progress:
+            for done, run in enumerate(runs):
+                progress(done, len(runs))
+                results.append(simulate(arrivals, run, model.cost))
+    finally:
+        gc.unfreeze()
     source = trace.name if trace is not None else f"{traffic} traffic"
     title = f"{source}: {len(arrivals):,} requests in {arrivals[-1].time:,.0f} s, steps of {cost.name}"
     if plot is not None:
