@@ -119,8 +119,8 @@ class NoSpeculation:
         """Learns nothing."""
 
 
-class FixedSpeculation:
-    """The same number for every sequence in every step, as far as there is room."""
+class FixedSpeculation(NoSpeculation):
+    """The same number for every sequence in every step, as far as there is room; learns nothing."""
 
     def __init__(self, k: int) -> None:
         """k: tokens guessed ahead."""
@@ -141,20 +141,3 @@ class FixedSpeculation:
         for place, sequence in enumerate(drafted):
             counts.append(min(len(sequence.draft), (room - sum(counts)) // (len(drafted) - place)))
         return counts
-
-    def compare(
-        self, sequence: Sequence, draft: tuple[int, ...], parents: tuple[int, ...], tokens: ListOf[int]
-    ) -> None:
-        """Learns nothing."""
-
-    def plan(self, ready: ListOf[Sequence], shape: StepShape) -> None:
-        """Plans nothing."""
-
-    def proposed(self, asked: ListOf[int], came: ListOf[int], seconds: float, prepare_seconds: float) -> None:
-        """Learns nothing."""
-
-    def ended(self, sequence: Sequence) -> None:
-        """Learns nothing."""
-
-    def timed(self, shape: StepShape, seconds: float) -> None:
-        """Learns nothing."""
