@@ -30,3 +30,23 @@ def pairwise(factors):
         missing -= {frozenset(pair) for pair in itertools.combinations(case.items(), 2)}
         cases.append(case)
     return [{name: factors[name][case[name]] for name in names} for case in cases]
+
+
+def uncovered(factors, cases):
+    """Pairs of values that are in no case."""
+    return [
+        (a, x, b, y)
+        for a, b in itertools.combinations(factors, 2)
+        for x, y in itertools.product(factors[a], factors[b])
+        if not any(case[a] == x and case[b] == y for case in cases)
+    ]
+
+
+SAMPLING = {
+    "greedy": {"temperature": 0.0},
+    "hot": {"temperature": 1.0, "seed": 3},
+    "penalties": {
+        "temperature": 0.7, "top_p": 0.9, "seed": 4, "frequency_penalty": 0.5, "repetition_penalty": 1.1,
+    },
+}  # fmt: skip
+"""Ways to sample, for a factor of that name."""

@@ -2,14 +2,13 @@
 
 import asyncio
 import functools
-import itertools
 import json
 import re
 import threading
 
 import jsonschema
 import pytest
-from pairwise import pairwise
+from pairwise import SAMPLING, pairwise, uncovered
 from tiny_engine import EOS, handmade_engine, request, run_core, text_of, tiny_engine, tokens_of
 
 from kvarn.config import EngineConfig, GrammarConfig, SpeculativeConfig
@@ -60,19 +59,10 @@ FACTORS = {
     "abort": [False, True],
 }
 CASES = pairwise(FACTORS)
-SAMPLING = {
-    "greedy": {"temperature": 0.0},
-    "hot": {"temperature": 1.0, "seed": 3},
-    "penalties": {
-        "temperature": 0.7, "top_p": 0.9, "seed": 4, "frequency_penalty": 0.5, "repetition_penalty": 1.1,
-    },
-}  # fmt: skip
 
 
 def test_every_pair_of_values_is_in_some_case():
-    for a, b in itertools.combinations(FACTORS, 2):
-        for x, y in itertools.product(FACTORS[a], FACTORS[b]):
-            assert any(case[a] == x and case[b] == y for case in CASES), (a, x, b, y)
+    assert not uncovered(FACTORS, CASES)
     assert len(CASES) < 30
 
 
