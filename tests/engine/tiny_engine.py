@@ -11,6 +11,7 @@ from kvarn.config import CacheConfig, EngineConfig, SchedulerConfig
 from kvarn.engine import EngineCore, LoadedEngine, build_engine, make_backend
 from kvarn.engine.draft import DraftModel
 from kvarn.kv_types import KV_TYPES
+from kvarn.models.in_memory import InMemoryModel
 from kvarn.request import Request, RequestOutput, SamplingParams
 from kvarn.runner import Runner
 from kvarn.sampling import NativeSampler
@@ -20,7 +21,6 @@ from kvarn.step import SampledToken
 from kvarn.tensors import DType, Tensor
 from kvarn.tensors.dequantize import dequantize
 from kvarn.testing import byte_tokenizer, tiny_model
-from kvarn.testing.models import TinyModel
 from kvarn.text import spellings
 
 EOS = 257
@@ -40,7 +40,7 @@ def nearly(family, seed, noise):
         values = dequantize(tensor)
         off = noise * values.std() * rng.standard_normal(values.shape)
         tensors[name] = Tensor.from_array((values + off).astype(np.float32))
-    return TinyModel(model.config, model.program, tensors)
+    return InMemoryModel(model.config, model.program, tensors)
 
 
 def tiny_engine(

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from kvarn.backends import Backend, InputBatch, KvCacheSpec, StepLimits
+from kvarn.models.in_memory import InMemoryModel
 from kvarn.program import Buffer, Embed, KvLayer, Op, Program, Rows, Weight
 from kvarn.tensors import Tensor
-from kvarn.testing.models import TinyModel
 
 BLOCK = 16
 
@@ -103,7 +103,7 @@ def ragged(
     )
 
 
-def groups_of(model: TinyModel) -> int:
+def groups_of(model: InMemoryModel) -> int:
     """The KV groups of a model."""
     return len(model.program.kv_groups)
 

@@ -20,8 +20,9 @@ from op_programs import BLOCK, groups_of, ragged
 from kvarn.backends import KvCacheSpec, StepLimits
 from kvarn.backends.cpu import CpuBackend, CpuExecutable, available_isas
 from kvarn.models import program_from_config
+from kvarn.models.in_memory import InMemoryModel
 from kvarn.tensors import DType, Tensor
-from kvarn.testing.models import SETTINGS, TinyModel, random_weight
+from kvarn.testing.models import SETTINGS, random_weight
 
 MOST = 64
 MAX_LEN = 320
@@ -48,7 +49,7 @@ CASES = {
 
 
 @functools.cache
-def model(case: str) -> TinyModel:
+def model(case: str) -> InMemoryModel:
     """Matrix after matrix takes the next format; one whose rows hold no whole blocks of it takes Q4_1."""
     family, changes, _ = CASES[case]
     config, program = program_from_config({"model_type": family, **SETTINGS[family], **changes}, "hf")
@@ -62,7 +63,7 @@ def model(case: str) -> TinyModel:
             dtype = dtype if weight.shape[-1] % dtype.block_size == 0 else DType.Q4_1
             matrices += 1
         tensors[weight.name] = random_weight(rng, weight.name, weight.shape, dtype)
-    return TinyModel(config, program, tensors)
+    return InMemoryModel(config, program, tensors)
 
 
 @functools.cache

@@ -13,8 +13,9 @@ from op_programs import BLOCK, groups_of, ragged
 
 from kvarn.backends import KvCacheSpec, StepLimits
 from kvarn.backends.cpu import CpuBackend, CpuExecutable, available_isas
+from kvarn.models.in_memory import InMemoryModel
 from kvarn.tensors import DType
-from kvarn.testing.models import TinyModel, tiny_model
+from kvarn.testing.models import tiny_model
 
 ISAS = available_isas()
 FAST = [isa for isa in ISAS if isa != "scalar"] or ISAS
@@ -31,7 +32,7 @@ CASES = {
 
 
 @functools.cache
-def model(case: str) -> TinyModel:
+def model(case: str) -> InMemoryModel:
     family, changes, dtype = CASES[case]
     return tiny_model(family, dtype=dtype, **changes)
 

@@ -19,8 +19,9 @@ from kvarn.backends.null import NullBackend
 from kvarn.backends.reference import ReferenceBackend
 from kvarn.backends.trees import with_trees
 from kvarn.kv_types import CACHE_TYPES
+from kvarn.models.in_memory import InMemoryModel
 from kvarn.tensors import DType
-from kvarn.testing.models import TinyModel, tiny_model
+from kvarn.testing.models import tiny_model
 
 MAX_LEN = 512
 BLOCKS = 96
@@ -36,7 +37,7 @@ CASES = {
 
 
 @functools.cache
-def model(case: str) -> TinyModel:
+def model(case: str) -> InMemoryModel:
     family, changes, dtype = CASES[case]
     return tiny_model(family, dtype=dtype, **changes)
 

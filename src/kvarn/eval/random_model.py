@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from kvarn.models import ModelConfig, program_from_config
-from kvarn.program import Program
+from kvarn.models import program_from_config
+from kvarn.models.in_memory import InMemoryModel
 from kvarn.tensors import Tensor
 from kvarn.text import Tokenizer
 from kvarn.text.vocabulary import Pieces, Vocabulary, byte_of_character
@@ -18,28 +17,7 @@ END = 256
 """The token of `byte_tokenizer` that ends a text."""
 
 
-@dataclass(frozen=True)
-class RandomModel:
-    """Sizes, program and weights of a small llama. It is its own `TensorSource`."""
-
-    config: ModelConfig
-    program: Program
-    tensors: dict[str, Tensor]
-
-    @property
-    def weights(self) -> RandomModel:
-        """The model as a source of its tensors."""
-        return self
-
-    def tensor(self, name: str) -> Tensor:
-        """The weight of that name."""
-        return self.tensors[name]
-
-    def release(self) -> None:
-        """Nothing to let go: the weights are in memory."""
-
-
-def random_model(vocab_size: int, length: int, ends: Sequence[int], seed: int = 0) -> RandomModel:
+def random_model(vocab_size: int, length: int, ends: Sequence[int], seed: int = 0) -> InMemoryModel:
     """length: of its longest text, in tokens. ends: tokens that end one."""
     settings: dict[str, Any] = {
         "model_type": "llama", "vocab_size": vocab_size, "hidden_size": 32, "intermediate_size": 64,
@@ -55,7 +33,7 @@ def random_model(vocab_size: int, length: int, ends: Sequence[int], seed: int = 
         scale = 1.0 if "embed" in name else shape[-1] ** -0.5
         return Tensor.from_array((rng.standard_normal(shape) * scale).astype(np.float32))
 
-    return RandomModel(config, program, {w.name: values(w.name, w.shape) for w in program.weights})
+    return InMemoryModel(config, program, {w.name: values(w.name, w.shape) for w in program.weights})
 
 
 def byte_tokenizer() -> Tokenizer:

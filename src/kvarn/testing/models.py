@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from kvarn.models import ModelConfig, program_from_config
-from kvarn.program import Program
+from kvarn.models import program_from_config
+from kvarn.models.in_memory import InMemoryModel
 from kvarn.tensors import DType, Tensor
 
 LLAMA_LIKE: dict[str, Any] = {
@@ -31,27 +30,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "gpt2": {"vocab_size": 259, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512, "eos_token_id": 257},
 }
 """Config fields by model_type; token ids 0 … 255 are bytes, then BOS, EOS and one spare."""
-
-
-@dataclass(frozen=True)
-class TinyModel:
-    """A random model: sizes, program and weights. It is its own `TensorSource`."""
-
-    config: ModelConfig
-    program: Program
-    tensors: dict[str, Tensor]
-
-    @property
-    def weights(self) -> TinyModel:
-        """The model as a source of its tensors (what `Model.weights` is for files)."""
-        return self
-
-    def tensor(self, name: str) -> Tensor:
-        """The weight of that name."""
-        return self.tensors[name]
-
-    def release(self) -> None:
-        """Nothing to let go: the weights are in memory."""
 
 
 def random_tensor(rng: np.random.Generator, dtype: DType, shape: tuple[int, ...], scale: float) -> Tensor:
@@ -86,7 +64,7 @@ _HALVES: dict[DType, tuple[tuple[int, float, int], ...]] = {
 """For each quantized type its fp16 fields: byte, divisor that brings the values to about the scale, sign."""
 
 
-def tiny_model(family: str = "llama", *, seed: int = 0, dtype: DType = DType.F32, **changes: Any) -> TinyModel:
+def tiny_model(family: str = "llama", *, seed: int = 0, dtype: DType = DType.F32, **changes: Any) -> InMemoryModel:
     """A random model of a family (a Hugging Face model_type), with `changes` to its config.json fields.
 
     dtype: stored type of all matrices whose rows hold whole blocks of it; the others, and vectors, are F32.
@@ -95,7 +73,7 @@ def tiny_model(family: str = "llama", *, seed: int = 0, dtype: DType = DType.F32
     config, program = program_from_config(settings, "hf")
     rng = np.random.default_rng(seed)
     tensors = {weight.name: random_weight(rng, weight.name, weight.shape, dtype) for weight in program.weights}
-    return TinyModel(config, program, tensors)
+    return InMemoryModel(config, program, tensors)
 
 
 def random_weight(rng: np.random.Generator, name: str, shape: tuple[int, ...], dtype: DType) -> Tensor:
