@@ -10,6 +10,8 @@ from kvarn import __version__
 from kvarn.engine import AsyncLLM
 from kvarn.server import errors
 from kvarn.server.auth import ApiKeys, Authentication
+from kvarn.server.http_numbers import HttpCounting, HttpNumbers
+from kvarn.server.routes.metrics import add_metrics
 from kvarn.server.routes.openai import add_openai_routes
 from kvarn.server.routes.pages import add_pages
 from kvarn.server.routes.service import add_service_routes
@@ -36,7 +38,10 @@ def create_app(
         state.open(llm, served_model_names)
     errors.install(app)
     app.add_middleware(Authentication, keys=ApiKeys(api_keys))
+    http = HttpNumbers()
+    app.add_middleware(HttpCounting, numbers=http)  # the last one added is the outermost
     add_service_routes(app, state)
+    add_metrics(app, state, http)
     add_openai_routes(app, state)
     add_pages(app)
     return app
