@@ -130,12 +130,20 @@ def command(
         typer.Option(help="Record what the engine does, and write the last steps here at the end (see `kvarn trace`)."),
     ] = None,
     max_body_bytes: Annotated[int, typer.Option(help="Largest request body.")] = 8 << 20,
+    otlp_endpoint: Annotated[
+        str | None,
+        typer.Option(
+            help="Send OpenTelemetry spans of each request (queue, prefill, decode) to this collector over OTLP/HTTP, "
+            "such as http://127.0.0.1:4318; needs kvarn[otel]."
+        ),
+    ] = None,
 ) -> None:
     """Serve a model over an OpenAI-compatible HTTP API, with a chat page at /."""
     from kvarn.cli.progress import resolve_with_progress
     from kvarn.config import CacheConfig, EngineConfig, GrammarConfig, SchedulerConfig
     from kvarn.engine import model_name
     from kvarn.server import ServeOptions, serve
+    from kvarn.server.otlp import exported_spans
 
     system_prompts = tuple(read_text(path, "--shared-system-prompt") for path in shared_system_prompt or ())
     config = EngineConfig(
@@ -182,8 +190,10 @@ def command(
         typer.echo(f"{config.family}, {config.num_layers} layers · ready in {seconds:.2f} s")
         typer.secho(f"{addresses[0]}  (chat page; API under {addresses[0]}/v1)", bold=True)
 
-    with _recording(trace_file, max_num_batched_tokens) as observer:
-        serve(options, on_listening=listening, on_plan=_tell, on_ready=ready, observer=observer)
+    with _recording(trace_file, max_num_batched_tokens) as observer, exported_spans(otlp_endpoint) as watchers:
+        serve(
+            options, on_listening=listening, on_plan=_tell, on_ready=ready, observer=observer, watchers=watchers
+        )  # fmt: skip
 
 
 def _keys_of(listed: str) -> list[str]:

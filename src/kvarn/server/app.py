@@ -10,12 +10,13 @@ from kvarn import __version__
 from kvarn.engine import AsyncLLM
 from kvarn.server import errors
 from kvarn.server.auth import ApiKeys, Authentication
-from kvarn.server.http_numbers import HttpCounting, HttpNumbers
+from kvarn.server.http_numbers import HttpNumbers
 from kvarn.server.routes.metrics import add_metrics
 from kvarn.server.routes.openai import add_openai_routes
 from kvarn.server.routes.pages import add_pages
 from kvarn.server.routes.service import add_service_routes
 from kvarn.server.state import ServerState
+from kvarn.server.watching import HttpWatcher, Watched
 
 DEFAULT_MAX_BODY_BYTES = 8 << 20
 
@@ -26,10 +27,12 @@ def create_app(
     served_model_names: Sequence[str] = (),
     max_body_bytes: int = DEFAULT_MAX_BODY_BYTES,
     api_keys: Sequence[str] = (),
+    watchers: Sequence[HttpWatcher] = (),
 ) -> FastAPI:
     """The application, which does not own the engine. Where it is None, `app.state.server.open(llm, names)` follows.
 
-    api_keys: see `ApiKeys`; without, everybody may ask. Raises ConfigError for a key that is none.
+    api_keys: see `ApiKeys`; without, everybody may ask. watchers: told of each request over HTTP. Raises
+    ConfigError for a key that is none.
     """
     # No /docs: that page loads its scripts from elsewhere.
     app = FastAPI(title="kvarn", version=__version__, docs_url=None, redoc_url=None)
@@ -39,7 +42,7 @@ def create_app(
     errors.install(app)
     app.add_middleware(Authentication, keys=ApiKeys(api_keys))
     http = HttpNumbers()
-    app.add_middleware(HttpCounting, numbers=http)  # the last one added is the outermost
+    app.add_middleware(Watched, watchers=(http, *watchers))  # the last one added is the outermost
     add_service_routes(app, state)
     add_metrics(app, state, http)
     add_openai_routes(app, state)

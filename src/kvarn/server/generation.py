@@ -82,6 +82,7 @@ class Generation:
         """
         self._llm = llm
         self._refusal = refusal
+        self._trace = caller.trace
         self.n = sampling.n
         self.answer_id = answer_id
         self.requests: list[Request] = []
@@ -147,6 +148,7 @@ class Generation:
                 await asyncio.gather(*feeders, return_exceptions=True)
 
     def _deltas(self, prompt: int, output: RequestOutput) -> list[tuple[int, SequenceOutput]]:
+        self._trace.output(self._llm.model_name, self.requests[prompt], output)
         self.usage.completion += sum(len(delta.token_ids) for delta in output.outputs)
         if output.finished:
             self.usage.cached += output.num_cached_tokens

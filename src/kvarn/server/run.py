@@ -8,7 +8,7 @@ import logging
 import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import FrameType
 
@@ -22,6 +22,7 @@ from kvarn.scheduler import Observer
 from kvarn.server.app import DEFAULT_MAX_BODY_BYTES, create_app
 from kvarn.server.auth import ApiKeys
 from kvarn.server.state import ServerState
+from kvarn.server.watching import HttpWatcher
 
 GRACE_SECONDS = 5
 """How long answers in flight may go on after SIGINT or SIGTERM; then they end with an error event."""
@@ -104,16 +105,19 @@ def serve(
     on_plan: OnPlan = lambda _plan: None,
     on_ready: OnReady | None = None,
     observer: Observer | None = None,
+    watchers: Sequence[HttpWatcher] = (),
 ) -> None:
     """Serves until SIGINT or SIGTERM; streams in flight get a few seconds to finish.
 
     While the model loads, everything but the pages answers 503. on_listening(url) is called when the port is open,
     on_plan(plan) in another thread before weights are read, on_ready(engine, seconds since start) when requests are
     answered. Raises ConfigError where the port is taken, and what loading raises (KvarnError), after the server has
-    stopped. observer: told of every decision and step of the engine, in its thread.
+    stopped. observer: told of every decision and step of the engine, in its thread. watchers: of every request.
     """
     listener = _listen(options.host, options.port)
-    app = create_app(None, max_body_bytes=options.max_body_bytes, api_keys=options.api_keys)
+    app = create_app(
+        None, max_body_bytes=options.max_body_bytes, api_keys=options.api_keys, watchers=watchers
+    )  # fmt: skip
     config = uvicorn.Config(
         app,
         log_level="warning",
