@@ -13,6 +13,7 @@ Names are those of OpenTelemetry's semantic conventions for HTTP and generative 
 
 from __future__ import annotations
 
+import threading
 import time
 from dataclasses import dataclass, field
 from typing import Self
@@ -37,6 +38,8 @@ PROPAGATED = (b"traceparent", b"tracestate")
 MAX_QUEUED_SPANS = 4096
 EXPORT_SECONDS = 5.0
 """For one batch, retries among it."""
+CLOSING_SECONDS = 5.0
+"""For all that are left at the end."""
 
 
 class SpanWatcher:
@@ -75,8 +78,11 @@ class SpanWatcher:
         return trace
 
     def close(self) -> None:
-        """Sends what is left, for as long as one batch may take. Nothing may be watched any more."""
-        self._provider.shutdown()
+        """Sends what is left, for `CLOSING_SECONDS` at most. Nothing may be watched any more."""
+        # The SDK's own end waits for half a minute where the collector hangs.
+        end = threading.Thread(target=self._provider.shutdown, name="kvarn-spans-end", daemon=True)
+        end.start()
+        end.join(CLOSING_SECONDS)
 
 
 class Unwatched:
