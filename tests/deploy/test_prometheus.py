@@ -84,6 +84,12 @@ def test_every_alert_says_what_to_do():
         assert rule["labels"]["severity"] in ("page", "ticket")
 
 
+def test_the_page_tells_every_alert():
+    page = (ALERTS.parents[2] / "docs" / "deploy.md").read_text()
+    told = dict(re.findall(r"^\| (Kvarn\w+) \| .* \| (\w+) \|$", page, re.MULTILINE))
+    assert told == {rule["alert"]: rule["labels"]["severity"] for rule in alerts()}
+
+
 def test_only_metrics_that_there_are_are_asked_for():
     engine = EngineNumbers("any", EngineStats(accepted_by_position=(1,)))
     families = text_string_to_metric_families(exposition([engine]).decode())
