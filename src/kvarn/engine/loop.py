@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 from kvarn.config import SchedulerConfig
 from kvarn.engine.core import EngineCore, new_error_id
 from kvarn.engine.events import EngineStats, Event, RequestFailed, never_started
+from kvarn.engine.histogram import Histogram
 from kvarn.errors import EngineError, KvarnError, OverloadError, RequestError
 from kvarn.grammar import CompiledGrammar
 from kvarn.request import Request
@@ -160,6 +161,11 @@ class EngineLoop:
         except OverloadError as error:
             self._rejections[error.reason] += 1
             raise
+
+    @property
+    def delivery(self) -> Histogram:
+        """For receivers: seconds from `receive` to where the outputs of a step are read."""
+        return self._core.meter.delivery
 
     @property
     def failure(self) -> EngineError | None:
