@@ -123,6 +123,9 @@ class SpeculativeConfig:
     """The file of trained heads (`kvarn spec train`)."""
     model: str = ""
     """Of draft: a model with the same vocabulary, a name or a path."""
+    draft_vocab: int = 0
+    """Of draft: the model says only the first so many tokens of its vocabulary, the commonest of most, which takes less
+    to compute; 0: all."""
     window: int = 2
     """Of lookahead: n-grams that are being made at a time."""
     ngram: int = 3
@@ -146,6 +149,9 @@ class SpeculativeConfig:
         named = bool(self.model) == (self.method == "draft")
         must = "the name or path of a model with method=draft, absent otherwise"
         _check(named, "speculative model", self.model, must)
+        must = "at least 0, and 0 without method=draft"
+        good = self.draft_vocab == 0 or (self.draft_vocab > 0 and self.method == "draft")
+        _check(good, "speculative draft_vocab", self.draft_vocab, must)
         must = "between 1 and 4096"
         _check(1 <= self.max_step_drafts <= 4096, "speculative max_step_drafts", self.max_step_drafts, must)
         _check(1 <= self.window <= 64, "speculative window", self.window, "between 1 and 64")

@@ -77,7 +77,10 @@ def tiny_engine(
     )
     model = model or shared_model(family, seed)
     if draft is not None:
-        draft = DraftModel(draft, spellings(byte_tokenizer().vocabulary), make_backend(backend, threads), "tinier")
+        draft = DraftModel(
+            draft, spellings(byte_tokenizer().vocabulary), make_backend(backend, threads), "tinier",
+            vocab=speculative.draft_vocab,
+        )  # fmt: skip
     return build_engine(
         model, byte_tokenizer(), config, name="tiny", identity=identity, draft=draft, on_plan=on_plan, observer=observer
     )

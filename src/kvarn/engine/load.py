@@ -136,21 +136,23 @@ def open_draft(config: EngineConfig) -> DraftModel | None:
     files = open_model(catalog.resolve(name))
     try:
         model = load_model(files, config.max_model_len)
-        backend = make_backend(config.backend, config.threads, _packed_slot(files, model, config))
-        return DraftModel(model, load_spellings(files), backend, model_name(name), files.close)
+        vocab = config.speculative.draft_vocab
+        packed = _packed_slot(files, model, config, f"draft_vocab={vocab}" if vocab else "")
+        backend = make_backend(config.backend, config.threads, packed)
+        return DraftModel(model, load_spellings(files), backend, model_name(name), files.close, vocab)
     except BaseException:
         files.close()
         raise
 
 
-def _packed_slot(files: ModelFiles, model: Model, config: EngineConfig) -> PackedSlot | None:
-    """Where the model's packed weights lie; None where none are kept."""
+def _packed_slot(files: ModelFiles, model: Model, config: EngineConfig, part: str = "") -> PackedSlot | None:
+    """Where the model's packed weights lie; None where none are kept. part: see `packed_path`."""
     limit = packed_cache.limit_bytes(config.packed_cache_bytes)
     sources = files.sources()
     if not limit or not sources or config.backend != "cpu":
         return None
-    path = packed_cache.packed_path(files.path)
-    key = _model_identity(files, model)
+    path = packed_cache.packed_path(files.path, part)
+    key = _model_identity(files, model) + part
 
     def admit(size: int) -> bool:
         return all(source.unchanged() for source in sources) and packed_cache.make_room(path, size, limit)
@@ -301,7 +303,8 @@ def engine_memory(
 ) -> MemoryPlan:
     """What an engine of the model takes on the back-end, with a draft model or heads where there are such. Raises
     CapacityError, ConfigError (see `plan_memory`)."""
-    program, dtypes, chosen = model.program, stored_types(model), config.speculative
+    program, chosen = model.program, config.speculative
+    dtypes = stored_types(program, model.weights)
     drafter: Uses | None = None
     if draft is not None and chosen is not None:
         drafter = draft.uses(program, chosen)
