@@ -133,6 +133,7 @@ def handmade_engine(
     speculative=None,
     wrap_drafter=lambda d: d,
     model=None,
+    restart_delays=(0.0, 0.01),
     **scheduling,
 ) -> LoadedEngine:
     """An engine put together part by part, so that a test can get between them. scheduling: of `SchedulerConfig`.
@@ -146,6 +147,7 @@ def handmade_engine(
         cache=CacheConfig(block_size=block_size, num_blocks=num_blocks, dtype=dtype),
         scheduler=SchedulerConfig(max_num_seqs, max_num_batched_tokens, max_num_queued_requests, **scheduling),
         speculative=speculative,
+        restart_delays=restart_delays,
     )
     cost = cost or MeasuredCost()
     limits = StepLimits(max_num_batched_tokens, max_num_seqs, max_model_len, config.max_step_drafts)

@@ -48,6 +48,11 @@ class AsyncLLM(EngineFront):
         """False once the engine was closed or has failed for good."""
         return self._loop.failure is None
 
+    @property
+    def is_restarting(self) -> bool:
+        """Whether a step has failed and the engine is being brought back; requests wait meanwhile."""
+        return self._loop.is_restarting
+
     def check(self, request: Request) -> None:
         """Raises RequestError, naming field and limit, for a request this engine can never run."""
         self._loop.check(request)
