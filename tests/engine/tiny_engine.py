@@ -134,6 +134,7 @@ def handmade_engine(
     wrap_drafter=lambda d: d,
     model=None,
     restart_delays=(0.0, 0.01),
+    idle=lambda: False,
     **scheduling,
 ) -> LoadedEngine:
     """An engine put together part by part, so that a test can get between them. scheduling: of `SchedulerConfig`.
@@ -168,7 +169,9 @@ def handmade_engine(
 
     tokenizer = tokenizer or byte_tokenizer()
     vocab_size = model.program.vocab_size
-    core = EngineCore(runner, new_scheduler, tokenizer, vocab_size, cost=cost, observer=observer, clock=clock)
+    core = EngineCore(
+        runner, new_scheduler, tokenizer, vocab_size, cost=cost, observer=observer, clock=clock, idle=idle
+    )
     return LoadedEngine(core, "handmade", tokenizer, model.config, max_model_len, config)
 
 

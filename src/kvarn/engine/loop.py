@@ -248,10 +248,13 @@ class EngineLoop:
         return True
 
     def _idle(self) -> bool:
-        """Does a piece of what can be done beside requests; False where nothing is left."""
+        """Does a piece of what can be done beside requests; False where nothing is left, or where it failed."""
         if self._has_idle_work:
-            self._has_idle_work = False  # what fails is not tried again
-            self._has_idle_work = self._core.idle()
+            try:
+                self._has_idle_work = self._core.idle()
+            except Exception:
+                self._has_idle_work = False
+                logger.exception("what the engine does while it is idle failed, and is left")
         return self._has_idle_work
 
     def _is_idle(self) -> bool:
