@@ -7,7 +7,8 @@ from virtual_time import VirtualLoop
 
 from kvarn.errors import CapacityError, ConfigError
 from kvarn.server.errors import ApiError
-from kvarn.server.models import FOREVER, ModelPool, ModelState, PooledModel, PoolLimits, parse_keep_alive
+from kvarn.server.keep_alive import FOREVER, parse_keep_alive
+from kvarn.server.models import ModelPool, ModelState, PooledModel, PoolLimits
 
 LOAD_SECONDS, CLOSE_SECONDS = 2.0, 0.5
 

@@ -12,7 +12,7 @@ from typing import Generic
 
 from kvarn.errors import ConfigError
 from kvarn.server.errors import ApiError, to_api_error
-from kvarn.server.models.keep_alive import FOREVER
+from kvarn.server.keep_alive import FOREVER
 from kvarn.server.models.pooled import H, Lease, Loader, ModelState, ModelStatus, Place, PooledModel, Waiter
 
 logger = logging.getLogger("kvarn.server")
@@ -122,7 +122,9 @@ class ModelPool(Generic[H]):
         Raises ApiError: 404 for a name that nothing has, 429 where too many wait, 503 where it does not come in time,
         cannot be loaded, or has failed.
         """
-        place = self._names[self.check_name(name)]
+        return await self._acquire(self._names[self.check_name(name)], keep_seconds, self._limits.wait_seconds)
+
+    async def _acquire(self, place: Place[H], keep_seconds: float | None, seconds: float | None) -> Lease[H]:
         if place.state is ModelState.LOADED:
             return self._lease(place, keep_seconds)
         self._check_waiting(place)
@@ -130,7 +132,7 @@ class ModelPool(Generic[H]):
         place.waiters.append(waiter)
         self._want(place)
         try:
-            async with asyncio.timeout(self._limits.wait_seconds):
+            async with asyncio.timeout(seconds):
                 return await waiter.lease
         except BaseException as error:
             if not self._withdrawn(place, waiter):
@@ -165,13 +167,13 @@ class ModelPool(Generic[H]):
         return ApiError(503, f"the model {place.model.name} {what}", code="model_unavailable", headers=headers)
 
     async def load(self, name: str) -> None:
-        """Has a model loaded, again where its engine has failed; it then stays as if a request had ended. Raises
-        ApiError as `acquire` does."""
+        """Has a model loaded, again where its engine has failed; it then stays as if a request had ended. Waits for as
+        long as that takes. Raises ApiError as `acquire` does, from what loading raised."""
         place = self._names[self.check_name(name)]
         place.retry_at = 0.0
         if place.status().state is ModelState.FAILED:
             await self.unload(name)
-        (await self.acquire(name)).release()
+        (await self._acquire(place, None, None)).release()
 
     async def unload(self, name: str) -> None:
         """Unloads a model, once the requests that have it have ended. Raises ApiError 404, 409 while it is loading."""

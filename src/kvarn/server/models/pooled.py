@@ -56,6 +56,8 @@ class PooledModel:
     num_bytes: int = 0
     aliases: tuple[str, ...] = ()
     """Other names for it."""
+    max_model_len: int | None = None
+    """Tokens of its longest sequence; None: not known before it is loaded."""
     keep_seconds: float | None = None
     """How long it stays after its last request; None: what holds for all."""
 
@@ -68,6 +70,7 @@ class ModelStatus:
     aliases: tuple[str, ...]
     state: ModelState
     num_bytes: int
+    max_model_len: int | None
     in_flight: int
     """Requests that have it."""
     waiting: int
@@ -150,6 +153,7 @@ class Place(Generic[H]):
             self.model.aliases,
             ModelState.FAILED if stopped else self.state,
             self.model.num_bytes,
+            self.model.max_model_len,
             self.in_flight,
             sum(not waiter.lease.done() for waiter in self.waiters),
             self.loads,
