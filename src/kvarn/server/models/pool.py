@@ -306,7 +306,8 @@ class ModelPool(Generic[H]):
     def _stay_after_all(self, leaving: Iterable[Place[H]]) -> None:
         """Those that have not gone yet stay, as their room is not needed, unless somebody asked that they go."""
         for place in leaving:
-            if place.state is ModelState.UNLOADING and not (place.is_closing or place.unloaded):
+            runs = place.hosted is not None and place.hosted.is_running
+            if runs and place.state is ModelState.UNLOADING and not (place.is_closing or place.unloaded):
                 place.state = ModelState.LOADED
                 self._serve_waiters(place)
 
