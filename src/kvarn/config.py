@@ -13,6 +13,7 @@ HEAD_METHODS = ("medusa", "eagle")
 """Ways to guess tokens ahead, and those that need trained heads; `kvarn.spec` says what each is."""
 MAX_SPECULATIVE_TOKENS = 128
 """Guesses for one sequence in a step."""
+RESTART_DELAYS = (0.0, 0.1, 0.3, 1.0, 2.0)
 POLICIES = ("fcfs", "priority", "fair")
 """Orders in which requests are served; `kvarn.scheduler` says what each is."""
 
@@ -230,6 +231,8 @@ class EngineConfig:
     grammar: GrammarConfig = field(default_factory=GrammarConfig)
     packed_cache_bytes: int | None = None
     """Disk space for packed weights, which later starts map; 0: none. None: KVARN_PACKED_CACHE_BYTES, or 20 GB."""
+    restart_delays: tuple[float, ...] = RESTART_DELAYS
+    """Seconds to wait before each try to start the engine anew after a step has failed. As many tries as there are."""
 
     def __post_init__(self) -> None:
         _check(self.packed_cache_bytes is None or self.packed_cache_bytes >= 0, "packed_cache_bytes",
@@ -237,6 +240,8 @@ class EngineConfig:
         _check(self.max_model_len is None or self.max_model_len >= 1, "max_model_len", self.max_model_len, "at least 1")
         _check(self.backend in ("cpu", "reference"), "backend", self.backend, "cpu or reference")
         _check(0 <= self.threads <= 1024, "threads", self.threads, "between 0 and 1024")
+        waits = all(0 <= delay < math.inf for delay in self.restart_delays)
+        _check(waits, "restart_delays", self.restart_delays, "seconds of at least 0")
 
     @property
     def max_step_drafts(self) -> int:

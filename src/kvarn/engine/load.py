@@ -88,10 +88,12 @@ def load_engine(
     *,
     on_plan: OnPlan = lambda _plan: None,
     observer: Observer | None = None,
+    available: Available | None = None,
 ) -> LoadedEngine:
     """Resolves the name (pulling the model where it is not there yet), opens its files and builds the engine.
 
     on_plan: told what the engine will take, before weights are read. observer: told of every decision and step.
+    available: the memory that it may take its share of; None: what the machine has now.
 
     Raises ModelFileError, UnsupportedModelError, PullError, ConfigError, CapacityError.
     """
@@ -111,7 +113,7 @@ def load_engine(
         draft = open_draft(config)
         engine = build_engine(
             model, tokenizer, config, name=name, packed=packed, identity=identity, draft=draft,
-            on_plan=on_plan, observer=observer, on_close=files.close,
+            on_plan=on_plan, observer=observer, on_close=files.close, available=available,
         )  # fmt: skip
         files.release()
         _native.trim_heap()  # of what building a tokenizer takes, half is needed afterwards
@@ -122,6 +124,23 @@ def load_engine(
             draft.close()
         files.close()
         raise
+
+
+def plan_engine(name_or_path: str, config: EngineConfig, available: Available) -> MemoryPlan:
+    """What `load_engine` would take with so much memory; no weight is read. Raises what that raises."""
+    from kvarn.weights import catalog
+
+    files = open_model(catalog.resolve(name_or_path))
+    draft: DraftModel | None = None
+    try:
+        model = load_model(files, config.max_model_len)
+        draft = open_draft(config)
+        heads = open_heads(config.speculative, model.program, model.weights)
+        return engine_memory(model, config, make_backend(config.backend, config.threads), available, draft, heads)
+    finally:
+        if draft is not None:
+            draft.close()
+        files.close()
 
 
 def open_draft(config: EngineConfig) -> DraftModel | None:
@@ -188,6 +207,7 @@ def build_engine(
     on_plan: OnPlan = lambda _plan: None,
     observer: Observer | None = None,
     on_close: Callable[[], None] = lambda: None,
+    available: Available | None = None,
 ) -> LoadedEngine:
     """Sizes the cache, loads the program on the back-end, and puts the engine together.
 
@@ -204,7 +224,7 @@ def build_engine(
     heads = open_heads(config.speculative, program, model.weights)
     if draft is not None:
         draft.check(program, spellings(tokenizer.vocabulary), name, config.max_model_len)
-    memory = engine_memory(model, config, backend, available_memory(), draft, heads)
+    memory = engine_memory(model, config, backend, available or available_memory(), draft, heads)
     shared = shared_prefixes(tokenizer, config.cache, memory.num_blocks, memory.windows)
     on_plan(memory)
     limits = memory.limits if heads is None else heads.target_limits(memory.limits)
