@@ -116,6 +116,7 @@ class SampledToken:
 
     sequence_id: int
     token_id: int
+    """-1, between sampler and runner only: the sequence's rules leave no token."""
     logprob: TokenLogprob | None = None
 
 
@@ -133,10 +134,12 @@ class DraftTokens:
 
 @dataclass(frozen=True, slots=True)
 class FailedSequence:
-    """A sequence whose grammar turned out to exceed a limit; `message` is for who sent it."""
+    """A sequence that cannot go on for what its request asks; `message` is for who sent it."""
 
     sequence_id: int
     message: str
+    field: str = "grammar"
+    """The parameter at fault."""
 
 
 @dataclass(frozen=True, slots=True)

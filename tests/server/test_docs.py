@@ -81,6 +81,9 @@ def test_limits():
     assert row("messages, tools") == [MOST_ENTRIES["messages"], MOST_ENTRIES["tools"]]
     assert row("`stop`") == [request.MAX_STOP_STRINGS, 1, request.MAX_STOP_STRING_CHARS]
     assert row("`stop_token_ids`, `logit_bias` entries") == [MOST_ENTRIES["stop_token_ids"], MOST_ENTRIES["logit_bias"]]
+    assert row("`allowed_token_ids`; `bad_words`") == [
+        request.MAX_ALLOWED_TOKEN_IDS, request.MAX_BAD_WORDS, 1, request.MAX_BAD_WORD_CHARS,
+    ]  # fmt: skip
     grammar = GrammarConfig()
     sizes = [grammar.max_grammar_bytes, grammar.max_grammar_depth, MAX_CHOICES]
     assert row("grammar: bytes, nesting of a schema, choices") == sizes

@@ -139,6 +139,7 @@ class LLM(EngineFront):
             raise RequestError("prompts are texts or lists of token ids; put a single list into a list", field="prompt")
         ids = self.tokenizer.encode(prompt, add_special_tokens=True) if isinstance(prompt, str) else prompt
         request = Request(f"llm-{next(self._numbers)}", tuple(ids), sampling)
+        request = self._loop.resolve(request)
         self._loop.check(request)
         return request
 

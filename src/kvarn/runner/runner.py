@@ -106,11 +106,14 @@ class Runner:
         else:
             sampled = self._sampler.verify(logits, ids, positions, [self._draft(s) for s in parts], *given)
             self._move_accepted(parts, sampled)
-        if masks is None:
-            return sampled, []
-        self.grammars.advance(sampled)
-        lost = {failed.sequence_id for failed in masks.failed}
-        return [token for token in sampled if token.sequence_id not in lost], masks.failed
+        failed = [] if masks is None else masks.failed
+        lost = {failure.sequence_id for failure in failed}
+        failed += [_nothing_left(token) for token in sampled if token.token_id < 0 and token.sequence_id not in lost]
+        lost.update(failure.sequence_id for failure in failed)
+        kept = [token for token in sampled if token.sequence_id not in lost] if lost else sampled
+        if masks is not None:
+            self.grammars.advance(kept)
+        return kept, failed
 
     def _move_accepted(self, parts: list[ScheduledSequence], sampled: list[SampledToken]) -> None:
         """Moves the KV of accepted guesses to the slots of their positions, where they were behind other branches."""
@@ -161,6 +164,11 @@ class Runner:
         self._executable.close()
         self._blocks.close()
         self.grammars.close()
+
+
+def _nothing_left(token: SampledToken) -> FailedSequence:
+    message = "allowed_token_ids, bad_words, min_tokens and the grammar together leave no token here"
+    return FailedSequence(token.sequence_id, message, "allowed_token_ids")
 
 
 def _tokens(proposal: Proposal) -> DraftTokens:

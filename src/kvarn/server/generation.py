@@ -95,6 +95,7 @@ class Generation:
                 cache_salt=cache_salt,
                 ttft_slo_ms=caller.ttft_slo_ms,
             )
+            request = llm.resolve(request)
             llm.check(request)
             self.requests.append(request)
         self.usage = Usage(prompt=sum(len(request.prompt_token_ids) for request in self.requests))

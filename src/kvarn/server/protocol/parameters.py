@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-from kvarn.request import MAX_LOGIT_BIAS, MAX_STOP_STRINGS
+from kvarn.request import MAX_ALLOWED_TOKEN_IDS, MAX_BAD_WORDS, MAX_LOGIT_BIAS, MAX_STOP_STRINGS
 from kvarn.server.errors import ApiError
 from kvarn.text.messages import MAX_MESSAGES, MAX_TOOLS
 
@@ -38,8 +38,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "logits_processors": ([],),
     "use_beam_search": (False,),
     "length_penalty": (1,),
-    "bad_words": ([],),
-    "allowed_token_ids": (),
     "prompt_logprobs": (),
     "truncate_prompt_tokens": (),
     "chat_template": (),
@@ -64,7 +62,7 @@ RENAMED = {
 
 MOST_ENTRIES = {
     "messages": MAX_MESSAGES, "tools": MAX_TOOLS, "stop": MAX_STOP_STRINGS, "logit_bias": MAX_LOGIT_BIAS,
-    "stop_token_ids": 1024,
+    "stop_token_ids": 1024, "allowed_token_ids": MAX_ALLOWED_TOKEN_IDS, "bad_words": MAX_BAD_WORDS,
 }  # fmt: skip
 """Entries of a list or an object at most, looked at before any entry is."""
 

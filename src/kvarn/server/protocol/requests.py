@@ -111,6 +111,8 @@ class SamplingRequest(ModelRequest):
     min_tokens: StrictInt | None = None
     ignore_eos: StrictBool | None = None
     stop_token_ids: list[StrictInt] | None = Field(None, fail_fast=True)
+    allowed_token_ids: list[StrictInt] | None = Field(None, fail_fast=True)
+    bad_words: list[StrictStr] | None = Field(None, fail_fast=True)
     skip_special_tokens: StrictBool | None = None
     include_stop_str_in_output: StrictBool | None = None
     num_speculative_tokens: StrictInt | None = None
@@ -131,6 +133,8 @@ class SamplingRequest(ModelRequest):
             stop=self.stop,
             stop_token_ids=tuple(self.stop_token_ids or ()),
             logit_bias=self._bias(),
+            allowed_token_ids=None if self.allowed_token_ids is None else tuple(self.allowed_token_ids),
+            bad_words=tuple(self.bad_words or ()),
             grammar=self.grammar,
         )
 
