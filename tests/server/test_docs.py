@@ -17,6 +17,7 @@ from kvarn.server.metrics import EngineCollector
 from kvarn.server.protocol import (
     HARMLESS,
     MAX_PROMPTS,
+    MAX_REQUEST_ID_CHARS,
     MOST_ENTRIES,
     NEUTRAL,
     ChatCompletionRequest,
@@ -46,7 +47,8 @@ def test_every_route_is_told():
 
 
 def test_honoured_parameters():
-    assert named("**Honoured** in both", "- Chat also") - {"include_usage", "include_obfuscation"} == CHAT & COMPLETION
+    within = {"include_usage", "include_obfuscation", "continuous_usage_stats", "token_ids", "prompt_token_ids"}
+    assert named("**Honoured** in both", "- Chat also") - within == CHAT & COMPLETION
     assert named("- Chat also", "- Completions also") - {"logprobs", "max_tokens"} == CHAT - COMPLETION
     assert named("- Completions also", "`model` may be absent") - {"logprobs", "n"} == COMPLETION - CHAT
 
@@ -78,7 +80,8 @@ def test_limits():
     steps = [defaults["max_num_seqs"], defaults["max_num_batched_tokens"]]
     assert row("sequences in a step, tokens in a step") == steps
     assert row("prompts in a request, `n`") == [MAX_PROMPTS, request.MAX_N]
-    assert row("messages, tools") == [MOST_ENTRIES["messages"], MOST_ENTRIES["tools"]]
+    assert row("messages, tools, documents") == [MOST_ENTRIES[name] for name in ("messages", "tools", "documents")]
+    assert row("`request_id`") == [1, MAX_REQUEST_ID_CHARS]
     assert row("`stop`") == [request.MAX_STOP_STRINGS, 1, request.MAX_STOP_STRING_CHARS]
     assert row("`stop_token_ids`, `logit_bias` entries") == [MOST_ENTRIES["stop_token_ids"], MOST_ENTRIES["logit_bias"]]
     assert row("`allowed_token_ids`; `bad_words`") == [

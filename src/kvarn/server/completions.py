@@ -28,6 +28,8 @@ class CompletionAnswer:
         }  # fmt: skip
         self._echoes = self._prompt_texts() if request.echo else {}
         """What is still to come before the text of each choice."""
+        self._begun: set[int] = set()
+        """Choices of which something was told."""
         self._offsets: dict[int, int] = {}
         """Characters of each choice whose logprobs are told."""
 
@@ -45,12 +47,28 @@ class CompletionAnswer:
             "text": self._echoes.pop(index, "") + part.text,
             "logprobs": None if self._request.logprobs is None else self._logprobs(index, part),
             "finish_reason": None if part.finish_reason is None else part.finish_reason.value,
+            **self._ids(index, part),
+        }
+
+    def _ids(self, index: int, part: SequenceOutput | Answer) -> dict[str, Any]:
+        """As vLLM tells them, where they are asked for: those of the prompt once for each choice."""
+        if not self._request.return_token_ids:
+            return {}
+        first, prompt = index not in self._begun, self._generation.requests[index // self._generation.n]
+        self._begun.add(index)
+        return {
+            "prompt_token_ids": list(prompt.prompt_token_ids) if first else None,
+            "token_ids": list(part.token_ids),
         }
 
     def _logprobs(self, index: int, part: SequenceOutput | Answer) -> dict[str, Any]:
         offset = self._offsets.get(index, 0)
         body, self._offsets[index] = completion_logprobs(
-            self._tokenizer, part.logprobs, offset, skip_special_tokens=self._skip_special
+            self._tokenizer,
+            part.logprobs,
+            offset,
+            skip_special_tokens=self._skip_special,
+            as_ids=bool(self._request.return_tokens_as_token_ids),
         )
         return body
 
@@ -72,10 +90,11 @@ class CompletionAnswer:
 
     def _tells(self, index: int, delta: SequenceOutput) -> bool:
         """Whether there is anything to say; text may be held back."""
-        return bool(delta.text or delta.logprobs or delta.finish_reason or index in self._echoes)
+        news = delta.text or delta.logprobs or delta.finish_reason or index in self._echoes
+        return bool(news or (self._request.return_token_ids and delta.token_ids))
 
     def _chunk(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None = None) -> bytes:
         body: dict[str, Any] = {**self._head, "choices": choices}
         if self._request.include_usage:
-            body["usage"] = usage
+            body["usage"] = self._generation.usage.body() if self._request.continuous_usage else usage
         return event(body)

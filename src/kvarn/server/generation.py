@@ -85,9 +85,11 @@ class Generation:
         self.n = sampling.n
         self.answer_id = answer_id
         self.requests: list[Request] = []
+        # Clients may choose ids of answers, and others the same.
+        unique = secrets.token_hex(4)
         for index, ids in enumerate(prompts):
             request = Request(
-                f"{answer_id}-{index}",
+                f"{answer_id}-{unique}-{index}",
                 tuple(ids),
                 sampling,
                 priority=priority,

@@ -25,12 +25,18 @@ def _text(tokenizer: Tokenizer, token: int) -> str:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
 
-def chat_logprobs(tokenizer: Tokenizer, logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
-    """`choices[].logprobs` of a chat completion."""
+def _name(tokenizer: Tokenizer, token: int, as_ids: bool) -> str:
+    return f"token_id:{token}" if as_ids else _text(tokenizer, token)
+
+
+def chat_logprobs(
+    tokenizer: Tokenizer, logprobs: Sequence[TokenLogprob], *, as_ids: bool = False
+) -> dict[str, Any]:
+    """`choices[].logprobs` of a chat completion. as_ids: tokens are told as `token_id:5`."""
 
     def entry(token: int, logprob: float) -> dict[str, Any]:
         data = tokenizer.token_bytes(token)
-        return {"token": _text(tokenizer, token), "logprob": _finite(logprob), "bytes": list(data)}
+        return {"token": _name(tokenizer, token, as_ids), "logprob": _finite(logprob), "bytes": list(data)}
 
     content = [
         {**entry(item.token_id, item.logprob), "top_logprobs": [entry(*alternative) for alternative in item.top]}
@@ -40,22 +46,28 @@ def chat_logprobs(tokenizer: Tokenizer, logprobs: Sequence[TokenLogprob]) -> dic
 
 
 def completion_logprobs(
-    tokenizer: Tokenizer, logprobs: Sequence[TokenLogprob], offset: int, *, skip_special_tokens: bool
+    tokenizer: Tokenizer,
+    logprobs: Sequence[TokenLogprob],
+    offset: int,
+    *,
+    skip_special_tokens: bool,
+    as_ids: bool = False,
 ) -> tuple[dict[str, Any], int]:
     """`choices[].logprobs` of a completion, and the offset after these tokens.
 
     offset: characters of the text before these tokens. A token that ends inside a code point counts those it begins.
+    as_ids: tokens are told as `token_id:5`.
     """
     tokens: list[str] = []
     offsets: list[int] = []
     tops: list[dict[str, float]] = []
     for item in logprobs:
-        text = _text(tokenizer, item.token_id)
+        text = _name(tokenizer, item.token_id, as_ids)
         tokens.append(text)
         offsets.append(offset)
         shown = tokenizer.text_bytes(item.token_id, skip_special_tokens)
         offset += sum(byte & 0xC0 != 0x80 for byte in shown)
-        top = {_text(tokenizer, token): _finite(value) for token, value in item.top}
+        top = {_name(tokenizer, token, as_ids): _finite(value) for token, value in item.top}
         top.setdefault(text, _finite(item.logprob))
         tops.append(top)
     values = [_finite(item.logprob) for item in logprobs]

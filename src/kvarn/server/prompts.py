@@ -8,7 +8,7 @@ from typing import Any
 from kvarn.engine import AsyncLLM
 from kvarn.errors import RequestError
 from kvarn.server.errors import ApiError
-from kvarn.server.protocol import MAX_PROMPTS, ChatCompletionRequest, CompletionRequest
+from kvarn.server.protocol import MAX_PROMPTS, ChatCompletionRequest, CompletionRequest, SamplingRequest
 from kvarn.server.tools import ToolUse
 
 
@@ -32,21 +32,27 @@ class PromptEncoder:
         for prompt in prompts:
             if isinstance(prompt, str):
                 self._check_length(len(prompt))
-                yield self._tokenizer.encode(prompt, add_special_tokens=special)
+                yield self._kept(request, self._tokenizer.encode(prompt, add_special_tokens=special))
             else:
-                yield prompt
+                yield self._kept(request, prompt)
 
     def chat(self, request: ChatCompletionRequest, tools: ToolUse | None = None) -> Iterator[Sequence[int]]:
         """Token ids of the conversation. tools: those that it tells the model of. Raises TemplateError, RequestError
         naming the part at fault."""
         self._check_length(sum(map(_characters, request.messages)))
-        yield self._tokenizer.encode_chat(
+        ids = self._tokenizer.encode_chat(
             request.messages,
             tools=None if tools is None else tools.tools,
             add_generation_prompt=request.add_generation_prompt is not False,
             continue_final_message=bool(request.continue_final_message),
-            template_kwargs=request.chat_template_kwargs or {},
+            template_kwargs=request.template_variables,
         )
+        yield self._kept(request, ids)
+
+    def _kept(self, request: SamplingRequest, ids: Sequence[int]) -> Sequence[int]:
+        """What the request wants of a prompt."""
+        limit = request.prompt_limit(self._max_tokens)
+        return ids if limit is None else ids[-limit:]
 
     def _check_length(self, characters: int) -> None:
         most = self._max_tokens * self._longest_token

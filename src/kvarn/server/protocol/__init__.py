@@ -3,6 +3,7 @@
 from kvarn.server.protocol.parameters import HARMLESS, MOST_ENTRIES, NEUTRAL, RENAMED, screen
 from kvarn.server.protocol.requests import (
     MAX_PROMPTS,
+    MAX_REQUEST_ID_CHARS,
     ChatCompletionRequest,
     CompletionRequest,
     ModelRequest,
@@ -10,6 +11,6 @@ from kvarn.server.protocol.requests import (
 )  # fmt: skip
 
 __all__ = [
-    "HARMLESS", "MAX_PROMPTS", "MOST_ENTRIES", "NEUTRAL", "RENAMED", "ChatCompletionRequest", "CompletionRequest",
-    "ModelRequest", "SamplingRequest", "screen",
+    "HARMLESS", "MAX_PROMPTS", "MAX_REQUEST_ID_CHARS", "MOST_ENTRIES", "NEUTRAL", "RENAMED", "ChatCompletionRequest",
+    "CompletionRequest", "ModelRequest", "SamplingRequest", "screen",
 ]  # fmt: skip

@@ -39,14 +39,10 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "use_beam_search": (False,),
     "length_penalty": (1,),
     "prompt_logprobs": (),
-    "truncate_prompt_tokens": (),
     "chat_template": (),
     "documents": ([],),
-    "return_token_ids": (False,),
-    "return_tokens_as_token_ids": (False,),
-    "spaces_between_special_tokens": (True,),
+    "spaces_between_special_tokens": (True, False),
     "mm_processor_kwargs": (),
-    "request_id": (),
 }
 """Not honoured by an endpoint whose request model lacks it: refused by name there, unless null or one of these values,
 which ask for nothing."""
@@ -60,9 +56,11 @@ RENAMED = {
 }  # fmt: skip
 """What vLLM has given up for other parameters: refused with the name of what to use."""
 
+MAX_DOCUMENTS = 256
 MOST_ENTRIES = {
     "messages": MAX_MESSAGES, "tools": MAX_TOOLS, "stop": MAX_STOP_STRINGS, "logit_bias": MAX_LOGIT_BIAS,
     "stop_token_ids": 1024, "allowed_token_ids": MAX_ALLOWED_TOKEN_IDS, "bad_words": MAX_BAD_WORDS,
+    "documents": MAX_DOCUMENTS,
 }  # fmt: skip
 """Entries of a list or an object at most, looked at before any entry is."""
 

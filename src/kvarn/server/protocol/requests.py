@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any
 
 from pydantic import (
@@ -23,6 +24,8 @@ from kvarn.server.protocol.structure import ResponseFormat, StructuredOutputs
 
 DEFAULT_COMPLETION_TOKENS = 16
 """`max_tokens` of a completion that does not say, as OpenAI has it."""
+MAX_REQUEST_ID_CHARS = 64
+REQUEST_ID = re.compile(rf"[A-Za-z0-9_.:-]{{1,{MAX_REQUEST_ID_CHARS}}}")
 MAX_PROMPTS = 64
 """In one completion request."""
 SAMPLING_FIELDS = (
@@ -79,6 +82,8 @@ class StreamOptions(BaseModel):
     model_config = ConfigDict(extra="forbid")
     include_usage: StrictBool | None = None
     include_obfuscation: StrictBool | None = None
+    continuous_usage_stats: StrictBool | None = None
+    """vLLM's: every event has the usage so far."""
 
 
 class ModelRequest(BaseModel):
@@ -120,6 +125,12 @@ class SamplingRequest(ModelRequest):
     priority: StrictInt | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
+    truncate_prompt_tokens: StrictInt | None = None
+    """Keeps the last so many tokens of a prompt; -1: as many as leave room for the answer."""
+    return_token_ids: StrictBool | None = None
+    return_tokens_as_token_ids: StrictBool | None = None
+    request_id: StrictStr | None = None
+    """What the answer's id ends with."""
     cache_salt: StrictStr | None = None
     """Cached prefixes are shared only between requests with the same salt (vLLM has it, too)."""
 
@@ -148,6 +159,23 @@ class SamplingRequest(ModelRequest):
             raise ApiError(400, message, param="structured_outputs", code="invalid_value")
         return self.structured_outputs.to_grammar()
 
+    def given_id(self, kind: str) -> str | None:
+        """The id that the client chose for the answer, after its kind. Raises ApiError naming `request_id`."""
+        if self.request_id is None:
+            return None
+        if not REQUEST_ID.fullmatch(self.request_id):
+            message = f"request_id must be 1 to {MAX_REQUEST_ID_CHARS} letters, digits and _ . : -"
+            raise ApiError(400, message, param="request_id", code="invalid_value")
+        return f"{kind}-{self.request_id}"
+
+    def prompt_limit(self, max_model_len: int) -> int | None:
+        """Tokens that are kept of a prompt, its last ones; None: all. Raises ApiError for a number that is none."""
+        count = self.truncate_prompt_tokens
+        if count is not None and count < 1 and count != -1:
+            message = f"truncate_prompt_tokens must be at least 1, or -1, not {count}"
+            raise ApiError(400, message, param="truncate_prompt_tokens", code="invalid_value")
+        return max(1, max_model_len - max(1, self.output_limit or 1)) if count == -1 else count
+
     @property
     def salt(self) -> str:
         """`cache_salt`, or "" without one. Raises ApiError for an empty one, by which its sender meant a secret."""
@@ -175,9 +203,20 @@ class SamplingRequest(ModelRequest):
         return bias
 
     @property
+    def output_limit(self) -> int | None:
+        """Most tokens of an answer; None: as many as there is room for."""
+        return self.max_tokens
+
+    @property
     def include_usage(self) -> bool:
         """Whether the stream ends with a chunk of usage."""
         return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    @property
+    def continuous_usage(self) -> bool:
+        """Whether every chunk of the stream has the usage so far, too."""
+        options = self.stream_options
+        return options is not None and bool(options.include_usage and options.continuous_usage_stats)
 
     def refusal(self, error: RequestError) -> ApiError:
         """The error with the parameter named as the client spelt it."""
@@ -204,8 +243,12 @@ class CompletionRequest(SamplingRequest):
         if self.best_of is not None and self.best_of != (1 if self.n is None else self.n):
             message = "best_of must be n: choosing among more answers is not supported yet"
             raise ApiError(400, message, param="best_of", code="unsupported_parameter")
-        limit = DEFAULT_COMPLETION_TOKENS if self.max_tokens is None else self.max_tokens
-        return self._sampling(max_tokens=limit, logprobs=self.logprobs)
+        return self._sampling(max_tokens=self.output_limit, logprobs=self.logprobs)
+
+    @property
+    def output_limit(self) -> int:
+        """Most tokens of an answer."""
+        return DEFAULT_COMPLETION_TOKENS if self.max_tokens is None else self.max_tokens
 
 
 class ChatCompletionRequest(SamplingRequest):
@@ -221,6 +264,8 @@ class ChatCompletionRequest(SamplingRequest):
     tool_choice: StrictStr | dict[str, Any] | None = None
     parallel_tool_calls: StrictBool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    documents: list[dict[str, Any]] | None = Field(None, fail_fast=True)
+    """For templates that have a place for them."""
 
     def to_sampling(self) -> SamplingParams:
         """As the engine takes it; without max_tokens the model's length is the limit.
@@ -240,13 +285,26 @@ class ChatCompletionRequest(SamplingRequest):
             message = f"max_tokens ({other}) and max_completion_tokens ({limit}) are one limit: give one of them"
             raise ApiError(400, message, param="max_tokens", code="invalid_value")
         return self._sampling(
-            max_tokens=other if limit is None else limit,
+            max_tokens=self.output_limit,
             logprobs=(self.top_logprobs or 0) if self.logprobs else None,
         )
+
+    @property
+    def output_limit(self) -> int | None:
+        """Most tokens of an answer; None: as many as there is room for."""
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def template_variables(self) -> dict[str, Any]:
+        """What the chat template is given beside the conversation."""
+        documents = {"documents": self.documents} if self.documents else {}
+        return {**(self.chat_template_kwargs or {}), **documents}
 
     def refusal(self, error: RequestError) -> ApiError:
         """The error with the parameter named as the client spelt it."""
         message, field = str(error), error.field
+        if field == "chat_template_kwargs.documents" and self.documents:
+            field = "documents"
         if field == "grammar" and self.grammar is None:
             return ApiError(400, message, param="tools", code="invalid_value")
         if field == "max_tokens" and self.max_completion_tokens is not None:

@@ -60,8 +60,8 @@ def _generation(
         if tools is not None:
             sampling = tools.bind(sampling)
         return Generation(
-            llm, prompts, sampling, new_id(kind), caller, priority=body.priority or 0, cache_salt=body.salt,
-            refusal=body.refusal,
+            llm, prompts, sampling, body.given_id(kind) or new_id(kind), caller, priority=body.priority or 0,
+            cache_salt=body.salt, refusal=body.refusal,
         )  # fmt: skip
     except RequestError as error:
         raise body.refusal(error) from None
