@@ -135,6 +135,9 @@ class SamplingParams:
     skip_special_tokens: bool = True
     logprobs: int | None = None
     """None: off. 0: the chosen token's only. k: also the k most likely tokens'."""
+    prompt_logprobs: int | None = None
+    """The same of the prompt's tokens from the second on, which have come with the first output. Such a prompt is
+    computed in full, whatever the prefix cache has."""
     num_speculative_tokens: int | None = None
     """Tokens guessed ahead at most; 0: none. None: as many as the engine sees fit. It changes how fast tokens come, not
     their distribution."""
@@ -185,12 +188,9 @@ class SamplingParams:
                 stop[:40],
                 f"strings of 1 to {MAX_STOP_STRING_CHARS} characters",
             )
-        _check(
-            self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS,
-            "logprobs",
-            self.logprobs,
-            f"between 0 and {MAX_LOGPROBS}",
-        )
+        for name in ("logprobs", "prompt_logprobs"):
+            count = getattr(self, name)
+            _check(count is None or 0 <= count <= MAX_LOGPROBS, name, count, f"between 0 and {MAX_LOGPROBS}")
         drafts = self.num_speculative_tokens
         _check(drafts is None or drafts >= 0, "num_speculative_tokens", drafts, "at least 0")
         if self.grammar is not None:
@@ -278,3 +278,5 @@ class RequestOutput:
     """Tokens that were guessed ahead and verified, of all its sequences; on the last output only."""
     num_accepted_tokens: int = 0
     """Those of them that are part of the output."""
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    """Of the prompt's tokens from the second on, where they were asked for; on the first output only."""

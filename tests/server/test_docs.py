@@ -50,7 +50,8 @@ def test_honoured_parameters():
     within = {"include_usage", "include_obfuscation", "continuous_usage_stats", "token_ids", "prompt_token_ids"}
     assert named("**Honoured** in both", "- Chat also") - within == CHAT & COMPLETION
     assert named("- Chat also", "- Completions also") - {"logprobs", "max_tokens"} == CHAT - COMPLETION
-    assert named("- Completions also", "`model` may be absent") - {"logprobs", "n"} == COMPLETION - CHAT
+    told = named("- Completions also", "`model` may be absent")
+    assert told - {"logprobs", "n", "max_tokens"} == COMPLETION - CHAT
 
 
 def test_ignored_and_refused_parameters():
@@ -96,7 +97,7 @@ def test_limits():
     assert row("grammars waiting, compiled ones kept") == kept
     assert {name: defaults[name] for name in GrammarConfig.__dataclass_fields__} == dataclasses.asdict(grammar)
     assert row("`cache_salt`") == [1, request.MAX_CACHE_SALT_CHARS]
-    assert row("`logprobs` of a completion, `top_logprobs`") == [request.MAX_LOGPROBS, request.MAX_LOGPROBS]
+    assert row("`logprobs` of a completion, `top_logprobs`, `prompt_logprobs`") == [request.MAX_LOGPROBS] * 3
 
 
 @pytest.mark.parametrize("kind", ["gauge", "counter"])

@@ -26,10 +26,8 @@ def chat(client, *, stream=False, messages=MESSAGES, logprobs=None, n=None, **ex
 
 
 def complete(client, prompt="once upon", *, stream=False, **extra):
-    return client.completions.create(
-        model="served", prompt=prompt, temperature=0, max_tokens=12, stream=stream,
-        extra_body={"ignore_eos": True, **extra},
-    )  # fmt: skip
+    body = {"temperature": 0, "max_tokens": 12, "ignore_eos": True, **extra}
+    return client.completions.create(model="served", prompt=prompt, stream=stream, extra_body=body)
 
 
 def test_allowed_token_ids_and_bad_words(client):
@@ -159,3 +157,67 @@ def test_documents_go_to_the_template(documented, url):
     refused = httpx.post(f"{url}/v1/chat/completions", json={**body, "documents": papers})
     assert refused.status_code == 400 and refused.json()["error"]["param"] == "documents"
     assert httpx.post(f"{url}/v1/chat/completions", json={**body, "documents": []}).status_code == 200
+
+
+def test_prompt_logprobs(client):
+    said = chat(client, prompt_logprobs=2).prompt_logprobs
+    prompt = b"user: Hello!\nassistant:"
+    assert said[0] is None and len(said) == len(prompt)
+    for byte, told in zip(prompt[1:], said[1:], strict=True):
+        assert 2 <= len(told) <= 3
+        own = told[str(byte)]
+        assert own["decoded_token"] == chr(byte) and own["logprob"] <= 0
+        assert sorted(item["rank"] for item in told.values())[:2] == [1, 2]
+    whole = complete(client, ["one", "two"], prompt_logprobs=0, n=2)
+    assert [len(choice.prompt_logprobs) for choice in whole.choices] == [3] * 4
+    assert [list(told) for told in whole.choices[2].prompt_logprobs[1:]] == [["119"], ["111"]]
+
+
+def test_echo_with_logprobs(client):
+    plain = complete(client, "once upon", logprobs=2).choices[0]
+    prompt = complete(client, "once upon", prompt_logprobs=2).choices[0].prompt_logprobs
+    echoed = complete(client, "once upon", logprobs=2, echo=True).choices[0]
+    said = echoed.logprobs
+    assert echoed.text == "once upon" + plain.text
+    assert said.tokens == [*"once upon", *plain.logprobs.tokens]
+    assert said.text_offset[:10] == list(range(10))
+    assert said.token_logprobs[0] is None and said.top_logprobs[0] is None
+    of_prompt = [told[str(byte)]["logprob"] for byte, told in zip(b"nce upon", prompt[1:], strict=True)]
+    assert said.token_logprobs[1:9] == of_prompt
+    assert said.token_logprobs[9:] == plain.logprobs.token_logprobs
+    assert said.top_logprobs[9:] == plain.logprobs.top_logprobs
+    tokens, offsets = [], []
+    for chunk in complete(client, "once upon", logprobs=2, echo=True, stream=True):
+        for choice in chunk.choices:
+            tokens += choice.logprobs.tokens
+            offsets += choice.logprobs.text_offset
+    assert (tokens, offsets) == (said.tokens, said.text_offset)
+
+
+def test_nothing_but_the_prompt(client):
+    """What evaluation harnesses ask for."""
+    options = {"max_tokens": 0, "echo": True, "logprobs": 1}
+    whole = complete(client, ["one", "two"], **options)
+    assert [choice.text for choice in whole.choices] == ["one", "two"]
+    assert [choice.finish_reason for choice in whole.choices] == ["length"] * 2
+    assert whole.choices[1].logprobs.tokens == ["t", "w", "o"]
+    assert whole.usage.completion_tokens == 0 and whole.usage.prompt_tokens == 6
+    chunks = list(complete(client, ["one", "two"], **options, stream=True, stream_options={"include_usage": True}))
+    assert sorted(choice.text for chunk in chunks for choice in chunk.choices) == ["one", "two"]
+    assert chunks[-1].usage.completion_tokens == 0
+    assert complete(client, "one", max_tokens=0, echo=True).choices[0].logprobs is None
+
+
+def test_the_best_of_several(client):
+    drawn = {"temperature": 1.0, "seed": 5, "max_tokens": 10}
+    every = complete(client, ["one", "two"], **drawn, n=6, logprobs=0)
+    means = [sum(c.logprobs.token_logprobs) / len(c.logprobs.token_logprobs) for c in every.choices]
+    best = complete(client, ["one", "two"], **drawn, n=2, best_of=6)
+    for prompt in range(2):
+        own = range(6 * prompt, 6 * prompt + 6)
+        expected = sorted(own, key=means.__getitem__, reverse=True)[:2]
+        told = best.choices[2 * prompt : 2 * prompt + 2]
+        assert [choice.text for choice in told] == [every.choices[place].text for place in expected]
+    assert [choice.index for choice in best.choices] == [0, 1, 2, 3]
+    assert all(choice.logprobs is None for choice in best.choices)
+    assert best.usage.completion_tokens == every.usage.completion_tokens

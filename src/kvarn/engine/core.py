@@ -210,6 +210,10 @@ class EngineCore:
     def _book(self, scheduled: SchedulerOutput, result: StepOutput) -> list[Event]:
         """What each request gained by a step."""
         parts: dict[str, list[SequenceOutput]] = {}
+        for prompt in result.prompt_logprobs:
+            for text in self._texts.values():
+                if text.is_unfinished(prompt.sequence_id):
+                    text.prompt_logprobs += prompt.logprobs
         failed: list[Event] = []
 
         def stops(sequence: Sequence, token: SampledToken) -> str | int | None:

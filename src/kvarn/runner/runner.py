@@ -15,6 +15,7 @@ from kvarn.runner.block_file import BlockFile
 from kvarn.runner.block_mover import BlockMover
 from kvarn.runner.drafter import Drafter, NullDrafter, Proposal
 from kvarn.runner.guide import guided
+from kvarn.runner.prompt_logprobs import take_prompts
 from kvarn.sampling import Draft, Sampler, TokenMasks
 from kvarn.step import DraftTokens, FailedSequence, SampledToken, ScheduledSequence, SchedulerOutput, StepOutput
 
@@ -83,6 +84,7 @@ class Runner:
         pending = self.grammars.begin(parts)
         values = self._executable.execute(self._batches.build(scheduled.sequences), self._drafter.buffers)
         masks = None if pending is None else self.grammars.finish(pending)
+        values, prompts = take_prompts(values, self._logits, scheduled.sequences, self._sampler)
         sampled, failed = self._sample(values[self._logits], parts, masks)
         started = time.perf_counter()
         proposals = guided(self.grammars, scheduled, self._drafter.propose(scheduled, sampled, values))
@@ -91,8 +93,9 @@ class Runner:
         self._drawn = {p.sequence_id: p for p in proposals if p.probabilities is not None}
         drafts = tuple(_tokens(p) for p in proposals if p.token_ids)
         return StepOutput(
-            scheduled.step, tuple(sampled), loaded, moved, drafts, draft_seconds, prepare_seconds, tuple(failed)
-        )
+            scheduled.step, tuple(sampled), loaded, moved, drafts, draft_seconds, prepare_seconds, tuple(failed),
+            prompts,
+        )  # fmt: skip
 
     def _sample(
         self, logits: NDArray[np.float32], parts: list[ScheduledSequence], masks: StepMasks | None

@@ -9,7 +9,7 @@ from typing import Any
 
 from kvarn.request import SequenceOutput
 from kvarn.server.generation import Answer, Generation
-from kvarn.server.logprobs import chat_logprobs
+from kvarn.server.logprobs import chat_logprobs, prompt_logprobs
 from kvarn.server.protocol import ChatCompletionRequest
 from kvarn.server.sse import event
 from kvarn.server.tools import ToolUse, Voice
@@ -49,7 +49,7 @@ class ChatAnswer:
             }
             for index, (answer, voice) in enumerate(zip(answers, self._voices, strict=True))
         ]
-        head = {**self._head, **self._prompt_ids()}
+        head = {**self._head, **self._prompt_ids(), **self._prompt_logprobs()}
         return {**head, "object": "chat.completion", "choices": choices, "usage": self._generation.usage.body()}
 
     def _logprobs(self, part: SequenceOutput | Answer) -> dict[str, Any]:
@@ -61,6 +61,12 @@ class ChatAnswer:
         if not self._request.return_token_ids:
             return {}
         return {"prompt_token_ids": list(self._generation.requests[0].prompt_token_ids)}
+
+    def _prompt_logprobs(self) -> dict[str, Any]:
+        if self._request.prompt_logprobs is None:
+            return {}
+        said, as_ids = self._generation.prompt_logprobs.get(0, ()), bool(self._request.return_tokens_as_token_ids)
+        return {"prompt_logprobs": prompt_logprobs(self._tokenizer, said, as_ids)}
 
     def _ids(self, part: SequenceOutput | Answer) -> dict[str, Any]:
         return {"token_ids": list(part.token_ids)} if self._request.return_token_ids else {}

@@ -100,6 +100,8 @@ class Generation:
             request = llm.resolve(request)
             llm.check(request)
             self.requests.append(request)
+        self.prompt_logprobs: dict[int, tuple[TokenLogprob, ...]] = {}
+        """By prompt, of its tokens from the second on, where they were asked for: as soon as any delta has come."""
         self.usage = Usage(prompt=sum(len(request.prompt_token_ids) for request in self.requests))
 
     @property
@@ -150,6 +152,8 @@ class Generation:
                 await asyncio.gather(*feeders, return_exceptions=True)
 
     def _deltas(self, prompt: int, output: RequestOutput) -> list[tuple[int, SequenceOutput]]:
+        if output.prompt_logprobs:
+            self.prompt_logprobs[prompt] = output.prompt_logprobs
         self.usage.completion += sum(len(delta.token_ids) for delta in output.outputs)
         if output.finished:
             self.usage.cached += output.num_cached_tokens

@@ -38,7 +38,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "logits_processors": ([],),
     "use_beam_search": (False,),
     "length_penalty": (1,),
-    "prompt_logprobs": (),
     "chat_template": (),
     "documents": ([],),
     "spaces_between_special_tokens": (True, False),

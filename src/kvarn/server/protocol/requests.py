@@ -18,7 +18,7 @@ from pydantic import (
 )  # fmt: skip
 
 from kvarn.errors import RequestError
-from kvarn.request import MAX_CACHE_SALT_CHARS, MAX_LOGPROBS, Grammar, SamplingParams
+from kvarn.request import MAX_CACHE_SALT_CHARS, MAX_LOGPROBS, MAX_N, Grammar, SamplingParams
 from kvarn.server.errors import ApiError
 from kvarn.server.protocol.structure import ResponseFormat, StructuredOutputs
 
@@ -31,7 +31,7 @@ MAX_PROMPTS = 64
 SAMPLING_FIELDS = (
     "n", "seed", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
     "repetition_penalty", "min_tokens", "ignore_eos", "skip_special_tokens", "include_stop_str_in_output",
-    "num_speculative_tokens",
+    "num_speculative_tokens", "prompt_logprobs",
 )  # fmt: skip
 """Fields that `SamplingParams` has under the same name; its defaults hold where they are absent or null."""
 
@@ -129,16 +129,21 @@ class SamplingRequest(ModelRequest):
     """Keeps the last so many tokens of a prompt; -1: as many as leave room for the answer."""
     return_token_ids: StrictBool | None = None
     return_tokens_as_token_ids: StrictBool | None = None
+    prompt_logprobs: StrictInt | None = None
     request_id: StrictStr | None = None
     """What the answer's id ends with."""
     cache_salt: StrictStr | None = None
     """Cached prefixes are shared only between requests with the same salt (vLLM has it, too)."""
 
-    def _sampling(self, *, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
+    def _sampling(self, *, max_tokens: int | None, logprobs: int | None, **more: Any) -> SamplingParams:
+        """more: in place of fields of the same name."""
         self._check_stream_options()
+        if self.prompt_logprobs is not None and self.stream:
+            message = "prompt_logprobs are not told in a stream"
+            raise ApiError(400, message, param="prompt_logprobs", code="unsupported_parameter")
         given = {name: getattr(self, name) for name in SAMPLING_FIELDS if getattr(self, name) is not None}
         return SamplingParams(
-            **given,
+            **{**given, **more},
             max_tokens=max_tokens,
             logprobs=logprobs,
             stop=self.stop,
@@ -237,13 +242,40 @@ class CompletionRequest(SamplingRequest):
 
     def to_sampling(self) -> SamplingParams:
         """As the engine takes it. Raises RequestError, ApiError naming the parameter."""
+        more: dict[str, Any] = {}
+        logprobs = self.logprobs
+        if self.chooses:
+            more["n"], logprobs = self._width(), logprobs or 0
         if self.echo and self.logprobs is not None:
-            message = "echo is not supported together with logprobs yet"
-            raise ApiError(400, message, param="echo", code="unsupported_parameter")
-        if self.best_of is not None and self.best_of != (1 if self.n is None else self.n):
-            message = "best_of must be n: choosing among more answers is not supported yet"
+            more["prompt_logprobs"] = max(self.logprobs, self.prompt_logprobs or 0)
+        # The engine makes a token in any case; where none is wanted it is not told.
+        limit = 1 if self.echoes_only else self.output_limit
+        return self._sampling(max_tokens=limit, logprobs=logprobs, **more)
+
+    @property
+    def num_answers(self) -> int:
+        """That are told of each prompt."""
+        return 1 if self.n is None else self.n
+
+    @property
+    def chooses(self) -> bool:
+        """Whether more answers are made than told."""
+        return self.best_of is not None and self.best_of != self.num_answers
+
+    @property
+    def echoes_only(self) -> bool:
+        """Whether nothing but the prompt is to be told."""
+        return bool(self.echo) and self.max_tokens == 0
+
+    def _width(self) -> int:
+        width = self.best_of or 0
+        if not self.num_answers <= width <= MAX_N:
+            message = f"best_of must be between n ({self.num_answers}) and {MAX_N}, not {width}"
+            raise ApiError(400, message, param="best_of", code="invalid_value")
+        if self.stream:
+            message = "best_of above n cannot be streamed: which answers are best is known at the end"
             raise ApiError(400, message, param="best_of", code="unsupported_parameter")
-        return self._sampling(max_tokens=self.output_limit, logprobs=self.logprobs)
+        return width
 
     @property
     def output_limit(self) -> int:
