@@ -15,6 +15,8 @@ class RequestText:
 
     def __init__(self, request: Request, sequences: ListOf[Sequence], tokenizer: Tokenizer) -> None:
         self.request = request
+        self.embedding: tuple[float, ...] | None = None
+        """Goes into the next output."""
         self._sequences = sequences
         self._unfinished = {sequence.sequence_id: sequence for sequence in sequences}
         sampling = request.sampling
@@ -83,5 +85,5 @@ class RequestText:
             accepted = sum(sequence.num_accepted_tokens for sequence in self._sequences)
         return RequestOutput(
             self.request.request_id, outputs, first.num_prompt_tokens, first.num_cached_tokens, self.finished, drafted,
-            accepted,
+            accepted, self.embedding,
         )  # fmt: skip
