@@ -13,6 +13,7 @@ from kvarn.server.auth import ApiKeys, Authentication
 from kvarn.server.routes.openai import add_openai_routes
 from kvarn.server.routes.pages import add_pages
 from kvarn.server.routes.service import add_service_routes
+from kvarn.server.routes.tokens import add_token_routes
 from kvarn.server.state import ServerState
 
 DEFAULT_MAX_BODY_BYTES = 8 << 20
@@ -38,5 +39,6 @@ def create_app(
     app.add_middleware(Authentication, keys=ApiKeys(api_keys))
     add_service_routes(app, state)
     add_openai_routes(app, state)
+    add_token_routes(app, state)
     add_pages(app)
     return app

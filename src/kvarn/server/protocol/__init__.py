@@ -3,13 +3,15 @@
 from kvarn.server.protocol.parameters import HARMLESS, MOST_ENTRIES, NEUTRAL, RENAMED, screen
 from kvarn.server.protocol.requests import (
     MAX_PROMPTS,
+    AnswerRequest,
     ChatCompletionRequest,
     CompletionRequest,
     ModelRequest,
     SamplingRequest,
 )  # fmt: skip
+from kvarn.server.protocol.tokens import DetokenizeRequest, TokenizeRequest
 
 __all__ = [
-    "HARMLESS", "MAX_PROMPTS", "MOST_ENTRIES", "NEUTRAL", "RENAMED", "ChatCompletionRequest", "CompletionRequest",
-    "ModelRequest", "SamplingRequest", "screen",
+    "HARMLESS", "MAX_PROMPTS", "MOST_ENTRIES", "NEUTRAL", "RENAMED", "AnswerRequest", "ChatCompletionRequest",
+    "CompletionRequest", "DetokenizeRequest", "ModelRequest", "SamplingRequest", "TokenizeRequest", "screen",
 ]  # fmt: skip

@@ -82,14 +82,19 @@ class StreamOptions(BaseModel):
 
 
 class ModelRequest(BaseModel):
-    """What every request for an answer has."""
+    """What every request has."""
 
     model_config = ConfigDict(extra="forbid")
     model: StrictStr | None = None
+
+
+class AnswerRequest(ModelRequest):
+    """What every request for an answer has."""
+
     stream: StrictBool | None = None
 
 
-class SamplingRequest(ModelRequest):
+class SamplingRequest(AnswerRequest):
     """Parameters that completions and chat completions share. null means absent, as OpenAI has it.
 
     Lists are validated up to the first item that is wrong, so that a hostile body costs no more than reading it.
@@ -228,9 +233,7 @@ class ChatCompletionRequest(SamplingRequest):
         if self.top_logprobs is not None and not 0 <= self.top_logprobs <= MAX_LOGPROBS:
             message = f"top_logprobs must be between 0 and {MAX_LOGPROBS}, not {self.top_logprobs}"
             raise ApiError(400, message, param="top_logprobs", code="invalid_value")
-        if self.continue_final_message and self.add_generation_prompt:
-            message = "add_generation_prompt and continue_final_message exclude one another"
-            raise ApiError(400, message, param="add_generation_prompt", code="invalid_value")
+        self.check_end()
         limit, other = self.max_completion_tokens, self.max_tokens
         if limit is not None and other is not None and limit != other:
             message = f"max_tokens ({other}) and max_completion_tokens ({limit}) are one limit: give one of them"
@@ -239,6 +242,12 @@ class ChatCompletionRequest(SamplingRequest):
             max_tokens=other if limit is None else limit,
             logprobs=(self.top_logprobs or 0) if self.logprobs else None,
         )
+
+    def check_end(self) -> None:
+        """Raises ApiError where it is not clear what the prompt ends with."""
+        if self.continue_final_message and self.add_generation_prompt:
+            message = "add_generation_prompt and continue_final_message exclude one another"
+            raise ApiError(400, message, param="add_generation_prompt", code="invalid_value")
 
     def refusal(self, error: RequestError) -> ApiError:
         """The error with the parameter named as the client spelt it."""
