@@ -10,6 +10,7 @@ from fastapi.responses import JSONResponse, Response
 
 from kvarn.server.body import parse, read_body
 from kvarn.server.caller import Caller
+from kvarn.server.dialects import dialect_of
 from kvarn.server.protocol import AnswerRequest, ModelRequest
 from kvarn.server.sse import EventStream, unless_disconnected
 from kvarn.server.state import Served, ServerState
@@ -44,7 +45,8 @@ async def answered(
     body, served = await _received(request, state, body_model)
     reply = await state.in_thread(lambda: understand(body, served, caller))
     if body.stream:
-        return await unless_disconnected(request.receive, EventStream.begin(reply.stream()))
+        beginning = EventStream.begin(reply.stream(), dialect_of(request.url.path))
+        return await unless_disconnected(request.receive, beginning)
     return JSONResponse(await unless_disconnected(request.receive, reply.whole()))
 
 

@@ -8,10 +8,10 @@ from contextlib import aclosing
 from typing import Any
 
 from kvarn.request import SequenceOutput
+from kvarn.server.events import event
 from kvarn.server.generation import Answer, Generation
 from kvarn.server.logprobs import completion_logprobs
 from kvarn.server.protocol import CompletionRequest
-from kvarn.server.sse import event
 from kvarn.text import Tokenizer
 
 

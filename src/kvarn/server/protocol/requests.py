@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import (
     BaseModel,
@@ -19,6 +19,7 @@ from pydantic import (
 from kvarn.errors import RequestError
 from kvarn.request import MAX_CACHE_SALT_CHARS, MAX_LOGPROBS, Grammar, SamplingParams
 from kvarn.server.errors import ApiError
+from kvarn.server.protocol.parameters import COMPLETIONS, Screening
 from kvarn.server.protocol.structure import ResponseFormat, StructuredOutputs
 
 DEFAULT_COMPLETION_TOKENS = 16
@@ -85,6 +86,8 @@ class ModelRequest(BaseModel):
     """What every request has."""
 
     model_config = ConfigDict(extra="forbid")
+    screening: ClassVar[Screening] = COMPLETIONS
+    """What becomes of parameters that it has not."""
     model: StrictStr | None = None
 
 
