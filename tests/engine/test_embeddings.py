@@ -105,6 +105,20 @@ def test_an_embedding_leaves_the_answers_of_others_alone():
     assert {name: tokens_of(mixed[name]) for name in quiet} == {name: tokens_of(quiet[name]) for name in quiet}
 
 
+def test_streams_get_a_token_of_each_step_while_a_long_text_is_embedded():
+    core = tiny_engine(backend="cpu", dtype="float16", max_num_seqs=4, max_num_batched_tokens=16).core
+    core.add(request("talk", "hi", max_tokens=100))
+    core.step()
+    core.add(asked("a", "x" * 200))
+    embedded, steps = False, 0
+    while not embedded:
+        events = {event.request_id: event for event in core.step()}
+        assert len(events["talk"].outputs[0].token_ids) == 1
+        embedded, steps = "a" in events, steps + 1
+    assert steps >= 200 / 16
+    core.close()
+
+
 def test_beside_speculation():
     speculative = SpeculativeConfig(method="ngram", k=4)
     crowd = [request("talk", "abcabcabcabcabc", max_tokens=30), asked("a")]

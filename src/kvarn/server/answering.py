@@ -16,11 +16,15 @@ from kvarn.server.sse import EventStream, unless_disconnected
 from kvarn.server.state import Served, ServerState
 
 
-class Reply(Protocol):
-    """An answer in one client's form. One of the two is called, once."""
+class WholeReply(Protocol):
+    """An answer in one client's form."""
 
     async def whole(self) -> dict[str, Any]:
-        """The JSON body, once everything is there."""
+        """The JSON body, once everything is there. Called once."""
+
+
+class Reply(WholeReply, Protocol):
+    """One that may come as a stream. One of the two is called, once."""
 
     def stream(self) -> AsyncGenerator[bytes, None]:
         """Server-sent events as they come."""
@@ -47,6 +51,20 @@ async def answered(
     if body.stream:
         beginning = EventStream.begin(reply.stream(), dialect_of(request.url.path))
         return await unless_disconnected(request.receive, beginning)
+    return JSONResponse(await unless_disconnected(request.receive, reply.whole()))
+
+
+async def answered_whole(
+    request: Request,
+    state: ServerState,
+    body_model: type[Body],
+    understand: Callable[[Body, Served, Caller], WholeReply],
+) -> Response:
+    """The same for answers that are never streamed."""
+    state.ready()
+    caller = Caller.of(request)
+    body, served = await _received(request, state, body_model)
+    reply = await state.in_thread(lambda: understand(body, served, caller))
     return JSONResponse(await unless_disconnected(request.receive, reply.whole()))
 
 

@@ -1,5 +1,6 @@
 """What clients may send: the request models, and the tables that say what becomes of every other parameter."""
 
+from kvarn.server.protocol.embeddings import MAX_INPUTS, EmbeddingRequest
 from kvarn.server.protocol.parameters import HARMLESS, MOST_ENTRIES, NEUTRAL, RENAMED, screen
 from kvarn.server.protocol.requests import (
     MAX_PROMPTS,
@@ -12,6 +13,7 @@ from kvarn.server.protocol.requests import (
 from kvarn.server.protocol.tokens import DetokenizeRequest, TokenizeRequest
 
 __all__ = [
-    "HARMLESS", "MAX_PROMPTS", "MOST_ENTRIES", "NEUTRAL", "RENAMED", "AnswerRequest", "ChatCompletionRequest",
-    "CompletionRequest", "DetokenizeRequest", "ModelRequest", "SamplingRequest", "TokenizeRequest", "screen",
+    "HARMLESS", "MAX_INPUTS", "MAX_PROMPTS", "MOST_ENTRIES", "NEUTRAL", "RENAMED", "AnswerRequest",
+    "ChatCompletionRequest", "CompletionRequest", "DetokenizeRequest", "EmbeddingRequest", "ModelRequest",
+    "SamplingRequest", "TokenizeRequest", "screen",
 ]  # fmt: skip

@@ -65,7 +65,7 @@ RENAMED = {
 
 MOST_ENTRIES = {
     "messages": MAX_MESSAGES, "tools": MAX_TOOLS, "stop": MAX_STOP_STRINGS, "logit_bias": MAX_LOGIT_BIAS,
-    "stop_token_ids": 1024, "stop_sequences": MAX_STOP_STRINGS, "input": MAX_MESSAGES,
+    "stop_token_ids": 1024, "stop_sequences": MAX_STOP_STRINGS,
 }  # fmt: skip
 """Entries of a list or an object at most, looked at before any entry is."""
 

@@ -26,6 +26,8 @@ DEFAULT_COMPLETION_TOKENS = 16
 """`max_tokens` of a completion that does not say, as OpenAI has it."""
 MAX_PROMPTS = 64
 """In one completion request."""
+MOST_PROMPTS = 2048
+"""In any request."""
 SAMPLING_FIELDS = (
     "n", "seed", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
     "repetition_penalty", "min_tokens", "ignore_eos", "skip_special_tokens", "include_stop_str_in_output",
@@ -54,7 +56,7 @@ def _prompt(value: Any) -> Any:
     kinds = set(map(type, value)) if isinstance(value, list) else {None}
     if kinds <= {str} or kinds == {int}:
         return value
-    if kinds == {list} and (len(value) > MAX_PROMPTS or all(set(map(type, ids)) <= {int} for ids in value)):
+    if kinds == {list} and (len(value) > MOST_PROMPTS or all(set(map(type, ids)) <= {int} for ids in value)):
         return value
     raise ValueError("must be a string, a list of strings, a list of token ids, or a list of lists of token ids")
 
