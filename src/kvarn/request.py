@@ -216,6 +216,15 @@ class SamplingParams:
         return self.temperature == 0.0
 
 
+class Pooling(enum.Enum):
+    """How the hidden states of a prompt's tokens, after the model's last norm, become one vector."""
+
+    MEAN = "mean"
+    """Their mean. All of them are computed: nothing is taken from the prefix cache."""
+    LAST = "last"
+    """That of the last token."""
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """What was asked. Immutable; the running state lives in the scheduler's `Sequence`s (`sampling.n` of them)."""
@@ -231,8 +240,13 @@ class Request:
     ttft_slo_ms: float | None = None
     """Refuse it at once where its first token is not to be expected within this time. None: what the engine's config
     says."""
+    pooling: Pooling | None = None
+    """Makes it an embedding: `RequestOutput.embedding` is what was asked for. It goes the way of all requests, as one
+    for a single token, which means nothing."""
 
     def __post_init__(self) -> None:
+        single = self.sampling.max_tokens == 1 and self.sampling.n == 1
+        _check(self.pooling is None or single, "pooling", self.pooling, "None unless max_tokens and n are 1")
         slo = self.ttft_slo_ms
         _check(slo is None or 0 < slo < math.inf, "ttft_slo_ms", slo, "above 0")
         must = f"at most {MAX_CACHE_SALT_CHARS} characters"
@@ -280,3 +294,5 @@ class RequestOutput:
     """Those of them that are part of the output."""
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     """Of the prompt's tokens from the second on, where they were asked for; on the first output only."""
+    embedding: tuple[float, ...] | None = None
+    """What `Request.pooling` asks for, with the precision of float32 and the length it came out with."""

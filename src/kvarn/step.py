@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvarn.request import SamplingParams, TokenLogprob
+from kvarn.request import Pooling, SamplingParams, TokenLogprob
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +85,8 @@ class NewSequence:
     """Tokens that `min_tokens` masks: end-of-sequence ids (unless ignore_eos) and the request's stop_token_ids."""
     salt: tuple[str, str] = ("", "")
     """The request's (tenant, cache_salt): nothing that is learned from one salt's texts may serve another."""
+    pooling: Pooling | None = None
+    """How the prompt's hidden states become a vector, where that is asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +175,14 @@ class FailedSequence:
 
 
 @dataclass(frozen=True, slots=True)
+class PooledSequence:
+    """The vector of a sequence with `NewSequence.pooling`, all of whose prompt is computed."""
+
+    sequence_id: int
+    vector: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class StepOutput:
     """What a step produced, for each scheduled sequence with `sample`, in schedule order.
 
@@ -194,6 +204,7 @@ class StepOutput:
     failed: tuple[FailedSequence, ...] = ()
     """Sequences that cannot go on; they have no tokens among `sampled`."""
     prompt_logprobs: tuple[PromptLogprobs, ...] = ()
+    pooled: tuple[PooledSequence, ...] = ()
 
     @property
     def aside_seconds(self) -> float:

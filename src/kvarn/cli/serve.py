@@ -29,6 +29,7 @@ from kvarn.cli.speculative import Speculative, speculative_config
 if TYPE_CHECKING:
     from kvarn.engine import AsyncLLM
     from kvarn.planning import MemoryPlan
+    from kvarn.request import Pooling
     from kvarn.tracing import TraceRecorder
 
 EPILOG = """\b
@@ -125,6 +126,13 @@ def command(
     ] = 250.0,
     max_queued_grammars: Annotated[int, typer.Option(help="Grammars waiting to be compiled; one more gets 429.")] = 64,
     grammar_cache_entries: Annotated[int, typer.Option(help="Compiled grammars that are kept.")] = 64,
+    pooling: Annotated[
+        str,
+        typer.Option(
+            help="How /v1/embeddings makes one vector of a text, unless the request says: the mean of its tokens' "
+            "hidden states, or the last one's."
+        ),
+    ] = "mean",
     trace_file: Annotated[
         Path | None,
         typer.Option(help="Record what the engine does, and write the last steps here at the end (see `kvarn trace`)."),
@@ -170,7 +178,7 @@ def command(
     keys = (*(api_key or ()), *_keys_of(os.environ.get("KVARN_API_KEYS", "")))
     path = resolve_with_progress(model, quiet=not sys.stderr.isatty())
     names = (served_model_name, model_name(model)) if served_model_name else (model_name(model),)
-    options = ServeOptions(str(path), host, port, names, max_body_bytes, config, keys)
+    options = ServeOptions(str(path), host, port, names, max_body_bytes, config, keys, _pooling(pooling))
     addresses: list[str] = []
 
     def listening(url: str) -> None:
@@ -184,6 +192,16 @@ def command(
 
     with _recording(trace_file, max_num_batched_tokens) as observer:
         serve(options, on_listening=listening, on_plan=_tell, on_ready=ready, observer=observer)
+
+
+def _pooling(way: str) -> Pooling:
+    from kvarn.errors import ConfigError
+    from kvarn.request import Pooling
+
+    try:
+        return Pooling(way)
+    except ValueError:
+        raise ConfigError(f"pooling must be mean or last, not {way!r}") from None
 
 
 def _keys_of(listed: str) -> list[str]:

@@ -116,6 +116,8 @@ class EngineCore:
         self._limits.check(request)
         self._check_order(request)
         self._check_drafts(request)
+        if request.pooling is not None and not self._runner.pooler.active:
+            raise RequestError("this engine makes no embeddings", field="pooling")
         sampling = request.sampling
         if sampling.grammar is not None:
             self.grammars.check(sampling.grammar)
@@ -215,12 +217,14 @@ class EngineCore:
                 if text.is_unfinished(prompt.sequence_id):
                     text.prompt_logprobs += prompt.logprobs
         failed: list[Event] = []
+        pooled = {vector.sequence_id: vector.vector for vector in result.pooled}
 
         def stops(sequence: Sequence, token: SampledToken) -> str | int | None:
             request_id = sequence.request.request_id
             text = self._texts.get(request_id)
             if text is None:
                 return None
+            text.embedding = pooled.get(sequence.sequence_id)
             try:
                 output = text.append(sequence, token)
             except Exception:

@@ -15,6 +15,8 @@ class RequestText:
 
     def __init__(self, request: Request, sequences: ListOf[Sequence], tokenizer: Tokenizer) -> None:
         self.request = request
+        self.embedding: tuple[float, ...] | None = None
+        """Goes into the next output."""
         self._sequences = sequences
         self._unfinished = {sequence.sequence_id: sequence for sequence in sequences}
         sampling = request.sampling
@@ -87,5 +89,5 @@ class RequestText:
         prompt, self.prompt_logprobs = tuple(self.prompt_logprobs), []
         return RequestOutput(
             self.request.request_id, outputs, first.num_prompt_tokens, first.num_cached_tokens, self.finished, drafted,
-            accepted, prompt,
+            accepted, prompt, self.embedding,
         )  # fmt: skip

@@ -15,6 +15,7 @@ from kvarn.runner.block_file import BlockFile
 from kvarn.runner.block_mover import BlockMover
 from kvarn.runner.drafter import Drafter, NullDrafter, Proposal
 from kvarn.runner.guide import guided
+from kvarn.runner.pooler import NullPooler, Pooler
 from kvarn.runner.prompt_logprobs import take_prompts
 from kvarn.sampling import Draft, Sampler, TokenMasks
 from kvarn.step import DraftTokens, FailedSequence, SampledToken, ScheduledSequence, SchedulerOutput, StepOutput
@@ -37,18 +38,20 @@ class Runner:
         block_file: BlockFile | None = None,
         drafter: Drafter | None = None,
         grammars: GrammarMasks | None = None,
+        pooler: Pooler | None = None,
     ) -> None:
         """limits: those the executable was loaded with. logits: the program's output buffer.
 
         block_file: where blocks are saved and loaded, owned from now on; None: a step must not ask for that.
         drafter: who proposes drafts; None: nobody. grammars: of the sequences that have one, owned from now on; None:
-        no sequence may have one.
+        no sequence may have one. pooler: makes embeddings; None: no sequence may be one.
         """
         self._blocks = BlockMover(executable, block_file)
         self._executable = executable
         self._sampler = sampler
         self._drafter = drafter or NullDrafter()
         self.grammars = grammars or GrammarMasks()
+        self.pooler = pooler or NullPooler()
         self._drawn: dict[int, Proposal] = {}
         """The last proposals that were drawn from probabilities, by sequence."""
         self._num_groups = len(executable.program.kv_groups)
@@ -70,6 +73,7 @@ class Runner:
             self._sampler.add(new)
             self._drafter.add(new)
             self.grammars.add(new)
+            self.pooler.add(new)
             self._known.add(new.sequence_id)
         if scheduled.block_copies:
             self._executable.copy_blocks(scheduled.block_copies)
@@ -84,6 +88,7 @@ class Runner:
         pending = self.grammars.begin(parts)
         values = self._executable.execute(self._batches.build(scheduled.sequences), self._drafter.buffers)
         masks = None if pending is None else self.grammars.finish(pending)
+        pooled = self.pooler.take(scheduled, values)
         values, prompts = take_prompts(values, self._logits, scheduled.sequences, self._sampler)
         sampled, failed = self._sample(values[self._logits], parts, masks)
         started = time.perf_counter()
@@ -94,7 +99,7 @@ class Runner:
         drafts = tuple(_tokens(p) for p in proposals if p.token_ids)
         return StepOutput(
             scheduled.step, tuple(sampled), loaded, moved, drafts, draft_seconds, prepare_seconds, tuple(failed),
-            prompts,
+            prompts, pooled,
         )  # fmt: skip
 
     def _sample(
@@ -151,6 +156,7 @@ class Runner:
         self._sampler.remove(sequence_id)
         self._drafter.remove(sequence_id)
         self.grammars.remove(sequence_id)
+        self.pooler.remove(sequence_id)
 
     def reset(self) -> None:
         """Forgets all sequences, then runs one token to see that the program still runs. Raises what that raises."""

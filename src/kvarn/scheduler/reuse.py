@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 
-from kvarn.cache import BlockPool, NullPrefixCache, PrefixCache, common_length
+from kvarn.cache import BlockPool, NullPrefixCache, PrefixCache, PrefixPath, common_length
+from kvarn.request import Pooling, Request
 from kvarn.scheduler.moves import AlwaysMove, Moves
 from kvarn.scheduler.observer import Observer
 from kvarn.scheduler.sequence import Sequence
@@ -44,6 +45,11 @@ class PrefixReuse:
     def num_saved_tokens(self) -> int:
         """Tokens whose KV was saved to the second tier; a block of one KV group of several counts for its share."""
         return self.cache.tier.num_saved * self._pool.block_size // len(self._pool.windows)
+
+    def path(self, request: Request) -> PrefixPath:
+        """The place of a new sequence of the request; one that finds nothing where every token must be computed."""
+        cache = NullPrefixCache() if request.pooling is Pooling.MEAN else self.cache
+        return cache.path((request.tenant, request.cache_salt))
 
     def end_step(self) -> tuple[tuple[BlockSave, ...], tuple[BlockLoad, ...]]:
         """What the step that was put together since the last call saves and loads."""

@@ -161,7 +161,7 @@ class Scheduler:
                 max_length=self.limits.max_length_of(request),
                 eos_token_ids=frozenset() if sampling.ignore_eos else self._eos_token_ids,
                 table=new_tables(self._pool),
-                prefix=self.reuse.cache.path((request.tenant, request.cache_salt)),
+                prefix=self.reuse.path(request),
             )
             for index in range(sampling.n)
         ]

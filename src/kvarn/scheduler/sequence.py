@@ -125,6 +125,7 @@ class Sequence:
             stream=self.index,
             stop_token_ids=tuple(sorted(stop_ids)),
             salt=(self.request.tenant, self.request.cache_salt),
+            pooling=self.request.pooling,
         )
 
     def end_at(self, token_id: int) -> tuple[FinishReason, int | None] | None:

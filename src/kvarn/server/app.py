@@ -8,11 +8,15 @@ from fastapi import FastAPI
 
 from kvarn import __version__
 from kvarn.engine import AsyncLLM
+from kvarn.request import Pooling
 from kvarn.server import errors
 from kvarn.server.auth import ApiKeys, Authentication
+from kvarn.server.routes.anthropic import add_anthropic_routes
+from kvarn.server.routes.embeddings import add_embedding_routes
 from kvarn.server.routes.openai import add_openai_routes
 from kvarn.server.routes.pages import add_pages
 from kvarn.server.routes.service import add_service_routes
+from kvarn.server.routes.tokens import add_token_routes
 from kvarn.server.state import ServerState
 
 DEFAULT_MAX_BODY_BYTES = 8 << 20
@@ -24,10 +28,12 @@ def create_app(
     served_model_names: Sequence[str] = (),
     max_body_bytes: int = DEFAULT_MAX_BODY_BYTES,
     api_keys: Sequence[str] = (),
+    pooling: Pooling = Pooling.MEAN,
 ) -> FastAPI:
     """The application, which does not own the engine. Where it is None, `app.state.server.open(llm, names)` follows.
 
-    api_keys: see `ApiKeys`; without, everybody may ask. Raises ConfigError for a key that is none.
+    api_keys: see `ApiKeys`; without, everybody may ask. pooling: of embeddings whose request does not say. Raises
+    ConfigError for a key that is none.
     """
     # No /docs: that page loads its scripts from elsewhere.
     app = FastAPI(title="kvarn", version=__version__, docs_url=None, redoc_url=None)
@@ -38,5 +44,8 @@ def create_app(
     app.add_middleware(Authentication, keys=ApiKeys(api_keys))
     add_service_routes(app, state)
     add_openai_routes(app, state)
+    add_anthropic_routes(app, state)
+    add_embedding_routes(app, state, pooling)
+    add_token_routes(app, state)
     add_pages(app)
     return app

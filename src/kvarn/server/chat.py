@@ -8,31 +8,22 @@ from contextlib import aclosing
 from typing import Any
 
 from kvarn.request import SequenceOutput
-from kvarn.server.generation import Answer, Generation
+from kvarn.server.asking import Chat
+from kvarn.server.events import event
+from kvarn.server.generation import Answer
 from kvarn.server.logprobs import chat_logprobs, prompt_logprobs
 from kvarn.server.protocol import ChatCompletionRequest
-from kvarn.server.sse import event
-from kvarn.server.tools import ToolUse, Voice
-from kvarn.text import Tokenizer
 
 
 class ChatAnswer:
     """Builds the bodies of one chat completion, whole or as a stream; once."""
 
-    def __init__(
-        self,
-        request: ChatCompletionRequest,
-        generation: Generation,
-        tokenizer: Tokenizer,
-        model: str,
-        tools: ToolUse | None = None,
-    ) -> None:
-        """tools: that may be called; None: the answer is text."""
+    def __init__(self, request: ChatCompletionRequest, chat: Chat) -> None:
         self._request = request
-        self._generation = generation
-        self._tokenizer = tokenizer
-        self._voices = [Voice(tools) for _ in range(generation.num_choices)]
-        self._head = {"id": generation.answer_id, "created": int(time.time()), "model": model}
+        self._generation = chat.generation
+        self._tokenizer = chat.tokenizer
+        self._voices = chat.voices()
+        self._head = {"id": chat.generation.answer_id, "created": int(time.time()), "model": chat.model}
         self._first: dict[str, Any] = {}
         """What only the first event of a stream has."""
 

@@ -9,10 +9,10 @@ from dataclasses import replace
 from typing import Any
 
 from kvarn.request import FinishReason, SequenceOutput, TokenLogprob
+from kvarn.server.events import event
 from kvarn.server.generation import Answer, Generation
 from kvarn.server.logprobs import completion_logprobs, prompt_logprobs
 from kvarn.server.protocol import CompletionRequest
-from kvarn.server.sse import event
 from kvarn.text import Tokenizer
 
 

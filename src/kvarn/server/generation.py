@@ -15,8 +15,8 @@ from kvarn.server.caller import Caller
 
 
 def new_id(prefix: str) -> str:
-    """A fresh id as OpenAI's look: prefix and random characters."""
-    return f"{prefix}-{secrets.token_hex(12)}"
+    """A fresh id as those of the clients' APIs look. prefix: with what stands between it and the random characters."""
+    return f"{prefix}{secrets.token_hex(12)}"
 
 
 @dataclass(slots=True)
@@ -52,9 +52,11 @@ class Answer:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
 
     def take(self, delta: SequenceOutput) -> None:
         """Adds a delta."""
+        self.stop_reason = delta.stop_reason
         self.text += delta.text
         self.token_ids += delta.token_ids
         self.logprobs += delta.logprobs

@@ -8,7 +8,14 @@ from typing import Any
 from kvarn.engine import AsyncLLM
 from kvarn.errors import RequestError
 from kvarn.server.errors import ApiError
-from kvarn.server.protocol import MAX_PROMPTS, ChatCompletionRequest, CompletionRequest, SamplingRequest
+from kvarn.server.protocol import (
+    MAX_INPUTS,
+    MAX_PROMPTS,
+    ChatCompletionRequest,
+    CompletionRequest,
+    EmbeddingRequest,
+    SamplingRequest,
+)  # fmt: skip
 from kvarn.server.tools import ToolUse
 
 
@@ -22,19 +29,30 @@ class PromptEncoder:
 
     def completion(self, request: CompletionRequest) -> Iterator[Sequence[int]]:
         """Token ids of each prompt, one after the other. Raises ApiError, RequestError naming `prompt`."""
-        given = request.prompt
+        special = request.add_special_tokens is not False
+        for ids in self._prompts(request.prompt, special, MAX_PROMPTS, "prompt"):
+            yield self._kept(request, ids)
+
+    def inputs(self, request: EmbeddingRequest) -> Iterator[Sequence[int]]:
+        """Token ids of each text to embed. Raises ApiError naming `input`, RequestError naming `prompt`."""
+        special = request.add_special_tokens is not False
+        yield from self._prompts(request.input, special, MAX_INPUTS, "input")
+
+    def _prompts(
+        self, given: str | Sequence[Any], special: bool, most: int, name: str
+    ) -> Iterator[Sequence[int]]:
+        """name: of the parameter that they are given as."""
         single = isinstance(given, str) or (given and isinstance(given[0], int))
         prompts: list[Any] = [given] if single else list(given)
-        if not 1 <= len(prompts) <= MAX_PROMPTS:
-            message = f"prompt must hold 1 to {MAX_PROMPTS} prompts, not {len(prompts)}"
-            raise ApiError(400, message, param="prompt", code="invalid_value")
-        special = True if request.add_special_tokens is None else request.add_special_tokens
+        if not 1 <= len(prompts) <= most:
+            message = f"{name} must hold 1 to {most} prompts, not {len(prompts)}"
+            raise ApiError(400, message, param=name, code="invalid_value")
         for prompt in prompts:
             if isinstance(prompt, str):
                 self._check_length(len(prompt))
-                yield self._kept(request, self._tokenizer.encode(prompt, add_special_tokens=special))
+                yield self._tokenizer.encode(prompt, add_special_tokens=special)
             else:
-                yield self._kept(request, prompt)
+                yield prompt
 
     def chat(self, request: ChatCompletionRequest, tools: ToolUse | None = None) -> Iterator[Sequence[int]]:
         """Token ids of the conversation. tools: those that it tells the model of. Raises TemplateError, RequestError

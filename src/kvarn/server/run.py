@@ -18,6 +18,7 @@ from kvarn.config import EngineConfig
 from kvarn.engine import AsyncLLM
 from kvarn.errors import ConfigError, KvarnError
 from kvarn.planning import MemoryPlan
+from kvarn.request import Pooling
 from kvarn.scheduler import Observer
 from kvarn.server.app import DEFAULT_MAX_BODY_BYTES, create_app
 from kvarn.server.auth import ApiKeys
@@ -43,6 +44,8 @@ class ServeOptions:
     engine: EngineConfig = field(default_factory=EngineConfig)
     api_keys: tuple[str, ...] = field(default=(), repr=False)
     """See `ApiKeys`; without, everybody may ask."""
+    pooling: Pooling = Pooling.MEAN
+    """Of embeddings whose request does not say."""
 
     def __post_init__(self) -> None:
         ApiKeys(self.api_keys)
@@ -113,7 +116,7 @@ def serve(
     stopped. observer: told of every decision and step of the engine, in its thread.
     """
     listener = _listen(options.host, options.port)
-    app = create_app(None, max_body_bytes=options.max_body_bytes, api_keys=options.api_keys)
+    app = create_app(None, max_body_bytes=options.max_body_bytes, api_keys=options.api_keys, pooling=options.pooling)
     config = uvicorn.Config(
         app,
         log_level="warning",

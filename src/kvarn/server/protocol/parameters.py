@@ -5,7 +5,8 @@ A parameter that is in neither is refused as unknown, so that a misspelt one is 
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from kvarn.request import MAX_ALLOWED_TOKEN_IDS, MAX_BAD_WORDS, MAX_LOGIT_BIAS, MAX_STOP_STRINGS
@@ -59,12 +60,25 @@ MAX_DOCUMENTS = 256
 MOST_ENTRIES = {
     "messages": MAX_MESSAGES, "tools": MAX_TOOLS, "stop": MAX_STOP_STRINGS, "logit_bias": MAX_LOGIT_BIAS,
     "stop_token_ids": 1024, "allowed_token_ids": MAX_ALLOWED_TOKEN_IDS, "bad_words": MAX_BAD_WORDS,
-    "documents": MAX_DOCUMENTS,
+    "documents": MAX_DOCUMENTS, "stop_sequences": MAX_STOP_STRINGS,
 }  # fmt: skip
 """Entries of a list or an object at most, looked at before any entry is."""
 
 
-def screen(values: dict[str, Any], honoured: Collection[str]) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class Screening:
+    """The tables of one API. See `HARMLESS`, `NEUTRAL` and `RENAMED`."""
+
+    harmless: Collection[str] = ()
+    neutral: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    renamed: Mapping[str, str] = field(default_factory=dict)
+
+
+COMPLETIONS = Screening(HARMLESS, NEUTRAL, RENAMED)
+"""Of completions and chat completions."""
+
+
+def screen(values: dict[str, Any], honoured: Collection[str], tables: Screening = COMPLETIONS) -> dict[str, Any]:
     """The values that a request model with the fields `honoured` is made of.
 
     Raises ApiError 400 naming the first parameter that is not honoured yet, unknown, or has too many entries.
@@ -74,14 +88,14 @@ def screen(values: dict[str, Any], honoured: Collection[str]) -> dict[str, Any]:
         if name in honoured:
             _check_entries(name, value)
             kept[name] = value
-        elif name in RENAMED:
+        elif name in tables.renamed:
             if value is not None:
-                message = f"{name} is not supported: use {RENAMED[name]}"
+                message = f"{name} is not supported: use {tables.renamed[name]}"
                 raise ApiError(400, message, param=name, code="unsupported_parameter")
-        elif name in NEUTRAL:
-            if value is not None and value not in NEUTRAL[name]:
+        elif name in tables.neutral:
+            if value is not None and value not in tables.neutral[name]:
                 raise ApiError(400, f"{name} is not supported here yet", param=name, code="unsupported_parameter")
-        elif name not in HARMLESS:
+        elif name not in tables.harmless:
             shown = name[:64]
             raise ApiError(400, f"unknown parameter {shown}", param=shown, code="unknown_parameter")
     return kept

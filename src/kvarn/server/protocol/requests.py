@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import (
     BaseModel,
@@ -20,6 +20,7 @@ from pydantic import (
 from kvarn.errors import RequestError
 from kvarn.request import MAX_CACHE_SALT_CHARS, MAX_LOGPROBS, MAX_N, Grammar, SamplingParams
 from kvarn.server.errors import ApiError
+from kvarn.server.protocol.parameters import COMPLETIONS, Screening
 from kvarn.server.protocol.structure import ResponseFormat, StructuredOutputs
 
 DEFAULT_COMPLETION_TOKENS = 16
@@ -28,6 +29,8 @@ MAX_REQUEST_ID_CHARS = 64
 REQUEST_ID = re.compile(rf"[A-Za-z0-9_.:-]{{1,{MAX_REQUEST_ID_CHARS}}}")
 MAX_PROMPTS = 64
 """In one completion request."""
+MOST_PROMPTS = 2048
+"""In any request."""
 SAMPLING_FIELDS = (
     "n", "seed", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
     "repetition_penalty", "min_tokens", "ignore_eos", "skip_special_tokens", "include_stop_str_in_output",
@@ -56,7 +59,7 @@ def _prompt(value: Any) -> Any:
     kinds = set(map(type, value)) if isinstance(value, list) else {None}
     if kinds <= {str} or kinds == {int}:
         return value
-    if kinds == {list} and (len(value) > MAX_PROMPTS or all(set(map(type, ids)) <= {int} for ids in value)):
+    if kinds == {list} and (len(value) > MOST_PROMPTS or all(set(map(type, ids)) <= {int} for ids in value)):
         return value
     raise ValueError("must be a string, a list of strings, a list of token ids, or a list of lists of token ids")
 
@@ -87,14 +90,21 @@ class StreamOptions(BaseModel):
 
 
 class ModelRequest(BaseModel):
-    """What every request for an answer has."""
+    """What every request has."""
 
     model_config = ConfigDict(extra="forbid")
+    screening: ClassVar[Screening] = COMPLETIONS
+    """What becomes of parameters that it has not."""
     model: StrictStr | None = None
+
+
+class AnswerRequest(ModelRequest):
+    """What every request for an answer has."""
+
     stream: StrictBool | None = None
 
 
-class SamplingRequest(ModelRequest):
+class SamplingRequest(AnswerRequest):
     """Parameters that completions and chat completions share. null means absent, as OpenAI has it.
 
     Lists are validated up to the first item that is wrong, so that a hostile body costs no more than reading it.
@@ -164,14 +174,14 @@ class SamplingRequest(ModelRequest):
             raise ApiError(400, message, param="structured_outputs", code="invalid_value")
         return self.structured_outputs.to_grammar()
 
-    def given_id(self, kind: str) -> str | None:
-        """The id that the client chose for the answer, after its kind. Raises ApiError naming `request_id`."""
+    def given_id(self, prefix: str) -> str | None:
+        """The id that the client chose for the answer, after a prefix. Raises ApiError naming `request_id`."""
         if self.request_id is None:
             return None
         if not REQUEST_ID.fullmatch(self.request_id):
             message = f"request_id must be 1 to {MAX_REQUEST_ID_CHARS} letters, digits and _ . : -"
             raise ApiError(400, message, param="request_id", code="invalid_value")
-        return f"{kind}-{self.request_id}"
+        return f"{prefix}{self.request_id}"
 
     def prompt_limit(self, max_model_len: int) -> int | None:
         """Tokens that are kept of a prompt, its last ones; None: all. Raises ApiError for a number that is none."""
@@ -309,9 +319,7 @@ class ChatCompletionRequest(SamplingRequest):
         if self.top_logprobs is not None and not 0 <= self.top_logprobs <= MAX_LOGPROBS:
             message = f"top_logprobs must be between 0 and {MAX_LOGPROBS}, not {self.top_logprobs}"
             raise ApiError(400, message, param="top_logprobs", code="invalid_value")
-        if self.continue_final_message and self.add_generation_prompt:
-            message = "add_generation_prompt and continue_final_message exclude one another"
-            raise ApiError(400, message, param="add_generation_prompt", code="invalid_value")
+        self.check_end()
         limit, other = self.max_completion_tokens, self.max_tokens
         if limit is not None and other is not None and limit != other:
             message = f"max_tokens ({other}) and max_completion_tokens ({limit}) are one limit: give one of them"
@@ -331,6 +339,12 @@ class ChatCompletionRequest(SamplingRequest):
         """What the chat template is given beside the conversation."""
         documents = {"documents": self.documents} if self.documents else {}
         return {**(self.chat_template_kwargs or {}), **documents}
+
+    def check_end(self) -> None:
+        """Raises ApiError where it is not clear what the prompt ends with."""
+        if self.continue_final_message and self.add_generation_prompt:
+            message = "add_generation_prompt and continue_final_message exclude one another"
+            raise ApiError(400, message, param="add_generation_prompt", code="invalid_value")
 
     def refusal(self, error: RequestError) -> ApiError:
         """The error with the parameter named as the client spelt it."""

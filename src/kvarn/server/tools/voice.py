@@ -1,4 +1,4 @@
-"""`Voice`: one answer of a chat in OpenAI's shapes, whole or in deltas, with or without calls."""
+"""`Voice`: text and calls of one answer of a chat, as they come, and in OpenAI's shapes."""
 
 from __future__ import annotations
 
@@ -31,16 +31,24 @@ class Voice:
 
     def deltas(self, text: str, *, ended: bool) -> list[dict[str, Any]]:
         """What a piece of text adds to a message. ended: it is the last one."""
-        if self._reader is None:
-            return [{"content": text}] if text else []
-        said = self._reader.take(text)
-        if ended:
-            said += self._reader.finish()
+        said = self.pieces(text, ended=ended)
         return [{"content": part} if isinstance(part, str) else {"tool_calls": [_piece(part)]} for part in said]
+
+    def pieces(self, text: str, *, ended: bool) -> list[str | CallDelta]:
+        """The same, in nobody's shape."""
+        if self._reader is None:
+            return [text] if text else []
+        said = self._reader.take(text)
+        return said + self._reader.finish() if ended else said
+
+    @property
+    def num_calls(self) -> int:
+        """Calls that have begun so far."""
+        return 0 if self._reader is None else self._reader.num_calls
 
     def finish_reason(self, reason: FinishReason | None) -> str | None:
         """As OpenAI spells it."""
-        if reason is FinishReason.STOP and self._reader is not None and self._reader.num_calls:
+        if reason is FinishReason.STOP and self.num_calls:
             return "tool_calls"
         return None if reason is None else reason.value
 
