@@ -16,6 +16,7 @@ from kvarn.server.protocol import (
     EmbeddingRequest,
     SamplingRequest,
 )  # fmt: skip
+from kvarn.server.thoughts import effort_variables
 from kvarn.server.tools import ToolUse
 
 
@@ -63,7 +64,7 @@ class PromptEncoder:
             tools=None if tools is None else tools.tools,
             add_generation_prompt=request.add_generation_prompt is not False,
             continue_final_message=bool(request.continue_final_message),
-            template_kwargs=request.template_variables,
+            template_kwargs={**effort_variables(request, self._tokenizer), **request.template_variables},
         )
         yield self._kept(request, ids)
 

@@ -308,6 +308,9 @@ class ChatCompletionRequest(SamplingRequest):
     chat_template_kwargs: dict[str, Any] | None = None
     documents: list[dict[str, Any]] | None = Field(None, fail_fast=True)
     """For templates that have a place for them."""
+    reasoning_effort: StrictStr | None = None
+    include_reasoning: StrictBool | None = None
+    """vLLM's: false: thoughts are not told."""
 
     def to_sampling(self) -> SamplingParams:
         """As the engine takes it; without max_tokens the model's length is the limit.
