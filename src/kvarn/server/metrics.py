@@ -92,6 +92,7 @@ COUNTERS: tuple[tuple[str, str, _Read], ...] = (
     ("grammar_wait_seconds", "Time for which steps waited for masks.", lambda s: s.grammar_wait_seconds),
     ("engine_steps", "Steps of the engine.", lambda s: s.steps),
     ("engine_failed_steps", "Steps that failed.", lambda s: s.failed_steps),
+    ("engine_restarts", "Times that the engine began anew after a failure.", lambda s: s.restarts),
 )
 LABELLED: tuple[tuple[str, str, str, _ByLabel], ...] = (
     (
