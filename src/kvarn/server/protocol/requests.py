@@ -21,6 +21,7 @@ from kvarn.engine.beam import BeamParams
 from kvarn.errors import RequestError
 from kvarn.request import MAX_CACHE_SALT_CHARS, MAX_LOGPROBS, MAX_N, Grammar, SamplingParams
 from kvarn.server.errors import ApiError
+from kvarn.server.keep_alive import parse_keep_alive
 from kvarn.server.protocol.parameters import COMPLETIONS, Screening
 from kvarn.server.protocol.structure import ResponseFormat, StructuredOutputs
 
@@ -80,6 +81,13 @@ Prompt = Annotated[
 ]
 
 
+KeepAlive = Annotated[
+    float | None,
+    PlainValidator(lambda value: None if value is None else parse_keep_alive(value)),
+    _schema(_TEXT, {"type": "number"}, {"type": "null"}),
+]
+
+
 class StreamOptions(BaseModel):
     """`stream_options`."""
 
@@ -97,6 +105,8 @@ class ModelRequest(BaseModel):
     screening: ClassVar[Screening] = COMPLETIONS
     """What becomes of parameters that it has not."""
     model: StrictStr | None = None
+    keep_alive: KeepAlive = None
+    """Seconds that the model stays in memory after its last request, as Ollama has it; None: as before."""
 
 
 class AnswerRequest(ModelRequest):
