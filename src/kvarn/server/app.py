@@ -9,7 +9,7 @@ from fastapi import FastAPI
 from kvarn import __version__
 from kvarn.engine import AsyncLLM
 from kvarn.request import Pooling
-from kvarn.server import errors
+from kvarn.server import errors, openapi
 from kvarn.server.auth import ApiKeys, Authentication
 from kvarn.server.routes.anthropic import add_anthropic_routes
 from kvarn.server.routes.embeddings import add_embedding_routes
@@ -48,4 +48,5 @@ def create_app(
     add_embedding_routes(app, state, pooling)
     add_token_routes(app, state)
     add_pages(app)
+    openapi.install(app)
     return app
