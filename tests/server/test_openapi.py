@@ -54,6 +54,7 @@ BODIES = {
     "/v1/chat/completions/input_tokens": {"messages": HELLO},
     "/v1/completions": {"prompt": "once", "max_tokens": 4, "logprobs": 2},
     "/v1/embeddings": {"input": ["a", "b"]},
+    "/v1/responses": {"input": "once", "max_output_tokens": 4},
     "/v1/messages": {"messages": HELLO, "max_tokens": 4},
     "/v1/messages/count_tokens": {"messages": HELLO},
     "/tokenize": {"prompt": "once"},

@@ -15,6 +15,7 @@ from kvarn.server.routes.anthropic import add_anthropic_routes
 from kvarn.server.routes.embeddings import add_embedding_routes
 from kvarn.server.routes.openai import add_openai_routes
 from kvarn.server.routes.pages import add_pages
+from kvarn.server.routes.responses import add_response_routes
 from kvarn.server.routes.service import add_service_routes
 from kvarn.server.routes.tokens import add_token_routes
 from kvarn.server.state import ServerState
@@ -45,6 +46,7 @@ def create_app(
     add_service_routes(app, state)
     add_openai_routes(app, state)
     add_anthropic_routes(app, state)
+    add_response_routes(app, state)
     add_embedding_routes(app, state, pooling)
     add_token_routes(app, state)
     add_pages(app)

@@ -15,6 +15,7 @@ from kvarn.server.protocol import (
     TokenizeRequest,
 )
 from kvarn.server.protocol.messages import MessagesPrompt, MessagesRequest
+from kvarn.server.protocol.responses import ResponsesRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +65,24 @@ _ANTHROPIC: dict[str, Schema] = {
         }
     },
 }
+_TOOL_NAME: Schema = {"type": "string", "pattern": "^[A-Za-z0-9_.-]{1,64}$"}
+_RESPONSES: dict[str, Schema] = {
+    "input": {
+        "minItems": 1,
+        "items": {"anyOf": [
+            closed({"type": {"const": "message"}, "role": replies.one_of("user", "assistant", "system", "developer"),
+                    "content": TEXT}, "role", "content"),
+            closed({"type": {"const": "function_call"}, "call_id": TEXT, "name": TEXT, "arguments": TEXT},
+                   "type", "call_id", "name", "arguments"),
+            closed({"type": {"const": "function_call_output"}, "call_id": TEXT, "output": TEXT},
+                   "type", "call_id", "output"),
+        ]},
+    },
+    "tools": {
+        "items": closed({"type": {"const": "function"}, "name": _TOOL_NAME, "description": TEXT,
+                         "parameters": {"type": "object"}, "strict": {"type": "boolean"}}, "type", "name"),
+    },
+}  # fmt: skip
 
 OPERATIONS: dict[str, Operation] = {
     "/health": Operation(replies.STATUS),
@@ -74,6 +93,7 @@ OPERATIONS: dict[str, Operation] = {
     "/v1/chat/completions": Operation(replies.CHAT, ChatCompletionRequest, streams=True),
     "/v1/chat/completions/input_tokens": Operation(replies.INPUT_TOKENS, ChatCompletionRequest),
     "/v1/completions": Operation(replies.COMPLETION, CompletionRequest, streams=True),
+    "/v1/responses": Operation(replies.RESPONSE, ResponsesRequest, streams=True, bounds=_RESPONSES),
     "/v1/embeddings": Operation(replies.EMBEDDINGS, EmbeddingRequest),
     "/tokenize": Operation(
         replies.TOKENS, TokenizeRequest, also={"oneOf": [{"required": ["prompt"]}, {"required": ["messages"]}]}

@@ -81,5 +81,15 @@ ANTHROPIC_MESSAGE = record(
     stop_reason=one_of("end_turn", "max_tokens", "stop_sequence", "tool_use"), stop_sequence=nullable(TEXT),
     usage=record({"cache_read_input_tokens": COUNT}, input_tokens=COUNT, output_tokens=COUNT),
 )  # fmt: skip
+_ITEM = {"anyOf": [
+    record(type=one_of("message"), id=TEXT, role=one_of("assistant"), status=TEXT,
+           content=listed(record(type=one_of("output_text"), text=TEXT, annotations=listed({})))),
+    record(type=one_of("function_call"), id=TEXT, call_id=TEXT, name=TEXT, arguments=TEXT, status=TEXT),
+]}  # fmt: skip
+RESPONSE = record(
+    id=TEXT, object=one_of("response"), created_at=COUNT, model=TEXT, status=one_of("completed", "incomplete"),
+    output=listed(_ITEM), error={"type": "null"}, incomplete_details=nullable(record(reason=TEXT)),
+    usage=record(input_tokens=COUNT, output_tokens=COUNT, total_tokens=COUNT),
+)  # fmt: skip
 STATUS = record(status=TEXT)
 VERSION = record(version=TEXT)
