@@ -24,7 +24,7 @@ from serving import served
 from kvarn.simulate import Settings, read_traffic, simulate
 from kvarn.simulate.fit import fit, read_steps
 from kvarn.simulate.results import percentiles
-from kvarn.simulate.traffic import cut, from_zero, scale
+from kvarn.traffic import cut, from_zero, scale
 
 
 async def ask(client, model, arrival, number, started):
