@@ -246,7 +246,7 @@ def _turns(targets: Sequence[Target], bench: Bench, offer: Offer, repeats: int, 
         data |= {"turns": done.points, "ratios": ratios(*done.points)}
     by_name = {f"{'first' if place == 0 else 'second'}: {name}": points
                for place, (name, points) in enumerate(zip(names, done.points, strict=True))}  # fmt: skip
-    outputs.write(text, lambda: plots.times("\n".join([*text.about, text.lead]), by_name, bench.slo), data)
+    outputs.write(text, lambda: plots.times([*text.about, text.lead], by_name, bench.slo), data)
     if not all(any(point.summary.completed for point in points) for points in done.points):
         raise typer.Exit(1)
 
@@ -267,7 +267,7 @@ def _sweep(target: Target, bench: Bench, kind: str, search: Search, kinds: Arriv
     text = report.saturation(bench, lane, found, outputs.late_limit)
     unit = "requests at a time" if kind == "concurrency" else "requests/s sent"
     data = {"servers": [{"url": lane.url, "model": lane.model}], "slo": str(bench.slo), "sweep": found}
-    outputs.write(text, lambda: plots.sweep("\n".join([*text.about, text.lead]), found, bench.slo, unit), data)
+    outputs.write(text, lambda: plots.sweep([*text.about, text.lead], found, bench.slo, unit), data)
     if found.best is None:
         raise typer.Exit(1)
 

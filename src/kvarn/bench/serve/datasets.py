@@ -73,9 +73,9 @@ class RandomWords:
 
     @property
     def name(self) -> str:
-        """With the shared part, where there is one."""
+        """With the lengths, in tokens."""
         shared = f", after one of {self.prefixes} prefixes of {self.prefix_tokens} tokens" if self.prefixes else ""
-        return f"random words{shared}"
+        return f"random words, {self.prompt_tokens} in{shared}, {self.output_tokens} out"
 
     def sample(self, words: int) -> str:
         """The same words for the same number."""
@@ -101,8 +101,9 @@ class Sonnet:
 
     @property
     def name(self) -> str:
-        """The file's name."""
-        return f"lines of {self.path.name if self.path else 'sonnets'}"
+        """The file's name, and the lengths in tokens."""
+        lines = self.path.name if self.path else "sonnets"
+        return f"lines of {lines}, {self.prompt_tokens} in, {self.output_tokens} out"
 
     @cached_property
     def _lines(self) -> list[str]:

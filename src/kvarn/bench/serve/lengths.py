@@ -46,6 +46,11 @@ class Lengths:
         if self.spread is not None and not 0 < self.spread <= MOST_SPREAD:
             raise ConfigError(f"--{option}: the spread must be above 0 and at most {MOST_SPREAD:g}, not {self.spread}")
 
+    def __str__(self) -> str:
+        if self.spread is not None:
+            return f"lognormal {self.mean:g} ({self.spread:g})"
+        return f"{self.low}" if self.low == self.high else f"{self.low}-{self.high}"
+
     def draw(self, numbers: random.Random) -> int:
         """One length."""
         if self.spread is None:

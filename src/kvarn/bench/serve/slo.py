@@ -62,9 +62,9 @@ class Slo:
             times = summary.times[name]
             if times is not None and times.at(self.percentile) > limit:
                 found = times.at(self.percentile)
-                return f"P{self.percentile} {name.upper()} {1e3 * found:,.3g} ms is over {1e3 * limit:,.4g} ms"
+                return f"P{self.percentile} {name.upper()} {1e3 * found:,.1f} ms is over {1e3 * limit:,.6g} ms"
         return ""
 
     def __str__(self) -> str:
-        limits = ", ".join(f"{name.upper()} ≤ {1e3 * limit:,.4g} ms" for name, limit in self.limits.items())
+        limits = ", ".join(f"{name.upper()} ≤ {1e3 * limit:,.6g} ms" for name, limit in self.limits.items())
         return f"P{self.percentile} {limits}" if limits else "every request is answered"

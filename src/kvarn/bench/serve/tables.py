@@ -68,6 +68,9 @@ def rates_grid(points: Sequence[Point]) -> Grid:
     rows = [["requests/s sent", _interval([point.summary.offered_per_s for point in points])]]
     rows += [[figure.name, _interval([figure.of(point.summary) or 0.0 for point in points])] for figure in RATES]
     rows.append(["good requests", _share(points)])
+    cached, prompt = (sum(getattr(p.summary, f"{kind}_tokens") for p in points) for kind in ("cached", "prompt"))
+    if cached:
+        rows.append(["prompt tokens found in a cache", f"{cached:,} of {prompt:,}"])
     return Grid(["", "a second"], rows)
 
 
