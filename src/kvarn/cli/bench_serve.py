@@ -200,17 +200,15 @@ class _Outputs:
             page.check(self.html)
             figures.pyplot()
 
-    def write(self, report: Report, draw: Callable[[], Any], data: Mapping[str, Any]) -> None:
+    def write(self, report: Report, draw: Callable[[Sequence[str]], Any], data: Mapping[str, Any]) -> None:
         """Writes files and says the rest."""
         from kvarn import figures
         from kvarn.bench.serve import page, tables
 
-        if self.html is not None or self.plot is not None:
-            figure = draw()
-            if self.html is not None:
-                page.write(self.html, report, [figures.svg(figure)])
-            if self.plot is not None:
-                figures.save(figure, self.plot)
+        if self.html is not None:
+            page.write(self.html, report, [figures.svg(draw([]))])
+        if self.plot is not None:
+            figures.save(draw([*report.about, report.lead]), self.plot)
         if self.as_json:
             about = {"about": report.about, "result": report.lead, "doubts": report.doubts}
             print(tables.to_json({"version": __version__, **about, **data}))
@@ -246,7 +244,7 @@ def _turns(targets: Sequence[Target], bench: Bench, offer: Offer, repeats: int, 
         data |= {"turns": done.points, "ratios": ratios(*done.points)}
     by_name = {f"{'first' if place == 0 else 'second'}: {name}": points
                for place, (name, points) in enumerate(zip(names, done.points, strict=True))}  # fmt: skip
-    outputs.write(text, lambda: plots.times([*text.about, text.lead], by_name, bench.slo), data)
+    outputs.write(text, lambda title: plots.times(title, by_name, bench.slo), data)
     if not all(any(point.summary.completed for point in points) for points in done.points):
         raise typer.Exit(1)
 
@@ -267,7 +265,7 @@ def _sweep(target: Target, bench: Bench, kind: str, search: Search, kinds: Arriv
     text = report.saturation(bench, lane, found, outputs.late_limit)
     unit = "requests at a time" if kind == "concurrency" else "requests/s sent"
     data = {"servers": [{"url": lane.url, "model": lane.model}], "slo": str(bench.slo), "sweep": found}
-    outputs.write(text, lambda: plots.sweep([*text.about, text.lead], found, bench.slo, unit), data)
+    outputs.write(text, lambda title: plots.sweep(title, found, bench.slo, unit), data)
     if found.best is None:
         raise typer.Exit(1)
 

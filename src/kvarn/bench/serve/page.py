@@ -11,7 +11,7 @@ from kvarn.bench.serve.tables import Grid
 from kvarn.errors import ConfigError
 
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1d2733; background: #fff; max-width: 72rem; margin: 2rem auto;
+body { font: 15px/1.5 system-ui, sans-serif; color: #1d2733; background: #fff; max-width: 80rem; margin: 2rem auto;
        padding: 0 1.25rem }
 h1 { font-size: 1.5rem; margin: 0 0 .25rem } h2 { font-size: 1.05rem; margin: 2rem 0 .5rem }
 .lead { font-size: 1.15rem; margin: .75rem 0; padding: .6rem .9rem; background: #eef4f8;
@@ -21,7 +21,7 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { padding: .3rem .8rem; text-align: right; border-bottom: 1px solid #e3e8ed; white-space: nowrap }
 th { font-weight: 600; border-bottom: 2px solid #aab7c4 }
 th:first-child, td:first-child { text-align: left; padding-left: 0 }
-td:last-child { white-space: normal }
+td:last-child { white-space: normal; min-width: 9rem }
 .wide { overflow-x: auto } svg { width: 100%; height: auto; margin-top: 1rem }
 footer { color: #7b8794; font-size: .85rem; margin-top: 2.5rem }
 """.strip()

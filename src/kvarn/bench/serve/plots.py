@@ -74,8 +74,10 @@ def sweep(title: Sequence[str], found: Sweep, slo: Slo, unit: str) -> Any:
 
 
 def _title(figure: Any, lines: Sequence[str]) -> None:
+    """Says what was measured; a page that says so itself gives no lines."""
     wrapped = [part for line in lines for part in textwrap.wrap(line, TITLE_WIDTH)]
-    figure.suptitle("\n".join(wrapped), x=0.01, ha="left", fontsize=10)
+    if wrapped:
+        figure.suptitle("\n".join(wrapped), x=0.01, ha="left", fontsize=10)
 
 
 def _percentile_lines(ax: Any, curve: Sequence[Point], name: str) -> None:

@@ -133,8 +133,9 @@ def doubts(points: Sequence[Point], late_limit: float) -> list[str]:
                 f"{point.offer}: the server does not say how many tokens answers have (stream_options.include_usage): "
                 "each event counts as one"
             )
-        if summary.requests < 100:
-            said.append(f"{point.offer}: {summary.requests} requests: P99 is the slowest of them")
+    few = sum(point.summary.requests < 100 for point in points)
+    if few:
+        said.append(f"{few} of {len(points)} measurements have fewer than 100 requests: their P99 is the slowest of them")
     return list(dict.fromkeys(said))
 
 
