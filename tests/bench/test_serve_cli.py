@@ -37,8 +37,8 @@ def test_tables_can_be_pasted(fake, capsys):
     assert kvarn_bench(fake, *arguments, *SHORT) == 0
     text = capsys.readouterr().out
     for said in (
-        "fake-model, chat; 2.00 tokens a word, 5 around each prompt", "random words, 25 in, 4 out", "TTFT, ms", "ITL, ms",
-        "6 requests, 2 turns; seed 0", "output tokens/s", "good requests", "12 of 12", "µs a token",
+        "fake-model, chat; 2.00 tokens a word, 5 around each prompt", "random words, 25 in, 4 out", "TTFT, ms",
+        "ITL, ms", "6 requests, 2 turns; seed 0", "output tokens/s", "good requests", "12 of 12", "µs a token",
         "the SLO holds: P99 TTFT ≤ 60,000 ms", "95 % confidence interval over 2 turns",
     ):  # fmt: skip
         assert said in text

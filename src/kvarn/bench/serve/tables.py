@@ -135,7 +135,7 @@ def doubts(points: Sequence[Point], late_limit: float) -> list[str]:
             )
     few = sum(point.summary.requests < 100 for point in points)
     if few:
-        said.append(f"{few} of {len(points)} measurements have fewer than 100 requests: their P99 is the slowest of them")
+        said.append(f"{few} of {len(points)} measurements have fewer than 100 requests: P99 is the slowest of them")
     return list(dict.fromkeys(said))
 
 
