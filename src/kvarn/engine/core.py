@@ -183,6 +183,13 @@ class EngineCore:
 
         Raises what the runner raises: then nothing is known of the state, and only `reset` and `close` may follow.
         """
+        try:
+            return self._step()
+        except BaseException:
+            self._counters.failed_steps += 1
+            raise
+
+    def _step(self) -> list[Event]:
         began = self._clock()
         scheduled = self._scheduler.schedule()
         decided = self._clock()
@@ -246,13 +253,15 @@ class EngineCore:
         }
 
     def reset(self) -> None:
-        """Drops all requests and starts anew, after `step` raised. Raises where the program does not run any more."""
-        self._counters = self._counters.plus(self._scheduler)
-        self._counters.failed_steps += 1
+        """Drops all requests and starts anew, after `step` raised: nothing of the cache is believed, only the weights.
+
+        Raises where the program does not run any more; may be tried again then.
+        """
         self._texts.clear()
         self._compiled.clear()
         self._observer.reset()
-        self._scheduler = self._new_scheduler()
+        scheduler, counters = self._new_scheduler(), self._counters.plus(self._scheduler)
+        self._scheduler, self._counters = scheduler, counters
         self._runner.reset()
 
     def close(self) -> None:

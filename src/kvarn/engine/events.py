@@ -42,6 +42,8 @@ class EngineStats:
     generated_tokens: int = 0
     preemptions: int = 0
     failed_steps: int = 0
+    restarts: int = 0
+    """Times that the engine began anew after a failure."""
     prefix_queries: int = 0
     """Tokens looked up in the prefix cache: those of each sequence when it is admitted, again after a preemption."""
     prefix_hits: int = 0

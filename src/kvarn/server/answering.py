@@ -42,7 +42,7 @@ async def answered(
     caller = Caller.of(request)
     data = await read_body(request, state.max_body_bytes)
     body = await state.in_thread(lambda: parse(body_model, data))
-    served = await state.served(body.model)
+    served = await state.served(body.model, request, body.keep_alive)
     reply = await state.in_thread(lambda: understand(body, served, caller))
     if body.stream:
         return await unless_disconnected(request.receive, EventStream.begin(reply.stream()))

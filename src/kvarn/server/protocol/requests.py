@@ -19,6 +19,7 @@ from pydantic import (
 from kvarn.errors import RequestError
 from kvarn.request import MAX_CACHE_SALT_CHARS, MAX_LOGPROBS, Grammar, SamplingParams
 from kvarn.server.errors import ApiError
+from kvarn.server.keep_alive import parse_keep_alive
 from kvarn.server.protocol.structure import ResponseFormat, StructuredOutputs
 
 DEFAULT_COMPLETION_TOKENS = 16
@@ -73,6 +74,13 @@ Prompt = Annotated[
 ]
 
 
+KeepAlive = Annotated[
+    float | None,
+    PlainValidator(lambda value: None if value is None else parse_keep_alive(value)),
+    _schema(_TEXT, {"type": "number"}, {"type": "null"}),
+]
+
+
 class StreamOptions(BaseModel):
     """`stream_options`."""
 
@@ -87,6 +95,8 @@ class ModelRequest(BaseModel):
     model_config = ConfigDict(extra="forbid")
     model: StrictStr | None = None
     stream: StrictBool | None = None
+    keep_alive: KeepAlive = None
+    """Seconds that the model stays in memory after its last request, as Ollama has it; None: as before."""
 
 
 class SamplingRequest(ModelRequest):
