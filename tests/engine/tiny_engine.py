@@ -13,7 +13,7 @@ from kvarn.engine.draft import DraftModel
 from kvarn.kv_types import KV_TYPES
 from kvarn.models.in_memory import InMemoryModel
 from kvarn.request import Request, RequestOutput, SamplingParams
-from kvarn.runner import Runner
+from kvarn.runner import HiddenStatePooler, Runner
 from kvarn.sampling import NativeSampler
 from kvarn.scheduler import MeasuredCost, make_scheduler
 from kvarn.spec import make_drafter
@@ -138,6 +138,7 @@ def handmade_engine(
     model=None,
     restart_delays=(0.0, 0.01),
     idle=lambda: False,
+    embeddings=False,
     **scheduling,
 ) -> LoadedEngine:
     """An engine put together part by part, so that a test can get between them. scheduling: of `SchedulerConfig`.
@@ -154,13 +155,15 @@ def handmade_engine(
         restart_delays=restart_delays,
     )
     cost = cost or MeasuredCost()
-    limits = StepLimits(max_num_batched_tokens, max_num_seqs, max_model_len, config.max_step_drafts)
+    outputs = (model.program.last_layer,) if embeddings else ()
+    limits = StepLimits(max_num_batched_tokens, max_num_seqs, max_model_len, config.max_step_drafts, outputs)
     executable = make_backend(backend, threads).load(
         model.program, model.weights, KvCacheSpec(num_blocks, block_size, dtype), limits
     )
     sampler = wrap_sampler(NativeSampler(model.program.vocab_size))
     drafter = wrap_drafter(make_drafter(speculative))
-    runner = Runner(wrap_executable(executable), sampler, limits, block_size, drafter=drafter)
+    pooler = HiddenStatePooler(model.program, model.weights) if embeddings else None
+    runner = Runner(wrap_executable(executable), sampler, limits, block_size, drafter=drafter, pooler=pooler)
 
     def new_scheduler():
         pool = BlockPool(num_blocks, block_size, model.program.kv_groups.windows)

@@ -93,14 +93,18 @@ def test_what_is_not_done_in_time_is_told_so():
 
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
 def test_a_second_signal_ends_it_at_once(second):
-    with gated_llm() as (llm, gate), ending_server(llm, drain_seconds=3600) as server:
-        with posted(server.url, COMPLETIONS, {**BODY, "max_tokens": 400, "stream": True}):
-            gate.stand_in_step(5)
-            server.signal()
-            assert probe(server.url, "/health/live") == (200, None)
-            assert not server.is_ending
-            server.signal(second)
-            assert server.ended(), "the engine still stands in its step"
+    body = {**BODY, "max_tokens": 400, "stream": True}
+    with (
+        gated_llm() as (llm, gate),
+        ending_server(llm, drain_seconds=3600) as server,
+        posted(server.url, COMPLETIONS, body),
+    ):
+        gate.stand_in_step(5)
+        server.signal()
+        assert probe(server.url, "/health/live") == (200, None)
+        assert not server.is_ending
+        server.signal(second)
+        assert server.ended(), "the engine still stands in its step"
 
 
 def test_with_nothing_to_do_it_ends_at_once():

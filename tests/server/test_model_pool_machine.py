@@ -1,4 +1,4 @@
-"""Whatever is asked of a pool in whatever order: the budget holds, nobody loses what he has, all who wait are answered."""
+"""Whatever is asked of a pool in whatever order: the budget holds, nobody loses a model, all who wait are answered."""
 
 import asyncio
 

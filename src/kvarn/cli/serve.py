@@ -29,6 +29,7 @@ from kvarn.cli.speculative import Speculative, speculative_config
 if TYPE_CHECKING:
     from kvarn.engine import AsyncLLM
     from kvarn.planning import MemoryPlan
+    from kvarn.request import Pooling
     from kvarn.server import ServeOptions
     from kvarn.server.models.budget import Budget
     from kvarn.tracing import TraceRecorder
@@ -134,6 +135,13 @@ def command(
     ] = 250.0,
     max_queued_grammars: Annotated[int, typer.Option(help="Grammars waiting to be compiled; one more gets 429.")] = 64,
     grammar_cache_entries: Annotated[int, typer.Option(help="Compiled grammars that are kept.")] = 64,
+    pooling: Annotated[
+        str,
+        typer.Option(
+            help="How /v1/embeddings makes one vector of a text, unless the request says: the mean of its tokens' "
+            "hidden states, or the last one's."
+        ),
+    ] = "mean",
     trace_file: Annotated[
         Path | None,
         typer.Option(help="Record what the engine does, and write the last steps here at the end (see `kvarn trace`)."),
@@ -214,6 +222,7 @@ def command(
         lazy,
         optional_size("memory-budget", memory_budget),
         PoolLimits(max_waiting_for_load, load_timeout, keep),
+        _pooling(pooling),
     )
     start = _Start(options)
     with _recording(trace_file, max_num_batched_tokens) as observer:
@@ -254,6 +263,16 @@ class _Start:
         if others:
             typer.echo(f"when asked for: {', '.join(others)}")
         typer.secho(f"{self._url}  (chat page; API under {self._url}/v1)", bold=True)
+
+
+def _pooling(way: str) -> Pooling:
+    from kvarn.errors import ConfigError
+    from kvarn.request import Pooling
+
+    try:
+        return Pooling(way)
+    except ValueError:
+        raise ConfigError(f"pooling must be mean or last, not {way!r}") from None
 
 
 def _keys_of(listed: str) -> list[str]:

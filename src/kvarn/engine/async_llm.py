@@ -61,6 +61,10 @@ class AsyncLLM(EngineFront):
         """Raises RequestError, naming field and limit, for a request this engine can never run."""
         self._loop.check(request)
 
+    def resolve(self, request: Request) -> Request:
+        """The same with token ids in place of texts (`bad_words`), for callers to whom `generate` must return soon."""
+        return self._loop.resolve(request)
+
     def generate(self, request: Request) -> RequestStream:
         """Starts a request; its outputs come from the stream, in pieces as they are made.
 

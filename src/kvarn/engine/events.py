@@ -111,4 +111,5 @@ def merge_outputs(outputs: Sequence[RequestOutput]) -> RequestOutput:
     if len(outputs) == 1:
         return last
     merged = join_parts([part for output in outputs for part in output.outputs])
-    return replace(last, outputs=tuple(sorted(merged, key=lambda part: part.index)))
+    prompt = next((output.prompt_logprobs for output in outputs if output.prompt_logprobs), ())
+    return replace(last, outputs=tuple(sorted(merged, key=lambda part: part.index)), prompt_logprobs=prompt)

@@ -26,7 +26,7 @@ from kvarn.kv_types import KV_TYPES
 from kvarn.models import Model, ModelConfig, load_model
 from kvarn.planning import Available, MemoryPlan, Uses, available_memory, plan_memory
 from kvarn.program import Program
-from kvarn.runner import Drafter, MoveSeconds, Runner
+from kvarn.runner import Drafter, HiddenStatePooler, MoveSeconds, Runner
 from kvarn.sampling import NativeSampler, Sampler
 from kvarn.scheduler import MeasuredCost, MoveCost, Observer, Scheduler, make_scheduler
 from kvarn.spec import make_drafter, open_heads
@@ -256,6 +256,7 @@ def build_engine(
             else new_drafter(program)
         ),
         grammars=GrammarMasks(grammars.find, program.vocab_size, ends),
+        pooler=HiddenStatePooler(program, model.weights),
     )  # fmt: skip
 
     def close() -> None:

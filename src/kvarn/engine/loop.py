@@ -86,6 +86,7 @@ class EngineLoop:
         Raises RequestError for one that can never run or whose id is in use, QueueFullError where too many wait,
         EngineError where the engine is closed or has failed.
         """
+        request = self._core.resolve(request)
         self._core.check(request)
         with self._wake:
             if self._end is not None:
@@ -126,6 +127,10 @@ class EngineLoop:
             else:
                 self._commands.append(lambda: self._add(request, compiled))
             self._wake.notify()
+
+    def resolve(self, request: Request) -> Request:
+        """See `EngineCore.resolve`. Takes long where there are many texts; `submit` finds nothing left to do then."""
+        return self._core.resolve(request)
 
     def check(self, request: Request) -> None:
         """Raises RequestError where `submit` would, but for an id in use."""

@@ -8,16 +8,20 @@ from fastapi import FastAPI
 
 from kvarn import __version__
 from kvarn.engine import AsyncLLM
+from kvarn.request import Pooling
 from kvarn.server import errors
 from kvarn.server.auth import ApiKeys, Authentication
 from kvarn.server.door import Doorway
 from kvarn.server.models import ModelPool
 from kvarn.server.models.hosted import HostedModel, given
+from kvarn.server.routes.anthropic import add_anthropic_routes
+from kvarn.server.routes.embeddings import add_embedding_routes
 from kvarn.server.routes.health import add_health
 from kvarn.server.routes.models import add_models
 from kvarn.server.routes.openai import add_openai_routes
 from kvarn.server.routes.pages import add_pages
 from kvarn.server.routes.service import add_service_routes
+from kvarn.server.routes.tokens import add_token_routes
 from kvarn.server.state import ServerState
 
 DEFAULT_MAX_BODY_BYTES = 8 << 20
@@ -30,11 +34,13 @@ def create_app(
     max_body_bytes: int = DEFAULT_MAX_BODY_BYTES,
     api_keys: Sequence[str] = (),
     models: ModelPool[HostedModel] | None = None,
+    pooling: Pooling = Pooling.MEAN,
 ) -> FastAPI:
     """The application, which owns no engine. llm: the one that answers; None: none ever does, for tests.
 
     models: those that answer, in place of `llm` and its names, once `app.state.server.open()` is called.
-    api_keys: see `ApiKeys`; without, everybody may ask. Raises ConfigError for a key that is none.
+    api_keys: see `ApiKeys`; without, everybody may ask. pooling: of embeddings whose request does not say. Raises
+    ConfigError for a key that is none.
     """
     # No /docs: that page loads its scripts from elsewhere.
     app = FastAPI(title="kvarn", version=__version__, docs_url=None, redoc_url=None)
@@ -48,5 +54,8 @@ def create_app(
     add_models(app, state)
     add_service_routes(app, state)
     add_openai_routes(app, state)
+    add_anthropic_routes(app, state)
+    add_embedding_routes(app, state, pooling)
+    add_token_routes(app, state)
     add_pages(app)
     return app

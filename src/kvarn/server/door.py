@@ -75,7 +75,7 @@ class Doorway:
         try:
             self._door.enter()
         except ApiError as refusal:
-            await refusal.response()(scope, receive, send)
+            await refusal.response(scope["path"])(scope, receive, send)
             return
         with ExitStack() as ended:
             ended.callback(self._door.leave)

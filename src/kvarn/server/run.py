@@ -15,6 +15,7 @@ import uvicorn
 from kvarn.engine import AsyncLLM
 from kvarn.errors import ConfigError, KvarnError
 from kvarn.planning import MemoryPlan
+from kvarn.request import Pooling
 from kvarn.scheduler import Observer
 from kvarn.server.app import DEFAULT_MAX_BODY_BYTES, create_app
 from kvarn.server.auth import ApiKeys
@@ -47,6 +48,8 @@ class ServeOptions:
     memory_budget: int | None = None
     """Bytes that the models may take together; None: what memory_utilization leaves."""
     pool: PoolLimits = field(default_factory=PoolLimits)
+    pooling: Pooling = Pooling.MEAN
+    """Of embeddings whose request does not say."""
 
     def __post_init__(self) -> None:
         ApiKeys(self.api_keys)
@@ -105,7 +108,9 @@ def serve(options: ServeOptions, told: Told | None = None, *, observer: Observer
     budget = share_out(options.models, options.memory_budget)
     loader = EngineLoader(budget.specs, budget.rooms, on_plan=told.plan, observer=observer)
     models = ModelPool(budget.pooled(), loader, budget=budget.num_bytes, limits=options.pool)
-    app = create_app(None, models=models, max_body_bytes=options.max_body_bytes, api_keys=options.api_keys)
+    app = create_app(
+        None, models=models, max_body_bytes=options.max_body_bytes, api_keys=options.api_keys, pooling=options.pooling
+    )
     config = uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off", server_header=False)
     server = DrainingServer(config, app.state.server, options.drain_seconds)
     host, port = listener.getsockname()[:2]

@@ -13,7 +13,7 @@ from kvarn.testing.faults import FaultOnDemand
 def _install() -> None:
     faults, serve = FaultOnDemand(), kvarn.server.serve
     faults.on_signal(signal.SIGUSR1)
-    kvarn.server.serve = lambda options, told=None, **_: serve(options, told, observer=faults)  # type: ignore[assignment]
+    kvarn.server.serve = lambda options, told=None, **_: serve(options, told, observer=faults)
 
 
 if __name__ == "__main__":
