@@ -6,13 +6,13 @@ import contextlib
 import httpx
 import pytest
 from ending_server import running
-from live_server import wait_until
+from live_server import posted, wait_until
 
 from kvarn.config import CacheConfig, EngineConfig, SchedulerConfig
 from kvarn.errors import CapacityError
 from kvarn.planning import Available
 from kvarn.server import create_app
-from kvarn.server.models import ModelPool, PoolLimits
+from kvarn.server.models import ModelPool, PooledModel, PoolLimits
 from kvarn.server.models.budget import share_out
 from kvarn.server.models.hosted import EngineLoader, ModelSpec
 from kvarn.testing import write_tiny_gguf
@@ -113,6 +113,32 @@ def test_keep_alive_of_a_request(specs):
         wrong = client.post("/v1/completions", json={**BODY, "keep_alive": "soon"})
         assert (wrong.status_code, wrong.json()["error"]["param"]) == (400, "keep_alive")
         assert "or a duration" in wrong.json()["error"]["message"]
+
+
+class SlowLoader(EngineLoader):
+    may = False
+
+    async def load(self, name):
+        while not self.may:
+            await asyncio.sleep(0.01)
+        return await super().load(name)
+
+
+def test_a_client_that_leaves_does_not_go_on_waiting_for_its_model(specs):
+    loader = SlowLoader(specs, {})
+    models = ModelPool([PooledModel(spec.name) for spec in specs], loader, limits=PoolLimits(max_waiting=2))
+    app = create_app(None, models=models)
+    app.state.server.open()
+    with running(app) as url:
+        with posted(url, "/v1/completions", {**BODY, "stream": True}), posted(url, "/v1/completions", BODY):
+            wait_until(lambda: models.status("one").waiting == 2)
+            assert httpx.post(f"{url}/v1/completions", json=BODY).status_code == 429
+            assert httpx.get(f"{url}/health/ready").status_code == 200
+        wait_until(lambda: models.status("one").waiting == 0)
+        wait_until(lambda: app.state.server.door.inside == 0)
+        loader.may = True
+        assert httpx.post(f"{url}/v1/completions", json=BODY).status_code == 200
+        wait_until(lambda: models.status("one").in_flight == 0)
 
 
 def test_what_never_fits_is_refused_with_the_numbers(specs):

@@ -17,6 +17,7 @@ from kvarn.server.errors import RETRY_SECONDS, ApiError
 from kvarn.server.models import ModelPool
 from kvarn.server.models.hosted import HostedModel
 from kvarn.server.prompts import PromptEncoder
+from kvarn.server.sse import unless_disconnected
 
 WORKERS = 2
 T = TypeVar("T")
@@ -68,12 +69,15 @@ class ServerState:
                 raise ApiError(503, f"the engine of {name} is restarting", code="restarting", headers=retry)
 
     async def served(self, name: str | None, request: Request, keep_seconds: float | None = None) -> Served:
-        """The model that a request names; None: the first. Waits until it is loaded; it then stays until the request is
-        answered to the end. keep_seconds: how long afterwards, from now on; None: as before.
+        """The model that a request names; None: the first. Waits until it is loaded, as long as the client is there; it
+        then stays until the request is answered to the end. The request's body must have been read.
 
-        Raises ApiError as `ModelPool.acquire` does.
+        keep_seconds: how long the model stays afterwards, from now on; None: as before.
+        Raises ApiError as `ModelPool.acquire` does, and 499.
         """
-        lease = await self.models.acquire(name, keep_seconds)
+        lease = self.models.acquire_now(name, keep_seconds)
+        if lease is None:
+            lease = await unless_disconnected(request.receive, self.models.acquire(name, keep_seconds))
         request.state.ended.callback(lease.release)
         hosted = lease.hosted
         return Served(hosted.llm, hosted.prompts, self.models.check_name(name))

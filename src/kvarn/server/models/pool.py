@@ -126,6 +126,11 @@ class ModelPool(Generic[H]):
         """
         return await self._acquire(self._names[self.check_name(name)], keep_seconds, self._limits.wait_seconds)
 
+    def acquire_now(self, name: str | None, keep_seconds: float | None = None) -> Lease[H] | None:
+        """The same where nobody has to wait for it; else None."""
+        place = self._names[self.check_name(name)]
+        return self._lease(place, keep_seconds) if place.state is ModelState.LOADED else None
+
     async def _acquire(self, place: Place[H], keep_seconds: float | None, seconds: float | None) -> Lease[H]:
         if place.state is ModelState.LOADED:
             return self._lease(place, keep_seconds)
