@@ -115,6 +115,17 @@ def test_keep_alive_of_a_request(specs):
         assert "or a duration" in wrong.json()["error"]["message"]
 
 
+def test_memory_that_others_have_taken_meanwhile_is_not_counted_on(specs):
+    shared = share_out(specs, None, available=lambda: MACHINE)
+    loader = EngineLoader(shared.specs, shared.rooms, available=lambda: Available(1000, "a full machine"))
+    app = create_app(None, models=ModelPool(shared.pooled(), loader, budget=shared.num_bytes))
+    app.state.server.open()
+    with running(app) as url:
+        refused = httpx.post(f"{url}/v1/completions", json=BODY)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "model_unavailable")
+        assert "1.0 KiB are available now (a full machine)" in refused.json()["error"]["message"]
+
+
 class SlowLoader(EngineLoader):
     may = False
 

@@ -54,7 +54,7 @@ def command(
     models: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[[NAME=]MODEL[,SETTING=VALUE]]...",
+            metavar="[NAME=]MODEL[,SETTING=VALUE]",
             help="A name from `kvarn models`, a .gguf file, or a folder with config.json and safetensors; the first is "
             "meant where a request names none. Settings of one model: max-model-len, max-num-seqs, kv-cache-bytes, "
             f"idle-unload. Default: {DEFAULT_MODEL}.",

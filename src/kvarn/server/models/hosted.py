@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 
 from kvarn.config import EngineConfig
 from kvarn.engine import AsyncLLM
-from kvarn.planning import Available, MemoryPlan
+from kvarn.errors import CapacityError
+from kvarn.planning import Available, MemoryPlan, available_memory
+from kvarn.planning.sizes import size_text
 from kvarn.scheduler import Observer
 from kvarn.server.models.pool import ModelPool
 from kvarn.server.models.pooled import PooledModel
@@ -92,28 +94,42 @@ class EngineLoader:
         *,
         on_plan: OnPlan = lambda _name, _plan: None,
         observer: Observer | None = None,
+        available: Callable[[], Available] = available_memory,
     ) -> None:
         """rooms: memory by model name; a model that is not in it may have what the machine has when it is loaded.
-        on_plan: told of each plan before weights are read, in another thread. observer: of all engines.
+        on_plan: told of each plan before weights are read, in another thread. observer: of all engines. available: what
+        the machine has when a model is loaded, where others may have taken of it since it was planned.
         """
         self._specs = {spec.name: spec for spec in specs}
         self._rooms = rooms
         self._on_plan = on_plan
         self._observer = observer
+        self._available = available
 
     async def load(self, name: str) -> HostedModel:
         """Raises what `load_engine` raises."""
         return await asyncio.to_thread(self._load, self._specs[name])
 
     def _load(self, spec: ModelSpec) -> HostedModel:
+        def planned(plan: MemoryPlan) -> None:
+            self._check(plan)
+            self._on_plan(spec.name, plan)
+
         started = time.perf_counter()
         llm = AsyncLLM.from_model(
             spec.source,
             spec.engine,
-            on_plan=lambda plan: self._on_plan(spec.name, plan),
+            on_plan=planned,
             observer=self._observer,
             available=self._rooms.get(spec.name),
         )
         hosted = HostedModel(llm)
         logger.info("loaded %s in %.2f s", spec.name, time.perf_counter() - started)
         return hosted
+
+    def _check(self, plan: MemoryPlan) -> None:
+        """Raises CapacityError where the machine has not now what the plan takes."""
+        now = self._available()
+        if plan.total > now.num_bytes:
+            have = f"{size_text(now.num_bytes)} are available now ({now.source})"
+            raise CapacityError(f"it takes {size_text(plan.total)}, but {have}")
