@@ -111,6 +111,14 @@ def test_each_prompt_of_a_request_has_its_own_span(traced_url, spans, llm):
     assert sorted(span.attributes["gen_ai.usage.input_tokens"] for span in requests) == [3, 3, 5]
 
 
+def test_embeddings_have_no_decode(traced_url, spans, llm):
+    assert httpx.post(f"{traced_url}/v1/embeddings", json={"input": ["one", "three"]}).status_code == 200
+    found = spans()
+    assert {name: len(some) for name, some in found.items() if name != "decode"} == {
+        "POST /v1/embeddings": 1, f"embeddings {llm.model_name}": 2, "queue": 2, "prefill": 2
+    }  # fmt: skip
+
+
 def test_no_text_and_no_caller_is_in_a_span(traced_url, spans):
     secret = "a secret of somebody"
     sent = {**BODY, "prompt": secret, "stop": ["another secret"], "user": "secret user", "cache_salt": "secret salt"}

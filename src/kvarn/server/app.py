@@ -45,8 +45,7 @@ def create_app(
 
     models: those that answer, in place of `llm` and its names, once `app.state.server.open()` is called.
     api_keys: see `ApiKeys`; without, everybody may ask. pooling: of embeddings whose request does not say.
-    watchers: told of each request over HTTP. Raises
-    ConfigError for a key that is none.
+    watchers: told of each request over HTTP. Raises ConfigError for a key that is none.
     """
     # No /docs: that page loads its scripts from elsewhere.
     app = FastAPI(title="kvarn", version=__version__, docs_url=None, redoc_url=None)

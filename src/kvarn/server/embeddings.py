@@ -18,6 +18,7 @@ from kvarn.server.caller import Caller
 from kvarn.server.errors import ApiError
 from kvarn.server.generation import new_id
 from kvarn.server.protocol import EmbeddingRequest
+from kvarn.server.request_trace import RequestTrace
 from kvarn.server.state import Served
 
 IN_FLIGHT = 32
@@ -42,21 +43,31 @@ def asked_embeddings(body: EmbeddingRequest, served: Served, caller: Caller, def
         name = "input" if error.field == "prompt" else error.field
         raise ApiError(400, str(error), param=name, code="invalid_value") from None
     as_base64 = body.encoding_format == "base64"
-    return EmbeddingAnswer(llm, requests, served.name, dimensions=body.dimensions, as_base64=as_base64)
+    return EmbeddingAnswer(
+        llm, requests, served.name, dimensions=body.dimensions, as_base64=as_base64, trace=caller.trace
+    )  # fmt: skip
 
 
 class EmbeddingAnswer:
     """The vectors of some inputs, each of length 1. They go through the engine's steps as all requests do."""
 
     def __init__(
-        self, llm: AsyncLLM, requests: Sequence[Request], model: str, *, dimensions: int | None, as_base64: bool
+        self,
+        llm: AsyncLLM,
+        requests: Sequence[Request],
+        model: str,
+        *,
+        dimensions: int | None,
+        as_base64: bool,
+        trace: RequestTrace,
     ) -> None:
-        """requests: checked. dimensions: leading ones of each vector that are kept; None: all."""
+        """requests: checked. dimensions: leading ones of each vector that are kept; None: all. trace: hears of them."""
         self._llm = llm
         self._requests = requests
         self._model = model
         self._dimensions = dimensions
         self._as_base64 = as_base64
+        self._trace = trace
         self._vectors: list[Any] = [None] * len(requests)
 
     async def whole(self) -> dict[str, Any]:
@@ -82,6 +93,7 @@ class EmbeddingAnswer:
         for place in places:
             async with aclosing(self._llm.generate(self._requests[place])) as stream:
                 async for output in stream:
+                    self._trace.output(self._llm.model_name, self._requests[place], output)
                     if output.embedding is None:
                         raise EngineError("the request was aborted")
                     self._vectors[place] = self._told(output.embedding)
