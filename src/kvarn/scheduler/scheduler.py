@@ -321,21 +321,13 @@ class Scheduler:
         self._admit_waiting(step, before=sequence)
         # One token stays for each sequence after this one, so that a long prompt holds nobody up.
         after, start = self._chunked(step) - 1, sequence.num_computed_tokens
-        count = max(1, step.budget.room(start, self._most(step, sequence), after))
+        count = max(1, step.budget.room(start, step.most_tokens(sequence, self._free_seats), after))
         step.budget.take(start, count)
         return count
 
-    def _most(self, step: StepAssembly, sequence: Sequence) -> int:
-        """Tokens that a running sequence may compute in the step, were it for the rows of logits alone.
-
-        There are as many rows as seats (and those of drafts). Everybody who runs has one; the others are for prompts
-        whose logprobs are asked for.
-        """
-        wanted = sequence.num_uncomputed_tokens
-        if not sequence.lacks_prompt_logprobs:
-            return wanted
-        known = max(0, sequence.num_prompt_logprobs - sequence.num_computed_tokens)
-        return min(wanted, known + 1 + self._config.max_num_seqs - len(self._running) - step.prompt_rows)
+    @property
+    def _free_seats(self) -> int:
+        return self._config.max_num_seqs - len(self._running)
 
     def _chunked(self, step: StepAssembly) -> int:
         """Pending sequences that are no decodes: one token is left for each."""
@@ -356,7 +348,7 @@ class Scheduler:
 
     def _try_to_admit(self, step: StepAssembly, sequence: Sequence, reserved: int) -> Hold | None:
         """Admits the first of the waiting sequences; or says why not."""
-        if len(self._running) + step.prompt_rows >= self._config.max_num_seqs:
+        if self._free_seats <= step.prompt_rows:
             return Hold.SEATS
         if not step.budget.room(0, 1, reserved):
             return Hold.BUDGET
@@ -381,7 +373,7 @@ class Scheduler:
         start = sequence.num_computed_tokens
         # It may have given up a part of a block for want of another; then it has room for no fewer tokens.
         self._admit(step, sequence)
-        count = step.budget.room(start, self._most(step, sequence), reserved)
+        count = step.budget.room(start, step.most_tokens(sequence, self._free_seats), reserved)
         step.budget.take(start, count)
         self._put(step, sequence, count)
         return None
@@ -411,15 +403,12 @@ class Scheduler:
         start = sequence.num_computed_tokens
         end = start + count
         sample = end == sequence.num_tokens
-        prompt = sequence.prompt_targets(start, end)
-        if prompt is not None:
-            step.prompt_rows += len(prompt.token_ids) - (not sample)
         ahead, nodes = self.drafting.wanted(sequence) if sample and self.drafting.active else (0, 0)
         self.reuse.computes(sequence, end)
         step.copies += self.reuse.take_blocks(sequence, start, end)
         if end >= sequence.num_prompt_tokens:
             self._charge_prompt(sequence, sequence.num_prompt_tokens)
-        step.sequences.append(
+        step.add(
             ScheduledSequence(
                 sequence_id=sequence.sequence_id,
                 token_ids=tuple(sequence.token_ids[start:end]),
@@ -428,7 +417,7 @@ class Scheduler:
                 sample=sample,
                 num_drafts_wanted=ahead,
                 num_nodes_wanted=nodes,
-                prompt=prompt,
+                prompt=sequence.prompt_targets(start, end),
             )
         )
 
