@@ -39,21 +39,3 @@ class StepAssembly:
     """Rows of logits for prompts, beside the one that every sequence has."""
     held: tuple[Sequence, Hold] | None = None
     """The first of those that wait, and why it was not admitted."""
-
-    def add(self, part: ScheduledSequence) -> None:
-        """A sequence's share of the step."""
-        self.sequences.append(part)
-        if part.prompt is not None:
-            self.prompt_rows += part.num_logits - 1
-
-    def most_tokens(self, sequence: Sequence, free_seats: int) -> int:
-        """What a running sequence may compute in the step, were it for the rows of logits alone.
-
-        There are as many rows as seats (and those of drafts). Everybody who runs has one; the others are for prompts
-        whose logprobs are asked for. free_seats: so many more could run.
-        """
-        wanted = sequence.num_uncomputed_tokens
-        if not sequence.lacks_prompt_logprobs:
-            return wanted
-        known = max(0, sequence.num_prompt_logprobs - sequence.num_computed_tokens)
-        return min(wanted, known + 1 + free_seats - self.prompt_rows)

@@ -288,21 +288,17 @@ class Scheduler:
 
     def _check_deadline(self, sequence: Sequence) -> None:
         """Raises DeadlineError for a sequence that does not wait yet, if it is asked to come in time and will not."""
-        asked = sequence.request.ttft_slo_ms or self._config.ttft_slo_ms
-        if asked is not None:
-            check_deadline(asked, self._forecast.ttft(sequence, self._crowd(sequence)))
-
-    def _crowd(self, sequence: Sequence) -> Crowd:
-        """What a sequence finds that does not wait yet."""
-        running, key = list(self._running.values()), self._key(sequence)
-        return Crowd(
-            running=running,
-            prompts=[s for s in running if s.num_uncomputed_tokens > 1 and self._key(s) < key],
-            ahead=list(self._waiting.ahead(sequence)),
-            max_num_seqs=self._config.max_num_seqs,
-            free_blocks=self._pool.num_available,
-            blocks_for=lambda tokens: self._pool.windows.most_blocks(tokens, self._config.max_num_batched_tokens),
-        )
+        if (asked := sequence.request.ttft_slo_ms or self._config.ttft_slo_ms) is not None:
+            running, key = list(self._running.values()), self._key(sequence)
+            crowd = Crowd(
+                running=running,
+                prompts=[s for s in running if s.num_uncomputed_tokens > 1 and self._key(s) < key],
+                ahead=[*self._waiting.ahead(sequence)],
+                max_num_seqs=self._config.max_num_seqs,
+                free_blocks=self._pool.num_available,
+                blocks_for=lambda tokens: self._pool.windows.most_blocks(tokens, self._config.max_num_batched_tokens),
+            )
+            check_deadline(asked, self._forecast.ttft(sequence, crowd))
 
     def _key(self, sequence: Sequence) -> tuple[float, ...]:
         return order_key(self.policy, sequence)
@@ -321,13 +317,13 @@ class Scheduler:
         self._admit_waiting(step, before=sequence)
         # One token stays for each sequence after this one, so that a long prompt holds nobody up.
         after, start = self._chunked(step) - 1, sequence.num_computed_tokens
-        count = max(1, step.budget.room(start, step.most_tokens(sequence, self._free_seats), after))
+        count = max(1, step.budget.room(start, self._most(step, sequence), after))
         step.budget.take(start, count)
         return count
 
-    @property
-    def _free_seats(self) -> int:
-        return self._config.max_num_seqs - len(self._running)
+    def _most(self, step: StepAssembly, sequence: Sequence) -> int:
+        """Tokens that rows of logits allow: everybody who runs has one, prompts' logprobs may have the others."""
+        return sequence.computable(self._config.max_num_seqs - len(self._running) - step.prompt_rows)
 
     def _chunked(self, step: StepAssembly) -> int:
         """Pending sequences that are no decodes: one token is left for each."""
@@ -348,7 +344,7 @@ class Scheduler:
 
     def _try_to_admit(self, step: StepAssembly, sequence: Sequence, reserved: int) -> Hold | None:
         """Admits the first of the waiting sequences; or says why not."""
-        if self._free_seats <= step.prompt_rows:
+        if len(self._running) + step.prompt_rows >= self._config.max_num_seqs:
             return Hold.SEATS
         if not step.budget.room(0, 1, reserved):
             return Hold.BUDGET
@@ -373,7 +369,7 @@ class Scheduler:
         start = sequence.num_computed_tokens
         # It may have given up a part of a block for want of another; then it has room for no fewer tokens.
         self._admit(step, sequence)
-        count = step.budget.room(start, step.most_tokens(sequence, self._free_seats), reserved)
+        count = step.budget.room(start, self._most(step, sequence), reserved)
         step.budget.take(start, count)
         self._put(step, sequence, count)
         return None
@@ -403,12 +399,15 @@ class Scheduler:
         start = sequence.num_computed_tokens
         end = start + count
         sample = end == sequence.num_tokens
+        prompt = sequence.prompt_targets(start, end)
+        if prompt is not None:
+            step.prompt_rows += len(prompt.token_ids) - (not sample)
         ahead, nodes = self.drafting.wanted(sequence) if sample and self.drafting.active else (0, 0)
         self.reuse.computes(sequence, end)
         step.copies += self.reuse.take_blocks(sequence, start, end)
         if end >= sequence.num_prompt_tokens:
             self._charge_prompt(sequence, sequence.num_prompt_tokens)
-        step.add(
+        step.sequences.append(
             ScheduledSequence(
                 sequence_id=sequence.sequence_id,
                 token_ids=tuple(sequence.token_ids[start:end]),
@@ -417,7 +416,7 @@ class Scheduler:
                 sample=sample,
                 num_drafts_wanted=ahead,
                 num_nodes_wanted=nodes,
-                prompt=sequence.prompt_targets(start, end),
+                prompt=prompt,
             )
         )
 
