@@ -7,6 +7,7 @@ has but for the last token, shared between beams as far as they agree.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -114,7 +115,7 @@ class BeamSearch:
         return self._score(beam.logprob, len(beam.token_ids) - (beam.finish_reason is FinishReason.STOP))
 
     def _score(self, logprob: float, num_tokens: int) -> float:
-        return logprob / float(self._num_prompt_tokens + num_tokens) ** self._params.length_penalty
+        return logprob / math.pow(self._num_prompt_tokens + num_tokens, self._params.length_penalty)
 
     def _sorted(self, beams: list[Beam]) -> list[Beam]:
         return sorted(beams, key=lambda beam: (-self.score(beam), beam.token_ids))
