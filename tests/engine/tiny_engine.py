@@ -77,7 +77,10 @@ def tiny_engine(
     )
     model = model or shared_model(family, seed)
     if draft is not None:
-        draft = DraftModel(draft, spellings(byte_tokenizer().vocabulary), make_backend(backend, threads), "tinier")
+        draft = DraftModel(
+            draft, spellings(byte_tokenizer().vocabulary), make_backend(backend, threads), "tinier",
+            vocab=speculative.draft_vocab,
+        )  # fmt: skip
     return build_engine(
         model, byte_tokenizer(), config, name="tiny", identity=identity, draft=draft, on_plan=on_plan, observer=observer
     )
@@ -133,6 +136,8 @@ def handmade_engine(
     speculative=None,
     wrap_drafter=lambda d: d,
     model=None,
+    restart_delays=(0.0, 0.01),
+    idle=lambda: False,
     embeddings=False,
     **scheduling,
 ) -> LoadedEngine:
@@ -147,6 +152,7 @@ def handmade_engine(
         cache=CacheConfig(block_size=block_size, num_blocks=num_blocks, dtype=dtype),
         scheduler=SchedulerConfig(max_num_seqs, max_num_batched_tokens, max_num_queued_requests, **scheduling),
         speculative=speculative,
+        restart_delays=restart_delays,
     )
     cost = cost or MeasuredCost()
     outputs = (model.program.last_layer,) if embeddings else ()
@@ -169,7 +175,9 @@ def handmade_engine(
 
     tokenizer = tokenizer or byte_tokenizer()
     vocab_size = model.program.vocab_size
-    core = EngineCore(runner, new_scheduler, tokenizer, vocab_size, cost=cost, observer=observer, clock=clock)
+    core = EngineCore(
+        runner, new_scheduler, tokenizer, vocab_size, cost=cost, observer=observer, clock=clock, idle=idle
+    )
     return LoadedEngine(core, "handmade", tokenizer, model.config, max_model_len, config)
 
 

@@ -6,14 +6,18 @@ import asyncio
 import threading
 import weakref
 from collections.abc import Sequence
+from contextlib import AsyncExitStack, aclosing
+from dataclasses import replace
 from types import TracebackType
 from typing import Self
 
 from kvarn.config import EngineConfig
+from kvarn.engine.beam import BeamParams, BeamResult, new_search
 from kvarn.engine.events import Event, RequestFailed, merge_outputs
 from kvarn.engine.front import EngineFront
 from kvarn.engine.load import LoadedEngine, OnPlan, load_engine
 from kvarn.engine.loop import EngineLoop
+from kvarn.planning import Available
 from kvarn.request import Request, RequestOutput
 from kvarn.scheduler import Observer
 
@@ -35,22 +39,34 @@ class AsyncLLM(EngineFront):
         *,
         on_plan: OnPlan = lambda _plan: None,
         observer: Observer | None = None,
+        available: Available | None = None,
     ) -> Self:
         """Loads a catalogued name, a .gguf file or a folder. Blocks for as long as loading takes; prints nothing.
 
         on_plan: told what the engine will take, before weights are read. observer: told of every decision and step.
+        available: the memory that it may take its share of; None: what the machine has now.
         Raises ModelFileError, UnsupportedModelError, PullError, ConfigError, CapacityError.
         """
-        return cls(load_engine(name_or_path, config or EngineConfig(), on_plan=on_plan, observer=observer))
+        config = config or EngineConfig()
+        return cls(load_engine(name_or_path, config, on_plan=on_plan, observer=observer, available=available))
 
     @property
     def is_running(self) -> bool:
         """False once the engine was closed or has failed for good."""
         return self._loop.failure is None
 
+    @property
+    def is_restarting(self) -> bool:
+        """Whether a step has failed and the engine is being brought back; requests wait meanwhile."""
+        return self._loop.is_restarting
+
     def check(self, request: Request) -> None:
         """Raises RequestError, naming field and limit, for a request this engine can never run."""
         self._loop.check(request)
+
+    def resolve(self, request: Request) -> Request:
+        """The same with token ids in place of texts (`bad_words`), for callers to whom `generate` must return soon."""
+        return self._loop.resolve(request)
 
     def generate(self, request: Request) -> RequestStream:
         """Starts a request; its outputs come from the stream, in pieces as they are made.
@@ -61,6 +77,34 @@ class AsyncLLM(EngineFront):
         once; a DeadlineError comes from the stream.
         """
         return RequestStream(self, self._loop, self._mailbox(asyncio.get_running_loop()), request)
+
+    async def beam_search(self, request: Request, params: BeamParams) -> BeamResult:
+        """The `request.sampling.n` best continuations, of at most `max_tokens`. No token is drawn.
+
+        Waits for all of them; a task that is cancelled meanwhile leaves nothing running. Raises RequestError, also for
+        parameters that do not go with it, QueueFullError, EngineError.
+        """
+        sampling = request.sampling
+        self.check(request)
+        search = new_search(sampling, params, len(request.prompt_token_ids), self.tokenizer.eos_token_ids)
+        cached = None
+        while search.open:
+            prefix = f"{request.request_id}-{len(search.open[0].token_ids)}"
+            extensions = [
+                replace(request, request_id=f"{prefix}-{place}", sampling=params.extension,
+                        prompt_token_ids=request.prompt_token_ids + beam.token_ids)
+                for place, beam in enumerate(search.open)
+            ]  # fmt: skip
+            outputs = await self._last_outputs(extensions)
+            cached = outputs[0].num_cached_tokens if cached is None else cached
+            search.take([output.outputs[0].logprobs[0].top for output in outputs])
+        return BeamResult(search.best(sampling.n), cached or 0)
+
+    async def _last_outputs(self, requests: Sequence[Request]) -> list[RequestOutput]:
+        """What comes of requests of one token each, all at once."""
+        async with AsyncExitStack() as stack:
+            streams = [await stack.enter_async_context(aclosing(self.generate(request))) for request in requests]
+            return [merge_outputs([output async for output in stream]) for stream in streams]
 
     async def abort(self, request_id: str) -> None:
         """Ends a request before the next step; its stream gets a last output with FinishReason.ABORT."""

@@ -64,7 +64,7 @@ class PrefixReuse:
         needs more blocks than without.
         """
         known = sequence.num_computed_tokens
-        if known >= sequence.num_tokens - 1:
+        if known >= sequence.num_tokens - 1 or sequence.lacks_prompt_logprobs:
             return 0
         found = sequence.prefix.adopt(sequence.token_ids, sequence.table, known, whole_blocks=whole_blocks)
         sequence.num_computed_tokens = found
@@ -114,6 +114,8 @@ class PrefixReuse:
 
         most: tokens that it would get.
         """
+        if sequence.lacks_prompt_logprobs:
+            return False
         leader, leader_end = self._computing.get(sequence.prefix.next_block(sequence.token_ids), (sequence, 0))
         if leader_end < (sequence.prefix.num_blocks + 1) * self._pool.block_size:
             return False  # it fills no block, so there would be no more to find in the next step
@@ -140,7 +142,7 @@ class PrefixReuse:
         Its blocks must be available. most: tokens to load at most.
         """
         size, prefix = self._pool.block_size, sequence.prefix
-        if sequence.num_computed_tokens >= sequence.num_tokens - 1:
+        if sequence.num_computed_tokens >= sequence.num_tokens - 1 or sequence.lacks_prompt_logprobs:
             return False
         found = prefix.offloaded(sequence.token_ids, most // size)
         start = prefix.num_blocks * size

@@ -165,7 +165,8 @@ class Scheduler:
             )
             for index in range(sampling.n)
         ]
-        sequences[0].expected_hit = sequences[0].prefix.peek(sequences[0].token_ids)
+        if not sequences[0].lacks_prompt_logprobs:
+            sequences[0].expected_hit = sequences[0].prefix.peek(sequences[0].token_ids)
         self._check_deadline(sequences[0])
         group = Group({s.sequence_id: s for s in sequences}, forks=sequences[1:])
         self._groups[request.request_id] = group
@@ -234,6 +235,7 @@ class Scheduler:
             sequence = self._sequences.get(part.sequence_id)
             if sequence is not None:
                 self.reuse.computed(sequence, part.end)
+                sequence.num_prompt_logprobs += part.num_prompt_logits
                 self._release_forks(sequence)
         sampled: list[tuple[Sequence, SampledToken]] = []
         for token in result.sampled:
@@ -286,21 +288,17 @@ class Scheduler:
 
     def _check_deadline(self, sequence: Sequence) -> None:
         """Raises DeadlineError for a sequence that does not wait yet, if it is asked to come in time and will not."""
-        asked = sequence.request.ttft_slo_ms or self._config.ttft_slo_ms
-        if asked is not None:
-            check_deadline(asked, self._forecast.ttft(sequence, self._crowd(sequence)))
-
-    def _crowd(self, sequence: Sequence) -> Crowd:
-        """What a sequence finds that does not wait yet."""
-        running, key = list(self._running.values()), self._key(sequence)
-        return Crowd(
-            running=running,
-            prompts=[s for s in running if s.num_uncomputed_tokens > 1 and self._key(s) < key],
-            ahead=list(self._waiting.ahead(sequence)),
-            max_num_seqs=self._config.max_num_seqs,
-            free_blocks=self._pool.num_available,
-            blocks_for=lambda tokens: self._pool.windows.most_blocks(tokens, self._config.max_num_batched_tokens),
-        )
+        if (asked := sequence.request.ttft_slo_ms or self._config.ttft_slo_ms) is not None:
+            running, key = list(self._running.values()), self._key(sequence)
+            crowd = Crowd(
+                running=running,
+                prompts=[s for s in running if s.num_uncomputed_tokens > 1 and self._key(s) < key],
+                ahead=[*self._waiting.ahead(sequence)],
+                max_num_seqs=self._config.max_num_seqs,
+                free_blocks=self._pool.num_available,
+                blocks_for=lambda tokens: self._pool.windows.most_blocks(tokens, self._config.max_num_batched_tokens),
+            )
+            check_deadline(asked, self._forecast.ttft(sequence, crowd))
 
     def _key(self, sequence: Sequence) -> tuple[float, ...]:
         return order_key(self.policy, sequence)
@@ -319,9 +317,13 @@ class Scheduler:
         self._admit_waiting(step, before=sequence)
         # One token stays for each sequence after this one, so that a long prompt holds nobody up.
         after, start = self._chunked(step) - 1, sequence.num_computed_tokens
-        count = max(1, step.budget.room(start, sequence.num_uncomputed_tokens, after))
+        count = max(1, step.budget.room(start, self._most(step, sequence), after))
         step.budget.take(start, count)
         return count
+
+    def _most(self, step: StepAssembly, sequence: Sequence) -> int:
+        """Tokens that rows of logits allow: everybody who runs has one, prompts' logprobs may have the others."""
+        return sequence.computable(self._config.max_num_seqs - len(self._running) - step.prompt_rows)
 
     def _chunked(self, step: StepAssembly) -> int:
         """Pending sequences that are no decodes: one token is left for each."""
@@ -342,7 +344,7 @@ class Scheduler:
 
     def _try_to_admit(self, step: StepAssembly, sequence: Sequence, reserved: int) -> Hold | None:
         """Admits the first of the waiting sequences; or says why not."""
-        if len(self._running) >= self._config.max_num_seqs:
+        if len(self._running) + step.prompt_rows >= self._config.max_num_seqs:
             return Hold.SEATS
         if not step.budget.room(0, 1, reserved):
             return Hold.BUDGET
@@ -359,15 +361,15 @@ class Scheduler:
                 # What it waits with cannot be evicted for those that run.
                 self.reuse.give_up_blocks(sequence)
             return hold
-        if not forked:
+        if not forked and not sequence.lacks_prompt_logprobs:
             self.reuse.num_queries += sequence.num_tokens
             self.reuse.count_hits(sequence, min(found, sequence.num_computed_tokens))
         if self.reuse.load(sequence, count):
             return Hold.LOADING
         start = sequence.num_computed_tokens
         # It may have given up a part of a block for want of another; then it has room for no fewer tokens.
-        count = step.budget.room(start, sequence.num_uncomputed_tokens, reserved)
         self._admit(step, sequence)
+        count = step.budget.room(start, self._most(step, sequence), reserved)
         step.budget.take(start, count)
         self._put(step, sequence, count)
         return None
@@ -397,6 +399,9 @@ class Scheduler:
         start = sequence.num_computed_tokens
         end = start + count
         sample = end == sequence.num_tokens
+        prompt = sequence.prompt_targets(start, end)
+        if prompt is not None:
+            step.prompt_rows += len(prompt.token_ids) - (not sample)
         ahead, nodes = self.drafting.wanted(sequence) if sample and self.drafting.active else (0, 0)
         self.reuse.computes(sequence, end)
         step.copies += self.reuse.take_blocks(sequence, start, end)
@@ -411,6 +416,7 @@ class Scheduler:
                 sample=sample,
                 num_drafts_wanted=ahead,
                 num_nodes_wanted=nodes,
+                prompt=prompt,
             )
         )
 

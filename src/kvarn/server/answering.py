@@ -80,4 +80,4 @@ async def computed(
 async def _received(request: Request, state: ServerState, body_model: type[Body]) -> tuple[Body, Served]:
     data = await read_body(request, state.max_body_bytes)
     body = await state.in_thread(lambda: parse(body_model, data))
-    return body, await state.served(body.model)
+    return body, await state.served(body.model, request, body.keep_alive)

@@ -11,8 +11,13 @@ from kvarn.engine import AsyncLLM
 from kvarn.request import Pooling
 from kvarn.server import errors, openapi
 from kvarn.server.auth import ApiKeys, Authentication
+from kvarn.server.door import Doorway
+from kvarn.server.models import ModelPool
+from kvarn.server.models.hosted import HostedModel, given
 from kvarn.server.routes.anthropic import add_anthropic_routes
 from kvarn.server.routes.embeddings import add_embedding_routes
+from kvarn.server.routes.health import add_health
+from kvarn.server.routes.models import add_models
 from kvarn.server.routes.openai import add_openai_routes
 from kvarn.server.routes.pages import add_pages
 from kvarn.server.routes.responses import add_response_routes
@@ -29,20 +34,25 @@ def create_app(
     served_model_names: Sequence[str] = (),
     max_body_bytes: int = DEFAULT_MAX_BODY_BYTES,
     api_keys: Sequence[str] = (),
+    models: ModelPool[HostedModel] | None = None,
     pooling: Pooling = Pooling.MEAN,
 ) -> FastAPI:
-    """The application, which does not own the engine. Where it is None, `app.state.server.open(llm, names)` follows.
+    """The application, which owns no engine. llm: the one that answers; None: none ever does, for tests.
 
+    models: those that answer, in place of `llm` and its names, once `app.state.server.open()` is called.
     api_keys: see `ApiKeys`; without, everybody may ask. pooling: of embeddings whose request does not say. Raises
     ConfigError for a key that is none.
     """
     # No /docs: that page loads its scripts from elsewhere.
     app = FastAPI(title="kvarn", version=__version__, docs_url=None, redoc_url=None)
-    state = app.state.server = ServerState(max_body_bytes)
+    state = app.state.server = ServerState(max_body_bytes, models or given(llm, served_model_names))
     if llm is not None:
-        state.open(llm, served_model_names)
+        state.open()
     errors.install(app)
     app.add_middleware(Authentication, keys=ApiKeys(api_keys))
+    app.add_middleware(Doorway, door=state.door)
+    add_health(app, state)
+    add_models(app, state)
     add_service_routes(app, state)
     add_openai_routes(app, state)
     add_anthropic_routes(app, state)

@@ -87,9 +87,11 @@ class Generation:
         self.n = sampling.n
         self.answer_id = answer_id
         self.requests: list[Request] = []
+        # Clients may choose ids of answers, and others the same.
+        unique = secrets.token_hex(4)
         for index, ids in enumerate(prompts):
             request = Request(
-                f"{answer_id}-{index}",
+                f"{answer_id}-{unique}-{index}",
                 tuple(ids),
                 sampling,
                 priority=priority,
@@ -97,8 +99,11 @@ class Generation:
                 cache_salt=cache_salt,
                 ttft_slo_ms=caller.ttft_slo_ms,
             )
+            request = llm.resolve(request)
             llm.check(request)
             self.requests.append(request)
+        self.prompt_logprobs: dict[int, tuple[TokenLogprob, ...]] = {}
+        """By prompt, of its tokens from the second on, where they were asked for: as soon as any delta has come."""
         self.usage = Usage(prompt=sum(len(request.prompt_token_ids) for request in self.requests))
 
     @property
@@ -149,6 +154,8 @@ class Generation:
                 await asyncio.gather(*feeders, return_exceptions=True)
 
     def _deltas(self, prompt: int, output: RequestOutput) -> list[tuple[int, SequenceOutput]]:
+        if output.prompt_logprobs:
+            self.prompt_logprobs[prompt] = output.prompt_logprobs
         self.usage.completion += sum(len(delta.token_ids) for delta in output.outputs)
         if output.finished:
             self.usage.cached += output.num_cached_tokens

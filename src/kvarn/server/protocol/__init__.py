@@ -4,6 +4,7 @@ from kvarn.server.protocol.embeddings import MAX_INPUTS, EmbeddingRequest
 from kvarn.server.protocol.parameters import HARMLESS, MOST_ENTRIES, NEUTRAL, RENAMED, screen
 from kvarn.server.protocol.requests import (
     MAX_PROMPTS,
+    MAX_REQUEST_ID_CHARS,
     AnswerRequest,
     ChatCompletionRequest,
     CompletionRequest,
@@ -13,7 +14,7 @@ from kvarn.server.protocol.requests import (
 from kvarn.server.protocol.tokens import DetokenizeRequest, TokenizeRequest
 
 __all__ = [
-    "HARMLESS", "MAX_INPUTS", "MAX_PROMPTS", "MOST_ENTRIES", "NEUTRAL", "RENAMED", "AnswerRequest",
-    "ChatCompletionRequest", "CompletionRequest", "DetokenizeRequest", "EmbeddingRequest", "ModelRequest",
-    "SamplingRequest", "TokenizeRequest", "screen",
+    "HARMLESS", "MAX_INPUTS", "MAX_PROMPTS", "MAX_REQUEST_ID_CHARS", "MOST_ENTRIES", "NEUTRAL", "RENAMED",
+    "AnswerRequest", "ChatCompletionRequest", "CompletionRequest", "DetokenizeRequest", "EmbeddingRequest",
+    "ModelRequest", "SamplingRequest", "TokenizeRequest", "screen",
 ]  # fmt: skip

@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from kvarn.request import MAX_LOGIT_BIAS, MAX_STOP_STRINGS
+from kvarn.request import MAX_ALLOWED_TOKEN_IDS, MAX_BAD_WORDS, MAX_LOGIT_BIAS, MAX_STOP_STRINGS
 from kvarn.server.errors import ApiError
 from kvarn.text.messages import MAX_MESSAGES, MAX_TOOLS
 
@@ -34,22 +34,12 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "web_search_options": (),
     "suffix": ("",),
     "echo": (False,),
-    "best_of": (1,),
     "add_special_tokens": (False,),
     "logits_processors": ([],),
-    "use_beam_search": (False,),
-    "length_penalty": (1,),
-    "bad_words": ([],),
-    "allowed_token_ids": (),
-    "prompt_logprobs": (),
-    "truncate_prompt_tokens": (),
     "chat_template": (),
     "documents": ([],),
-    "return_token_ids": (False,),
-    "return_tokens_as_token_ids": (False,),
-    "spaces_between_special_tokens": (True,),
+    "spaces_between_special_tokens": (True, False),
     "mm_processor_kwargs": (),
-    "request_id": (),
 }
 """Not honoured by an endpoint whose request model lacks it: refused by name there, unless null or one of these values,
 which ask for nothing."""
@@ -63,9 +53,11 @@ RENAMED = {
 }  # fmt: skip
 """What vLLM has given up for other parameters: refused with the name of what to use."""
 
+MAX_DOCUMENTS = 256
 MOST_ENTRIES = {
     "messages": MAX_MESSAGES, "tools": MAX_TOOLS, "stop": MAX_STOP_STRINGS, "logit_bias": MAX_LOGIT_BIAS,
-    "stop_token_ids": 1024, "stop_sequences": MAX_STOP_STRINGS,
+    "stop_token_ids": 1024, "allowed_token_ids": MAX_ALLOWED_TOKEN_IDS, "bad_words": MAX_BAD_WORDS,
+    "documents": MAX_DOCUMENTS, "stop_sequences": MAX_STOP_STRINGS,
 }  # fmt: skip
 """Entries of a list or an object at most, looked at before any entry is."""
 

@@ -29,7 +29,7 @@ def add_openai_routes(app: FastAPI, state: ServerState) -> None:
 
 
 def _chat(body: ChatCompletionRequest, served: Served, caller: Caller) -> ChatAnswer:
-    return ChatAnswer(body, asked_chat(body, served, caller, "chatcmpl-"))
+    return ChatAnswer(body, asked_chat(body, served, caller, "chatcmpl-", thinking=True))
 
 
 def _completion(body: CompletionRequest, served: Served, caller: Caller) -> CompletionAnswer:
