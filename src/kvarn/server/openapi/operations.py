@@ -86,6 +86,8 @@ _RESPONSES: dict[str, Schema] = {
 
 OPERATIONS: dict[str, Operation] = {
     "/health": Operation(replies.STATUS),
+    "/health/live": Operation(replies.STATUS),
+    "/health/ready": Operation(replies.STATUS),
     "/version": Operation(replies.VERSION),
     "/metrics": Operation(TEXT, media_type="text/plain"),
     "/v1/models": Operation(replies.MODELS),
