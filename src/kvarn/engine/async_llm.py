@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 import weakref
 from collections.abc import Sequence
 from contextlib import AsyncExitStack, aclosing
@@ -209,6 +210,7 @@ class _Mailbox:
         # The engine holds mailboxes of requests in flight; these must not keep a loop alive that is closed.
         self._loop = weakref.ref(loop)
         self._engine = engine
+        self._delivery = engine.delivery  # where several loops observe at the same moment, one value may be lost
 
     def receive(self, events: Sequence[tuple[object, Event]]) -> None:
         """Called in the engine's thread."""
@@ -216,13 +218,14 @@ class _Mailbox:
         try:
             if loop is None:
                 raise RuntimeError("the event loop is gone")
-            loop.call_soon_threadsafe(self._deliver, events)
+            loop.call_soon_threadsafe(self._deliver, events, time.perf_counter())
         except RuntimeError:
             # The loop was closed with requests in flight: nobody will read them.
             for ticket, event in events:
                 self._engine.abort(event.request_id, ticket)
 
-    def _deliver(self, events: Sequence[tuple[object, Event]]) -> None:
+    def _deliver(self, events: Sequence[tuple[object, Event]], handed_over: float) -> None:
+        self._delivery.observe(time.perf_counter() - handed_over)
         for ticket, event in events:
             assert isinstance(ticket, weakref.ref)
             stream = ticket()

@@ -61,8 +61,9 @@ COMPLETION = record(
                           finish_reason=one_of("stop", "length", "abort", "error"))),
 )  # fmt: skip
 MODEL = record(
-    {"max_model_len": COUNT}, id=TEXT, object=one_of("model"), created=COUNT, owned_by=TEXT
-)
+    {"max_model_len": nullable(COUNT), "state": one_of("unloaded", "loading", "loaded", "unloading", "failed")},
+    id=TEXT, object=one_of("model"), created=COUNT, owned_by=TEXT,
+)  # fmt: skip
 MODELS = record(object=one_of("list"), data=listed(MODEL))
 EMBEDDINGS = record(
     object=one_of("list"), model=TEXT, usage=record(prompt_tokens=COUNT, total_tokens=COUNT),
