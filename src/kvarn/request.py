@@ -159,7 +159,8 @@ class SamplingParams:
         _check(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
         _check(0 <= self.min_p <= 1, "min_p", self.min_p, "between 0 and 1")
         _check(
-            0 < self.repetition_penalty <= 100, "repetition_penalty", self.repetition_penalty, "above 0 and at most 100"
+            0.01 <= self.repetition_penalty <= 100, "repetition_penalty", self.repetition_penalty,
+            "between 0.01 and 100",
         )
         _check(-2 <= self.presence_penalty <= 2, "presence_penalty", self.presence_penalty, "between -2 and 2")
         _check(-2 <= self.frequency_penalty <= 2, "frequency_penalty", self.frequency_penalty, "between -2 and 2")

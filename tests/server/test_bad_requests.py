@@ -64,6 +64,7 @@ BAD = [
     (CHAT, {"messages": HELLO, "presence_penalty": 3}, 400, "presence_penalty"),
     (CHAT, {"messages": HELLO, "frequency_penalty": -3}, 400, "frequency_penalty"),
     (CHAT, {"messages": HELLO, "repetition_penalty": 0}, 400, "repetition_penalty"),
+    (CHAT, {"messages": HELLO, "repetition_penalty": 5e-324}, 400, "repetition_penalty"),
     (CHAT, {"messages": HELLO, "logit_bias": {"x": 1}}, 400, "logit_bias"),
     (CHAT, {"messages": HELLO, "logit_bias": {"99999": 1}}, 400, "logit_bias"),
     (CHAT, {"messages": HELLO, "logit_bias": {"5": 1000}}, 400, "logit_bias"),

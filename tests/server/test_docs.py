@@ -5,6 +5,8 @@ import inspect
 import re
 from pathlib import Path
 
+import pytest
+
 from kvarn import request
 from kvarn.cli import serve as command
 from kvarn.config import GrammarConfig, SpeculativeConfig
@@ -18,7 +20,12 @@ from kvarn.server.protocol import (
     NEUTRAL,
     ChatCompletionRequest,
     CompletionRequest,
+    EmbeddingRequest,
+    ModelRequest,
+    TokenizeRequest,
 )
+from kvarn.server.protocol.messages import MessagesRequest
+from kvarn.server.protocol.responses import ResponsesRequest
 
 PAGE = (Path(__file__).parents[2] / "docs" / "server.md").read_text()
 CHAT, COMPLETION = set(ChatCompletionRequest.model_fields), set(CompletionRequest.model_fields)
@@ -94,3 +101,19 @@ def test_limits():
     assert {name: defaults[name] for name in GrammarConfig.__dataclass_fields__} == dataclasses.asdict(grammar)
     assert row("`cache_salt`") == [1, request.MAX_CACHE_SALT_CHARS]
     assert row("`logprobs` of a completion, `top_logprobs`, `prompt_logprobs`") == [request.MAX_LOGPROBS] * 3
+
+
+@pytest.mark.parametrize(
+    ("model", "begin", "end"),
+    [
+        (MessagesRequest, "## Anthropic's messages", "## Responses"),
+        (ResponsesRequest, "## Responses", "## Embeddings"),
+        (EmbeddingRequest, "## Embeddings", "## The description"),
+        (TokenizeRequest, "## Tokens", "## Anthropic's messages"),
+    ],
+)
+def test_parameters_of_the_other_apis(model, begin, end):
+    page = (Path(__file__).parents[2] / "docs" / "api.md").read_text()
+    told = set(re.findall(r"`([a-z_]+)[.`]", page[page.index(begin) : page.index(end)]))
+    tables = () if model is TokenizeRequest else (*model.screening.harmless, *model.screening.neutral)
+    assert {*model.model_fields, *tables} - set(ModelRequest.model_fields) <= told

@@ -33,7 +33,7 @@ class ResponseAnswer:
             "store": False, "temperature": 1.0 if request.temperature is None else request.temperature,
             "text": {"format": {"type": "text"}, **(request.text or {})}, "tool_choice": request.tool_choice or "auto",
             "tools": [{"strict": True, "parameters": None, **tool} for tool in request.tools or ()],
-            "top_p": 1.0 if request.top_p is None else request.top_p, "truncation": "disabled", "usage": None,
+            "top_p": 1.0 if request.top_p is None else request.top_p, "truncation": "disabled",
         }  # fmt: skip
 
     async def whole(self) -> dict[str, Any]:

@@ -68,7 +68,7 @@ BOUNDS: dict[str, Schema] = {
     "min_p": {"minimum": 0, "maximum": 1},
     "presence_penalty": _PENALTY,
     "frequency_penalty": _PENALTY,
-    "repetition_penalty": {"exclusiveMinimum": 0, "maximum": 100},
+    "repetition_penalty": {"minimum": 0.01, "maximum": 100},
     "logit_bias": {
         "maxProperties": MAX_LOGIT_BIAS,
         "propertyNames": {"pattern": "^[0-9]{1,10}$"},

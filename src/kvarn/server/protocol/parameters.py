@@ -90,12 +90,17 @@ def screen(values: dict[str, Any], honoured: Collection[str], tables: Screening 
                 message = f"{name} is not supported: use {tables.renamed[name]}"
                 raise ApiError(400, message, param=name, code="unsupported_parameter")
         elif name in tables.neutral:
-            if value is not None and value not in tables.neutral[name]:
+            if value is not None and not any(_same(value, known) for known in tables.neutral[name]):
                 raise ApiError(400, f"{name} is not supported here yet", param=name, code="unsupported_parameter")
         elif name not in tables.harmless:
             shown = name[:64]
             raise ApiError(400, f"unknown parameter {shown}", param=shown, code="unknown_parameter")
     return kept
+
+
+def _same(value: Any, known: Any) -> bool:
+    """Equal, but 0 is not false."""
+    return bool(value == known) and isinstance(value, bool) == isinstance(known, bool)
 
 
 def _check_entries(name: str, value: Any) -> None:
