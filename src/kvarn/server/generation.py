@@ -84,6 +84,7 @@ class Generation:
         """
         self._llm = llm
         self._refusal = refusal
+        self._trace = caller.trace
         self.n = sampling.n
         self.answer_id = answer_id
         self.requests: list[Request] = []
@@ -156,6 +157,7 @@ class Generation:
     def _deltas(self, prompt: int, output: RequestOutput) -> list[tuple[int, SequenceOutput]]:
         if output.prompt_logprobs:
             self.prompt_logprobs[prompt] = output.prompt_logprobs
+        self._trace.output(self._llm.model_name, self.requests[prompt], output)
         self.usage.completion += sum(len(delta.token_ids) for delta in output.outputs)
         if output.finished:
             self.usage.cached += output.num_cached_tokens

@@ -25,6 +25,7 @@ from kvarn.server.models import ModelPool, PoolLimits
 from kvarn.server.models.budget import Budget, share_out
 from kvarn.server.models.hosted import EngineLoader, ModelSpec
 from kvarn.server.state import ServerState
+from kvarn.server.watching import HttpWatcher
 
 BACKLOG = 2048
 """Connections that the system keeps until the event loop takes them."""
@@ -96,12 +97,18 @@ def _listen(host: str, port: int) -> socket.socket:
         raise ConfigError(f"cannot listen on {host} port {port}: {reason}") from error
 
 
-def serve(options: ServeOptions, told: Told | None = None, *, observer: Observer | None = None) -> None:
+def serve(
+    options: ServeOptions,
+    told: Told | None = None,
+    *,
+    observer: Observer | None = None,
+    watchers: Sequence[HttpWatcher] = (),
+) -> None:
     """Serves until SIGINT or SIGTERM, and then until what is in flight is answered (see `DrainingServer`).
 
     While the first model loads, everything but pages and probes answers 503. Raises ConfigError where the port is taken
     or a model does not fit, and what loading the first model raises (KvarnError), after the server has stopped.
-    observer: told of every decision and step of the engines, in their threads.
+    observer: told of every decision and step of the engines, in their threads. watchers: of every request.
     """
     told = told or Told()
     listener = _listen(options.host, options.port)
@@ -109,8 +116,9 @@ def serve(options: ServeOptions, told: Told | None = None, *, observer: Observer
     loader = EngineLoader(budget.specs, budget.rooms, on_plan=told.plan, observer=observer)
     models = ModelPool(budget.pooled(), loader, budget=budget.num_bytes, limits=options.pool)
     app = create_app(
-        None, models=models, max_body_bytes=options.max_body_bytes, api_keys=options.api_keys, pooling=options.pooling
-    )
+        None, models=models, max_body_bytes=options.max_body_bytes, api_keys=options.api_keys, pooling=options.pooling,
+        watchers=watchers,
+    )  # fmt: skip
     config = uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off", server_header=False)
     server = DrainingServer(config, app.state.server, options.drain_seconds)
     host, port = listener.getsockname()[:2]
