@@ -12,7 +12,7 @@ from live_server import posted, serving
 from tiny_engine import handmade_engine
 
 from kvarn.engine import AsyncLLM
-from kvarn.server import app as server_app
+from kvarn.server import answering
 from kvarn.server.body import parse
 
 LIMIT = 8 << 20
@@ -33,7 +33,7 @@ def held(monkeypatch):
             assert go_on.wait(PATIENCE)
         return parse(model, body)
 
-    monkeypatch.setattr(server_app, "parse", slow_parse)
+    monkeypatch.setattr(answering, "parse", slow_parse)
     yield begun, go_on
     go_on.set()
 

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import TypeVar
 
 from kvarn.engine import AsyncLLM
@@ -14,6 +15,15 @@ from kvarn.server.prompts import PromptEncoder
 
 WORKERS = 2
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """A model that answers: its engine, what makes its prompts, and the name to answer with."""
+
+    llm: AsyncLLM
+    prompts: PromptEncoder
+    name: str
 
 
 class ServerState:
@@ -42,11 +52,11 @@ class ServerState:
             raise ApiError(503, "the engine has stopped", code="engine_stopped")
         return self.llm
 
-    @property
-    def prompts(self) -> PromptEncoder:
-        """The engine's prompt encoder. Only when `ready`."""
+    async def served(self, name: str | None) -> Served:
+        """The model that a request names; None: the first. Raises ApiError 404 for one that is not served here."""
+        llm, name = self.ready(), self.check_model(name)
         assert self._prompts is not None
-        return self._prompts
+        return Served(llm, self._prompts, name)
 
     def check_model(self, name: str | None) -> str:
         """The name to answer with, for the name that a request gives the model. Raises ApiError 404."""

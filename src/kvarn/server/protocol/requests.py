@@ -81,15 +81,20 @@ class StreamOptions(BaseModel):
     include_obfuscation: StrictBool | None = None
 
 
-class SamplingRequest(BaseModel):
+class ModelRequest(BaseModel):
+    """What every request for an answer has."""
+
+    model_config = ConfigDict(extra="forbid")
+    model: StrictStr | None = None
+    stream: StrictBool | None = None
+
+
+class SamplingRequest(ModelRequest):
     """Parameters that completions and chat completions share. null means absent, as OpenAI has it.
 
     Lists are validated up to the first item that is wrong, so that a hostile body costs no more than reading it.
     """
 
-    model_config = ConfigDict(extra="forbid")
-    model: StrictStr | None = None
-    stream: StrictBool | None = None
     stream_options: StreamOptions | None = None
     n: StrictInt | None = None
     seed: StrictInt | None = None
