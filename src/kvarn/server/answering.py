@@ -39,7 +39,7 @@ async def answered(
     understand: checks what is asked and makes its reply, in a thread, as it may take long. Raises ApiError.
     """
     state.ready()  # before the body is waited for
-    caller = Caller.of(request)
+    caller = Caller.of(request, state.loads)
     data = await read_body(request, state.max_body_bytes)
     body = await state.in_thread(lambda: parse(body_model, data))
     served = await state.served(body.model)

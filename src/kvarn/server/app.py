@@ -10,6 +10,7 @@ from kvarn import __version__
 from kvarn.engine import AsyncLLM
 from kvarn.server import errors
 from kvarn.server.auth import ApiKeys, Authentication
+from kvarn.server.routes.dashboard import add_dashboard
 from kvarn.server.routes.openai import add_openai_routes
 from kvarn.server.routes.pages import add_pages
 from kvarn.server.routes.service import add_service_routes
@@ -38,5 +39,6 @@ def create_app(
     app.add_middleware(Authentication, keys=ApiKeys(api_keys))
     add_service_routes(app, state)
     add_openai_routes(app, state)
+    add_dashboard(app, state)
     add_pages(app)
     return app

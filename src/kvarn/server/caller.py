@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Self
 
 from fastapi import Request
 
 from kvarn.server.errors import ApiError
+from kvarn.server.load import TenantLoads
 
 DEADLINE_HEADERS = ("x-slo-ttft-ms", "x-llm-d-slo-ttft-ms")
 """Kubernetes' Gateway API Inference Extension and llm-d name the header so."""
@@ -20,12 +21,15 @@ class Caller:
 
     tenant: str = ""
     ttft_slo_ms: float | None = None
+    loads: TenantLoads = field(default_factory=TenantLoads, repr=False, compare=False)
+    """Told of what the caller's requests do."""
 
     @classmethod
-    def of(cls, request: Request) -> Self:
+    def of(cls, request: Request, loads: TenantLoads) -> Self:
         """From a request that has passed `Authentication`. Raises ApiError 400 for a deadline that is no time."""
         found = next((name for name in DEADLINE_HEADERS if name in request.headers), None)
-        return cls(request.state.tenant, None if found is None else _milliseconds(found, request.headers[found]))
+        slo = None if found is None else _milliseconds(found, request.headers[found])
+        return cls(request.state.tenant, slo, loads)
 
 
 def _milliseconds(name: str, text: str) -> float:

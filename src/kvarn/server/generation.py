@@ -12,6 +12,7 @@ from kvarn.engine import AsyncLLM
 from kvarn.errors import OverloadError, RequestError
 from kvarn.request import FinishReason, Request, RequestOutput, SamplingParams, SequenceOutput, TokenLogprob
 from kvarn.server.caller import Caller
+from kvarn.server.load import RequestLoad
 
 
 def new_id(prefix: str) -> str:
@@ -81,6 +82,7 @@ class Generation:
         refusal: what to raise where it turns out later that a request is wrong.
         """
         self._llm = llm
+        self._caller = caller
         self._refusal = refusal
         self.n = sampling.n
         self.answer_id = answer_id
@@ -115,10 +117,11 @@ class Generation:
 
     async def _outputs(self) -> AsyncGenerator[list[tuple[int, SequenceOutput]], None]:
         async with AsyncExitStack() as stack:
+            load = stack.enter_context(self._caller.loads.request(self._caller.tenant, self.usage.prompt))
             streams = [await stack.enter_async_context(aclosing(self._llm.generate(r))) for r in self.requests]
             if len(streams) == 1:
                 async for output in streams[0]:
-                    yield self._deltas(0, output)
+                    yield self._deltas(0, output, load)
                 return
             queue: asyncio.Queue[tuple[int, RequestOutput | Exception | None]] = asyncio.Queue(maxsize=len(streams))
 
@@ -140,14 +143,16 @@ class Generation:
                     if item is None:
                         left -= 1
                     else:
-                        yield self._deltas(index, item)
+                        yield self._deltas(index, item, load)
             finally:
                 for feeder in feeders:
                     feeder.cancel()
                 await asyncio.gather(*feeders, return_exceptions=True)
 
-    def _deltas(self, prompt: int, output: RequestOutput) -> list[tuple[int, SequenceOutput]]:
-        self.usage.completion += sum(len(delta.token_ids) for delta in output.outputs)
+    def _deltas(self, prompt: int, output: RequestOutput, load: RequestLoad) -> list[tuple[int, SequenceOutput]]:
+        tokens = sum(len(delta.token_ids) for delta in output.outputs)
+        load.gained(tokens)
+        self.usage.completion += tokens
         if output.finished:
             self.usage.cached += output.num_cached_tokens
             self.usage.drafted += output.num_draft_tokens

@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from kvarn.engine import AsyncLLM
 from kvarn.server.errors import RETRY_SECONDS, ApiError
+from kvarn.server.load import TenantLoads
 from kvarn.server.prompts import PromptEncoder
 
 WORKERS = 2
@@ -32,6 +33,7 @@ class ServerState:
     def __init__(self, max_body_bytes: int) -> None:
         self.max_body_bytes = max_body_bytes
         self.created = int(time.time())
+        self.loads = TenantLoads()
         self.llm: AsyncLLM | None = None
         self.names: tuple[str, ...] = ()
         """Names that requests may give the model; the first is the one it goes by."""
