@@ -1,19 +1,15 @@
-"""docs/server.md is true of the code: its routes, parameters, limits and metrics are the server's."""
+"""docs/server.md is true of the code: its routes, parameters and limits are the server's."""
 
 import dataclasses
 import inspect
 import re
 from pathlib import Path
 
-import pytest
-
 from kvarn import request
 from kvarn.cli import serve as command
 from kvarn.config import GrammarConfig, SpeculativeConfig
-from kvarn.engine import EngineStats
 from kvarn.grammar.source import MAX_CHOICES
 from kvarn.server import create_app, errors
-from kvarn.server.metrics import EngineCollector
 from kvarn.server.protocol import (
     HARMLESS,
     MAX_PROMPTS,
@@ -91,11 +87,3 @@ def test_limits():
     assert {name: defaults[name] for name in GrammarConfig.__dataclass_fields__} == dataclasses.asdict(grammar)
     assert row("`cache_salt`") == [1, request.MAX_CACHE_SALT_CHARS]
     assert row("`logprobs` of a completion, `top_logprobs`") == [request.MAX_LOGPROBS, request.MAX_LOGPROBS]
-
-
-@pytest.mark.parametrize("kind", ["gauge", "counter"])
-def test_metrics(kind):
-    column = {"gauge": 1, "counter": 2}[kind]
-    line = next(line for line in PAGE.splitlines() if "kvarn:num_requests_running" in line)
-    told = re.findall(r"`(kvarn:[a-z_]+)`", line.split("|")[column])
-    assert told == [m.name for m in EngineCollector(EngineStats(), "any").collect() if m.type == kind]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from kvarn.engine.histogram import HistogramSnapshot
+from kvarn.engine.meter import NO_HISTOGRAMS
 from kvarn.errors import KvarnError, OverloadError
 from kvarn.request import FinishReason, Request, RequestOutput, SequenceOutput
 
@@ -75,6 +77,10 @@ class EngineStats:
     """For which steps waited for that."""
     rejections: Mapping[str, int] = field(default_factory=lambda: dict.fromkeys(OverloadError.REASONS, 0))
     """Requests that were refused because there was too much to do, by `OverloadError.reason`."""
+    ended: Mapping[str, int] = field(default_factory=lambda: dict.fromkeys((r.value for r in FinishReason), 0))
+    """Answers (`n` of a request) that ended, by `FinishReason`."""
+    histograms: Mapping[str, HistogramSnapshot] = field(default_factory=lambda: NO_HISTOGRAMS)
+    """How long requests and steps took and how large they were: see `kvarn.engine.meter`."""
 
 
 def never_started(request: Request) -> RequestOutput:

@@ -76,6 +76,7 @@ class EngineLoop:
         Raises RequestError for one that can never run or whose id is in use, QueueFullError where too many wait,
         EngineError where the engine is closed or has failed.
         """
+        arrived = self._core.now()
         self._core.check(request)
         with self._wake:
             if self._end is not None:
@@ -87,11 +88,11 @@ class EngineLoop:
             self._addresses[request.request_id] = _Address(receiver, ticket)
             self._submitted[request.request_id] = len(request.prompt_token_ids)
             if grammar is None:
-                self._commands.append(lambda: self._add(request))
+                self._commands.append(lambda: self._add(request, arrived))
                 self._wake.notify()
                 return
             self._preparing[request.request_id] = request
-        grammar.add_done_callback(lambda done: self._prepared(request, done))
+        grammar.add_done_callback(lambda done: self._prepared(request, arrived, done))
 
     def _grammar_of(self, request: Request) -> Future[CompiledGrammar] | None:
         """The request's grammar, which may still be compiled; None where it has none. Raises OverloadError. With the
@@ -103,7 +104,7 @@ class EngineLoop:
             self._rejections[error.reason] += 1
             raise
 
-    def _prepared(self, request: Request, done: Future[CompiledGrammar]) -> None:
+    def _prepared(self, request: Request, arrived: float, done: Future[CompiledGrammar]) -> None:
         """Told, in any thread, that a request's grammar is there, or why it is not."""
         with self._wake:
             if self._preparing.get(request.request_id) is not request:
@@ -114,7 +115,7 @@ class EngineLoop:
             if isinstance(error, KvarnError):
                 self._commands.append(lambda: self._refuse(request.request_id, error))
             else:
-                self._commands.append(lambda: self._add(request, compiled))
+                self._commands.append(lambda: self._add(request, arrived, compiled))
             self._wake.notify()
 
     def check(self, request: Request) -> None:
@@ -143,6 +144,8 @@ class EngineLoop:
             queued_tokens=backlog.prompt_tokens,
             waiting=stats.waiting + submitted,
             rejections=rejections,
+            ended=self._core.meter.ended,
+            histograms=self._core.meter.snapshot(),
         )
 
     def _backlog(self) -> Backlog:
@@ -216,14 +219,14 @@ class EngineLoop:
             self._submitted.pop(request_id, None)
         self._publish([RequestFailed(request_id, error)])
 
-    def _add(self, request: Request, _grammar: CompiledGrammar | None = None) -> None:
-        """_grammar: the request's, held until the core holds it."""
+    def _add(self, request: Request, arrived: float, _grammar: CompiledGrammar | None = None) -> None:
+        """arrived: when it was submitted. _grammar: the request's, held until the core holds it."""
         request_id = request.request_id
         with self._wake:
             # One lock around both, so that the request counts as submitted or as queued at every moment.
             self._submitted.pop(request_id, None)
             try:
-                self._core.add(request)
+                self._core.add(request, arrived=arrived)
             except OverloadError as error:
                 self._rejections[error.reason] += 1
                 failed = RequestFailed(request_id, error)

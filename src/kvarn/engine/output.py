@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as ListOf
 
+from kvarn.engine.meter import RequestClock
 from kvarn.request import FinishReason, Request, RequestOutput, SequenceOutput
 from kvarn.scheduler import Sequence
 from kvarn.step import SampledToken
@@ -13,8 +14,12 @@ from kvarn.text import IncrementalDetokenizer, Tokenizer
 class RequestText:
     """The text of a request's sequences as it grows. Owns a detokenizer for each unfinished sequence."""
 
-    def __init__(self, request: Request, sequences: ListOf[Sequence], tokenizer: Tokenizer) -> None:
+    def __init__(
+        self, request: Request, sequences: ListOf[Sequence], tokenizer: Tokenizer, clock: RequestClock
+    ) -> None:
+        """clock: says when things happened, in the last output."""
         self.request = request
+        self.clock = clock
         self._sequences = sequences
         self._unfinished = {sequence.sequence_id: sequence for sequence in sequences}
         sampling = request.sampling
@@ -29,6 +34,16 @@ class RequestText:
             )
             for sequence in sequences
         }
+
+    @property
+    def num_unfinished(self) -> int:
+        """Sequences that go on."""
+        return len(self._unfinished)
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """Tokens of the prompt that the prefix cache had."""
+        return self._sequences[0].num_cached_tokens
 
     @property
     def finished(self) -> bool:
@@ -83,5 +98,5 @@ class RequestText:
             accepted = sum(sequence.num_accepted_tokens for sequence in self._sequences)
         return RequestOutput(
             self.request.request_id, outputs, first.num_prompt_tokens, first.num_cached_tokens, self.finished, drafted,
-            accepted,
+            accepted, self.clock.times,
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Routes about the server itself: health, version, metrics, models."""
+"""Routes about the server itself: health, version, models."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from fastapi import FastAPI
 from fastapi.responses import JSONResponse, Response
 
 from kvarn import __version__
-from kvarn.server.metrics import exposition
 from kvarn.server.state import ServerState
 
 
@@ -25,12 +24,6 @@ def add_service_routes(app: FastAPI, state: ServerState) -> None:
     async def version() -> dict[str, str]:
         """The server's version."""
         return {"version": __version__}
-
-    @app.get("/metrics")
-    async def metrics() -> Response:
-        """Numbers of the engine for Prometheus."""
-        body = exposition(state.ready().stats(), state.names[0])
-        return Response(body, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     def card(name: str) -> dict[str, Any]:
         length = state.ready().max_model_len
