@@ -1,21 +1,22 @@
 // Small charts in SVG: a line over the last minutes, and a bar of shares.
-import { SPAN } from "./history.js";
+import { duration } from "./format.js";
 
 const WIDTH = 300;
 const HEIGHT = 40;
 const LINE = 1; // room for the line's width above its highest point
 const SVG = "http://www.w3.org/2000/svg";
 
-// A line over the last `SPAN` seconds. label: what it shows. format: a value in words.
+// A line over the last seconds. label: what it shows. format: a value in words. most: how far its scale goes at least.
 export class Sparkline {
   #points = [];
+  #span = 1;
   #label;
   #format;
 
   constructor(parent, label, format, most = 0) {
     this.#label = label;
     this.#format = format;
-    this.most = most; // the scale goes at least so far
+    this.most = most;
     this.svg = shape("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, preserveAspectRatio: "none", role: "img", class: "sparkline" });
     this.area = shape("path", { class: "area" });
     this.line = shape("path", { class: "line" });
@@ -29,24 +30,25 @@ export class Sparkline {
     this.svg.addEventListener("pointerleave", () => this.#say(null));
   }
 
-  // points: [[seconds ago, value or null for a gap]], the oldest first.
-  show(points) {
+  // points: [[seconds ago, value or null for a gap]], the oldest first. span: seconds from left to right.
+  show(points, span) {
     this.#points = points;
+    this.#span = span;
     const values = points.map(([, value]) => value).filter((value) => value !== null);
     const top = Math.max(this.most, ...values) || 1;
-    const x = (ago) => (WIDTH * (SPAN - ago)) / SPAN;
+    const x = (ago) => (WIDTH * (span - ago)) / span;
     const y = (value) => HEIGHT - ((HEIGHT - LINE) * value) / top;
     const pieces = runs(points).map((run) => run.map(([ago, value]) => `${x(ago).toFixed(1)} ${y(value).toFixed(1)}`));
     this.line.setAttribute("d", pieces.map((run) => `M${run.join("L")}`).join(""));
     const closed = (run) => `M${run[0].split(" ")[0]} ${HEIGHT}L${run.join("L")}L${run.at(-1).split(" ")[0]} ${HEIGHT}Z`;
     this.area.setAttribute("d", pieces.map(closed).join(""));
     const known = values.length ? `now ${this.#format(values.at(-1))}, most ${this.#format(Math.max(...values))}` : "no values";
-    this.svg.setAttribute("aria-label", `${this.#label}, last 5 minutes: ${known}`);
+    this.svg.setAttribute("aria-label", `${this.#label}, last ${duration(span)}: ${known}`);
   }
 
   // Says the value under the pointer. place: 0 to 1 from left to right.
   #say(place) {
-    const ago = place === null ? null : SPAN * (1 - place);
+    const ago = place === null ? null : this.#span * (1 - place);
     const known = this.#points.filter(([, value]) => value !== null);
     if (ago === null || !known.length) {
       this.mark.removeAttribute("d");
@@ -54,7 +56,7 @@ export class Sparkline {
       return;
     }
     const nearest = known.reduce((best, point) => (Math.abs(point[0] - ago) < Math.abs(best[0] - ago) ? point : best));
-    const x = (WIDTH * (SPAN - nearest[0])) / SPAN;
+    const x = (WIDTH * (this.#span - nearest[0])) / this.#span;
     this.mark.setAttribute("d", `M${x} 0V${HEIGHT}`);
     this.said.textContent = `${this.#format(nearest[1])}, ${nearest[0].toFixed(0)} s ago`;
   }

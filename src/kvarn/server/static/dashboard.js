@@ -17,6 +17,7 @@ const $ = (id) => document.getElementById(id);
 
 const histories = new Map(); // by the model's name
 let paused = false;
+let timer = null;
 
 const lines = {
   running: new Sparkline($("chart-running"), "Running", whole, 4),
@@ -43,6 +44,7 @@ function latencyRow(name, label) {
 async function poll() {
   try {
     const state = await (await ask("dashboard/state")).json();
+    if (paused) return;
     for (const model of state.models) historyOf(model.name).add(state.time, model);
     show(state);
     tell("live", "Live");
@@ -51,7 +53,7 @@ async function poll() {
     tell("lost", "No numbers", `${error.message} ${error.next ?? ""}`);
     if (error.status === 401) return; // no key was given: asking each second would ask the person each second
   }
-  if (!paused) setTimeout(poll, POLL_MS);
+  timer = paused ? null : setTimeout(poll, POLL_MS);
 }
 
 function historyOf(name) {
@@ -99,10 +101,10 @@ function showLoad(model, history) {
   $("of-waiting").textContent = model.queued_tokens ? `${count(model.queued_tokens)} prompt tokens` : "";
   $("generated").textContent = whole(history.rate("generated_tokens"));
   $("prompts").textContent = whole(history.rate("prompt_tokens"));
-  lines.running.show(history.line(({ running }) => running));
-  lines.waiting.show(history.line(({ waiting }) => waiting));
-  lines.generated.show(history.rateLine("generated_tokens"));
-  lines.prompts.show(history.rateLine("prompt_tokens"));
+  lines.running.show(history.line(({ running }) => running), history.span);
+  lines.waiting.show(history.line(({ waiting }) => waiting), history.span);
+  lines.generated.show(history.rateLine("generated_tokens"), history.span);
+  lines.prompts.show(history.rateLine("prompt_tokens"), history.span);
 }
 
 function showCache({ blocks }) {
@@ -130,18 +132,17 @@ function showCache({ blocks }) {
 
 function showShares({ counters }, history) {
   $("hits").textContent = percent(history.share("prefix_hits", "prefix_queries"));
-  lines.hits.show(history.shareLine("prefix_hits", "prefix_queries"));
-  const guesses = counters.draft_tokens > 0;
-  $("accepted").textContent = guesses ? percent(history.share("accepted_tokens", "draft_tokens")) : "–";
-  $("of-accepted").textContent = guesses ? `of ${count(counters.draft_tokens)} guessed tokens` : "nothing is guessed ahead";
-  lines.accepted.show(guesses ? history.shareLine("accepted_tokens", "draft_tokens") : []);
+  lines.hits.show(history.shareLine("prefix_hits", "prefix_queries"), history.span);
+  $("guesses").hidden = counters.draft_tokens === 0; // nothing is guessed ahead
+  $("accepted").textContent = percent(history.share("accepted_tokens", "draft_tokens"));
+  lines.accepted.show(history.shareLine("accepted_tokens", "draft_tokens"), history.span);
 }
 
 function showLatencies(history) {
   const span = Number($("window").value);
   for (const { name, cells, line } of latencies) {
     history.percentiles(name, PERCENTILES, span).forEach((value, index) => (cells[index].textContent = seconds(value)));
-    line.show(history.percentileLine(name, 0.95));
+    line.show(history.percentileLine(name, 0.95), history.span);
   }
 }
 
@@ -149,6 +150,7 @@ $("pause").addEventListener("click", () => {
   paused = !paused;
   $("pause").setAttribute("aria-pressed", String(paused));
   $("pause").textContent = paused ? "Go on" : "Pause";
+  clearTimeout(timer);
   if (paused) tell("paused", "Paused");
   else poll();
 });

@@ -1,6 +1,7 @@
 // The snapshots of the last minutes of one model, and what follows from their differences: rates, shares, percentiles.
 
 export const SPAN = 300; // seconds that are kept
+const SHORTEST = 60; // a line is not drawn over less
 const RATE_SPAN = 3; // seconds over which "now" is taken
 const SHARE_SPAN = 60;
 const PERCENTILE_SPAN = 10; // of each point of a percentile's line
@@ -16,8 +17,10 @@ export class History {
     while (this.#samples[0].time < time - SPAN) this.#samples.shift();
   }
 
-  get length() {
-    return this.#samples.length;
+  // Seconds that lines are drawn over: as many as there are, within bounds.
+  get span() {
+    const [first, last] = [this.#samples[0], this.#samples.at(-1)];
+    return first ? Math.min(SPAN, Math.max(SHORTEST, last.time - first.time)) : SHORTEST;
   }
 
   // [[seconds ago, value]] of what `read` says of each sample; a null is a gap.

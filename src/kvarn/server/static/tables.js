@@ -34,11 +34,13 @@ export function showModels(models, historyOf) {
 }
 
 export function showTrouble({ counters, rejections }, history) {
+  const reasons = Object.keys(rejections).filter((reason) => rejections[reason] > 0);
   const rows = [
     ["Preempted", ({ counters }) => counters.preemptions],
     ["Failed steps", ({ counters }) => counters.failed_steps],
-    ...Object.keys(rejections).map((reason) => [
-      `Refused: ${REFUSALS[reason] ?? reason.replaceAll("_", " ")}`,
+    ["Refused", ({ rejections }) => Object.values(rejections).reduce((sum, number) => sum + number, 0)],
+    ...reasons.map((reason) => [
+      `… ${REFUSALS[reason] ?? reason.replaceAll("_", " ")}`,
       ({ rejections }) => rejections[reason] ?? 0,
     ]),
   ];
