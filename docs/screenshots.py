@@ -39,8 +39,9 @@ ARGUMENTS = (
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync",
 )  # fmt: skip
-QUESTIONS = ("Write a Python function that reverses a list, with an example.", "What is a water mill? Answer with a list.")
-TOPICS = ("rivers", "bread", "sorting", "the moon", "violins", "glaciers", "bees", "steam engines", "chess", "volcanoes")
+QUESTIONS = ("Write a Python function that reverses a list, with an example.", "List three kinds of mills.")
+TOPICS = ("rivers", "bread", "sorting", "the moon", "violins", "glaciers", "bees", "steam engines", "chess")
+HEIGHT = "document.querySelector('main').scrollHeight + document.querySelector('.bar').clientHeight"
 MAX_BYTES = 300_000
 
 
@@ -95,8 +96,7 @@ def dashboards(browser: Browser, url: str, seconds: float) -> None:
     pages = [(opened(browser, f"{url}/dashboard", *look[:2]), look) for look in LOOKS]
     time.sleep(seconds)
     for page, (scheme, size, suffix) in pages:
-        height = page.evaluate("document.querySelector('main').scrollHeight + document.querySelector('.bar').clientHeight")
-        page.set_viewport_size({"width": size["width"], "height": height})
+        page.set_viewport_size({"width": size["width"], "height": page.evaluate(HEIGHT)})
         taken(page, f"dashboard-{scheme}{suffix}.png")
 
 

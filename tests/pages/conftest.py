@@ -39,7 +39,8 @@ def site(smollm2_path):
 @pytest.fixture(scope="module")
 def chromium():
     """The browser. Not for the whole session: while playwright runs, this thread can run no other event loop."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install 'kvarn[dev]'")
+    missing = "playwright is not installed: pip install 'kvarn[dev]'"
+    playwright = pytest.importorskip("playwright.sync_api", reason=missing)
     if CHROMIUM is None:
         pytest.skip("there is no Chromium: apt-get install chromium, or KVARN_CHROMIUM=/path/to/it")
     with playwright.sync_playwright() as running:

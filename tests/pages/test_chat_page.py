@@ -1,4 +1,4 @@
-"""The chat page, as somebody uses it: with a mouse, with keys only, in the dark, on a phone, and when things go wrong."""
+"""The chat page, as somebody uses it: with a mouse, with keys only, on a phone, and when things go wrong."""
 
 import json
 import re
@@ -63,7 +63,7 @@ def focused(page):
     return page.evaluate("document.activeElement.id")
 
 
-def test_a_message_is_answered_as_a_stream_with_its_figures(open_page):
+def test_a_message_is_answered_as_a_stream_with_its_figures(open_page, site):
     page = open_page()
     page.wait_for_selector("#model:enabled")
     assert page.input_value("#model") == "smol"
@@ -77,8 +77,9 @@ def test_a_message_is_answered_as_a_stream_with_its_figures(open_page):
     assert "first token" in figures
     assert "tokens/s" in figures
     assert "prompt" in figures
-    asked = {"model": "smol", "messages": [{"role": "user", "content": "Name three rivers of Europe."}]}
-    same = httpx.post(f"{page.url.split('#')[0]}v1/chat/completions", json={**asked, "temperature": 0, "max_tokens": 60})
+    messages = [{"role": "user", "content": "Name three rivers of Europe."}]
+    asked = {"messages": messages, "temperature": 0, "max_tokens": 60}
+    same = httpx.post(f"{site}/v1/chat/completions", json=asked)
     assert letters(same.json()["choices"][0]["message"]["content"]) == letters(text)
 
 
@@ -176,7 +177,7 @@ def test_attacks_are_text_in_questions_and_answers(open_page):
     send(page, ATTACK)
     assert finished(page) == ATTACK
     assert page.locator("article.user .text").inner_text() == ATTACK
-    assert page.locator("#conversations .open").inner_text() in ATTACK or "…" in page.locator("#conversations").inner_text()
+    assert page.locator("#conversations .open").inner_text().startswith(ATTACK[:50])
     page.reload()
     assert finished(page) == ATTACK
     assert page.locator("#log img, #log script, #log a[href^=javascript], #list img").count() == 0
@@ -202,7 +203,8 @@ def test_keys_alone_are_enough(open_page):
         if seen[-1] == "prompt":
             break
         page.keyboard.press("Tab")
-    wanted = ["To the message box", "list-button", "kvarn", "Chat", "Dashboard", "model", "settings-button", "theme", "new"]
+    links = ["To the message box", "list-button", "kvarn", "Chat", "Dashboard"]
+    wanted = [*links, "model", "settings-button", "theme", "new"]
     assert [name for name in seen if name in wanted] == wanted
     assert seen[-4:] == ["Edit", "Copy", "Regenerate", "prompt"]
     page.focus("#settings-button")

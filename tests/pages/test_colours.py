@@ -60,7 +60,8 @@ def test_the_page_is_as_the_system_has_it_until_the_button_says_otherwise(open_p
 def test_every_text_of_the_chat_stands_out(open_page, scheme):
     page = open_page("/", color_scheme=scheme)
     assert page.evaluate(FAINT) == []
-    answers(page, "# T\n> q\n\n`c` [l](https://a.example)\n\n```py\nx\n```\n| a | b |\n|-|-|\n| x | y |", finish="length")
+    table = "| a | b |\n|-|-|\n| x | y |"
+    answers(page, f"# T\n> q\n\n`c` [l](https://a.example)\n\n```py\nx\n```\n{table}", finish="length")
     page.fill("#prompt", "Hello?")
     page.keyboard.press("Enter")
     page.get_by_text("Regenerate").wait_for()

@@ -52,7 +52,9 @@ def test_numbers_move_under_load_and_return_to_zero(open_page, load):
     assert "Generated tokens a second, last" in page.locator("#chart-generated svg").get_attribute("aria-label")
     load()
     for name in ("running", "waiting", "generated", "prompts"):
-        page.locator(f"#{name}").get_by_text(re.compile("^0$")).or_(page.locator(f"#{name}:text-is('0')")).first.wait_for()
+        page.locator(f"#{name}").get_by_text(re.compile("^0$")).or_(
+            page.locator(f"#{name}:text-is('0')")
+        ).first.wait_for()
     page.locator("#cache:text-is('0 %')").wait_for()
     assert everybody.get_by_role("cell").first.inner_text() == "0"
 
@@ -95,8 +97,14 @@ def test_several_models_and_keys_are_shown(open_page, site):
     assert page.locator("#running").inner_text() == "3"
     rows = page.locator("#models tbody tr")
     assert rows.nth(1).locator("th, td").all_inner_texts() == ["<b>other</b>", "unloaded", "0", "0", "–", "–"]
-    assert page.locator("#tenants tbody th, #tenants tbody td").all_inner_texts()[:4] == ["<i>ann</i>", "2", "1", "1,234"]
-    assert page.locator("#trouble tbody th").all_inner_texts() == ["Preempted", "Failed steps", "Refused", "… queue full"]
+    assert page.locator("#tenants tbody tr").locator("th, td").all_inner_texts()[:4] == [
+        "<i>ann</i>",
+        "2",
+        "1",
+        "1,234",
+    ]
+    trouble = page.locator("#trouble tbody th").all_inner_texts()
+    assert trouble == ["Preempted", "Failed steps", "Refused", "… queue full"]
     assert page.locator("#guesses").is_visible()
     page.select_option("#model", "<b>other</b>")
     page.locator("#title", has_text="<b>other</b> (unloaded)").wait_for()
@@ -113,17 +121,18 @@ def test_it_fits_on_any_screen(open_page, width):
 
 @pytest.fixture
 def history(open_page):
-    """`history(samples, expression)`: what an expression about `history` says after samples of [time, counters, counts]."""
+    """`history(samples, method, …)`: what a History says after samples of [time, counters, counts of a histogram]."""
     page = open_page("/dashboard")
-    script = """async ([samples, expression]) => {
+    script = """async ([samples, method, ...arguments_]) => {
       const { History } = await import("/static/history.js");
       const history = new History();
       for (const [time, counters, counts] of samples) {
-        history.add(time, { counters: { steps: time, ...counters }, histograms: { itl: { bounds: [1, 2, 4], counts } } });
+        const histograms = { itl: { bounds: [1, 2, 4], counts } };
+        history.add(time, { counters: { steps: time, ...counters }, histograms });
       }
-      return expression.reduce((value, [name, ...rest]) => value[name](...rest), history);
+      return history[method](...arguments_);
     }"""
-    return lambda samples, *call: page.evaluate(script, [samples, [list(call)]])
+    return lambda samples, *call: page.evaluate(script, [samples, *call])
 
 
 NONE = [0, 0, 0, 0]

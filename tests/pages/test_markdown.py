@@ -38,7 +38,9 @@ HTML = """
   const target = document.createElement("div");
   window.render(text, target);
   for (const caption of target.querySelectorAll("figcaption")) caption.replaceChildren(caption.firstChild.textContent);
-  for (const node of target.querySelectorAll("a")) for (const name of ["title", "target", "rel"]) node.removeAttribute(name);
+  for (const name of ["title", "target", "rel"]) {
+    for (const node of target.querySelectorAll("a")) node.removeAttribute(name);
+  }
   return target.innerHTML.replaceAll(' tabindex="0"', "");
 }
 """
@@ -53,7 +55,8 @@ GROWN = """
 """
 
 MARKS = [
-    "*", "**", "_", "__", "~~", "`", "``", "```", "```js\n", "~~~\n", "\n", "\n\n", " ", "    ", "- ", "1. ", "99) ", "> ",
+    "*", "**", "_", "__", "~~", "`", "``", "```", "```js\n", "~~~\n", "\n", "\n\n", " ", "    ", "- ", "1. ", "99) ",
+    "> ",
     "# ", "###### ", "---", "|", "|-|-|\n", "| a | b |\n", "\\", "[", "]", "(", ")", "![", "](", "<", ">", "&lt;", "&",
     '"', "'", "a", "b c", "é", "\u202e", "\x00", "<!--", "<script>alert(1)</script>", "<img src=x onerror=alert(1)>",
     "<svg/onload=alert(1)>", "[x](javascript:alert(1))", "[x](JaVaScRiPt:alert(1))", "[x](java\tscript:alert(1))",
@@ -93,17 +96,18 @@ def page(chromium, site):
         ("# One\n## Two #\ntext", "<h3>One</h3><h4>Two</h4><p>text</p>"),
         ("- a\n- b\n  - c\n\n- d", "<ul><li>a</li><li><p>b</p><ul><li>c</li></ul></li><li>d</li></ul>"),
         ("3. x\n4. y", '<ol start="3"><li>x</li><li>y</li></ol>'),
-        ("1. x\n   ```\n   code\n   ```\n2. y", '<ol start="1"><li><p>x</p><figure><figcaption></figcaption><pre><code>code'
-         "</code></pre></figure></li><li>y</li></ol>"),
+        ("1. x\n   ```\n   code\n   ```\n2. y", '<ol start="1"><li><p>x</p><figure><figcaption></figcaption><pre><code>'
+         "code</code></pre></figure></li><li>y</li></ol>"),
         ("> a\n> > b\n\nc", "<blockquote><p>a</p><blockquote><p>b</p></blockquote></blockquote><p>c</p>"),
-        ("a | b\n- | :-:\n`x\\|y` | **z** | more", '<div class="scroller"><table><thead><tr><th>a</th><th>b</th></tr></thead>'
-         "<tbody><tr><td><code>x|y</code></td><td><strong>z</strong></td></tr></tbody></table></div>"),
-        ("```python\nif a < b:\n    pass\n```\nend", "<figure><figcaption>python</figcaption><pre><code>if a &lt; b:\n    pass"
-         "</code></pre></figure><p>end</p>"),
-        ("```\nnever closed\n**no**", "<figure><figcaption></figcaption><pre><code>never closed\n**no**</code></pre></figure>"),
+        ("a | b\n- | :-:\n`x\\|y` | **z** | more", '<div class="scroller"><table><thead><tr><th>a</th><th>b</th></tr>'
+         "</thead><tbody><tr><td><code>x|y</code></td><td><strong>z</strong></td></tr></tbody></table></div>"),
+        ("```python\nif a < b:\n    pass\n```\nend", "<figure><figcaption>python</figcaption><pre><code>if a &lt; b:"
+         "\n    pass</code></pre></figure><p>end</p>"),
+        ("```\nnever closed\n**no**", "<figure><figcaption></figcaption><pre><code>never closed\n**no**"
+         "</code></pre></figure>"),
         ("a\n***\nb", "<p>a</p><hr><p>b</p>"),
-        ("[site](https://a.example/x_(y) \"t\"), see https://b.example/z.", '<p><a href="https://a.example/x_(y)">site</a>, see '
-         '<a href="https://b.example/z">https://b.example/z</a>.</p>'),
+        ("[site](https://a.example/x_(y) \"t\"), see https://b.example/z.", '<p><a href="https://a.example/x_(y)">site</a>'
+         ', see <a href="https://b.example/z">https://b.example/z</a>.</p>'),
         ("![picture](https://a.example/p.png)", '<p><a href="https://a.example/p.png">picture</a></p>'),
     ],
 )  # fmt: skip
@@ -114,7 +118,8 @@ def test_what_becomes_of_markdown(page, text, html):
 @pytest.mark.parametrize(
     "text",
     ["<script>alert(1)</script>", "<img src=x onerror=alert(1)>", "[x](javascript:alert(1))", "[x](/v1/models)",
-     "[x](https://good.example@evil.example)", "<b>bold</b> &lt;i&gt;", "<javascript:alert(1)>", "[x](data:text/html,y)"],
+     "[x](https://good.example@evil.example)", "<b>bold</b> &lt;i&gt;", "<javascript:alert(1)>",
+     "[x](data:text/html,y)"],
 )  # fmt: skip
 def test_what_could_hurt_is_shown_as_it_was_written(page, text):
     escaped = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
@@ -136,8 +141,8 @@ def test_a_text_that_came_in_pieces_looks_like_one_that_came_at_once(page, text,
 @pytest.mark.parametrize(
     "text",
     ["*" * 20_000, "**a " * 5_000, "[" * 20_000, "[a](" * 5_000, "`" * 20_001 + "a", "`a``b```c" * 2_000, "> " * 10_000,
-     "- " * 10_000, "\n".join(" " * i + "- x" for i in range(500)), "|" * 20_000 + "\n" + "|-" * 10_000, "<https://" * 3_000,
-     "_a" * 10_000, "~~a ~~ " * 4_000, "# " + "#" * 20_000, " " * 50_000 + "x"],
+     "- " * 10_000, "\n".join(" " * i + "- x" for i in range(500)), "|" * 20_000 + "\n" + "|-" * 10_000,
+     "<https://" * 3_000, "_a" * 10_000, "~~a ~~ " * 4_000, "# " + "#" * 20_000, " " * 50_000 + "x"],
     ids=range(15),
 )  # fmt: skip
 def test_hostile_texts_come_to_an_end(page, text):

@@ -131,7 +131,7 @@ def command(
     ] = None,
     max_body_bytes: Annotated[int, typer.Option(help="Largest request body.")] = 8 << 20,
 ) -> None:
-    """Serve a model over an OpenAI-compatible HTTP API, with a chat page at /."""
+    """Serve a model over an OpenAI-compatible HTTP API, with a chat page at / and its numbers at /dashboard."""
     from kvarn.cli.progress import resolve_with_progress
     from kvarn.config import CacheConfig, EngineConfig, GrammarConfig, SchedulerConfig
     from kvarn.engine import model_name

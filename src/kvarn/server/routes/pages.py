@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from hashlib import sha256
 from importlib.resources import files
+from types import MappingProxyType
 
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
 
-PAGES = {"/": "index.html", "/dashboard": "dashboard.html"}
-"""Path to file. Their modules and styles are under `/static/`."""
-TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css"}
+FILES = (
+    "answer.js", "api.js", "base.css", "chart.js", "chat.css", "chat.js", "copy.js", "dashboard.css", "dashboard.js",
+    "format.js", "history.js", "inline.js", "key.js", "markdown.js", "mill.svg", "settings.js", "sidebar.js",
+    "store.js", "tables.js", "theme.js", "view.js",
+)  # fmt: skip
+"""What the pages load."""
+PAGES: Mapping[str, str] = MappingProxyType(
+    {"/": "index.html", "/dashboard": "dashboard.html", **{f"/static/{name}": name for name in FILES}}
+)
+"""Path to file."""
+TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
 PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
-    "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "img-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",
@@ -22,11 +31,9 @@ PAGE_HEADERS = {
 
 
 def add_pages(app: FastAPI) -> None:
-    """Adds a route for each page and each file that pages load."""
+    """Adds a route for each of `PAGES`."""
     folder = files("kvarn.server").joinpath("static")
-    names = sorted(entry.name for entry in folder.iterdir())
-    paths = {**PAGES, **{f"/static/{name}": name for name in names if name.endswith((".js", ".css"))}}
-    for path, name in paths.items():
+    for path, name in PAGES.items():
         answer = _file(folder.joinpath(name).read_bytes(), TYPES[name[name.rindex(".") :]])
         app.add_api_route(path, answer, methods=["GET"], include_in_schema=False)
 

@@ -56,6 +56,6 @@ export function inWords({ ttft, rate, prompt, completion, cached }) {
   if (ttft !== undefined) parts.push(`first token ${ttft < 10_000 ? `${ttft} ms` : `${(ttft / 1000).toFixed(1)} s`}`);
   if (rate) parts.push(`${rate.toFixed(1)} tokens/s`);
   if (completion !== undefined) parts.push(`${completion} tokens`);
-  if (prompt !== undefined) parts.push(`prompt ${prompt}${cached ? `, ${cached} of it cached` : ""}`);
+  if (prompt !== undefined) parts.push(`prompt ${prompt}${cached ? ` (${cached} cached)` : ""}`);
   return parts.join(" · ");
 }

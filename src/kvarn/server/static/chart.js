@@ -10,6 +10,7 @@ const SVG = "http://www.w3.org/2000/svg";
 export class Sparkline {
   #points = [];
   #span = 1;
+  #peak = ""; // what is said while no pointer is over it
   #label;
   #format;
 
@@ -42,8 +43,11 @@ export class Sparkline {
     this.line.setAttribute("d", pieces.map((run) => `M${run.join("L")}`).join(""));
     const closed = (run) => `M${run[0].split(" ")[0]} ${HEIGHT}L${run.join("L")}L${run.at(-1).split(" ")[0]} ${HEIGHT}Z`;
     this.area.setAttribute("d", pieces.map(closed).join(""));
-    const known = values.length ? `now ${this.#format(values.at(-1))}, most ${this.#format(Math.max(...values))}` : "no values";
+    const most = values.length ? this.#format(Math.max(...values)) : "";
+    const known = values.length ? `now ${this.#format(values.at(-1))}, most ${most}` : "no values";
     this.svg.setAttribute("aria-label", `${this.#label}, last ${duration(span)}: ${known}`);
+    this.#peak = most && `most ${most}`;
+    if (!this.mark.hasAttribute("d")) this.said.textContent = this.#peak;
   }
 
   // Says the value under the pointer. place: 0 to 1 from left to right.
@@ -52,7 +56,7 @@ export class Sparkline {
     const known = this.#points.filter(([, value]) => value !== null);
     if (ago === null || !known.length) {
       this.mark.removeAttribute("d");
-      this.said.textContent = "";
+      this.said.textContent = this.#peak;
       return;
     }
     const nearest = known.reduce((best, point) => (Math.abs(point[0] - ago) < Math.abs(best[0] - ago) ? point : best));
