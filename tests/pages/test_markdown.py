@@ -65,7 +65,13 @@ MARKS = [
     "https://a.example/x", "https://user@evil.example", "[x](https://good.example@evil.example)", "[x](//evil.example)",
     "[x](mailto:a@b.example)", "<a href=javascript:alert(1)>x</a>", "<iframe src=https://evil.example>", "{{7*7}}",
 ]  # fmt: skip
-TEXTS = st.one_of(st.lists(st.sampled_from(MARKS), max_size=40).map("".join), st.text(max_size=200))
+ATTACKS = [mark for mark in MARKS if "example" in mark or "alert" in mark]
+PLACES = [
+    "{}", "**{}**", "`{}`", "[{}](https://a.example)", "[x]({})", "# {}", "> {}", "- x\n  - {}", "a|b\n-|-\n{}|{}",
+    "```\n{}\n```", "```{}\nx\n```", "~~~html\n{}", "| {} |\n|-|",
+]  # fmt: skip
+LINES = st.lists(st.sampled_from(MARKS), max_size=6).map("".join)
+TEXTS = st.one_of(st.lists(LINES, max_size=8).map("\n".join), st.text(max_size=200))
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +130,12 @@ def test_what_becomes_of_markdown(page, text, html):
 def test_what_could_hurt_is_shown_as_it_was_written(page, text):
     escaped = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     assert page.evaluate(HTML, text) == f"<p>{escaped}</p>"
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_no_attack_becomes_anything_anywhere(page, place):
+    for attack in ATTACKS:
+        assert page.evaluate(CHECK, [place.replace("{}", attack), ALLOWED]) == []
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
