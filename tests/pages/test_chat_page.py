@@ -343,7 +343,7 @@ def test_an_answer_that_breaks_off_is_kept_as_far_as_it_came(open_page):
 
 def test_several_models_can_be_chosen_from(open_page):
     def two(page):
-        models = [{"id": "small", "state": "ready"}, {"id": "large", "state": "unloaded"}]
+        models = [{"id": "small", "state": "loaded"}, {"id": "large", "state": "unloaded"}]
         page.route("**/v1/models", lambda route: route.fulfill(json={"object": "list", "data": models}))
         answers(page, "Large.")
 

@@ -26,7 +26,7 @@ def test_it_shows_what_runs_what_waits_and_the_cache():
         gate.stand_in_step(3)
         (model,) = state_of(url)["models"]
         assert model["name"] == "served"
-        assert model["state"] == "ready"
+        assert model["state"] == "loaded"
         assert (model["running"], model["waiting"], model["max_running"]) == (1, 1, 1)
         assert model["counters"]["generated_tokens"] == 2
         assert model["counters"]["prompt_tokens"] == 4

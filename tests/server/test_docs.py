@@ -13,6 +13,7 @@ from kvarn.server import create_app, errors
 from kvarn.server.protocol import (
     HARMLESS,
     MAX_PROMPTS,
+    MAX_REQUEST_ID_CHARS,
     MOST_ENTRIES,
     NEUTRAL,
     ChatCompletionRequest,
@@ -42,9 +43,11 @@ def test_every_route_is_told():
 
 
 def test_honoured_parameters():
-    assert named("**Honoured** in both", "- Chat also") - {"include_usage", "include_obfuscation"} == CHAT & COMPLETION
+    within = {"include_usage", "include_obfuscation", "continuous_usage_stats", "token_ids", "prompt_token_ids"}
+    assert named("**Honoured** in both", "- Chat also") - within == CHAT & COMPLETION
     assert named("- Chat also", "- Completions also") - {"logprobs", "max_tokens"} == CHAT - COMPLETION
-    assert named("- Completions also", "`model` may be absent") - {"logprobs", "n"} == COMPLETION - CHAT
+    told = named("- Completions also", "`model` may be absent")
+    assert told - {"logprobs", "n", "max_tokens"} == COMPLETION - CHAT
 
 
 def test_ignored_and_refused_parameters():
@@ -74,9 +77,13 @@ def test_limits():
     steps = [defaults["max_num_seqs"], defaults["max_num_batched_tokens"]]
     assert row("sequences in a step, tokens in a step") == steps
     assert row("prompts in a request, `n`") == [MAX_PROMPTS, request.MAX_N]
-    assert row("messages, tools") == [MOST_ENTRIES["messages"], MOST_ENTRIES["tools"]]
+    assert row("messages, tools, documents") == [MOST_ENTRIES[name] for name in ("messages", "tools", "documents")]
+    assert row("`request_id`") == [1, MAX_REQUEST_ID_CHARS]
     assert row("`stop`") == [request.MAX_STOP_STRINGS, 1, request.MAX_STOP_STRING_CHARS]
     assert row("`stop_token_ids`, `logit_bias` entries") == [MOST_ENTRIES["stop_token_ids"], MOST_ENTRIES["logit_bias"]]
+    assert row("`allowed_token_ids`; `bad_words`") == [
+        request.MAX_ALLOWED_TOKEN_IDS, request.MAX_BAD_WORDS, 1, request.MAX_BAD_WORD_CHARS,
+    ]  # fmt: skip
     grammar = GrammarConfig()
     sizes = [grammar.max_grammar_bytes, grammar.max_grammar_depth, MAX_CHOICES]
     assert row("grammar: bytes, nesting of a schema, choices") == sizes
@@ -86,4 +93,4 @@ def test_limits():
     assert row("grammars waiting, compiled ones kept") == kept
     assert {name: defaults[name] for name in GrammarConfig.__dataclass_fields__} == dataclasses.asdict(grammar)
     assert row("`cache_salt`") == [1, request.MAX_CACHE_SALT_CHARS]
-    assert row("`logprobs` of a completion, `top_logprobs`") == [request.MAX_LOGPROBS, request.MAX_LOGPROBS]
+    assert row("`logprobs` of a completion, `top_logprobs`, `prompt_logprobs`") == [request.MAX_LOGPROBS] * 3

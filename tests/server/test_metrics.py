@@ -1,5 +1,6 @@
 """/metrics is what Prometheus reads, and it counts what happens."""
 
+import asyncio
 import re
 from pathlib import Path
 
@@ -10,7 +11,9 @@ from live_server import posted, serving, wait_until
 from prometheus_client.parser import text_string_to_metric_families
 
 from kvarn.engine import EngineStats
+from kvarn.server.http_numbers import HttpNumbers
 from kvarn.server.metrics import BuildCollector, EngineCollector, EngineNumbers, exposition
+from kvarn.server.watching import Watched
 
 PAGE = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
 COMPLETIONS = "/v1/completions"
@@ -158,7 +161,8 @@ def test_requests_and_answers_are_in_the_histograms():
     assert found["kvarn:request_generation_tokens_bucket.5.0"] == 0
     assert found["kvarn:request_generation_tokens_bucket.10.0"] == 2
     assert found["kvarn:request_success_total.length"] == 2
-    assert count(found, "engine_step_seconds") == count(found, "iteration_tokens_total") >= 7
+    steps = ("engine_step_seconds", "iteration_tokens_total", "output_delivery_seconds")
+    assert [count(found, name) for name in steps] == [8, 8, 8]  # the second answer begins a step later
     parts = [found[f"kvarn:request_{part}_time_seconds_sum"] for part in ("queue", "prefill", "decode")]
     assert sum(parts) == pytest.approx(found["kvarn:e2e_request_latency_seconds_sum"])
 
@@ -175,3 +179,15 @@ def test_a_client_that_leaves_is_counted_as_that():
         wait_until(lambda: ("/v1/completions", "499") in {
             (s.labels["handler"], s.labels["status"]) for s in families(url)["http_requests"].samples
         })  # fmt: skip
+
+
+def test_a_route_that_breaks_is_a_500():
+    async def broken(scope, receive, send):
+        raise RuntimeError("it is broken")
+
+    numbers = HttpNumbers()
+    scope = {"type": "http", "method": "BREW", "path": "/"}
+    with pytest.raises(RuntimeError):
+        asyncio.run(Watched(broken, [numbers])(scope, None, None))
+    assert numbers.responses == {("other", "other", "500"): 1}
+    assert numbers.seconds["other", "5xx"].count == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 import weakref
 from collections.abc import Sequence
 from types import TracebackType
@@ -14,6 +15,7 @@ from kvarn.engine.events import Event, RequestFailed, merge_outputs
 from kvarn.engine.front import EngineFront
 from kvarn.engine.load import LoadedEngine, OnPlan, load_engine
 from kvarn.engine.loop import EngineLoop
+from kvarn.planning import Available
 from kvarn.request import Request, RequestOutput
 from kvarn.scheduler import Observer
 
@@ -35,22 +37,34 @@ class AsyncLLM(EngineFront):
         *,
         on_plan: OnPlan = lambda _plan: None,
         observer: Observer | None = None,
+        available: Available | None = None,
     ) -> Self:
         """Loads a catalogued name, a .gguf file or a folder. Blocks for as long as loading takes; prints nothing.
 
         on_plan: told what the engine will take, before weights are read. observer: told of every decision and step.
+        available: the memory that it may take its share of; None: what the machine has now.
         Raises ModelFileError, UnsupportedModelError, PullError, ConfigError, CapacityError.
         """
-        return cls(load_engine(name_or_path, config or EngineConfig(), on_plan=on_plan, observer=observer))
+        config = config or EngineConfig()
+        return cls(load_engine(name_or_path, config, on_plan=on_plan, observer=observer, available=available))
 
     @property
     def is_running(self) -> bool:
         """False once the engine was closed or has failed for good."""
         return self._loop.failure is None
 
+    @property
+    def is_restarting(self) -> bool:
+        """Whether a step has failed and the engine is being brought back; requests wait meanwhile."""
+        return self._loop.is_restarting
+
     def check(self, request: Request) -> None:
         """Raises RequestError, naming field and limit, for a request this engine can never run."""
         self._loop.check(request)
+
+    def resolve(self, request: Request) -> Request:
+        """The same with token ids in place of texts (`bad_words`), for callers to whom `generate` must return soon."""
+        return self._loop.resolve(request)
 
     def generate(self, request: Request) -> RequestStream:
         """Starts a request; its outputs come from the stream, in pieces as they are made.
@@ -165,6 +179,7 @@ class _Mailbox:
         # The engine holds mailboxes of requests in flight; these must not keep a loop alive that is closed.
         self._loop = weakref.ref(loop)
         self._engine = engine
+        self._delivery = engine.delivery  # where several loops observe at the same moment, one value may be lost
 
     def receive(self, events: Sequence[tuple[object, Event]]) -> None:
         """Called in the engine's thread."""
@@ -172,13 +187,14 @@ class _Mailbox:
         try:
             if loop is None:
                 raise RuntimeError("the event loop is gone")
-            loop.call_soon_threadsafe(self._deliver, events)
+            loop.call_soon_threadsafe(self._deliver, events, time.perf_counter())
         except RuntimeError:
             # The loop was closed with requests in flight: nobody will read them.
             for ticket, event in events:
                 self._engine.abort(event.request_id, ticket)
 
-    def _deliver(self, events: Sequence[tuple[object, Event]]) -> None:
+    def _deliver(self, events: Sequence[tuple[object, Event]], handed_over: float) -> None:
+        self._delivery.observe(time.perf_counter() - handed_over)
         for ticket, event in events:
             assert isinstance(ticket, weakref.ref)
             stream = ticket()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 
 from kvarn.engine.histogram import HistogramSnapshot
 from kvarn.engine.meter import NO_HISTOGRAMS
@@ -20,6 +21,9 @@ class RequestFailed:
 
 
 Event = RequestOutput | RequestFailed
+
+
+_NONE_ENDED = MappingProxyType({reason.value: 0 for reason in FinishReason})
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +48,8 @@ class EngineStats:
     generated_tokens: int = 0
     preemptions: int = 0
     failed_steps: int = 0
+    restarts: int = 0
+    """Times that the engine began anew after a failure."""
     prefix_queries: int = 0
     """Tokens looked up in the prefix cache: those of each sequence when it is admitted, again after a preemption."""
     prefix_hits: int = 0
@@ -77,7 +83,7 @@ class EngineStats:
     """For which steps waited for that."""
     rejections: Mapping[str, int] = field(default_factory=lambda: dict.fromkeys(OverloadError.REASONS, 0))
     """Requests that were refused because there was too much to do, by `OverloadError.reason`."""
-    ended: Mapping[str, int] = field(default_factory=lambda: dict.fromkeys((r.value for r in FinishReason), 0))
+    ended: Mapping[str, int] = field(default_factory=lambda: _NONE_ENDED)
     """Answers (`n` of a request) that ended, by `FinishReason`."""
     histograms: Mapping[str, HistogramSnapshot] = field(default_factory=lambda: NO_HISTOGRAMS)
     """How long requests and steps took and how large they were: see `kvarn.engine.meter`."""
@@ -115,4 +121,5 @@ def merge_outputs(outputs: Sequence[RequestOutput]) -> RequestOutput:
     if len(outputs) == 1:
         return last
     merged = join_parts([part for output in outputs for part in output.outputs])
-    return replace(last, outputs=tuple(sorted(merged, key=lambda part: part.index)))
+    prompt = next((output.prompt_logprobs for output in outputs if output.prompt_logprobs), ())
+    return replace(last, outputs=tuple(sorted(merged, key=lambda part: part.index)), prompt_logprobs=prompt)

@@ -41,9 +41,10 @@ BOUNDS: Mapping[str, tuple[float, ...]] = MappingProxyType(
         "request_params_n": ANSWERS,
         "iteration_tokens_total": TOKENS,
         "engine_step_seconds": TOKEN_SECONDS,
+        "output_delivery_seconds": TOKEN_SECONDS,
     }
 )
-"""Each histogram's buckets, under vLLM's names where it has one."""
+"""Each histogram's buckets, under vLLM's names where it has one. The last is `AsyncLLM`'s, which delivers."""
 
 
 class RequestClock:
@@ -91,6 +92,8 @@ class Meter:
 
     def __init__(self) -> None:
         self._histograms = {name: Histogram(bounds) for name, bounds in BOUNDS.items()}
+        self.delivery = self._histograms["output_delivery_seconds"]
+        """Not for the engine's thread: whoever delivers outputs observes."""
         self._gap = self._histograms["inter_token_latency_seconds"].observe
         self._unstarted: dict[int, RequestClock] = {}
         """By the ids of sequences that have not been scheduled."""

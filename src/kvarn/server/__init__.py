@@ -1,6 +1,7 @@
-"""The OpenAI-compatible HTTP server over one `AsyncLLM`."""
+"""The OpenAI-compatible HTTP server over a pool of models, each an `AsyncLLM`."""
 
 from kvarn.server.app import create_app
-from kvarn.server.run import ServeOptions, serve
+from kvarn.server.models.hosted import ModelSpec
+from kvarn.server.run import ServeOptions, Told, serve
 
-__all__ = ["ServeOptions", "create_app", "serve"]
+__all__ = ["ModelSpec", "ServeOptions", "Told", "create_app", "serve"]

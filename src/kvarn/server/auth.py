@@ -70,22 +70,31 @@ class Authentication:
             return
         tenant: str | None = ""
         if self._keys and scope["path"].startswith(GUARDED):
-            tenant = self._keys.tenant(_bearer(scope))
+            tenant = self._keys.tenant(_given_key(scope))
         if tenant is None:
             refusal = ApiError(
                 401,
-                "the API key is missing or wrong; send it as Authorization: Bearer KEY",
+                "the API key is missing or wrong; send it as Authorization: Bearer KEY, or as x-api-key: KEY",
                 code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
             )
-            await refusal.response()(scope, receive, send)
+            await refusal.response(scope["path"])(scope, receive, send)
             return
         scope.setdefault("state", {})["tenant"] = tenant
         await self._app(scope, receive, send)
 
 
-def _bearer(scope: Scope) -> str:
-    """The key that the request brings; empty where it brings none."""
-    values = [value for name, value in scope["headers"] if name == b"authorization"]
-    scheme, _, key = values[0].decode("latin-1").partition(" ") if len(values) == 1 else ("", "", "")
+def _given_key(scope: Scope) -> str:
+    """The key that the request brings, as OpenAI's clients do or as Anthropic's; empty where it brings none."""
+    return _header(scope, b"x-api-key") or _bearer(_header(scope, b"authorization"))
+
+
+def _header(scope: Scope, wanted: bytes) -> str:
+    """A header's value; empty where there is none or more than one."""
+    values = [value for name, value in scope["headers"] if name == wanted]
+    return values[0].decode("latin-1").strip() if len(values) == 1 else ""
+
+
+def _bearer(authorization: str) -> str:
+    scheme, _, key = authorization.partition(" ")
     return key.strip() if scheme.lower() == "bearer" else ""

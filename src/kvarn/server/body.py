@@ -10,13 +10,13 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from fastapi import Request
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from starlette.requests import ClientDisconnect
 
 from kvarn.server.errors import ApiError
-from kvarn.server.protocol import screen
+from kvarn.server.protocol import ModelRequest, screen
 
-Model = TypeVar("Model", bound=BaseModel)
+Model = TypeVar("Model", bound=ModelRequest)
 
 KINDS = {
     "string_type": "a string",
@@ -67,7 +67,7 @@ def _too_large(limit: int) -> ApiError:
 
 def parse(model: type[Model], body: bytes) -> Model:
     """The body as a request model. Takes long for a long body. Raises ApiError 400 naming the first field at fault."""
-    values = screen(_json_object(body), model.model_fields)
+    values = screen(_json_object(body), model.model_fields, model.screening)
     try:
         return model.model_validate(values)
     except ValidationError as error:

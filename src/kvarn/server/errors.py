@@ -1,4 +1,4 @@
-"""Every answer that is no success, in OpenAI's shape: {"error": {"message", "type", "param", "code"}}."""
+"""Every answer that is no success, in the form of the client's API (see `dialects`)."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
 from kvarn.errors import DeadlineError, EngineError, KvarnError, OverloadError, RequestError, TemplateError
+from kvarn.server.dialects import dialect_of
 
 logger = logging.getLogger("kvarn.server")
 RETRY_SECONDS = "1"
@@ -39,21 +40,23 @@ class ApiError(Exception):
         self.code = code
         self.headers = dict(headers or {})
 
-    def body(self) -> bytes:
-        """The JSON body. ASCII: what clients sent may be repeated in it, lone surrogates among it."""
-        kinds = {429: "rate_limit_error", 503: "service_unavailable_error"}
-        kind = "server_error" if self.status >= 500 else "invalid_request_error"
-        error = {
-            "message": self.message if len(self.message) <= MAX_MESSAGE else f"{self.message[:MAX_MESSAGE]}…",
-            "type": kinds.get(self.status, kind),
-            "param": None if self.param is None else self.param[:MAX_PARAM],
-            "code": self.code,
-        }
-        return json.dumps({"error": error}).encode()
+    @property
+    def told(self) -> str:
+        """The message, no longer than clients are told."""
+        return self.message if len(self.message) <= MAX_MESSAGE else f"{self.message[:MAX_MESSAGE]}…"
 
-    def response(self) -> Response:
-        """The HTTP response."""
-        return Response(self.body(), self.status, self.headers, media_type="application/json")
+    @property
+    def told_param(self) -> str | None:
+        """The field's path, no longer than clients are told."""
+        return None if self.param is None else self.param[:MAX_PARAM]
+
+    def response(self, path: str) -> Response:
+        """The HTTP response to a request for that path.
+
+        ASCII: what clients sent may be repeated in it, lone surrogates among it.
+        """
+        body = json.dumps(dialect_of(path).body(self)).encode()
+        return Response(body, self.status, self.headers, media_type="application/json")
 
 
 def to_api_error(error: Exception) -> ApiError:
@@ -91,7 +94,7 @@ def install(app: FastAPI) -> None:
         found = to_api_error(error)
         if isinstance(error, HTTPException):
             found.message = f"{found.message}: {request.method} {request.url.path[:200]}"
-        return found.response()
+        return found.response(request.url.path)
 
     for kind in (ApiError, KvarnError, HTTPException, Exception):
         app.add_exception_handler(kind, answer)

@@ -12,12 +12,11 @@ from kvarn.engine import AsyncLLM
 from kvarn.errors import OverloadError, RequestError
 from kvarn.request import FinishReason, Request, RequestOutput, SamplingParams, SequenceOutput, TokenLogprob
 from kvarn.server.caller import Caller
-from kvarn.server.load import RequestLoad
 
 
 def new_id(prefix: str) -> str:
-    """A fresh id as OpenAI's look: prefix and random characters."""
-    return f"{prefix}-{secrets.token_hex(12)}"
+    """A fresh id as those of the clients' APIs look. prefix: with what stands between it and the random characters."""
+    return f"{prefix}{secrets.token_hex(12)}"
 
 
 @dataclass(slots=True)
@@ -53,9 +52,11 @@ class Answer:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
 
     def take(self, delta: SequenceOutput) -> None:
         """Adds a delta."""
+        self.stop_reason = delta.stop_reason
         self.text += delta.text
         self.token_ids += delta.token_ids
         self.logprobs += delta.logprobs
@@ -82,14 +83,17 @@ class Generation:
         refusal: what to raise where it turns out later that a request is wrong.
         """
         self._llm = llm
-        self._caller = caller
         self._refusal = refusal
+        self._trace = caller.trace
+        self._caller = caller
         self.n = sampling.n
         self.answer_id = answer_id
         self.requests: list[Request] = []
+        # Clients may choose ids of answers, and others the same.
+        unique = secrets.token_hex(4)
         for index, ids in enumerate(prompts):
             request = Request(
-                f"{answer_id}-{index}",
+                f"{answer_id}-{unique}-{index}",
                 tuple(ids),
                 sampling,
                 priority=priority,
@@ -97,8 +101,11 @@ class Generation:
                 cache_salt=cache_salt,
                 ttft_slo_ms=caller.ttft_slo_ms,
             )
+            request = llm.resolve(request)
             llm.check(request)
             self.requests.append(request)
+        self.prompt_logprobs: dict[int, tuple[TokenLogprob, ...]] = {}
+        """By prompt, of its tokens from the second on, where they were asked for: as soon as any delta has come."""
         self.usage = Usage(prompt=sum(len(request.prompt_token_ids) for request in self.requests))
 
     @property
@@ -108,20 +115,22 @@ class Generation:
 
     async def stream(self) -> AsyncGenerator[list[tuple[int, SequenceOutput]], None]:
         """(choice index, delta) pairs as they come. Closing it aborts what still runs."""
+        loads, tenant = self._caller.loads, self._caller.tenant
         async with aclosing(self._outputs()) as outputs:
             try:
-                async for deltas in outputs:
-                    yield deltas
+                with loads.request(tenant, self.usage.prompt) as load:
+                    async for deltas in outputs:
+                        load.gained(sum(len(delta.token_ids) for _, delta in deltas))
+                        yield deltas
             except RequestError as error:
                 raise error if isinstance(error, OverloadError) else self._refusal(error) from None
 
     async def _outputs(self) -> AsyncGenerator[list[tuple[int, SequenceOutput]], None]:
         async with AsyncExitStack() as stack:
-            load = stack.enter_context(self._caller.loads.request(self._caller.tenant, self.usage.prompt))
             streams = [await stack.enter_async_context(aclosing(self._llm.generate(r))) for r in self.requests]
             if len(streams) == 1:
                 async for output in streams[0]:
-                    yield self._deltas(0, output, load)
+                    yield self._deltas(0, output)
                 return
             queue: asyncio.Queue[tuple[int, RequestOutput | Exception | None]] = asyncio.Queue(maxsize=len(streams))
 
@@ -143,16 +152,17 @@ class Generation:
                     if item is None:
                         left -= 1
                     else:
-                        yield self._deltas(index, item, load)
+                        yield self._deltas(index, item)
             finally:
                 for feeder in feeders:
                     feeder.cancel()
                 await asyncio.gather(*feeders, return_exceptions=True)
 
-    def _deltas(self, prompt: int, output: RequestOutput, load: RequestLoad) -> list[tuple[int, SequenceOutput]]:
-        tokens = sum(len(delta.token_ids) for delta in output.outputs)
-        load.gained(tokens)
-        self.usage.completion += tokens
+    def _deltas(self, prompt: int, output: RequestOutput) -> list[tuple[int, SequenceOutput]]:
+        if output.prompt_logprobs:
+            self.prompt_logprobs[prompt] = output.prompt_logprobs
+        self._trace.output(self._llm.model_name, self.requests[prompt], output)
+        self.usage.completion += sum(len(delta.token_ids) for delta in output.outputs)
         if output.finished:
             self.usage.cached += output.num_cached_tokens
             self.usage.drafted += output.num_draft_tokens

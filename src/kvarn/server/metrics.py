@@ -1,7 +1,9 @@
 """What `GET /metrics` says, in Prometheus' text format: engines under vLLM's names with `kvarn:` before them, and more.
 
-Nothing is counted here: engines and others keep plain numbers, of which a scrape takes a snapshot. Who else counts
-something adds a `Collector` (`exposition`'s `more`). Imported with the first scrape.
+Nothing is counted here: engines and others keep plain numbers, of which a scrape takes a snapshot. A number of an
+engine is a field of `EngineStats` and a line in one of the tables below; a histogram is a line in
+`kvarn.engine.meter.BOUNDS`, too. What is counted outside of engines is a `Collector` in routes/metrics.py. Imported
+with the first scrape.
 """
 
 from __future__ import annotations
@@ -90,6 +92,7 @@ COUNTERS: tuple[tuple[str, str, _Read], ...] = (
     ("grammar_wait_seconds", "Time for which steps waited for masks.", lambda s: s.grammar_wait_seconds),
     ("engine_steps", "Steps of the engine.", lambda s: s.steps),
     ("engine_failed_steps", "Steps that failed.", lambda s: s.failed_steps),
+    ("engine_restarts", "Times that the engine began anew after a failure.", lambda s: s.restarts),
 )
 LABELLED: tuple[tuple[str, str, str, _ByLabel], ...] = (
     (
@@ -118,6 +121,7 @@ HISTOGRAMS: tuple[tuple[str, str], ...] = (
     ("request_params_n", "Answers asked for in a request."),
     ("iteration_tokens_total", "Tokens computed in a step."),
     ("engine_step_seconds", "Of a step, from deciding to its texts."),
+    ("output_delivery_seconds", "From the end of a step to where the event loop takes its outputs."),
 )
 
 

@@ -1,88 +1,88 @@
-"""`serve`: listens at once, loads the model beside it, answers, and ends cleanly on SIGINT or SIGTERM."""
+"""`serve`: listens at once, loads the model beside it, answers, drains on SIGINT or SIGTERM, and ends cleanly."""
 
 from __future__ import annotations
 
 import asyncio
 import errno
 import logging
-import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from types import FrameType
 
 import uvicorn
 
-from kvarn.config import EngineConfig
 from kvarn.engine import AsyncLLM
 from kvarn.errors import ConfigError, KvarnError
 from kvarn.planning import MemoryPlan
+from kvarn.request import Pooling
 from kvarn.scheduler import Observer
 from kvarn.server.app import DEFAULT_MAX_BODY_BYTES, create_app
 from kvarn.server.auth import ApiKeys
+from kvarn.server.draining import DrainingServer
+from kvarn.server.errors import ApiError
+from kvarn.server.models import ModelPool, PoolLimits
+from kvarn.server.models.budget import Budget, share_out
+from kvarn.server.models.hosted import EngineLoader, ModelSpec
 from kvarn.server.state import ServerState
+from kvarn.server.watching import HttpWatcher
 
-GRACE_SECONDS = 5
-"""How long answers in flight may go on after SIGINT or SIGTERM; then they end with an error event."""
-CLOSING_SECONDS = 5
-"""How long the connections may take after that."""
 BACKLOG = 2048
 """Connections that the system keeps until the event loop takes them."""
 
 
 @dataclass(frozen=True, slots=True)
 class ServeOptions:
-    """What to serve and where. port 0: a free one. served_model_names: the first is told, all are understood."""
+    """What to serve and where. models: at least one; the first is meant where a request names none. port 0: a free one.
+    """
 
-    model: str
+    models: tuple[ModelSpec, ...]
     host: str = "127.0.0.1"
     port: int = 8000
-    served_model_names: tuple[str, ...] = ()
     max_body_bytes: int = DEFAULT_MAX_BODY_BYTES
-    engine: EngineConfig = field(default_factory=EngineConfig)
     api_keys: tuple[str, ...] = field(default=(), repr=False)
     """See `ApiKeys`; without, everybody may ask."""
+    drain_seconds: float = 30.0
+    """How long answers in flight may go on after SIGINT or SIGTERM; then they end with an error."""
+    lazy: bool = False
+    """Whether the first model, too, is loaded only when it is asked for."""
+    memory_budget: int | None = None
+    """Bytes that the models may take together; None: what memory_utilization leaves."""
+    pool: PoolLimits = field(default_factory=PoolLimits)
+    pooling: Pooling = Pooling.MEAN
+    """Of embeddings whose request does not say."""
 
     def __post_init__(self) -> None:
         ApiKeys(self.api_keys)
+        if not self.models:
+            raise ConfigError("there must be a model to serve")
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port must be between 0 and 65535, not {self.port}")
         if self.max_body_bytes < 1:
             raise ConfigError(f"max_body_bytes must be at least 1, not {self.max_body_bytes}")
-
-
-class _Server(uvicorn.Server):
-    """uvicorn's server, but a signal ends the process with exit code 0, and no stream is cut without a word."""
-
-    def __init__(self, config: uvicorn.Config, state: ServerState) -> None:
-        super().__init__(config)
-        self._state = state
-
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """The first signal ends the server in its own time, a second SIGINT at once."""
-        del frame
-        self.force_exit = self.should_exit and sig == signal.SIGINT
-        self.should_exit = True
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Lets answers finish for a while, then fails those that are left, which their clients are told."""
-        closing = asyncio.create_task(self._close_engine())
-        try:
-            await super().shutdown(sockets)
-        finally:
-            closing.cancel()
-            await asyncio.gather(closing, return_exceptions=True)
-
-    async def _close_engine(self) -> None:
-        await asyncio.sleep(GRACE_SECONDS)
-        if self._state.llm is not None:
-            await self._state.llm.close()
+        if not 0 <= self.drain_seconds <= 86400:
+            raise ConfigError(f"drain_seconds must be between 0 and 86400, not {self.drain_seconds:g}")
 
 
 OnListening = Callable[[str], None]
-OnPlan = Callable[[MemoryPlan], None]
-OnReady = Callable[[AsyncLLM, float], None]
+OnBudget = Callable[[Budget], None]
+OnPlan = Callable[[str, MemoryPlan], None]
+OnReady = Callable[[Sequence[tuple[str, AsyncLLM]], float], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """Who is told of a server's start. None of them need do anything.
+
+    listening: the URL, when the port is open. budget: how memory is shared out, where there are several models. plan: a
+    model's name and what it takes, in another thread, before its weights are read. ready: the engines in memory and
+    the seconds since the start, when requests are answered.
+    """
+
+    listening: OnListening = lambda _url: None
+    budget: OnBudget = lambda _budget: None
+    plan: OnPlan = lambda _name, _plan: None
+    ready: OnReady = lambda _engines, _seconds: None
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -99,35 +99,34 @@ def _listen(host: str, port: int) -> socket.socket:
 
 def serve(
     options: ServeOptions,
+    told: Told | None = None,
     *,
-    on_listening: OnListening | None = None,
-    on_plan: OnPlan = lambda _plan: None,
-    on_ready: OnReady | None = None,
     observer: Observer | None = None,
+    watchers: Sequence[HttpWatcher] = (),
 ) -> None:
-    """Serves until SIGINT or SIGTERM; streams in flight get a few seconds to finish.
+    """Serves until SIGINT or SIGTERM, and then until what is in flight is answered (see `DrainingServer`).
 
-    While the model loads, everything but the pages answers 503. on_listening(url) is called when the port is open,
-    on_plan(plan) in another thread before weights are read, on_ready(engine, seconds since start) when requests are
-    answered. Raises ConfigError where the port is taken, and what loading raises (KvarnError), after the server has
-    stopped. observer: told of every decision and step of the engine, in its thread.
+    While the first model loads, everything but pages and probes answers 503. Raises ConfigError where the port is taken
+    or a model does not fit, and what loading the first model raises (KvarnError), after the server has stopped.
+    observer: told of every decision and step of the engines, in their threads. watchers: of every request.
     """
+    told = told or Told()
     listener = _listen(options.host, options.port)
-    app = create_app(None, max_body_bytes=options.max_body_bytes, api_keys=options.api_keys)
-    config = uvicorn.Config(
-        app,
-        log_level="warning",
-        access_log=False,
-        lifespan="off",
-        server_header=False,
-        timeout_graceful_shutdown=GRACE_SECONDS + CLOSING_SECONDS,
-    )
-    server = _Server(config, app.state.server)
+    budget = share_out(options.models, options.memory_budget)
+    loader = EngineLoader(budget.specs, budget.rooms, on_plan=told.plan, observer=observer)
+    models = ModelPool(budget.pooled(), loader, budget=budget.num_bytes, limits=options.pool)
+    app = create_app(
+        None, models=models, max_body_bytes=options.max_body_bytes, api_keys=options.api_keys, pooling=options.pooling,
+        watchers=watchers,
+    )  # fmt: skip
+    config = uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off", server_header=False)
+    server = DrainingServer(config, app.state.server, options.drain_seconds)
     host, port = listener.getsockname()[:2]
-    if on_listening is not None:
-        on_listening(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
+    told.listening(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
+    if budget.num_bytes is not None:
+        told.budget(budget)
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        failure = runner.run(_run(server, listener, app.state.server, options, on_plan, on_ready, observer))
+        failure = runner.run(_run(server, listener, app.state.server, options, told))
     if failure is not None:
         raise failure
 
@@ -142,23 +141,16 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
 
 
 async def _run(
-    server: uvicorn.Server,
-    listener: socket.socket,
-    state: ServerState,
-    options: ServeOptions,
-    on_plan: OnPlan,
-    on_ready: OnReady | None,
-    observer: Observer | None,
+    server: uvicorn.Server, listener: socket.socket, state: ServerState, options: ServeOptions, told: Told
 ) -> Exception | None:
     started = time.perf_counter()
 
     async def load() -> None:
-        llm = await asyncio.to_thread(
-            AsyncLLM.from_model, options.model, options.engine, on_plan=on_plan, observer=observer
-        )
-        state.open(llm, options.served_model_names)
-        if on_ready is not None and not server.should_exit:
-            on_ready(llm, time.perf_counter() - started)
+        if not options.lazy:
+            await state.models.load(options.models[0].name)
+        state.open()
+        if not server.should_exit:
+            told.ready(state.engines(), time.perf_counter() - started)
 
     loading = asyncio.create_task(load())
 
@@ -170,10 +162,15 @@ async def _run(
     try:
         await server.serve(sockets=[listener])
     finally:
+        await state.models.close()
         await asyncio.gather(loading, return_exceptions=True)
-        if state.llm is not None:
-            await state.llm.close()
-    error = loading.exception()
+    return _failure(loading.exception())
+
+
+def _failure(error: BaseException | None) -> Exception | None:
+    """What the start failed with; None where it did not, or was ended by a signal."""
+    if isinstance(error, ApiError):
+        error = error.__cause__
     if error is not None and not isinstance(error, KvarnError):
         logging.getLogger("kvarn.server").error("loading failed", exc_info=error)
     return error if isinstance(error, Exception) else None

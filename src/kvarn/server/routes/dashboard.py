@@ -43,20 +43,19 @@ def add_dashboard(app: FastAPI, state: ServerState) -> None:
 
 
 def _models(state: ServerState) -> list[dict[str, Any]]:
-    if state.llm is None:
-        return []
-    return [model_body(state.names[0], state.llm)]
+    """Each model's part of the snapshot. One that is not in memory has zeros."""
+    engines = dict(state.engines())
+    return [
+        {"name": status.name, "state": status.state.value, **_numbers(engines.get(status.name))}
+        for status in state.models.statuses()
+    ]
 
 
-def model_body(name: str, llm: AsyncLLM) -> dict[str, Any]:
-    """One model's part of the snapshot."""
-    ready = "ready" if llm.is_running else "failed"
-    return {"name": name, "state": ready, "max_running": llm.config.scheduler.max_num_seqs, **stats_body(llm.stats())}
-
-
-def stats_body(stats: EngineStats) -> dict[str, Any]:
-    """The numbers of an engine that the page shows. Blocks are used by sequences, cached for later ones, or free."""
+def _numbers(llm: AsyncLLM | None) -> dict[str, Any]:
+    """An engine's numbers. Blocks are used by sequences, cached for later ones, or free."""
+    stats = EngineStats() if llm is None else llm.stats()
     return {
+        "max_running": 0 if llm is None else llm.config.scheduler.max_num_seqs,
         "running": stats.running,
         "waiting": stats.waiting,
         "queued_tokens": stats.queued_tokens,

@@ -153,7 +153,7 @@ async function loadModels() {
 }
 
 function named(id, state) {
-  return state && state !== "ready" ? `${id} (${state})` : id;
+  return state && state !== "loaded" ? `${id} (${state})` : id;
 }
 
 $("form").addEventListener("submit", (event) => {

@@ -76,7 +76,7 @@ function show(state) {
   showTenants(state.tenants);
   showModels(state.models, historyOf);
   if (!model) return;
-  $("title").textContent = model.state === "ready" ? model.name : `${model.name} (${model.state})`;
+  $("title").textContent = model.state === "loaded" ? model.name : `${model.name} (${model.state})`;
   const history = historyOf(model.name);
   showLoad(model, history);
   showCache(model);

@@ -27,7 +27,7 @@ export function showModels(models, historyOf) {
   $("models-tile").hidden = models.length < 2;
   fill("models", models, (model, row) => {
     const { used, cached, free } = model.blocks;
-    const share = model.state === "ready" ? used / (used + cached + free || 1) : null;
+    const share = model.state === "loaded" ? used / (used + cached + free || 1) : null;
     const rate = historyOf(model.name).rate("generated_tokens");
     cells(row, [model.name, model.state, count(model.running), count(model.waiting), percent(share), whole(rate)]);
   });
