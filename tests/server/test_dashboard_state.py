@@ -42,7 +42,10 @@ def test_it_shows_what_runs_what_waits_and_the_cache():
 def test_it_is_there_while_the_model_loads():
     with serving(None) as url:
         state = state_of(url)
-    assert state["models"] == state["tenants"] == []
+    (model,) = state["models"]
+    assert (model["state"], model["running"], model["max_running"]) == ("unloaded", 0, 0)
+    assert set(model["blocks"].values()) == {0}
+    assert state["tenants"] == []
 
 
 def test_tenants_are_told_by_name_and_keys_by_nobody():
