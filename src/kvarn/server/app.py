@@ -9,7 +9,7 @@ from fastapi import FastAPI
 from kvarn import __version__
 from kvarn.engine import AsyncLLM
 from kvarn.request import Pooling
-from kvarn.server import errors
+from kvarn.server import errors, openapi
 from kvarn.server.auth import ApiKeys, Authentication
 from kvarn.server.door import Doorway
 from kvarn.server.http_numbers import HttpNumbers
@@ -23,6 +23,7 @@ from kvarn.server.routes.metrics import add_metrics
 from kvarn.server.routes.models import add_models
 from kvarn.server.routes.openai import add_openai_routes
 from kvarn.server.routes.pages import add_pages
+from kvarn.server.routes.responses import add_response_routes
 from kvarn.server.routes.service import add_service_routes
 from kvarn.server.routes.tokens import add_token_routes
 from kvarn.server.state import ServerState
@@ -64,8 +65,10 @@ def create_app(
     add_metrics(app, state, http)
     add_openai_routes(app, state)
     add_anthropic_routes(app, state)
+    add_response_routes(app, state)
     add_embedding_routes(app, state, pooling)
     add_token_routes(app, state)
     add_dashboard(app, state)
     add_pages(app)
+    openapi.install(app)
     return app
