@@ -17,6 +17,18 @@ OUTLINED = """
   (node) => node && getComputedStyle(node).outlineStyle !== "none")
 """
 
+WATCH = """
+() => {
+  window.seen = [];
+  const look = () => {
+    const text = document.querySelector("article[aria-busy=true] .text")?.textContent;
+    if (text !== window.seen.at(-1)) window.seen.push(text);
+  };
+  new MutationObserver(look).observe(document.querySelector("#log"), { childList: true, subtree: true });
+}
+"""
+"""Notes what an answer looks like while it comes."""
+
 
 def send(page, text):
     page.fill("#prompt", text)
@@ -67,18 +79,19 @@ def test_a_message_is_answered_as_a_stream_with_its_figures(open_page, site):
     page = open_page()
     page.wait_for_selector("#model:enabled")
     assert page.input_value("#model") == "smol"
-    set_settings(page, temperature=0, max_tokens=60)
-    send(page, "Name three rivers of Europe.")
-    early = grown(page, 5)
+    set_settings(page, temperature=0, max_tokens=200)
+    page.evaluate(WATCH)
+    send(page, "Write a story about a river.")
     text = finished(page)
-    assert len(text) > len(early)
-    assert text.startswith(early[:20])
+    seen = [early for early in page.evaluate("window.seen") if early]
+    assert len(seen) > 2
+    assert letters(text).startswith(letters(seen[0])[:10])
     figures = page.locator("article.assistant .figures").inner_text()
     assert "first token" in figures
     assert "tokens/s" in figures
     assert "prompt" in figures
-    messages = [{"role": "user", "content": "Name three rivers of Europe."}]
-    asked = {"messages": messages, "temperature": 0, "max_tokens": 60}
+    messages = [{"role": "user", "content": "Write a story about a river."}]
+    asked = {"messages": messages, "temperature": 0, "max_tokens": 200}
     same = httpx.post(f"{site}/v1/chat/completions", json=asked)
     assert letters(same.json()["choices"][0]["message"]["content"]) == letters(text)
 
