@@ -2,10 +2,14 @@
 
 import concurrent.futures
 import json
+import re
+from importlib import resources
 
 import httpx
 import openai
 import pytest
+
+from kvarn.server.routes.pages import PAGES
 
 GREEDY = {"temperature": 0, "max_tokens": 12, "extra_body": {"ignore_eos": True}}
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello!"}]
@@ -166,11 +170,22 @@ def test_health_and_version(url):
     assert "version" in httpx.get(f"{url}/version").json()
 
 
-def test_the_page_is_self_contained(url):
-    page = httpx.get(f"{url}/")
-    assert "default-src 'none'" in page.headers["content-security-policy"]
-    assert "http" not in page.text.replace("http-equiv", "")
-    for name in ("chat.js", "markdown.js", "style.css"):
-        file = httpx.get(f"{url}/{name}")
+def test_the_pages_are_self_contained(url):
+    folder = resources.files("kvarn.server").joinpath("static")
+    assert {entry.name for entry in folder.iterdir()} == set(PAGES.values())
+    for path in PAGES:
+        file = httpx.get(url + path)
         assert file.status_code == 200
-        assert "innerHTML" not in file.text
+        assert "default-src 'none'" in file.headers["content-security-policy"]
+        assert file.headers["content-type"].startswith(("text/", "image/svg"))
+        foreign = re.findall(r"https?://(?!www\.w3\.org/2000/svg)\w", file.text)
+        assert foreign == []
+        assert not re.search(r"innerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function", file.text)
+        assert not re.search(r" style=| on\w+=|<style|<script>", file.text)
+
+
+def test_a_page_that_the_browser_has_is_not_sent_again(url):
+    tag = httpx.get(f"{url}/static/chat.js").headers["etag"]
+    again = httpx.get(f"{url}/static/chat.js", headers={"If-None-Match": tag})
+    assert (again.status_code, again.content) == (304, b"")
+    assert httpx.get(f"{url}/static/base.css", headers={"If-None-Match": tag}).status_code == 200

@@ -60,7 +60,7 @@ def test_each_key_is_good(guarded, key):
 
 
 def test_what_tells_no_answers_needs_no_key(guarded):
-    for path in ("/", "/chat.js", "/health", "/metrics", "/version", "/openapi.json"):
+    for path in ("/", "/dashboard", "/static/chat.js", "/health", "/metrics", "/version", "/openapi.json"):
         assert httpx.get(guarded + path).status_code == 200
 
 

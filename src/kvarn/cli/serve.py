@@ -180,7 +180,7 @@ def command(
         int, typer.Option(help="Requests that wait for models to be loaded; one more gets 429.")
     ] = 256,
 ) -> None:
-    """Serve models over an OpenAI-compatible HTTP API, with a chat page at /."""
+    """Serve models over an OpenAI-compatible HTTP API, with a chat page at / and a dashboard."""
     from kvarn.cli.serve_models import duration_option, parse_models
     from kvarn.config import CacheConfig, EngineConfig, GrammarConfig, SchedulerConfig
     from kvarn.server import ServeOptions, Told, serve

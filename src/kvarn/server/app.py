@@ -16,6 +16,7 @@ from kvarn.server.http_numbers import HttpNumbers
 from kvarn.server.models import ModelPool
 from kvarn.server.models.hosted import HostedModel, given
 from kvarn.server.routes.anthropic import add_anthropic_routes
+from kvarn.server.routes.dashboard import add_dashboard
 from kvarn.server.routes.embeddings import add_embedding_routes
 from kvarn.server.routes.health import add_health
 from kvarn.server.routes.metrics import add_metrics
@@ -66,6 +67,7 @@ def create_app(
     add_response_routes(app, state)
     add_embedding_routes(app, state, pooling)
     add_token_routes(app, state)
+    add_dashboard(app, state)
     add_pages(app)
     openapi.install(app)
     return app

@@ -39,7 +39,10 @@ class BeamGeneration(Generation):
     async def whole(self) -> list[Answer]:
         """All answers, complete. Fewer than `num_choices` where the model has no more tokens to choose among."""
         try:
-            return [answer for place in range(len(self.requests)) for answer in await self._search(place)]
+            with self._in_flight() as load:
+                found = [await self._search(place) for place in range(len(self.requests))]
+                load.gained(self.usage.completion)
+                return [answer for answers in found for answer in answers]
         except RequestError as error:
             raise error if isinstance(error, OverloadError) else self._refusal(error) from None
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Self
 
 from fastapi import Request
 
 from kvarn.server.errors import ApiError
+from kvarn.server.load import TenantLoads
 from kvarn.server.request_trace import UNTRACED, RequestTrace
 
 DEADLINE_HEADERS = ("x-slo-ttft-ms", "x-llm-d-slo-ttft-ms")
@@ -19,19 +20,21 @@ DEADLINE_HEADERS = ("x-slo-ttft-ms", "x-llm-d-slo-ttft-ms")
 class Caller:
     """tenant: of the API key; empty where no keys are set. ttft_slo_ms: None where the caller does not say.
 
-    trace: hears how the answer gets on.
+    trace: hears how the answer gets on. loads: of all tenants, to be told what its requests do.
     """
 
     tenant: str = ""
     ttft_slo_ms: float | None = None
     trace: RequestTrace = UNTRACED
+    loads: TenantLoads = field(default_factory=TenantLoads, repr=False, compare=False)
 
     @classmethod
     def of(cls, request: Request) -> Self:
         """From a request that has passed `Authentication`. Raises ApiError 400 for a deadline that is no time."""
         found = next((name for name in DEADLINE_HEADERS if name in request.headers), None)
         slo = None if found is None else _milliseconds(found, request.headers[found])
-        return cls(request.state.tenant, slo, getattr(request.state, "trace", UNTRACED))
+        loads: TenantLoads = request.app.state.server.loads
+        return cls(request.state.tenant, slo, getattr(request.state, "trace", UNTRACED), loads)
 
 
 def _milliseconds(name: str, text: str) -> float:

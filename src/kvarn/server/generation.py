@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
-from contextlib import AsyncExitStack, aclosing
+from contextlib import AbstractContextManager, AsyncExitStack, aclosing
 from dataclasses import dataclass, field
 
 from kvarn.engine import AsyncLLM
 from kvarn.errors import OverloadError, RequestError
 from kvarn.request import FinishReason, Request, RequestOutput, SamplingParams, SequenceOutput, TokenLogprob
 from kvarn.server.caller import Caller
+from kvarn.server.load import RequestLoad
 
 
 def new_id(prefix: str) -> str:
@@ -85,6 +86,7 @@ class Generation:
         self._llm = llm
         self._refusal = refusal
         self._trace = caller.trace
+        self._caller = caller
         self.n = sampling.n
         self.answer_id = answer_id
         self.requests: list[Request] = []
@@ -116,10 +118,16 @@ class Generation:
         """(choice index, delta) pairs as they come. Closing it aborts what still runs."""
         async with aclosing(self._outputs()) as outputs:
             try:
-                async for deltas in outputs:
-                    yield deltas
+                with self._in_flight() as load:
+                    async for deltas in outputs:
+                        load.gained(sum(len(delta.token_ids) for _, delta in deltas))
+                        yield deltas
             except RequestError as error:
                 raise error if isinstance(error, OverloadError) else self._refusal(error) from None
+
+    def _in_flight(self) -> AbstractContextManager[RequestLoad]:
+        """Counts as its tenant's load for as long as the context lasts."""
+        return self._caller.loads.request(self._caller.tenant, self.usage.prompt)
 
     async def _outputs(self) -> AsyncGenerator[list[tuple[int, SequenceOutput]], None]:
         async with AsyncExitStack() as stack:

@@ -14,6 +14,7 @@ from fastapi import Request
 from kvarn.engine import AsyncLLM
 from kvarn.server.door import Door
 from kvarn.server.errors import RETRY_SECONDS, ApiError
+from kvarn.server.load import TenantLoads
 from kvarn.server.models import ModelPool
 from kvarn.server.models.hosted import HostedModel
 from kvarn.server.prompts import PromptEncoder
@@ -39,6 +40,7 @@ class ServerState:
         self.max_body_bytes = max_body_bytes
         self.models = models
         self.door = Door()
+        self.loads = TenantLoads()
         self.created = int(time.time())
         self._is_open = False
         self._workers = ThreadPoolExecutor(WORKERS, thread_name_prefix="kvarn-server")

@@ -1,198 +1,185 @@
-// The chat page: one conversation, streamed from this server's own API.
-import { render } from "./markdown.js";
+// The chat page: what is open, what runs, and what the keys and buttons do about it.
+import { Answer } from "./answer.js";
+import { Failure, ask } from "./api.js";
+import { parameters, setUpSettings, settingsAreGood, showSettings, systemMessages } from "./settings.js";
+import { Sidebar, toast } from "./sidebar.js";
+import * as store from "./store.js";
+import { ConversationView } from "./view.js";
 
+const RETRY_MS = 1000;
 const $ = (id) => document.getElementById(id);
-const log = $("log");
-let messages = [];
-let running = null;
 
-function article(role, text) {
-  $("hint")?.remove();
-  const node = document.createElement("article");
-  node.className = role;
-  const body = document.createElement("div");
-  if (role === "assistant") render(text, body);
-  else body.textContent = text;
-  node.append(body);
-  log.append(node);
-  log.scrollTop = log.scrollHeight;
-  return { node, body };
-}
+let open = store.conversation(location.hash.slice(1)) ?? store.begun();
+let running = null; // the AbortController of the answer that comes
+let editing = false;
 
-function setRunning(controller) {
-  running = controller;
-  $("send").hidden = Boolean(controller);
-  $("stop").hidden = !controller;
-}
+const view = new ConversationView($("log"), { regenerate, edit, retry, use });
+const sidebar = new Sidebar({ current: () => open.id, open: openConversation });
 
-function number(id) {
-  const value = $(id).value.trim();
-  return value === "" ? undefined : Number(value);
-}
-
-function requestBody() {
-  const system = $("system").value.trim();
-  return {
-    model: $("model").value || undefined,
-    messages: system ? [{ role: "system", content: system }, ...messages] : messages,
-    stream: true,
-    stream_options: { include_usage: true },
-    temperature: number("temperature"),
-    top_p: number("top_p"),
-    max_tokens: number("max_tokens"),
-    seed: number("seed"),
-  };
-}
-
-// The key, where the server wants one. It stays on this page and is gone with it.
-function headers(more = {}) {
-  const key = $("api_key").value.trim();
-  return key ? { ...more, Authorization: `Bearer ${key}` } : more;
-}
-
-async function* events(response) {
-  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
-  let buffer = "";
-  for (;;) {
-    const { value, done } = await reader.read();
-    if (done) return;
-    buffer += value;
-    const pieces = buffer.split("\n\n");
-    buffer = pieces.pop();
-    for (const piece of pieces) {
-      const data = piece.replace(/^data: /, "");
-      if (data !== "[DONE]") yield JSON.parse(data);
-    }
-  }
-}
-
-async function refusal(response) {
-  try {
-    return (await response.json()).error.message;
-  } catch {
-    // No kvarn answered, but a proxy before it.
-    return `${response.status} ${response.statusText}`.trim();
-  }
-}
-
-async function answer() {
-  const conversation = messages;
-  const controller = new AbortController();
-  setRunning(controller);
-  const { node, body } = article("assistant", "");
-  const started = performance.now();
-  let first = null;
-  let text = "";
-  let usage = null;
-  let failure = null;
-  try {
-    const response = await fetch("v1/chat/completions", {
-      method: "POST",
-      headers: headers({ "Content-Type": "application/json" }),
-      body: JSON.stringify(requestBody()),
-      signal: controller.signal,
-    });
-    if (!response.ok) throw new Error(await refusal(response));
-    for await (const event of events(response)) {
-      if (event.error) throw new Error(event.error.message);
-      usage = event.usage ?? usage;
-      const piece = event.choices[0]?.delta.content;
-      if (!piece) continue;
-      first ??= performance.now();
-      text += piece;
-      const atEnd = log.scrollHeight - log.scrollTop - log.clientHeight < 40;
-      render(text, body);
-      if (atEnd) log.scrollTop = log.scrollHeight;
-    }
-  } catch (error) {
-    // Browsers report a connection that cannot be had or that breaks as a TypeError, each in words of its own.
-    if (error instanceof TypeError) failure = "The connection to the server was lost.";
-    else if (error.name !== "AbortError") failure = error.message;
-  }
-  if (messages !== conversation) return; // a new chat has begun, and may be running an answer of its own
+function openConversation(id) {
+  running?.abort();
   setRunning(null);
-  if (failure) article("error", failure);
-  if (text) messages.push({ role: "assistant", content: text });
-  else node.remove();
-  showFigures(started, first, usage);
-  addTools(node, text);
+  setEditing(false);
+  open = (id && store.conversation(id)) || store.begun();
+  showOpen();
+  sidebar.refresh();
   $("prompt").focus();
 }
 
-function showFigures(started, first, usage) {
-  if (first === null) return;
-  const ttft = `first token ${Math.round(first - started)} ms`;
-  const seconds = (performance.now() - first) / 1000;
-  const rate = usage && usage.completion_tokens > 1 ? (usage.completion_tokens - 1) / seconds : null;
-  $("figures").textContent = rate ? `${ttft} · ${rate.toFixed(1)} tokens/s · ${usage.total_tokens} tokens` : ttft;
+function showOpen() {
+  history.replaceState(null, "", open.messages.length ? `#${open.id}` : location.pathname);
+  view.show(open.messages);
 }
 
-function addTools(node, text) {
-  document.querySelectorAll(".tools").forEach((old) => old.remove());
-  if (!text) return;
-  const tools = document.createElement("div");
-  tools.className = "tools";
-  const button = (label, action) => {
-    const made = document.createElement("button");
-    made.type = "button";
-    made.className = "plain";
-    made.textContent = label;
-    made.addEventListener("click", action);
-    tools.append(made);
-  };
-  button("Regenerate", () => {
-    if (running) return;
-    messages.pop();
-    node.remove();
-    answer();
-  });
-  button("Copy", () => navigator.clipboard?.writeText(text));
-  node.append(tools);
+function keep(conversation) {
+  conversation.updated = Date.now();
+  if (!store.save(conversation)) toast("There is no room to keep this conversation: export or delete others.");
+  sidebar.refresh();
+}
+
+function setRunning(controller) {
+  const focused = document.activeElement;
+  running = controller;
+  $("send").hidden = Boolean(controller);
+  $("stop").hidden = !controller;
+  if (controller && focused === $("send")) $("stop").focus();
+  if (!controller && focused === $("stop")) $("prompt").focus();
+}
+
+function setEditing(on) {
+  editing = on;
+  $("editing").hidden = !on;
+  if (!on) $("prompt").value = "";
+}
+
+function send() {
+  const content = $("prompt").value.trim();
+  if (!content || running || !settingsAreGood()) return;
+  const last = open.messages.findLastIndex(({ role }) => role === "user");
+  if (editing) open.messages.length = last;
+  else if (open.messages.at(-1)?.role === "user") open.messages.pop(); // it was never answered: this one takes its place
+  const redraw = editing || last === open.messages.length;
+  setEditing(false);
+  if (redraw) view.show(open.messages);
+  open.messages.push({ role: "user", content });
+  view.addUser(open.messages.at(-1));
+  answer();
+}
+
+async function answer() {
+  if (running || !settingsAreGood()) return;
+  const conversation = open;
+  const controller = new AbortController();
+  setRunning(controller);
+  view.clearFailure();
+  keep(conversation);
+  if (location.hash !== `#${conversation.id}`) history.replaceState(null, "", `#${conversation.id}`);
+  const coming = new Answer();
+  const shown = view.beginAnswer();
+  $("status").textContent = "Answering.";
+  const failure = await ended(coming, requestBody(conversation), controller.signal, () => shown.grow(coming));
+  const message = madeOf(coming, controller.signal.aborted);
+  if (message) {
+    conversation.messages.push(message);
+    if (store.conversation(conversation.id) || conversation === open) keep(conversation); // else it was deleted meanwhile
+  }
+  if (conversation !== open) return; // another is open, and may be running an answer of its own
+  setRunning(null);
+  shown.end(message);
+  if (failure || !message) view.fail(failure);
+  $("status").textContent = failure ? "" : controller.signal.aborted ? "Stopped." : "The answer is complete.";
+}
+
+// Runs it; why it failed, null where it came to its end or was stopped.
+async function ended(coming, body, signal, told) {
+  try {
+    await coming.run(body, signal, told);
+    return null;
+  } catch (error) {
+    if (error.name === "AbortError") return null;
+    if (!(error instanceof Failure)) console.error(error);
+    return error;
+  }
+}
+
+// What is kept of an answer; null where nothing has come.
+function madeOf({ text, thinking, figures, finish }, stopped) {
+  if (!text && !thinking && finish === null) return null;
+  const note = stopped ? "stopped" : finish === "length" ? "cut at the longest answer" : text ? undefined : "no text";
+  return { role: "assistant", content: text, ...(thinking && { thinking }), figures, note };
+}
+
+function requestBody(conversation) {
+  const messages = conversation.messages.map(({ role, content }) => ({ role, content }));
+  return { model: $("model").value || undefined, messages: [...systemMessages(), ...messages], ...parameters() };
+}
+
+function regenerate() {
+  if (running) return;
+  open.messages.pop();
+  view.show(open.messages);
+  answer();
+}
+
+function retry() {
+  if (open.messages.at(-1)?.role === "assistant") regenerate();
+  else answer();
+}
+
+function edit() {
+  const last = open.messages.findLast(({ role }) => role === "user");
+  if (running || !last) return;
+  setEditing(true);
+  $("prompt").value = last.content;
+  $("prompt").focus();
+}
+
+function use(text) {
+  $("prompt").value = text;
+  send();
+}
+
+async function loadModels() {
+  try {
+    const { data } = await (await ask("v1/models")).json();
+    const chosen = $("model").value;
+    $("model").replaceChildren(...data.map(({ id, state }) => new Option(named(id, state), id, false, id === chosen)));
+    $("model").disabled = false;
+  } catch (error) {
+    if (!(error instanceof Failure) || error.status === 401) return;
+    $("model").replaceChildren(new Option(error.status === 503 ? "loading …" : "no server", ""));
+    setTimeout(loadModels, RETRY_MS);
+  }
+}
+
+function named(id, state) {
+  return state && state !== "loaded" ? `${id} (${state})` : id;
 }
 
 $("form").addEventListener("submit", (event) => {
   event.preventDefault();
-  const text = $("prompt").value.trim();
-  if (!text || running) return;
-  $("prompt").value = "";
-  if (messages.at(-1)?.role === "user") messages.pop();
-  messages.push({ role: "user", content: text });
-  article("user", text);
-  answer();
+  send();
 });
-
+$("stop").addEventListener("click", () => running?.abort());
+$("cancel").addEventListener("click", () => (setEditing(false), $("prompt").focus()));
 $("prompt").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
     event.preventDefault();
-    $("form").requestSubmit();
+    send();
+  } else if (event.key === "ArrowUp" && $("prompt").value === "" && open.messages.length) {
+    event.preventDefault();
+    edit();
   }
 });
-
-// A setting out of its range keeps the form from being sent; the browser can say so only where the setting is seen.
-$("settings").addEventListener("invalid", () => ($("settings").open = true), true);
-
 document.addEventListener("keydown", (event) => {
-  if (event.key === "Escape") running?.abort();
+  if (event.key !== "Escape" || document.querySelector("dialog[open]")) return;
+  if (running) running.abort();
+  else if (editing) setEditing(false);
+  else if ($("settings").contains(document.activeElement)) showSettings(false);
+  else sidebar.close();
 });
-$("stop").addEventListener("click", () => running?.abort());
-$("clear").addEventListener("click", () => {
-  running?.abort();
-  setRunning(null);
-  messages = [];
-  log.replaceChildren();
-  $("figures").textContent = "";
-  $("prompt").focus();
-});
+document.addEventListener("visibilitychange", () => !document.hidden && !$("model").disabled && loadModels());
 
-async function loadModels() {
-  const response = await fetch("v1/models", { headers: headers() }).catch(() => null);
-  if (!response?.ok) {
-    $("figures").textContent = response ? await refusal(response) : "the server cannot be reached";
-    setTimeout(loadModels, 500);
-    return;
-  }
-  $("figures").textContent = "";
-  const { data } = await response.json();
-  $("model").replaceChildren(...data.map(({ id }) => new Option(id, id)));
-}
+setUpSettings();
+showOpen();
 loadModels();
