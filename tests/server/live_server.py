@@ -11,6 +11,7 @@ import time
 import uvicorn
 
 from kvarn.server import create_app
+from kvarn.server.connection import bounded_protocol
 
 
 @contextlib.contextmanager
@@ -30,7 +31,12 @@ def serving(llm, ended=None, **options):
 
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(counted, log_level="critical", lifespan="off", timeout_graceful_shutdown=2))
+    state = app.state.server
+    protocol = bounded_protocol(state.limits, state.refusals)
+    config = uvicorn.Config(
+        counted, log_level="critical", lifespan="off", timeout_graceful_shutdown=2, http=protocol, ws="none"
+    )
+    server = uvicorn.Server(config)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])), daemon=True)
     thread.start()
     wait_until(lambda: server.started)

@@ -13,6 +13,7 @@ from kvarn.config import GrammarConfig, SpeculativeConfig
 from kvarn.engine import EngineStats
 from kvarn.grammar.source import MAX_CHOICES
 from kvarn.server import create_app, errors
+from kvarn.server.limits import ServerLimits
 from kvarn.server.metrics import EngineCollector
 from kvarn.server.protocol import (
     HARMLESS,
@@ -73,14 +74,11 @@ def test_settings_of_speculation():
 
 def test_limits():
     defaults = {name: parameter.default for name, parameter in inspect.signature(command.command).parameters.items()}
-    assert row("body") == [defaults["max_body_bytes"] >> 20]
     assert row("requests waiting") == [defaults["max_num_queued_requests"]]
     steps = [defaults["max_num_seqs"], defaults["max_num_batched_tokens"]]
     assert row("sequences in a step, tokens in a step") == steps
-    assert row("prompts in a request, `n`") == [MAX_PROMPTS, request.MAX_N]
-    assert row("messages, tools") == [MOST_ENTRIES["messages"], MOST_ENTRIES["tools"]]
-    assert row("`stop`") == [request.MAX_STOP_STRINGS, 1, request.MAX_STOP_STRING_CHARS]
-    assert row("`stop_token_ids`, `logit_bias` entries") == [MOST_ENTRIES["stop_token_ids"], MOST_ENTRIES["logit_bias"]]
+    assert row("a stop string") == [1, request.MAX_STOP_STRING_CHARS]
+    assert row("`stop_token_ids`") == [MOST_ENTRIES["stop_token_ids"]]
     grammar = GrammarConfig()
     sizes = [grammar.max_grammar_bytes, grammar.max_grammar_depth, MAX_CHOICES]
     assert row("grammar: bytes, nesting of a schema, choices") == sizes
@@ -91,6 +89,24 @@ def test_limits():
     assert {name: defaults[name] for name in GrammarConfig.__dataclass_fields__} == dataclasses.asdict(grammar)
     assert row("`cache_salt`") == [1, request.MAX_CACHE_SALT_CHARS]
     assert row("`logprobs` of a completion, `top_logprobs`") == [request.MAX_LOGPROBS, request.MAX_LOGPROBS]
+
+
+def test_limits_of_requests_and_connections():
+    table = PAGE[PAGE.index("| flag | default | most |") : PAGE.index("Bodies are read and tokenized")]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:] if line]
+    told = {flag.strip("`-").replace("-", "_"): (default, most) for flag, default, most, _ in rows}
+    real = {
+        each.name: (str(each.default or "none").removesuffix(".0"), str(each.metadata["most"] or ""))
+        for each in dataclasses.fields(ServerLimits)
+    }
+    assert told == real
+
+
+def test_limits_are_those_of_the_parts():
+    limits = ServerLimits()
+    assert (limits.max_messages, limits.max_tools) == (MOST_ENTRIES["messages"], MOST_ENTRIES["tools"])
+    assert (limits.max_stop_strings, limits.max_logit_bias) == (MOST_ENTRIES["stop"], MOST_ENTRIES["logit_bias"])
+    assert (limits.max_prompts, limits.max_n) == (MAX_PROMPTS, request.MAX_N)
 
 
 @pytest.mark.parametrize("kind", ["gauge", "counter"])

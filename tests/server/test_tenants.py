@@ -73,7 +73,7 @@ def test_without_keys_any_key_will_do(url):
 def recorded(llm, monkeypatch):
     """The requests that reach the engine."""
     seen, generate = [], AsyncLLM.generate
-    monkeypatch.setattr(AsyncLLM, "generate", lambda self, request: seen.append(request) or generate(self, request))
+    monkeypatch.setattr(AsyncLLM, "generate", lambda llm, r, **more: seen.append(r) or generate(llm, r, **more))
     yield seen
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from kvarn.cli.groups import options_from
 from kvarn.cli.options import (
     DEFAULT_MODEL,
     CommitMemory,
@@ -25,6 +26,7 @@ from kvarn.cli.options import (
     size_option,
 )
 from kvarn.cli.speculative import Speculative, speculative_config
+from kvarn.server.limits import ServerLimits
 
 if TYPE_CHECKING:
     from kvarn.engine import AsyncLLM
@@ -46,7 +48,9 @@ Or open http://127.0.0.1:8000 in a browser.
 """
 
 
+@options_from(ServerLimits, "limits", "Limits of requests and connections")
 def command(
+    *,
     model: Annotated[
         str,
         typer.Argument(help="A name from `kvarn models`, a .gguf file, or a folder with config.json and safetensors."),
@@ -129,7 +133,11 @@ def command(
         Path | None,
         typer.Option(help="Record what the engine does, and write the last steps here at the end (see `kvarn trace`)."),
     ] = None,
-    max_body_bytes: Annotated[int, typer.Option(help="Largest request body.")] = 8 << 20,
+    log_format: Annotated[
+        str, typer.Option(help="Logs, on stderr: text or json. Prompts and answers are never logged.")
+    ] = "text",
+    access_log: Annotated[bool, typer.Option(help="Log a line for each finished request.")] = True,
+    limits: ServerLimits,
 ) -> None:
     """Serve a model over an OpenAI-compatible HTTP API, with a chat page at /."""
     from kvarn.cli.progress import resolve_with_progress
@@ -170,7 +178,9 @@ def command(
     keys = (*(api_key or ()), *_keys_of(os.environ.get("KVARN_API_KEYS", "")))
     path = resolve_with_progress(model, quiet=not sys.stderr.isatty())
     names = (served_model_name, model_name(model)) if served_model_name else (model_name(model),)
-    options = ServeOptions(str(path), host, port, names, max_body_bytes, config, keys)
+    options = ServeOptions(
+        str(path), host, port, names, limits, config, keys, log_format=log_format, access_log=access_log
+    )
     addresses: list[str] = []
 
     def listening(url: str) -> None:

@@ -14,6 +14,7 @@ from kvarn.engine.events import Event, RequestFailed, merge_outputs
 from kvarn.engine.front import EngineFront
 from kvarn.engine.load import LoadedEngine, OnPlan, load_engine
 from kvarn.engine.loop import EngineLoop
+from kvarn.errors import UnreadError
 from kvarn.request import Request, RequestOutput
 from kvarn.scheduler import Observer
 
@@ -52,15 +53,18 @@ class AsyncLLM(EngineFront):
         """Raises RequestError, naming field and limit, for a request this engine can never run."""
         self._loop.check(request)
 
-    def generate(self, request: Request) -> RequestStream:
+    def generate(self, request: Request, *, max_unread_tokens: int | None = None) -> RequestStream:
         """Starts a request; its outputs come from the stream, in pieces as they are made.
+
+        max_unread_tokens: beyond which it is ended, where the stream is not read. None: there is no such limit.
 
         The request is queued when this returns, whether or not the stream is read; it is aborted within a step when
         the stream is closed, when a task that waits on it is cancelled, or when nobody holds the stream any more.
         Must be called in a running event loop. Raises RequestError, QueueFullError, EngineError at
-        once; a DeadlineError comes from the stream.
+        once; a DeadlineError and an UnreadError come from the stream.
         """
-        return RequestStream(self, self._loop, self._mailbox(asyncio.get_running_loop()), request)
+        mailbox = self._mailbox(asyncio.get_running_loop())
+        return RequestStream(self, self._loop, mailbox, request, max_unread_tokens)
 
     async def abort(self, request_id: str) -> None:
         """Ends a request before the next step; its stream gets a last output with FinishReason.ABORT."""
@@ -92,13 +96,23 @@ class RequestStream:
     raises EngineError where the request failed. For one reader at a time.
     """
 
-    def __init__(self, llm: AsyncLLM, engine: EngineLoop, mailbox: _Mailbox, request: Request) -> None:
+    def __init__(
+        self,
+        llm: AsyncLLM,
+        engine: EngineLoop,
+        mailbox: _Mailbox,
+        request: Request,
+        max_unread_tokens: int | None = None,
+    ) -> None:
         """Submits the request. Raises as `AsyncLLM.generate` says. llm: kept alive as long as the stream."""
         self._llm = llm
         self.request_id = request.request_id
         self._engine = engine
         self._ticket = weakref.ref(self)
         self._pending: list[RequestOutput] = []
+        self._max_unread = max_unread_tokens
+        self._num_unread = 0
+        """Tokens in `_pending`."""
         self._error: Exception | None = None
         self._reader: asyncio.Future[None] | None = None
         self._ended = True
@@ -124,12 +138,19 @@ class RequestStream:
                 raise
             finally:
                 self._reader = None
-        pending, self._pending = self._pending, []
+        pending, self._pending, self._num_unread = self._pending, [], 0
         return merge_outputs(pending)
 
     async def aclose(self) -> None:
         """Aborts the request if it is not finished; the stream ends. Idempotent."""
         self._abort()
+
+    def fail(self, error: Exception) -> None:
+        """Ends the request, unless it is finished: its reader gets the error. In the stream's event loop."""
+        if not self._ended:
+            self._abort()
+            self._error = error
+            self._wake_reader()
 
     def _abort(self) -> None:
         if not self._ended:
@@ -148,6 +169,10 @@ class RequestStream:
         else:
             self._pending.append(event)
             self._ended = event.finished
+            self._num_unread += sum(len(output.token_ids) for output in event.outputs)
+            if self._max_unread is not None and self._num_unread > self._max_unread:
+                most = self._max_unread
+                self.fail(UnreadError(f"more than {most} tokens were left unread (max_unread_tokens)"))
         self._wake_reader()
 
     def _wake_reader(self) -> None:

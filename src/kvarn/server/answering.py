@@ -8,7 +8,7 @@ from typing import Any, Protocol, TypeVar
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 
-from kvarn.server.body import parse, read_body
+from kvarn.server.body import check_entries, parse
 from kvarn.server.caller import Caller
 from kvarn.server.protocol import ModelRequest
 from kvarn.server.sse import EventStream, unless_disconnected
@@ -40,9 +40,11 @@ async def answered(
     """
     state.ready()  # before the body is waited for
     caller = Caller.of(request)
-    data = await read_body(request, state.max_body_bytes)
-    body = await state.in_thread(lambda: parse(body_model, data))
+    async with state.bodies.read(request) as data:
+        body = await state.in_thread(lambda: parse(body_model, data))
+    check_entries(body, state.limits)
     served = await state.served(body.model)
+    caller.record.model = served.name
     reply = await state.in_thread(lambda: understand(body, served, caller))
     if body.stream:
         return await unless_disconnected(request.receive, EventStream.begin(reply.stream()))

@@ -10,19 +10,22 @@ from kvarn import __version__
 from kvarn.engine import AsyncLLM
 from kvarn.server import errors
 from kvarn.server.auth import ApiKeys, Authentication
+from kvarn.server.front import Front
+from kvarn.server.limits import ServerLimits
 from kvarn.server.routes.openai import add_openai_routes
-from kvarn.server.routes.pages import add_pages
+from kvarn.server.routes.pages import PAGES, add_pages
 from kvarn.server.routes.service import add_service_routes
 from kvarn.server.state import ServerState
 
-DEFAULT_MAX_BODY_BYTES = 8 << 20
+QUIET = ("/health", "/health/live", "/health/ready", "/metrics")
+"""Paths that are logged only where they fail, as the pages."""
 
 
 def create_app(
     llm: AsyncLLM | None,
     *,
     served_model_names: Sequence[str] = (),
-    max_body_bytes: int = DEFAULT_MAX_BODY_BYTES,
+    limits: ServerLimits | None = None,
     api_keys: Sequence[str] = (),
 ) -> FastAPI:
     """The application, which does not own the engine. Where it is None, `app.state.server.open(llm, names)` follows.
@@ -31,11 +34,12 @@ def create_app(
     """
     # No /docs: that page loads its scripts from elsewhere.
     app = FastAPI(title="kvarn", version=__version__, docs_url=None, redoc_url=None)
-    state = app.state.server = ServerState(max_body_bytes)
+    state = app.state.server = ServerState(limits or ServerLimits())
     if llm is not None:
         state.open(llm, served_model_names)
     errors.install(app)
     app.add_middleware(Authentication, keys=ApiKeys(api_keys))
+    app.add_middleware(Front, state=state, quiet={*PAGES, *QUIET})
     add_service_routes(app, state)
     add_openai_routes(app, state)
     add_pages(app)

@@ -64,7 +64,7 @@ class Authentication:
         self._keys = keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Passes the request on, or answers 401."""
+        """Passes the request on, or raises ApiError 401."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -72,14 +72,12 @@ class Authentication:
         if self._keys and scope["path"].startswith(GUARDED):
             tenant = self._keys.tenant(_bearer(scope))
         if tenant is None:
-            refusal = ApiError(
+            raise ApiError(
                 401,
                 "the API key is missing or wrong; send it as Authorization: Bearer KEY",
                 code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
             )
-            await refusal.response()(scope, receive, send)
-            return
         scope.setdefault("state", {})["tenant"] = tenant
         await self._app(scope, receive, send)
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Self
 
 from fastapi import Request
 
 from kvarn.server.errors import ApiError
+from kvarn.server.limits import ServerLimits
+from kvarn.server.record import RequestRecord, request_id_of
 
 DEADLINE_HEADERS = ("x-slo-ttft-ms", "x-llm-d-slo-ttft-ms")
 """Kubernetes' Gateway API Inference Extension and llm-d name the header so."""
@@ -16,16 +18,22 @@ DEADLINE_HEADERS = ("x-slo-ttft-ms", "x-llm-d-slo-ttft-ms")
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """tenant: of the API key; empty where no keys are set. ttft_slo_ms: None where the caller does not say."""
+    """tenant: of the API key; empty where no keys are set. ttft_slo_ms: None where the caller does not say.
+
+    record: to be told of what is done for the request. limits: of what it may ask for.
+    """
 
     tenant: str = ""
     ttft_slo_ms: float | None = None
+    record: RequestRecord = field(default_factory=lambda: RequestRecord(request_id_of(None)))
+    limits: ServerLimits = field(default_factory=ServerLimits)
 
     @classmethod
     def of(cls, request: Request) -> Self:
         """From a request that has passed `Authentication`. Raises ApiError 400 for a deadline that is no time."""
         found = next((name for name in DEADLINE_HEADERS if name in request.headers), None)
-        return cls(request.state.tenant, None if found is None else _milliseconds(found, request.headers[found]))
+        slo = None if found is None else _milliseconds(found, request.headers[found])
+        return cls(request.state.tenant, slo, request.state.record, request.app.state.server.limits)
 
 
 def _milliseconds(name: str, text: str) -> float:

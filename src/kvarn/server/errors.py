@@ -12,7 +12,16 @@ from fastapi import FastAPI, Request
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
-from kvarn.errors import DeadlineError, EngineError, KvarnError, OverloadError, RequestError, TemplateError
+from kvarn.errors import (
+    DeadlineError,
+    EngineError,
+    KvarnError,
+    OverloadError,
+    RequestError,
+    TemplateError,
+    UnreadError,
+)  # fmt: skip
+from kvarn.server.record import RequestRecord
 
 logger = logging.getLogger("kvarn.server")
 RETRY_SECONDS = "1"
@@ -39,7 +48,7 @@ class ApiError(Exception):
         self.code = code
         self.headers = dict(headers or {})
 
-    def body(self) -> bytes:
+    def body(self, request_id: str = "") -> bytes:
         """The JSON body. ASCII: what clients sent may be repeated in it, lone surrogates among it."""
         kinds = {429: "rate_limit_error", 503: "service_unavailable_error"}
         kind = "server_error" if self.status >= 500 else "invalid_request_error"
@@ -49,11 +58,11 @@ class ApiError(Exception):
             "param": None if self.param is None else self.param[:MAX_PARAM],
             "code": self.code,
         }
-        return json.dumps({"error": error}).encode()
+        return json.dumps({"error": error, **({"request_id": request_id} if request_id else {})}).encode()
 
-    def response(self) -> Response:
+    def response(self, request_id: str = "") -> Response:
         """The HTTP response."""
-        return Response(self.body(), self.status, self.headers, media_type="application/json")
+        return Response(self.body(request_id), self.status, self.headers, media_type="application/json")
 
 
 def to_api_error(error: Exception) -> ApiError:
@@ -69,6 +78,8 @@ def to_api_error(error: Exception) -> ApiError:
             return ApiError(400, str(error), param=error.field, code="invalid_value")
         case TemplateError():
             return ApiError(400, str(error), param="messages", code="template_error")
+        case UnreadError():
+            return ApiError(408, str(error), code="slow_reader")
         case EngineError():
             return ApiError(500, str(error), code="engine_error")
         case HTTPException():
@@ -84,14 +95,25 @@ def _overload(error: OverloadError, *, code: str) -> ApiError:
     return ApiError(429, str(error), code=code, headers={"Retry-After": str(max(1, math.ceil(error.retry_after)))})
 
 
+def noted(error: Exception, record: RequestRecord) -> ApiError:
+    """What the client of a request is told of an exception; the request's record has it from now on."""
+    found = to_api_error(error)
+    record.error, record.message = found.code or "error", found.message
+    return found
+
+
 def install(app: FastAPI) -> None:
-    """Makes every error of the app, routing errors among them, answer in this shape."""
+    """Makes every error of the app, routing errors among them, answer in this shape.
+
+    What is unexpected is left to `Front`, which is around all of the app.
+    """
 
     async def answer(request: Request, error: Exception) -> Response:
-        found = to_api_error(error)
+        record: RequestRecord = request.state.record
+        found = noted(error, record)
         if isinstance(error, HTTPException):
             found.message = f"{found.message}: {request.method} {request.url.path[:200]}"
-        return found.response()
+        return found.response(record.request_id)
 
-    for kind in (ApiError, KvarnError, HTTPException, Exception):
+    for kind in (ApiError, KvarnError, HTTPException):
         app.add_exception_handler(kind, answer)

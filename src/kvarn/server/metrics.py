@@ -73,8 +73,9 @@ class EngineCollector(Collector):
         yield refused
 
 
-def exposition(stats: EngineStats, model: str) -> bytes:
-    """The body of an answer to a scrape."""
+def exposition(stats: EngineStats, model: str, *more: Collector) -> bytes:
+    """The body of an answer to a scrape. more: what else is told."""
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(EngineCollector(stats, model))
+    for collector in (EngineCollector(stats, model), *more):
+        registry.register(collector)
     return generate_latest(registry)

@@ -19,8 +19,11 @@ from kvarn.engine import AsyncLLM
 from kvarn.errors import ConfigError, KvarnError
 from kvarn.planning import MemoryPlan
 from kvarn.scheduler import Observer
-from kvarn.server.app import DEFAULT_MAX_BODY_BYTES, create_app
+from kvarn.server.app import create_app
 from kvarn.server.auth import ApiKeys
+from kvarn.server.connection import bounded_protocol
+from kvarn.server.limits import ServerLimits
+from kvarn.server.logs import FORMATS, configure_logging
 from kvarn.server.state import ServerState
 
 GRACE_SECONDS = 5
@@ -39,17 +42,21 @@ class ServeOptions:
     host: str = "127.0.0.1"
     port: int = 8000
     served_model_names: tuple[str, ...] = ()
-    max_body_bytes: int = DEFAULT_MAX_BODY_BYTES
+    limits: ServerLimits = field(default_factory=ServerLimits)
     engine: EngineConfig = field(default_factory=EngineConfig)
     api_keys: tuple[str, ...] = field(default=(), repr=False)
     """See `ApiKeys`; without, everybody may ask."""
+    log_format: str = "text"
+    """One of `kvarn.server.logs.FORMATS`."""
+    access_log: bool = True
+    """Whether each finished request is logged."""
 
     def __post_init__(self) -> None:
         ApiKeys(self.api_keys)
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port must be between 0 and 65535, not {self.port}")
-        if self.max_body_bytes < 1:
-            raise ConfigError(f"max_body_bytes must be at least 1, not {self.max_body_bytes}")
+        if self.log_format not in FORMATS:
+            raise ConfigError(f"log_format must be one of {', '.join(FORMATS)}, not {self.log_format!r}")
 
 
 class _Server(uvicorn.Server):
@@ -113,10 +120,13 @@ def serve(
     stopped. observer: told of every decision and step of the engine, in its thread.
     """
     listener = _listen(options.host, options.port)
-    app = create_app(None, max_body_bytes=options.max_body_bytes, api_keys=options.api_keys)
+    app = create_app(None, limits=options.limits, api_keys=options.api_keys)
+    configure_logging(options.log_format, access=options.access_log)
     config = uvicorn.Config(
         app,
-        log_level="warning",
+        http=bounded_protocol(options.limits, app.state.server.refusals),
+        ws="none",
+        log_config=None,
         access_log=False,
         lifespan="off",
         server_header=False,

@@ -10,8 +10,11 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from kvarn.engine import AsyncLLM
+from kvarn.server.body import BodyReader
 from kvarn.server.errors import RETRY_SECONDS, ApiError
+from kvarn.server.limits import ServerLimits
 from kvarn.server.prompts import PromptEncoder
+from kvarn.server.refusals import Refusals, limit_names
 
 WORKERS = 2
 T = TypeVar("T")
@@ -29,8 +32,10 @@ class Served:
 class ServerState:
     """Where the engine comes later, `open` says so; until then `ready` refuses. The engine is not owned."""
 
-    def __init__(self, max_body_bytes: int) -> None:
-        self.max_body_bytes = max_body_bytes
+    def __init__(self, limits: ServerLimits) -> None:
+        self.limits = limits
+        self.bodies = BodyReader(limits)
+        self.refusals = Refusals(limit_names())
         self.created = int(time.time())
         self.llm: AsyncLLM | None = None
         self.names: tuple[str, ...] = ()

@@ -95,5 +95,6 @@ def screen(values: dict[str, Any], honoured: Collection[str]) -> dict[str, Any]:
 def _check_entries(name: str, value: Any) -> None:
     most = MOST_ENTRIES.get(name)
     if most is not None and isinstance(value, list | dict) and len(value) > most:
-        message = f"{name} must have at most {most} entries, not {len(value)}"
+        limit = "stop_strings" if name == "stop" else name
+        message = f"{name} must have at most {most} entries, not {len(value)} (max_{limit})"
         raise ApiError(400, message, param=name, code="invalid_value")

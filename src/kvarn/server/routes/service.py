@@ -9,6 +9,7 @@ from fastapi.responses import JSONResponse, Response
 
 from kvarn import __version__
 from kvarn.server.metrics import exposition
+from kvarn.server.refusals import RefusalCollector
 from kvarn.server.state import ServerState
 
 
@@ -29,7 +30,7 @@ def add_service_routes(app: FastAPI, state: ServerState) -> None:
     @app.get("/metrics")
     async def metrics() -> Response:
         """Numbers of the engine for Prometheus."""
-        body = exposition(state.ready().stats(), state.names[0])
+        body = exposition(state.ready().stats(), state.names[0], RefusalCollector(state.refusals))
         return Response(body, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     def card(name: str) -> dict[str, Any]:
