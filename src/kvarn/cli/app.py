@@ -21,6 +21,7 @@ COMMANDS = {
     "run": "kvarn.cli.run",
     "chat": "kvarn.cli.chat",
     "serve": "kvarn.cli.serve",
+    "keys": "kvarn.cli.keys",
     "pull": "kvarn.cli.pull",
     "models": "kvarn.cli.models",
     "plan": "kvarn.cli.plan",

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from kvarn.planning import MemoryPlan
     from kvarn.tracing import TraceRecorder
 
+ACCESS = "Who may ask"
+"""A group of options in the help."""
 EPILOG = """\b
 Examples:
   kvarn serve
@@ -66,9 +68,20 @@ def command(
         list[str] | None,
         typer.Option(
             help="A key that clients must send; may be given several times, once for each tenant. KVARN_API_KEYS, a "
-            "list with commas, adds to them and shows in no process list."
+            "list with commas, adds to them and shows in no process list.",
+            rich_help_panel=ACCESS,
         ),
     ] = None,
+    keys_file: Annotated[
+        Path | None,
+        typer.Option(
+            help="Keys with names, priorities and limits, a file that `kvarn keys` makes; read again when it changes.",
+            rich_help_panel=ACCESS,
+        ),
+    ] = None,
+    metrics_open: Annotated[
+        bool, typer.Option("--metrics-open", help="/metrics needs no key.", rich_help_panel=ACCESS)
+    ] = False,
     max_model_len: MaxModelLen = None,
     max_num_seqs: Annotated[int, typer.Option(help="Sequences computed at the same time.")] = 64,
     max_num_batched_tokens: Annotated[
@@ -179,8 +192,9 @@ def command(
     path = resolve_with_progress(model, quiet=not sys.stderr.isatty())
     names = (served_model_name, model_name(model)) if served_model_name else (model_name(model),)
     options = ServeOptions(
-        str(path), host, port, names, limits, config, keys, log_format=log_format, access_log=access_log
-    )
+        str(path), host, port, names, limits, config, keys, keys_file, metrics_open=metrics_open,
+        log_format=log_format, access_log=access_log,
+    )  # fmt: skip
     addresses: list[str] = []
 
     def listening(url: str) -> None:

@@ -9,8 +9,9 @@ from fastapi import FastAPI
 from kvarn import __version__
 from kvarn.engine import AsyncLLM
 from kvarn.server import errors
-from kvarn.server.auth import ApiKeys, Authentication
+from kvarn.server.auth import Authentication
 from kvarn.server.front import Front
+from kvarn.server.keys.ring import KeyRing
 from kvarn.server.limits import ServerLimits
 from kvarn.server.routes.openai import add_openai_routes
 from kvarn.server.routes.pages import PAGES, add_pages
@@ -27,10 +28,13 @@ def create_app(
     served_model_names: Sequence[str] = (),
     limits: ServerLimits | None = None,
     api_keys: Sequence[str] = (),
+    keys: KeyRing | None = None,
+    metrics_open: bool = False,
 ) -> FastAPI:
     """The application, which does not own the engine. Where it is None, `app.state.server.open(llm, names)` follows.
 
-    api_keys: see `ApiKeys`; without, everybody may ask. Raises ConfigError for a key that is none.
+    keys: who may ask; None: `api_keys`, or everybody where there are none. metrics_open: /metrics needs no key.
+    Raises ConfigError for a key that is none.
     """
     # No /docs: that page loads its scripts from elsewhere.
     app = FastAPI(title="kvarn", version=__version__, docs_url=None, redoc_url=None)
@@ -38,7 +42,8 @@ def create_app(
     if llm is not None:
         state.open(llm, served_model_names)
     errors.install(app)
-    app.add_middleware(Authentication, keys=ApiKeys(api_keys))
+    open_paths = {*PAGES, "/metrics"} if metrics_open else {*PAGES}
+    app.add_middleware(Authentication, keys=KeyRing(api_keys) if keys is None else keys, open_paths=open_paths)
     app.add_middleware(Front, state=state, quiet={*PAGES, *QUIET})
     add_service_routes(app, state)
     add_openai_routes(app, state)

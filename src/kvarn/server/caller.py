@@ -9,6 +9,7 @@ from typing import Self
 from fastapi import Request
 
 from kvarn.server.errors import ApiError
+from kvarn.server.keys.account import OpenAccount, Visit
 from kvarn.server.limits import ServerLimits
 from kvarn.server.record import RequestRecord, request_id_of
 
@@ -20,20 +21,23 @@ DEADLINE_HEADERS = ("x-slo-ttft-ms", "x-llm-d-slo-ttft-ms")
 class Caller:
     """tenant: of the API key; empty where no keys are set. ttft_slo_ms: None where the caller does not say.
 
-    record: to be told of what is done for the request. limits: of what it may ask for.
+    record: to be told of what is done for the request. limits: of what it may ask for. visit: what it takes of its
+    key's account.
     """
 
     tenant: str = ""
     ttft_slo_ms: float | None = None
     record: RequestRecord = field(default_factory=lambda: RequestRecord(request_id_of(None)))
     limits: ServerLimits = field(default_factory=ServerLimits)
+    visit: Visit = field(default_factory=lambda: OpenAccount().begin())
 
     @classmethod
     def of(cls, request: Request) -> Self:
         """From a request that has passed `Authentication`. Raises ApiError 400 for a deadline that is no time."""
         found = next((name for name in DEADLINE_HEADERS if name in request.headers), None)
         slo = None if found is None else _milliseconds(found, request.headers[found])
-        return cls(request.state.tenant, slo, request.state.record, request.app.state.server.limits)
+        visit: Visit = request.state.visit
+        return cls(visit.account.tenant, slo, request.state.record, request.app.state.server.limits, visit)
 
 
 def _milliseconds(name: str, text: str) -> float:

@@ -44,7 +44,7 @@ class Front:
         async def tell(message: Message) -> None:
             if message["type"] == "http.response.start":
                 record.status = message["status"]
-                message = {**message, "headers": [*message.get("headers", ()), identity]}
+                message = {**message, "headers": [*message.get("headers", ()), identity, *record.more_headers()]}
             await send(message)
 
         try:

@@ -16,6 +16,8 @@ from kvarn.server.caller import Caller
 from kvarn.server.errors import ApiError
 from kvarn.server.limits import ServerLimits
 
+GUESSED_TOKENS = 256
+"""Of an answer without max_tokens, as long as it is not known; a key's rate makes up for more afterwards."""
 _LONGEST_TIMER = 86_400.0
 """Seconds; loops take no endless ones."""
 
@@ -96,7 +98,7 @@ class Generation:
         answer_id: str,
         caller: Caller,
         *,
-        priority: int = 0,
+        priority: int | None = None,
         cache_salt: str = "",
         refusal: Callable[[RequestError], Exception] = lambda error: error,
     ) -> None:
@@ -104,7 +106,8 @@ class Generation:
 
         Raises RequestError. The caller's record is told of what comes out.
 
-        refusal: what to raise where it turns out later that a request is wrong.
+        priority, cache_salt: None and "": those of the caller's key. refusal: what to raise where it turns out later
+        that a request is wrong.
         """
         self._llm = llm
         self._record, self._limits = caller.record, caller.limits
@@ -113,20 +116,25 @@ class Generation:
         self.n = sampling.n
         self.answer_id = answer_id
         self.requests: list[Request] = []
+        account = caller.visit.account
         for index, ids in enumerate(prompts):
             request = Request(
                 f"{answer_id}-{index}",
                 tuple(ids),
                 sampling,
-                priority=priority,
+                priority=account.priority(priority),
                 tenant=caller.tenant,
-                cache_salt=cache_salt,
+                cache_salt=cache_salt or account.key.cache_salt,
                 ttft_slo_ms=caller.ttft_slo_ms,
             )
             _check_prompt(request, caller.limits)
             llm.check(request)
             self.requests.append(request)
         self.usage = Usage(prompt=sum(len(request.prompt_token_ids) for request in self.requests))
+        if sampling.max_tokens is None:
+            caller.visit.reserve(self.usage.prompt, guessed=self.num_choices * GUESSED_TOKENS)
+        else:
+            caller.visit.reserve(self.usage.prompt + self.num_choices * sampling.max_tokens)
         caller.record.answer_id, caller.record.usage = answer_id, self.usage
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import secrets
 import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -48,6 +49,16 @@ class RequestRecord:
     """The code of the error, also of one in the middle of a stream."""
     message: str = ""
     """Its message, which names the limit where it is about one. Not for logs: it may repeat what was sent."""
+
+    more_headers: Callable[[], Iterable[tuple[bytes, bytes]]] = tuple
+    """What the answer's headers tell of the key's limits."""
+
+    @property
+    def tokens(self) -> int:
+        """Those that the request is charged for: none where it was refused before anything came of it."""
+        if self.usage is None or (self.first_token is None and self.status >= 400):
+            return 0
+        return self.usage.prompt + self.usage.completion
 
     def fields(self, now: float) -> dict[str, str | int | float]:
         """What a log says of it, in order. Times in milliseconds; what is not known is left out."""

@@ -10,6 +10,7 @@ import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import FrameType
 
 import uvicorn
@@ -20,8 +21,8 @@ from kvarn.errors import ConfigError, KvarnError
 from kvarn.planning import MemoryPlan
 from kvarn.scheduler import Observer
 from kvarn.server.app import create_app
-from kvarn.server.auth import ApiKeys
 from kvarn.server.connection import bounded_protocol
+from kvarn.server.keys.ring import KeyRing
 from kvarn.server.limits import ServerLimits
 from kvarn.server.logs import FORMATS, configure_logging
 from kvarn.server.state import ServerState
@@ -45,18 +46,28 @@ class ServeOptions:
     limits: ServerLimits = field(default_factory=ServerLimits)
     engine: EngineConfig = field(default_factory=EngineConfig)
     api_keys: tuple[str, ...] = field(default=(), repr=False)
-    """See `ApiKeys`; without, everybody may ask."""
+    """Keys that are good, each a tenant's; without these and a file of keys everybody may ask."""
+    keys_file: Path | None = None
+    """More keys; see `kvarn.server.keys.file`."""
+    metrics_open: bool = False
+    """Whether /metrics needs no key."""
     log_format: str = "text"
     """One of `kvarn.server.logs.FORMATS`."""
     access_log: bool = True
     """Whether each finished request is logged."""
 
     def __post_init__(self) -> None:
-        ApiKeys(self.api_keys)
+        self.key_ring()
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port must be between 0 and 65535, not {self.port}")
         if self.log_format not in FORMATS:
             raise ConfigError(f"log_format must be one of {', '.join(FORMATS)}, not {self.log_format!r}")
+
+
+    def key_ring(self) -> KeyRing:
+        """Who may ask. Raises ConfigError."""
+        with_priorities = self.engine.scheduler.policy == "priority"
+        return KeyRing(self.api_keys, self.keys_file, with_priorities=with_priorities)
 
 
 class _Server(uvicorn.Server):
@@ -120,7 +131,9 @@ def serve(
     stopped. observer: told of every decision and step of the engine, in its thread.
     """
     listener = _listen(options.host, options.port)
-    app = create_app(None, limits=options.limits, api_keys=options.api_keys)
+    app = create_app(
+        None, limits=options.limits, keys=options.key_ring(), metrics_open=options.metrics_open
+    )
     configure_logging(options.log_format, access=options.access_log)
     config = uvicorn.Config(
         app,

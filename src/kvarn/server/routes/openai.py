@@ -60,7 +60,7 @@ def _generation(
         if tools is not None:
             sampling = tools.bind(sampling)
         return Generation(
-            llm, prompts, sampling, new_id(kind), caller, priority=body.priority or 0, cache_salt=body.salt,
+            llm, prompts, sampling, new_id(kind), caller, priority=body.priority, cache_salt=body.salt,
             refusal=body.refusal,
         )  # fmt: skip
     except RequestError as error:
