@@ -15,7 +15,7 @@ from kvarn.engine.load import load_engine
 from kvarn.errors import CapacityError, ConfigError, KvarnError
 from kvarn.planning import Available
 from kvarn.runner import MoveSeconds
-from kvarn.spec import check_same_vocabulary
+from kvarn.spec.same_vocabulary import check_same_vocabulary
 from kvarn.testing import byte_tokenizer, tiny_model
 from kvarn.testing.gguf import write_tiny_gguf
 from kvarn.text import spellings

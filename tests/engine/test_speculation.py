@@ -14,7 +14,7 @@ from kvarn.engine.events import merge_outputs
 from kvarn.errors import RequestError
 from kvarn.request import FinishReason, Request, SamplingParams
 from kvarn.runner import MoveSeconds, Proposal
-from kvarn.spec import NgramDrafter
+from kvarn.spec.ngram import NgramDrafter
 
 PROMPT = "the cat sat on the mat. the cat sat on the mat. the cat"
 NGRAM = SpeculativeConfig(k=4)

@@ -15,7 +15,7 @@ from kvarn.request import SamplingParams
 from kvarn.runner import Proposal
 from kvarn.sampling import Draft, NativeSampler, ReferenceSampler, TokenMasks
 from kvarn.sampling.reference import ACCEPT, DRAFT, RESIDUAL, distribution, uniform
-from kvarn.spec import LookaheadDrafter
+from kvarn.spec.lookahead import LookaheadDrafter
 from kvarn.step import NewSequence, SampledToken, ScheduledSequence, SchedulerOutput
 
 VOCAB = 211

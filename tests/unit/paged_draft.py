@@ -7,7 +7,7 @@ from paged_model import VOCAB, PagedModel
 
 from kvarn.backends import StepLimits
 from kvarn.draft_tree import chain
-from kvarn.spec import DraftModelDrafter
+from kvarn.spec.draft_model import DraftModelDrafter
 from kvarn.step import DraftTokens, StepOutput
 
 

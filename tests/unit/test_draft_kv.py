@@ -1,6 +1,6 @@
 """What is known of a draft model's keys and values, step by step."""
 
-from kvarn.spec import DraftKv
+from kvarn.spec.draft_kv import DraftKv
 
 TABLE = (3, 5, 7)
 

@@ -7,7 +7,7 @@ import numpy as np
 from kvarn.config import SpeculativeConfig
 from kvarn.draft_tree import levels, path
 from kvarn.request import SamplingParams
-from kvarn.spec import LookaheadDrafter, LookaheadWindow, NgramPool
+from kvarn.spec.lookahead import LookaheadDrafter, LookaheadWindow, NgramPool
 from kvarn.step import NewSequence, SampledToken, ScheduledSequence, SchedulerOutput
 
 VOCAB = 100

@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvarn.request import SamplingParams
-from kvarn.spec import Corpora, NgramDrafter, NgramIndex
-from kvarn.spec.corpus import MAX_SALTS
-from kvarn.spec.index import CANDIDATES
+from kvarn.spec.corpus import MAX_SALTS, Corpora
+from kvarn.spec.index import CANDIDATES, NgramIndex
+from kvarn.spec.ngram import NgramDrafter
 from kvarn.step import NewSequence, SampledToken, ScheduledSequence, SchedulerOutput
 
 TEXTS = st.lists(st.integers(0, 3), max_size=40)

@@ -12,7 +12,8 @@ from kvarn.errors import ConfigError
 from kvarn.planning import MemoryPlan, Uses
 from kvarn.program import Program
 from kvarn.sampling import Sampler
-from kvarn.spec import DraftModelDrafter, check_same_vocabulary, draft_limits
+from kvarn.spec.draft_model import DraftModelDrafter, draft_limits
+from kvarn.spec.same_vocabulary import check_same_vocabulary
 
 
 @dataclass(slots=True)

@@ -17,7 +17,6 @@ from kvarn.cache import BlockPool, NullPrefixCache, RadixPrefixCache
 from kvarn.config import CacheConfig, EngineConfig
 from kvarn.engine.commit import MemoryCommit
 from kvarn.engine.core import EngineCore
-from kvarn.engine.draft import DraftModel
 from kvarn.engine.loadable import LoadableModel, stored_types
 from kvarn.engine.prefixes import shared_prefixes
 from kvarn.engine.tier import open_tier
@@ -36,6 +35,7 @@ from kvarn.weights import ModelFiles, open_model, packed_cache
 from kvarn.weights.fingerprint import fingerprint
 
 if TYPE_CHECKING:
+    from kvarn.engine.draft import DraftModel
     from kvarn.spec.head_model import HeadModel
 
 
@@ -127,10 +127,11 @@ def load_engine(
 def open_draft(config: EngineConfig) -> DraftModel | None:
     """The draft model that the settings name, pulled where it is not there yet, its files open and no weight read; None
     without one. Raises ModelFileError, UnsupportedModelError, PullError."""
-    from kvarn.weights import catalog
-
     if config.speculative is None or config.speculative.method != "draft":
         return None
+    from kvarn.engine.draft import DraftModel
+    from kvarn.weights import catalog
+
     name = config.speculative.model
     files = open_model(catalog.resolve(name))
     try:

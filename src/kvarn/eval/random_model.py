@@ -11,6 +11,7 @@ from kvarn.models import program_from_config
 from kvarn.models.in_memory import InMemoryModel
 from kvarn.tensors import Tensor
 from kvarn.text import Tokenizer
+from kvarn.text.packed_texts import PackedTexts
 from kvarn.text.vocabulary import Pieces, Vocabulary, byte_of_character
 
 END = 256
@@ -43,7 +44,7 @@ def byte_tokenizer() -> Tokenizer:
     special = frozenset({END})
     return Tokenizer(
         Vocabulary(
-            tokens, Pieces.BYTES, _Bytes(), special=special, verbatim=special, byte_tokens=frozenset(),
+            PackedTexts(tokens), Pieces.BYTES, _Bytes(), special=special, verbatim=special, byte_tokens=frozenset(),
             padding=frozenset(), bos=None, eos=(END,), add_bos=False, add_eos=False, space_prefix=False,
         )
     )  # fmt: skip

@@ -18,7 +18,7 @@ class PromptEncoder:
     def __init__(self, llm: AsyncLLM) -> None:
         self._tokenizer = llm.tokenizer
         self._max_tokens = llm.max_model_len
-        self._longest_token = max(map(len, llm.tokenizer.vocabulary.tokens), default=1)
+        self._longest_token = llm.tokenizer.vocabulary.tokens.longest()
 
     def completion(self, request: CompletionRequest) -> Iterator[Sequence[int]]:
         """Token ids of each prompt, one after the other. Raises ApiError, RequestError naming `prompt`."""

@@ -10,9 +10,6 @@ from kvarn.config import SpeculativeConfig
 from kvarn.errors import ModelFileError
 from kvarn.program import Logits, Program
 from kvarn.runner import Drafter, NullDrafter
-from kvarn.spec.corpus import Corpora
-from kvarn.spec.lookahead import LookaheadDrafter
-from kvarn.spec.ngram import NgramDrafter
 from kvarn.tensors import TensorSource
 
 if TYPE_CHECKING:
@@ -33,7 +30,12 @@ def make_drafter(
     if config.method == "draft" or config.heads:
         return of_model()
     if config.method == "lookahead":
+        from kvarn.spec.lookahead import LookaheadDrafter
+
         return LookaheadDrafter(config, logits)
+    from kvarn.spec.corpus import Corpora
+    from kvarn.spec.ngram import NgramDrafter
+
     corpora = Corpora(config.corpus_tokens, config.ngram_min, config.ngram_max) if config.corpus_tokens else None
     return NgramDrafter(config.ngram_min, config.ngram_max, corpora)
 
@@ -48,7 +50,6 @@ def open_heads(
     """
     if config is None or not config.heads:
         return None
-    # Few starts need them, and imports are a part of every start.
     from kvarn.models import content_key
     from kvarn.spec.eagle import eagle_model
     from kvarn.spec.heads import read_heads

@@ -14,6 +14,7 @@ import numpy as np
 
 from kvarn.errors import ModelFileError, UnsupportedModelError
 from kvarn.text.bpe import ByteLevelBPE, FragmentEncoder, PartitionedEncoder
+from kvarn.text.packed_texts import PackedTexts
 from kvarn.text.pretokenizers import PRE_TOKENIZERS, PreTokenizer
 from kvarn.text.special import Partition
 from kvarn.text.spm import SentencePieceBPE
@@ -146,7 +147,7 @@ def vocabulary_from_gguf(metadata: Mapping[str, Any], path: str) -> Vocabulary:
         pieces, add_bos = Pieces.SPACES, True
     bos = reader.token_id("bos_token_id", defaults.get("bos"))
     return Vocabulary(
-        tokens=reader.tokens,
+        tokens=PackedTexts(reader.tokens),
         pieces=pieces,
         encoder=PartitionedEncoder(fragments, Partition(reader.texts(special), reader.texts(defined))),
         special=special,

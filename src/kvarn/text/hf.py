@@ -11,6 +11,7 @@ from tokenizers import Tokenizer as Core
 from tokenizers import pre_tokenizers
 
 from kvarn.errors import ModelFileError, UnsupportedModelError
+from kvarn.text.packed_texts import PackedTexts
 from kvarn.text.special import Span, TokenFinder
 from kvarn.text.vocabulary import Pieces, Vocabulary, end_tokens
 from kvarn.weights import ModelFiles
@@ -93,7 +94,7 @@ def vocabulary_from_hf(files: ModelFiles) -> Vocabulary:
     special |= frozenset(eos)
     bos = _token_id(core, config.get("bos_token"), files.metadata.get("bos_token_id"))
     return Vocabulary(
-        tokens=tokens,
+        tokens=PackedTexts(tokens),
         pieces=pieces,
         encoder=LibraryEncoder(core, {tokens[index]: index for index in special}),
         special=special,

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
 
+from kvarn.text.packed_texts import PackedTexts
+
 SPACE = "▁"
 """SentencePiece's mark for a space (U+2581)."""
 
@@ -42,7 +44,7 @@ class Encoder(Protocol):
 class Vocabulary:
     """A tokenizer's tables and its rules for special tokens."""
 
-    tokens: Sequence[str]
+    tokens: PackedTexts
     """Spelling by id; empty for an id without a token."""
     pieces: Pieces
     encoder: Encoder
