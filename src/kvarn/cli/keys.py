@@ -71,7 +71,7 @@ def list_keys(keys_file: KeysFile) -> None:
     """List names and limits."""
     from kvarn.server.keys.file import read_keys
 
-    rows = [("name", "tenant", "priority", "requests/min", "tokens/min", "concurrency")]
+    rows: list[tuple[str, ...]] = [("name", "tenant", "priority", "requests/min", "tokens/min", "concurrency")]
     for key in read_keys(keys_file).keys:
         limits = (key.requests_per_minute, key.tokens_per_minute, key.max_concurrency)
         rows.append((key.name, key.tenant, str(key.priority), *("-" if n is None else str(n) for n in limits)))

@@ -79,6 +79,31 @@ def command(
             rich_help_panel=ACCESS,
         ),
     ] = None,
+    admin_port: Annotated[
+        int | None,
+        typer.Option(help="Port of the admin routes (see docs/server.md); 0: a free one. Unset: there are none.",
+                     rich_help_panel=ACCESS),
+    ] = None,
+    admin_host: Annotated[
+        str, typer.Option(help="Their address; other than this machine's own it needs a key.", rich_help_panel=ACCESS)
+    ] = "127.0.0.1",
+    admin_key: Annotated[
+        str,
+        typer.Option(help="The key they want. KVARN_ADMIN_KEY shows in no process list.", envvar="KVARN_ADMIN_KEY",
+                     rich_help_panel=ACCESS),
+    ] = "",
+    tls_cert: Annotated[
+        Path | None, typer.Option(help="Certificate chain in PEM: the server speaks https.", rich_help_panel=ACCESS)
+    ] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="Its key in PEM.", rich_help_panel=ACCESS)] = None,
+    cors_origin: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Pages of this origin may ask, such as https://example.org, or * for all. May be repeated; unset: "
+            "none but the server's own.",
+            rich_help_panel=ACCESS,
+        ),
+    ] = None,
     metrics_open: Annotated[
         bool, typer.Option("--metrics-open", help="/metrics needs no key.", rich_help_panel=ACCESS)
     ] = False,
@@ -157,6 +182,8 @@ def command(
     from kvarn.config import CacheConfig, EngineConfig, GrammarConfig, SchedulerConfig
     from kvarn.engine import model_name
     from kvarn.server import ServeOptions, serve
+    from kvarn.server.admin import AdminOptions
+    from kvarn.server.listening import Tls
 
     system_prompts = tuple(read_text(path, "--shared-system-prompt") for path in shared_system_prompt or ())
     config = EngineConfig(
@@ -193,7 +220,8 @@ def command(
     names = (served_model_name, model_name(model)) if served_model_name else (model_name(model),)
     options = ServeOptions(
         str(path), host, port, names, limits, config, keys, keys_file, metrics_open=metrics_open,
-        log_format=log_format, access_log=access_log,
+        log_format=log_format, access_log=access_log, cors_origins=tuple(cors_origin or ()),
+        tls=Tls(tls_cert, tls_key), admin=AdminOptions(admin_host, admin_port, admin_key),
     )  # fmt: skip
     addresses: list[str] = []
 

@@ -70,6 +70,10 @@ class AsyncLLM(EngineFront):
         """Ends a request before the next step; its stream gets a last output with FinishReason.ABORT."""
         self._loop.abort(request_id)
 
+    async def forget_cached(self) -> int:
+        """Drops the KV that is only cached, as `EngineCore.forget_cached` says. Raises EngineError."""
+        return await asyncio.wrap_future(self._loop.call(lambda core: core.forget_cached()))
+
     async def close(self) -> None:
         """Ends the engine: requests in flight fail with EngineError, memory is released. Idempotent."""
         await asyncio.to_thread(self._closer)

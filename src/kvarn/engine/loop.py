@@ -7,7 +7,7 @@ import logging
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 from kvarn.config import SchedulerConfig
 from kvarn.engine.core import EngineCore, new_error_id
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 class Receiver(Protocol):
@@ -65,6 +66,8 @@ class EngineLoop:
         """Those of them that wait for their grammar."""
         self._rejections = Counter(dict.fromkeys(OverloadError.REASONS, 0))
         self._stats = core.stats()
+        self._calls: set[Future[Any]] = set()
+        """Of `call`, not carried out yet."""
         self._end: EngineError | None = None
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="kvarn-engine", daemon=True)
@@ -132,6 +135,31 @@ class EngineLoop:
                 self._commands.append(lambda: self._abort(request_id))
                 self._wake.notify()
 
+    def call(self, work: Callable[[EngineCore], T]) -> Future[T]:
+        """Has the engine's thread do something of milliseconds between two steps; the future gets what comes of it.
+
+        Raises EngineError where the engine is closed or has failed; the future does where that happens meanwhile.
+        """
+        from concurrent.futures import Future
+
+        done: Future[T] = Future()
+
+        def run() -> None:
+            self._calls.discard(done)
+            try:
+                done.set_result(work(self._core))
+            except Exception as error:
+                done.set_exception(error)
+            self._publish([])
+
+        with self._wake:
+            if self._end is not None:
+                raise EngineError(str(self._end))
+            self._calls.add(done)
+            self._commands.append(run)
+            self._wake.notify()
+        return done
+
     def stats(self) -> EngineStats:
         """A snapshot as of the last step; `queued` has the requests that came since."""
         with self._wake:
@@ -190,6 +218,9 @@ class EngineLoop:
                 self._submitted.clear()
                 self._preparing.clear()
                 lost: list[Event] = [RequestFailed(i, EngineError(str(failure))) for i in self._addresses]
+                calls, self._calls = self._calls, set()
+            for call in calls:
+                call.set_exception(EngineError(str(failure)))
             self._publish(lost)
             self._core.close()
 

@@ -146,6 +146,10 @@ class Runner:
         self._drafter.remove(sequence_id)
         self.grammars.remove(sequence_id)
 
+    def forget_moved(self) -> None:
+        """Empties the second tier."""
+        self._blocks.forget()
+
     def reset(self) -> None:
         """Forgets all sequences, then runs one token to see that the program still runs. Raises what that raises."""
         for sequence_id in self._known:

@@ -10,6 +10,7 @@ from kvarn import __version__
 from kvarn.engine import AsyncLLM
 from kvarn.server import errors
 from kvarn.server.auth import Authentication
+from kvarn.server.cors import add_cors
 from kvarn.server.front import Front
 from kvarn.server.keys.ring import KeyRing
 from kvarn.server.limits import ServerLimits
@@ -30,10 +31,12 @@ def create_app(
     api_keys: Sequence[str] = (),
     keys: KeyRing | None = None,
     metrics_open: bool = False,
+    cors_origins: Sequence[str] = (),
 ) -> FastAPI:
     """The application, which does not own the engine. Where it is None, `app.state.server.open(llm, names)` follows.
 
     keys: who may ask; None: `api_keys`, or everybody where there are none. metrics_open: /metrics needs no key.
+    cors_origins: of pages that may ask.
     Raises ConfigError for a key that is none.
     """
     # No /docs: that page loads its scripts from elsewhere.
@@ -45,6 +48,8 @@ def create_app(
     open_paths = {*PAGES, "/metrics"} if metrics_open else {*PAGES}
     app.add_middleware(Authentication, keys=KeyRing(api_keys) if keys is None else keys, open_paths=open_paths)
     app.add_middleware(Front, state=state, quiet={*PAGES, *QUIET})
+    if cors_origins:
+        add_cors(app, cors_origins)
     add_service_routes(app, state)
     add_openai_routes(app, state)
     add_pages(app)

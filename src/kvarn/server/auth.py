@@ -48,7 +48,7 @@ class Authentication:
         path = scope["path"]
         if not self._keys or path in self._open_paths or path == HEALTH or path.startswith(f"{HEALTH}/"):
             return self._keys.open
-        account = self._keys.find(_key(scope))
+        account = self._keys.find(key_of(scope))
         if account is None:
             raise ApiError(
                 401,
@@ -59,7 +59,7 @@ class Authentication:
         return account
 
 
-def _key(scope: Scope) -> str:
+def key_of(scope: Scope) -> str:
     """The key that the request brings, as OpenAI's or as Anthropic's clients do; empty where it brings none, or two."""
     given = set()
     for name, value in scope["headers"]:

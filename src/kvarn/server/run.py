@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
 import signal
 import socket
@@ -20,10 +19,13 @@ from kvarn.engine import AsyncLLM
 from kvarn.errors import ConfigError, KvarnError
 from kvarn.planning import MemoryPlan
 from kvarn.scheduler import Observer
+from kvarn.server.admin import AdminOptions, admin_server
 from kvarn.server.app import create_app
 from kvarn.server.connection import bounded_protocol
+from kvarn.server.cors import check_origins
 from kvarn.server.keys.ring import KeyRing
 from kvarn.server.limits import ServerLimits
+from kvarn.server.listening import Tls, listen, url_of
 from kvarn.server.logs import FORMATS, configure_logging
 from kvarn.server.state import ServerState
 
@@ -31,8 +33,6 @@ GRACE_SECONDS = 5
 """How long answers in flight may go on after SIGINT or SIGTERM; then they end with an error event."""
 CLOSING_SECONDS = 5
 """How long the connections may take after that."""
-BACKLOG = 2048
-"""Connections that the system keeps until the event loop takes them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,14 +55,18 @@ class ServeOptions:
     """One of `kvarn.server.logs.FORMATS`."""
     access_log: bool = True
     """Whether each finished request is logged."""
+    cors_origins: tuple[str, ...] = ()
+    """Pages of which origins may ask; see `kvarn.server.cors`."""
+    tls: Tls = field(default_factory=Tls)
+    admin: AdminOptions = field(default_factory=AdminOptions)
 
     def __post_init__(self) -> None:
         self.key_ring()
+        check_origins(self.cors_origins)
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port must be between 0 and 65535, not {self.port}")
         if self.log_format not in FORMATS:
             raise ConfigError(f"log_format must be one of {', '.join(FORMATS)}, not {self.log_format!r}")
-
 
     def key_ring(self) -> KeyRing:
         """Who may ask. Raises ConfigError."""
@@ -103,18 +107,6 @@ OnPlan = Callable[[MemoryPlan], None]
 OnReady = Callable[[AsyncLLM, float], None]
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    """A listening socket. Raises ConfigError where the address cannot be had."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        return socket.create_server((host, port), family=family, backlog=BACKLOG)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        if error.errno == errno.EADDRINUSE:
-            reason = "it is in use: stop what listens there or choose another --port"
-        raise ConfigError(f"cannot listen on {host} port {port}: {reason}") from error
-
-
 def serve(
     options: ServeOptions,
     *,
@@ -130,10 +122,13 @@ def serve(
     answered. Raises ConfigError where the port is taken, and what loading raises (KvarnError), after the server has
     stopped. observer: told of every decision and step of the engine, in its thread.
     """
-    listener = _listen(options.host, options.port)
+    admin = options.admin
+    listener = listen(options.host, options.port)
+    admin_listener = None if admin.port is None else listen(admin.host, admin.port, "--admin-port")
     app = create_app(
-        None, limits=options.limits, keys=options.key_ring(), metrics_open=options.metrics_open
-    )
+        None, limits=options.limits, keys=options.key_ring(), metrics_open=options.metrics_open,
+        cors_origins=options.cors_origins,
+    )  # fmt: skip
     configure_logging(options.log_format, access=options.access_log)
     config = uvicorn.Config(
         app,
@@ -144,13 +139,17 @@ def serve(
         lifespan="off",
         server_header=False,
         timeout_graceful_shutdown=GRACE_SECONDS + CLOSING_SECONDS,
+        ssl_certfile=options.tls.cert,
+        ssl_keyfile=options.tls.key,
     )
     server = _Server(config, app.state.server)
-    host, port = listener.getsockname()[:2]
     if on_listening is not None:
-        on_listening(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
+        on_listening(url_of(listener, options.tls.scheme))
+    if admin_listener is not None:
+        logging.getLogger("kvarn.server").info("admin routes on %s", url_of(admin_listener, options.tls.scheme))
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        failure = runner.run(_run(server, listener, app.state.server, options, on_plan, on_ready, observer))
+        state = app.state.server
+        failure = runner.run(_run(server, listener, admin_listener, state, options, on_plan, on_ready, observer))
     if failure is not None:
         raise failure
 
@@ -167,6 +166,7 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
 async def _run(
     server: uvicorn.Server,
     listener: socket.socket,
+    admin_listener: socket.socket | None,
     state: ServerState,
     options: ServeOptions,
     on_plan: OnPlan,
@@ -191,7 +191,8 @@ async def _run(
 
     loading.add_done_callback(stop_on_failure)
     try:
-        await server.serve(sockets=[listener])
+        async with admin_server(state, options.admin, admin_listener, options.tls):
+            await server.serve(sockets=[listener])
     finally:
         await asyncio.gather(loading, return_exceptions=True)
         if state.llm is not None:
