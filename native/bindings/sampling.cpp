@@ -42,30 +42,35 @@ class Sampler {
     void add(int64_t sequence, const std::vector<int32_t> &prompt, float temperature, int64_t top_k, double top_p,
              double min_p, float repetition, float presence, float frequency, int64_t min_tokens, int64_t logprobs,
              uint64_t seed, uint32_t stream, std::vector<std::pair<int32_t, float>> bias,
-             std::vector<int32_t> stop_tokens) {
+             std::vector<int32_t> stop_tokens, std::vector<uint32_t> allowed,
+             std::vector<std::vector<int32_t>> forbidden) {
+        for (const auto &tokens : forbidden)
+            if (tokens.size() < 2) throw std::invalid_argument("a forbidden sequence has two tokens or more");
         SamplingParameters p;
         p.temperature = temperature, p.top_k = top_k, p.top_p = top_p, p.min_p = min_p;
         p.repetition_penalty = repetition, p.presence_penalty = presence, p.frequency_penalty = frequency;
         p.min_tokens = min_tokens, p.logprobs = logprobs, p.seed = seed, p.stream = stream;
         p.bias = std::move(bias), p.stop_tokens = std::move(stop_tokens);
+        p.allowed = std::move(allowed), p.forbidden = std::move(forbidden);
         sequences_.insert_or_assign(sequence, SequenceSampler(std::move(p), prompt.data(), prompt.size()));
     }
 
     void remove(int64_t sequence) { sequences_.erase(sequence); }
 
-    // A list with what is `described` of each row. pool: whose threads share the rows; null: the caller does them.
+    // A list with what is `described` of each row; a token of -1: the sequence's rules leave none. pool: whose threads share the rows; null: the caller does them.
     nb::list sample(const Logits &logits, const std::vector<int64_t> &sequences, const std::vector<uint64_t> &positions,
                     Pool *pool) {
         const size_t rows = logits.shape(0), vocab = logits.shape(1);
         if (sequences.size() != rows || positions.size() != rows || vocab == 0)
             throw std::invalid_argument("one sequence and one position a row of logits");
-        const std::vector<SequenceSampler *> state = states(sequences);
+        const std::vector<SequenceSampler *> state = states(sequences, vocab);
         std::vector<Sample> samples(rows);
         std::vector<uint8_t> failed(rows);
         {
             nb::gil_scoped_release release;
             share(pool, state, [&](size_t r, Scratch &scratch) {
-                failed[r] = !state[r]->sample({logits.data() + r * vocab, vocab, positions[r]}, scratch, samples[r]);
+                const Row row{logits.data() + r * vocab, vocab, positions[r]};
+                failed[r] = state[r]->sample(row, scratch, samples[r]) == Outcome::NotFinite;
             });
         }
         check(failed, sequences);
@@ -76,7 +81,7 @@ class Sampler {
 
     // Each sequence has a row of logits for what is known of it and one for each token of its draft, whose parents are
     // earlier ones, or -1. A list of (place of the sequence, what is `described` of a token): of each sequence the tokens
-    // up to the first that is not the draft's, going from each on to its child that is the next.
+    // up to the first that is not the draft's, going from each on to its child that is the next. One of -1 as above.
     nb::list verify(const Logits &logits, const std::vector<int64_t> &sequences, const std::vector<uint64_t> &positions,
                     const std::vector<std::vector<int32_t>> &drafts, const std::vector<std::vector<int32_t>> &parents,
                     const std::vector<std::optional<Logits>> &q, const std::optional<Bits> &bits,
@@ -86,7 +91,7 @@ class Sampler {
             throw std::invalid_argument("one position, draft and q a sequence");
         check_trees(drafts, parents);
         check_rows(logits, drafts, q, bits, mask_rows);
-        const std::vector<SequenceSampler *> state = states(sequences);
+        const std::vector<SequenceSampler *> state = states(sequences, vocab);
         std::vector<size_t> first(count);
         for (size_t s = 1; s < count; ++s) first[s] = first[s - 1] + drafts[s - 1].size() + 1;
         std::vector<std::vector<Sample>> samples(count);
@@ -103,7 +108,7 @@ class Sampler {
                         row.q = q[s]->data() + next * vocab;
                     }
                     Sample sample;
-                    failed[s] = !state[s]->sample(row, scratch, sample);
+                    failed[s] = state[s]->sample(row, scratch, sample) == Outcome::NotFinite;
                     place = child(drafts[s], parents[s], place, sample.token);
                     samples[s].push_back(std::move(sample));
                 }
@@ -128,7 +133,7 @@ class Sampler {
             throw std::invalid_argument("the vocabulary is wider than logits or q");
         for (const int64_t row : q_rows)
             if (row >= 0 && size_t(row) >= q.shape(0)) throw std::invalid_argument("there is no such row of q");
-        const std::vector<SequenceSampler *> state = states(sequences);
+        const std::vector<SequenceSampler *> state = states(sequences, vocab);
         std::vector<int32_t> tokens(rows);
         nb::gil_scoped_release release;
         share(pool, state, [&](size_t r, Scratch &scratch) {
@@ -138,13 +143,34 @@ class Sampler {
         return tokens;
     }
 
+    // What is `described` of the given token of each row, with its logprobs and those of the k best.
+    nb::list logprobs(const Logits &logits, const std::vector<int32_t> &tokens, const std::vector<int64_t> &k, Pool *pool) {
+        const size_t rows = logits.shape(0), vocab = logits.shape(1);
+        if (tokens.size() != rows || k.size() != rows) throw std::invalid_argument("one token and one k a row of logits");
+        for (const int32_t token : tokens)
+            if (token < 0 || size_t(token) >= vocab) throw std::invalid_argument("a token is outside the vocabulary");
+        std::vector<Sample> found(rows);
+        {
+            nb::gil_scoped_release release;
+            share(pool, rows, [&](size_t r, Scratch &scratch) {
+                found[r] = {tokens[r], true,
+                            logprobs_at(logits.data() + r * vocab, vocab, tokens[r], k[r], scratch.weights)};
+            });
+        }
+        nb::list result;
+        for (const Sample &sample : found) result.append(described(sample));
+        return result;
+    }
+
   private:
-    std::vector<SequenceSampler *> states(const std::vector<int64_t> &sequences) {
+    std::vector<SequenceSampler *> states(const std::vector<int64_t> &sequences, size_t vocab) {
         std::vector<SequenceSampler *> result;
         for (const int64_t sequence : sequences) {
             const auto found = sequences_.find(sequence);
             if (found == sequences_.end())
                 throw std::invalid_argument("sequence " + std::to_string(sequence) + " was not added");
+            if (found->second.width() && found->second.width() < vocab)
+                throw std::invalid_argument("what sequence " + std::to_string(sequence) + " may say is of fewer tokens");
             result.push_back(&found->second);
         }
         return result;
@@ -156,7 +182,13 @@ class Sampler {
         const size_t count = sequences.size();
         std::sort(sequences.begin(), sequences.end());
         const bool distinct = std::adjacent_find(sequences.begin(), sequences.end()) == sequences.end();
-        if (!pool || !distinct || count < 2 || count > Job::kMaxItems) {
+        share(distinct ? pool : nullptr, count, body);
+    }
+
+    // Calls body(i, scratch) for 0 … count - 1, in any order.
+    template <class Body>
+    void share(Pool *pool, size_t count, Body body) {
+        if (!pool || count < 2 || count > Job::kMaxItems) {
             for (size_t i = 0; i < count; ++i) body(i, scratch_[0]);
             return;
         }
@@ -169,7 +201,7 @@ class Sampler {
         if (found != failed.end())
             throw std::invalid_argument("the logits of sequence " +
                                         std::to_string(sequences[size_t(found - failed.begin())]) +
-                                        " hold NaN or infinity, or leave no token");
+                                        " hold NaN or infinity");
     }
 
     static void check_trees(const std::vector<std::vector<int32_t>> &drafts,
@@ -222,12 +254,14 @@ void bind_sampling(nb::module_ &m) {
         .def("add", &Sampler::add, nb::arg("sequence"), nb::arg("prompt"), nb::arg("temperature"), nb::arg("top_k"),
              nb::arg("top_p"), nb::arg("min_p"), nb::arg("repetition_penalty"), nb::arg("presence_penalty"),
              nb::arg("frequency_penalty"), nb::arg("min_tokens"), nb::arg("logprobs"), nb::arg("seed"),
-             nb::arg("stream"), nb::arg("bias"), nb::arg("stop_tokens"))
+             nb::arg("stream"), nb::arg("bias"), nb::arg("stop_tokens"), nb::arg("allowed"), nb::arg("forbidden"))
         .def("remove", &Sampler::remove, nb::arg("sequence"))
         .def("sample", &Sampler::sample, nb::arg("logits"), nb::arg("sequences"), nb::arg("positions"),
              nb::arg("pool").none() = nb::none())
         .def("verify", &Sampler::verify, nb::arg("logits"), nb::arg("sequences"), nb::arg("positions"),
              nb::arg("drafts"), nb::arg("parents"), nb::arg("q"), nb::arg("bits").none(), nb::arg("mask_rows").none(),
+             nb::arg("pool").none() = nb::none())
+        .def("logprobs", &Sampler::logprobs, nb::arg("logits"), nb::arg("tokens"), nb::arg("k"),
              nb::arg("pool").none() = nb::none())
         .def("guess", &Sampler::guess, nb::arg("logits"), nb::arg("vocab"), nb::arg("sequences"), nb::arg("positions"),
              nb::arg("ahead"), nb::arg("q"), nb::arg("q_rows"), nb::arg("pool").none() = nb::none());

@@ -314,6 +314,18 @@ void exponentials_allowed(const float *logits, const uint32_t *mask, size_t voca
         });
 }
 
+int32_t likeliest_of(const float *logits, const uint32_t *mask, size_t vocab, float top) {
+    return mask ? first_allowed(logits, mask, vocab, top) : first_equal(logits, vocab, top);
+}
+
+void weigh(const float *logits, const uint32_t *mask, size_t vocab, float top, float scale, std::vector<float> &weights) {
+    weights.resize(vocab);
+    if (mask)
+        exponentials_allowed(logits, mask, vocab, top, scale, weights.data());
+    else
+        exponentials(logits, vocab, top, scale, weights.data());
+}
+
 }  // namespace
 
 SequenceSampler::SequenceSampler(SamplingParameters parameters, const int32_t *prompt, size_t prompt_size)
@@ -366,79 +378,110 @@ int32_t SequenceSampler::choose(const Row &row, float *weights) const {
     return draw_residual(weights, total, row.q, row.vocab, number(Use::Residual));
 }
 
-const float *SequenceSampler::rules(const Row &row, std::vector<float> &adjusted, float raw_top, float &top) const {
-    top = raw_top;
-    if (!std::isfinite(raw_top)) return nullptr;
-    if (!adjusts()) {
-        if (row.mask) top = maximum_allowed(row.logits, row.mask, row.vocab);
-        return std::isfinite(top) ? row.logits : nullptr;
+// The row's mask, the sequence's, and the last tokens of what would complete a forbidden sequence, as one; null: all
+// tokens are allowed.
+const uint32_t *SequenceSampler::mask_of(const Row &row, std::vector<uint32_t> &mask) const {
+    const SamplingParameters &p = parameters_;
+    const size_t words = (row.vocab + 31) / 32;
+    const uint32_t *result = row.mask;
+    const auto own = [&] {
+        if (result == mask.data() && !mask.empty()) return;
+        mask.resize(words);
+        if (result)
+            std::copy_n(result, words, mask.data());
+        else
+            std::fill_n(mask.data(), words, UINT32_MAX);
+        result = mask.data();
+    };
+    if (!p.allowed.empty()) {
+        if (!result) {
+            result = p.allowed.data();
+        } else {
+            own();
+            for (size_t word = 0; word < words; ++word) mask[word] &= p.allowed[word];
+        }
     }
+    for (const std::vector<int32_t> &tokens : p.forbidden) {
+        const size_t before = tokens.size() - 1;
+        const int32_t last = tokens.back();
+        if (outputs_.size() < before || static_cast<size_t>(last) >= row.vocab) continue;
+        if (!std::equal(tokens.begin(), tokens.end() - 1, outputs_.end() - static_cast<ptrdiff_t>(before))) continue;
+        own();
+        mask[static_cast<size_t>(last) / 32] &= ~(1u << (last % 32));
+    }
+    return result;
+}
+
+SequenceSampler::Ruled SequenceSampler::rules(const Row &row, Scratch &scratch, float raw_top) const {
+    const uint32_t *mask = mask_of(row, scratch.mask);
+    if (!adjusts()) return {row.logits, mask, mask ? maximum_allowed(row.logits, mask, row.vocab) : raw_top};
+    std::vector<float> &adjusted = scratch.adjusted;
     adjusted.resize(row.vocab);
-    if (row.mask)
-        copy_allowed(row.logits, row.mask, row.vocab, adjusted.data());
+    if (mask)
+        copy_allowed(row.logits, mask, row.vocab, adjusted.data());
     else
         std::copy_n(row.logits, row.vocab, adjusted.data());
     adjust(adjusted.data(), row.vocab);
-    top = maximum(adjusted.data(), row.vocab);
-    return std::isfinite(top) ? adjusted.data() : nullptr;
+    return {adjusted.data(), nullptr, maximum(adjusted.data(), row.vocab)};
 }
 
-bool SequenceSampler::sample(const Row &row, Scratch &scratch, Sample &out) {
+Outcome SequenceSampler::sample(const Row &row, Scratch &scratch, Sample &out) {
     const size_t vocab = row.vocab;
     const float raw_top = maximum(row.logits, vocab);
-    float top;
-    const float *logits = rules(row, scratch.adjusted, raw_top, top);
-    if (!logits) return false;
-    const uint32_t *mask = logits == row.logits ? row.mask : nullptr;
+    if (!std::isfinite(raw_top)) return Outcome::NotFinite;
+    const Ruled ruled = rules(row, scratch, raw_top);
+    if (!std::isfinite(ruled.top)) return Outcome::NothingLeft;
     if (parameters_.temperature == 0.0f) {
-        out.token = mask ? first_allowed(logits, mask, vocab, top) : first_equal(logits, vocab, top);
+        out.token = likeliest_of(ruled.logits, ruled.mask, vocab, ruled.top);
     } else {
-        scratch.weights.resize(vocab);
-        const float scale = 1.0f / parameters_.temperature;
-        if (mask)
-            exponentials_allowed(logits, mask, vocab, top, scale, scratch.weights.data());
-        else
-            exponentials(logits, vocab, top, scale, scratch.weights.data());
+        weigh(ruled.logits, ruled.mask, vocab, ruled.top, 1.0f / parameters_.temperature, scratch.weights);
         out.token = choose(row, scratch.weights.data());
     }
     out.has_logprobs = parameters_.logprobs >= 0;
     if (out.has_logprobs)
         out.logprobs = logprobs_of(row.logits, vocab, raw_top, out.token, parameters_.logprobs, scratch.weights);
-    ++output_tokens_;
-    if (penalizes()) ++output_counts_[out.token];
-    return true;
+    take(out.token);
+    return Outcome::Chosen;
 }
 
-int32_t SequenceSampler::guess(const Row &row, const std::vector<int32_t> &ahead, float *q,
-                               Scratch &scratch) {
-    // As if the tokens before it had been sampled.
-    const bool counts = penalizes();
-    output_tokens_ += static_cast<int64_t>(ahead.size());
-    if (counts)
-        for (const int32_t id : ahead) ++output_counts_[id];
+void SequenceSampler::take(int32_t token) {
+    ++output_tokens_;
+    if (penalizes()) ++output_counts_[token];
+    if (!parameters_.forbidden.empty()) outputs_.push_back(token);
+}
+
+int32_t SequenceSampler::guess(const Row &row, const std::vector<int32_t> &ahead, float *q, Scratch &scratch) {
+    for (const int32_t id : ahead) take(id);  // as if the tokens before it had been sampled
     const SamplingParameters &p = parameters_;
     const size_t vocab = row.vocab;
-    float top;
-    const float *logits = rules(row, scratch.adjusted, maximum(row.logits, vocab), top);
     int32_t token = -1;
-    if (logits && p.temperature == 0.0f) {
-        token = first_equal(logits, vocab, top);
-    } else if (logits) {
-        scratch.weights.resize(vocab);
-        exponentials(logits, vocab, top, 1.0f / p.temperature, scratch.weights.data());
-        if (!q) {
-            token = draw_token(p, scratch.weights.data(), vocab, uniform(p.seed, p.stream, row.position, Use::Token));
+    const float raw_top = maximum(row.logits, vocab);
+    const Ruled ruled = rules(row, scratch, raw_top);
+    if (std::isfinite(raw_top) && std::isfinite(ruled.top)) {
+        if (p.temperature == 0.0f) {
+            token = likeliest_of(ruled.logits, ruled.mask, vocab, ruled.top);
         } else {
-            const double scale = 1.0 / keep_likeliest(p, scratch.weights.data(), vocab);
-            for (size_t i = 0; i < vocab; ++i) q[i] = static_cast<float>(static_cast<double>(scratch.weights[i]) * scale);
-            token = draw_all(q, vocab, uniform(p.seed, p.stream, row.position, Use::Draft));
+            weigh(ruled.logits, ruled.mask, vocab, ruled.top, 1.0f / p.temperature, scratch.weights);
+            float *weights = scratch.weights.data();
+            if (!q) {
+                token = draw_token(p, weights, vocab, uniform(p.seed, p.stream, row.position, Use::Token));
+            } else {
+                const double scale = 1.0 / keep_likeliest(p, weights, vocab);
+                for (size_t i = 0; i < vocab; ++i) q[i] = static_cast<float>(static_cast<double>(weights[i]) * scale);
+                token = draw_all(q, vocab, uniform(p.seed, p.stream, row.position, Use::Draft));
+            }
         }
     }
     output_tokens_ -= static_cast<int64_t>(ahead.size());
-    if (counts)
+    if (!p.forbidden.empty()) outputs_.resize(outputs_.size() - ahead.size());
+    if (penalizes())
         for (const int32_t id : ahead)
             if (--output_counts_[id] == 0) output_counts_.erase(id);
     return token;
+}
+
+Logprobs logprobs_at(const float *logits, size_t vocab, int32_t token, int64_t k, std::vector<float> &scratch) {
+    return logprobs_of(logits, vocab, maximum(logits, vocab), token, k, scratch);
 }
 
 }  // namespace kvarn

@@ -13,6 +13,7 @@ HEAD_METHODS = ("medusa", "eagle")
 """Ways to guess tokens ahead, and those that need trained heads; `kvarn.spec` says what each is."""
 MAX_SPECULATIVE_TOKENS = 128
 """Guesses for one sequence in a step."""
+RESTART_DELAYS = (0.0, 0.1, 0.3, 1.0, 2.0)
 POLICIES = ("fcfs", "priority", "fair")
 """Orders in which requests are served; `kvarn.scheduler` says what each is."""
 
@@ -123,6 +124,9 @@ class SpeculativeConfig:
     """The file of trained heads (`kvarn spec train`)."""
     model: str = ""
     """Of draft: a model with the same vocabulary, a name or a path."""
+    draft_vocab: int = 0
+    """Of draft: the model says only the first so many tokens of its vocabulary, the commonest of most, which takes less
+    to compute; 0: all."""
     window: int = 2
     """Of lookahead: n-grams that are being made at a time."""
     ngram: int = 3
@@ -146,6 +150,9 @@ class SpeculativeConfig:
         named = bool(self.model) == (self.method == "draft")
         must = "the name or path of a model with method=draft, absent otherwise"
         _check(named, "speculative model", self.model, must)
+        must = "at least 0, and 0 without method=draft"
+        good = self.draft_vocab == 0 or (self.draft_vocab > 0 and self.method == "draft")
+        _check(good, "speculative draft_vocab", self.draft_vocab, must)
         must = "between 1 and 4096"
         _check(1 <= self.max_step_drafts <= 4096, "speculative max_step_drafts", self.max_step_drafts, must)
         _check(1 <= self.window <= 64, "speculative window", self.window, "between 1 and 64")
@@ -224,6 +231,8 @@ class EngineConfig:
     grammar: GrammarConfig = field(default_factory=GrammarConfig)
     packed_cache_bytes: int | None = None
     """Disk space for packed weights, which later starts map; 0: none. None: KVARN_PACKED_CACHE_BYTES, or 20 GB."""
+    restart_delays: tuple[float, ...] = RESTART_DELAYS
+    """Seconds to wait before each try to start the engine anew after a step has failed. As many tries as there are."""
 
     def __post_init__(self) -> None:
         _check(self.packed_cache_bytes is None or self.packed_cache_bytes >= 0, "packed_cache_bytes",
@@ -231,6 +240,8 @@ class EngineConfig:
         _check(self.max_model_len is None or self.max_model_len >= 1, "max_model_len", self.max_model_len, "at least 1")
         _check(self.backend in ("cpu", "reference"), "backend", self.backend, "cpu or reference")
         _check(0 <= self.threads <= 1024, "threads", self.threads, "between 0 and 1024")
+        waits = all(0 <= delay < math.inf for delay in self.restart_delays)
+        _check(waits, "restart_delays", self.restart_delays, "seconds of at least 0")
 
     @property
     def max_step_drafts(self) -> int:

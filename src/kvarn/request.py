@@ -18,6 +18,11 @@ MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 1024
 SEED_LIMIT = 2**63
 MAX_CACHE_SALT_CHARS = 256
+MAX_BAD_WORDS = 256
+"""Texts; twice as many where all are token sequences, since a text may stand for two."""
+MAX_BAD_WORD_CHARS = 128
+MAX_BAD_WORD_TOKENS = 1024
+MAX_ALLOWED_TOKEN_IDS = 65536
 
 
 class FinishReason(enum.Enum):
@@ -92,9 +97,10 @@ def _json(value: Any) -> str:
 class SamplingParams:
     """How to choose tokens. Defaults sample from the model's own distribution.
 
-    Order of application: `logit_bias`, `min_tokens` (masks stop tokens), `grammar` (masks what breaks it), penalties,
-    `temperature`, `min_p`, `top_k`, `top_p`; then one draw. `temperature == 0` is greedy. Reported logprobs are of the
-    model's own distribution (log-softmax of the raw logits), before any of these.
+    Order of application: `logit_bias`, the masks (`min_tokens` of stop tokens, `allowed_token_ids`, `bad_words`,
+    `grammar`), penalties, `temperature`, `min_p`, `top_k`, `top_p`; then one draw. `temperature == 0` is greedy. Where
+    the masks together leave no token the request fails. Reported logprobs are of the model's own distribution
+    (log-softmax of the raw logits), before any of these.
 
     Raises `RequestError` naming the field on construction.
     """
@@ -114,6 +120,11 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     """Over output tokens, per occurrence."""
     logit_bias: Mapping[int, float] = field(default_factory=dict)
+    allowed_token_ids: tuple[int, ...] | None = None
+    """The only tokens that may come; the ends of the text are not among them unless they are named. None: all."""
+    bad_words: tuple[str | tuple[int, ...], ...] = ()
+    """Texts, or sequences of token ids, whose last token may not come where the others are the last of the output. A
+    text stands for its tokens as it is, and for those that it has after a space."""
     seed: int | None = None
     """None: the engine picks one per request."""
     n: int = 1
@@ -124,6 +135,9 @@ class SamplingParams:
     skip_special_tokens: bool = True
     logprobs: int | None = None
     """None: off. 0: the chosen token's only. k: also the k most likely tokens'."""
+    prompt_logprobs: int | None = None
+    """The same of the prompt's tokens from the second on, which have come with the first output. Such a prompt is
+    computed in full, whatever the prefix cache has."""
     num_speculative_tokens: int | None = None
     """Tokens guessed ahead at most; 0: none. None: as many as the engine sees fit. It changes how fast tokens come, not
     their distribution."""
@@ -158,6 +172,7 @@ class SamplingParams:
         for token, bias in self.logit_bias.items():
             _check(token >= 0, "logit_bias", token, "keyed by token ids of at least 0")
             _check(-100 <= bias <= 100, "logit_bias", bias, "between -100 and 100")
+        self._check_masks()
         _check(self.seed is None or -SEED_LIMIT <= self.seed < SEED_LIMIT, "seed", self.seed, "a 64-bit integer")
         _check(1 <= self.n <= MAX_N, "n", self.n, f"between 1 and {MAX_N}")
         _check(
@@ -173,12 +188,9 @@ class SamplingParams:
                 stop[:40],
                 f"strings of 1 to {MAX_STOP_STRING_CHARS} characters",
             )
-        _check(
-            self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS,
-            "logprobs",
-            self.logprobs,
-            f"between 0 and {MAX_LOGPROBS}",
-        )
+        for name in ("logprobs", "prompt_logprobs"):
+            count = getattr(self, name)
+            _check(count is None or 0 <= count <= MAX_LOGPROBS, name, count, f"between 0 and {MAX_LOGPROBS}")
         drafts = self.num_speculative_tokens
         _check(drafts is None or drafts >= 0, "num_speculative_tokens", drafts, "at least 0")
         if self.grammar is not None:
@@ -186,10 +198,31 @@ class SamplingParams:
             _check(self.min_tokens == 0, "min_tokens", self.min_tokens, "0 with a grammar, which says where it ends")
             _check(not self.ignore_eos, "ignore_eos", True, "false with a grammar, which says where it ends")
 
+    def _check_masks(self) -> None:
+        allowed, words = self.allowed_token_ids, self.bad_words
+        if allowed is not None:
+            must = f"1 to {MAX_ALLOWED_TOKEN_IDS} token ids"
+            _check(0 < len(allowed) <= MAX_ALLOWED_TOKEN_IDS, "allowed_token_ids", f"{len(allowed)} of them", must)
+        most = MAX_BAD_WORDS if any(isinstance(word, str) for word in words) else 2 * MAX_BAD_WORDS
+        _check(len(words) <= most, "bad_words", f"{len(words)} of them", f"at most {most}")
+        for word in words:
+            longest = MAX_BAD_WORD_CHARS if isinstance(word, str) else MAX_BAD_WORD_TOKENS
+            must = f"texts of 1 to {MAX_BAD_WORD_CHARS} characters or 1 to {MAX_BAD_WORD_TOKENS} token ids"
+            _check(0 < len(word) <= longest, "bad_words", word[:40], must)
+
     @property
     def greedy(self) -> bool:
         """True where the most likely token is taken (after bias and penalties)."""
         return self.temperature == 0.0
+
+
+class Pooling(enum.Enum):
+    """How the hidden states of a prompt's tokens, after the model's last norm, become one vector."""
+
+    MEAN = "mean"
+    """Their mean. All of them are computed: nothing is taken from the prefix cache."""
+    LAST = "last"
+    """That of the last token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,8 +240,13 @@ class Request:
     ttft_slo_ms: float | None = None
     """Refuse it at once where its first token is not to be expected within this time. None: what the engine's config
     says."""
+    pooling: Pooling | None = None
+    """Makes it an embedding: `RequestOutput.embedding` is what was asked for. It goes the way of all requests, as one
+    for a single token, which means nothing."""
 
     def __post_init__(self) -> None:
+        single = self.sampling.max_tokens == 1 and self.sampling.n == 1
+        _check(self.pooling is None or single, "pooling", self.pooling, "None unless max_tokens and n are 1")
         slo = self.ttft_slo_ms
         _check(slo is None or 0 < slo < math.inf, "ttft_slo_ms", slo, "above 0")
         must = f"at most {MAX_CACHE_SALT_CHARS} characters"
@@ -254,3 +292,7 @@ class RequestOutput:
     """Tokens that were guessed ahead and verified, of all its sequences; on the last output only."""
     num_accepted_tokens: int = 0
     """Those of them that are part of the output."""
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    """Of the prompt's tokens from the second on, where they were asked for; on the first output only."""
+    embedding: tuple[float, ...] | None = None
+    """What `Request.pooling` asks for, with the precision of float32 and the length it came out with."""

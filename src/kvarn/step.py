@@ -10,7 +10,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvarn.request import SamplingParams, TokenLogprob
+from kvarn.request import Pooling, SamplingParams, TokenLogprob
+
+
+@dataclass(frozen=True, slots=True)
+class PromptTargets:
+    """What a prompt has after some of its tokens, whose logprobs are asked for."""
+
+    token_ids: tuple[int, ...]
+    """After each of the last tokens of the part, but for the one that is sampled from."""
+    count: int
+    """Likeliest tokens to tell in each place."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +47,8 @@ class ScheduledSequence:
     """How many tokens ahead a drafter is asked to guess for the next step, at most."""
     num_nodes_wanted: int = 0
     """How many guesses it may make where it makes a tree of them."""
+    prompt: PromptTargets | None = None
+    """Of the prompt's tokens that are computed in this step."""
 
     @property
     def end(self) -> int:
@@ -47,6 +59,16 @@ class ScheduledSequence:
     def num_rows(self) -> int:
         """Tokens computed for it in this step."""
         return len(self.token_ids) + len(self.draft)
+
+    @property
+    def num_logits(self) -> int:
+        """Rows of them that logits are needed of: the last ones."""
+        return (1 + len(self.draft) if self.sample else 0) + self.num_prompt_logits
+
+    @property
+    def num_prompt_logits(self) -> int:
+        """Those of these rows, the first, that are of the prompt."""
+        return 0 if self.prompt is None else len(self.prompt.token_ids)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +85,8 @@ class NewSequence:
     """Tokens that `min_tokens` masks: end-of-sequence ids (unless ignore_eos) and the request's stop_token_ids."""
     salt: tuple[str, str] = ("", "")
     """The request's (tenant, cache_salt): nothing that is learned from one salt's texts may serve another."""
+    pooling: Pooling | None = None
+    """How the prompt's hidden states become a vector, where that is asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +140,16 @@ class SampledToken:
 
     sequence_id: int
     token_id: int
+    """-1, between sampler and runner only: the sequence's rules leave no token."""
     logprob: TokenLogprob | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PromptLogprobs:
+    """What the model says of some of a prompt's tokens, in order: `PromptTargets` of one part."""
+
+    sequence_id: int
+    logprobs: tuple[TokenLogprob, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,10 +166,20 @@ class DraftTokens:
 
 @dataclass(frozen=True, slots=True)
 class FailedSequence:
-    """A sequence whose grammar turned out to exceed a limit; `message` is for who sent it."""
+    """A sequence that cannot go on for what its request asks; `message` is for who sent it."""
 
     sequence_id: int
     message: str
+    field: str = "grammar"
+    """The parameter at fault."""
+
+
+@dataclass(frozen=True, slots=True)
+class PooledSequence:
+    """The vector of a sequence with `NewSequence.pooling`, all of whose prompt is computed."""
+
+    sequence_id: int
+    vector: tuple[float, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +203,8 @@ class StepOutput:
     """What bringing the drafter up to date took before the step: one with KV of its own may lack some of the text."""
     failed: tuple[FailedSequence, ...] = ()
     """Sequences that cannot go on; they have no tokens among `sampled`."""
+    prompt_logprobs: tuple[PromptLogprobs, ...] = ()
+    pooled: tuple[PooledSequence, ...] = ()
 
     @property
     def aside_seconds(self) -> float:

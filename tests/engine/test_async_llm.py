@@ -200,13 +200,80 @@ def test_a_failed_step_fails_what_is_in_flight_and_the_engine_goes_on(caplog):
 def test_an_engine_that_cannot_go_on_refuses_clearly(error):
     async def test(llm, gate):
         gate.inner.failures, gate.inner.error = 10, error
-        with pytest.raises(EngineError, match=r"the engine stopped.*error id"):
+        with pytest.raises(EngineError, match=r"a step of the engine failed.*error id"):
             await read(llm.generate(request("a", "hello")))
         await until(lambda: not llm.is_running)
+        assert gate.inner.failures == 10 - 3, "a step and two restarts"
+        assert not llm.is_restarting
         with pytest.raises(EngineError, match="the engine stopped"):
             llm.generate(request("b", "hello"))
 
+    with_llm(test, restart_delays=(0.0, 0.0))
+
+
+@pytest.mark.parametrize("error", [RuntimeError, SystemExit])
+def test_a_restart_that_fails_is_tried_again_while_new_requests_wait(error):
+    async def test(llm, gate):
+        expected = tokens_of(await read(llm.generate(request("before", "hello"))))
+        gate.hold()
+        gate.inner.failures, gate.inner.error = 2, error
+        lost = llm.generate(request("lost", "hello"))
+        gate.stand_in_step(gate.begun + 1)
+        gate.finish_step()
+        with pytest.raises(EngineError, match="may be sent again"):
+            await read(lost)
+        assert llm.is_restarting, "the first try stands in its trial step"
+        waits = llm.generate(request("waits", "hello"))
+        gate.open()
+        assert tokens_of(await read(waits)) == expected
+        stats = llm.stats()
+        assert (stats.failed_steps, stats.restarts) == (1, 1)
+        assert all_free(llm)
+        assert not llm.is_restarting
+
+    with_llm(test, restart_delays=(0.0, 0.0))
+
+
+@pytest.mark.parametrize("part", ["stats", "has_work", "abort"])
+def test_what_ends_the_thread_outside_a_step_is_an_end_for_requests_but_not_for_the_engine(part, monkeypatch):
+    async def test(llm, gate):
+        core = llm._loop._core
+        expected = tokens_of(await read(llm.generate(request("before", "hello"))))
+        gate.hold()
+        streams = [llm.generate(request(str(i), "hello")) for i in range(3)]
+        gate.stand_in_step(gate.begun + 1)
+        streams.append(llm.generate(request("submitted", "hello")))
+
+        def dies(*_):
+            monkeypatch.undo()
+            raise SystemExit("somebody ended the thread")
+
+        monkeypatch.setattr(core, part, dies)
+        await llm.abort("0")
+        gate.open()
+        results = await asyncio.gather(*map(read, streams), return_exceptions=True)
+        assert [type(result) for result in results[1:]] == [EngineError] * 3
+        assert isinstance(results[0], list) == (part == "has_work"), "its abort came before"
+        assert tokens_of(await read(llm.generate(request("0", "hello")))) == expected, "the id is free"
+        assert llm.stats().restarts == 1
+        assert all_free(llm)
+
     with_llm(test)
+
+
+def test_work_for_idle_times_that_fails_is_not_tried_again():
+    tries = []
+
+    def idle():
+        tries.append(1)
+        raise OSError("no memory")
+
+    async def test(llm, gate):
+        assert len(tokens_of(await read(llm.generate(request("a", "hello"))))) == 8
+        assert len(tokens_of(await read(llm.generate(request("b", "hello"))))) == 8
+        assert len(tries) == 1
+
+    with_llm(test, idle=idle)
 
 
 def test_close_fails_what_runs_and_is_idempotent():

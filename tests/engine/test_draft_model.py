@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 from tiny_engine import nearly, request, run_core, shared_model, tiny_engine, tokens_of
@@ -15,6 +16,7 @@ from kvarn.engine.load import load_engine
 from kvarn.errors import CapacityError, ConfigError, KvarnError
 from kvarn.planning import Available
 from kvarn.runner import MoveSeconds
+from kvarn.spec.draft_model import DraftModelDrafter
 from kvarn.spec.same_vocabulary import check_same_vocabulary
 from kvarn.testing import byte_tokenizer, tiny_model
 from kvarn.testing.gguf import write_tiny_gguf
@@ -122,6 +124,40 @@ def test_a_vocabulary_of_another_size_is_filled_up():
         tokens, stats = answers(TEXTS[:4], speculative=DRAFT, draft=draft)
         assert tokens == expected
         assert stats.draft_tokens > 0
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@SAMPLING
+def test_a_draft_model_with_a_draft_vocabulary_says_nothing_else(sampling, tied, monkeypatch):
+    """It is the target itself, so whatever it can say is right."""
+    model = tiny_model("llama", tie_word_embeddings=tied)
+    said = set()
+    guess = DraftModelDrafter._guess
+    monkeypatch.setattr(
+        DraftModelDrafter, "_guess", lambda self, going: (guess(self, going), said.update(g.draft[-1] for g in going))
+    )
+    found = {}
+    for vocab in (0, 120, 10_000):
+        chosen = replace(DRAFT, draft_vocab=vocab)
+        said.clear()
+        found[vocab] = answers(TEXTS[:8], sampling=sampling, speculative=chosen, draft=model, model=model)
+        assert (max(said) < 120) == (vocab == 120)
+    (tokens, whole), (fewer, cut), (same, uncut) = found.values()
+    assert tokens == fewer == same
+    assert whole.accepted_tokens == whole.draft_tokens == uncut.accepted_tokens
+    assert 0 < cut.accepted_tokens < whole.accepted_tokens
+
+
+def test_a_draft_vocabulary_makes_weights_smaller_and_is_in_the_plan():
+    model, plans = tiny_model("llama", tie_word_embeddings=False), []
+    for vocab in (0, 64):
+        chosen = replace(DRAFT, draft_vocab=vocab)
+        tiny_engine(speculative=chosen, draft=model, on_plan=plans.append).core.close()
+    width = model.program.weight("embed.weight").shape[1]
+    assert 0 < plans[0].drafter.weights - plans[1].drafter.weights <= 259 * width * 5
+    for wrong in ({"draft_vocab": -1}, {"draft_vocab": 8, "method": "ngram", "model": ""}):
+        with pytest.raises(ConfigError, match="speculative draft_vocab must be at least 0, and 0 without method=draft"):
+            replace(DRAFT, **wrong)
 
 
 def test_a_draft_model_of_fewer_positions_guesses_up_to_there():

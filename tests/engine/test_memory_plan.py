@@ -226,7 +226,7 @@ def test_the_executable_holds_what_the_plan_says_to_the_byte():
         EngineConfig(max_model_len=100, scheduler=SchedulerConfig(5, 70)), Available(GIB, "here"),
     )  # fmt: skip
     assert memory.kv == KvCacheSpec(5 * 7, 16, "float16")
-    assert memory.limits == StepLimits(70, 5, 100)
+    assert memory.limits == StepLimits(70, 5, 100, outputs=("x",))
     executable = backend.load(model.program, model.weights, memory.kv, memory.limits)
     try:
         assert executable.info().memory == memory.use

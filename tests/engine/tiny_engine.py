@@ -13,7 +13,7 @@ from kvarn.engine.draft import DraftModel
 from kvarn.kv_types import KV_TYPES
 from kvarn.models.in_memory import InMemoryModel
 from kvarn.request import Request, RequestOutput, SamplingParams
-from kvarn.runner import Runner
+from kvarn.runner import HiddenStatePooler, Runner
 from kvarn.sampling import NativeSampler
 from kvarn.scheduler import MeasuredCost, make_scheduler
 from kvarn.spec import make_drafter
@@ -77,7 +77,10 @@ def tiny_engine(
     )
     model = model or shared_model(family, seed)
     if draft is not None:
-        draft = DraftModel(draft, spellings(byte_tokenizer().vocabulary), make_backend(backend, threads), "tinier")
+        draft = DraftModel(
+            draft, spellings(byte_tokenizer().vocabulary), make_backend(backend, threads), "tinier",
+            vocab=speculative.draft_vocab,
+        )  # fmt: skip
     return build_engine(
         model, byte_tokenizer(), config, name="tiny", identity=identity, draft=draft, on_plan=on_plan, observer=observer
     )
@@ -133,6 +136,9 @@ def handmade_engine(
     speculative=None,
     wrap_drafter=lambda d: d,
     model=None,
+    restart_delays=(0.0, 0.01),
+    idle=lambda: False,
+    embeddings=False,
     **scheduling,
 ) -> LoadedEngine:
     """An engine put together part by part, so that a test can get between them. scheduling: of `SchedulerConfig`.
@@ -146,15 +152,18 @@ def handmade_engine(
         cache=CacheConfig(block_size=block_size, num_blocks=num_blocks, dtype=dtype),
         scheduler=SchedulerConfig(max_num_seqs, max_num_batched_tokens, max_num_queued_requests, **scheduling),
         speculative=speculative,
+        restart_delays=restart_delays,
     )
     cost = cost or MeasuredCost()
-    limits = StepLimits(max_num_batched_tokens, max_num_seqs, max_model_len, config.max_step_drafts)
+    outputs = (model.program.last_layer,) if embeddings else ()
+    limits = StepLimits(max_num_batched_tokens, max_num_seqs, max_model_len, config.max_step_drafts, outputs)
     executable = make_backend(backend, threads).load(
         model.program, model.weights, KvCacheSpec(num_blocks, block_size, dtype), limits
     )
     sampler = wrap_sampler(NativeSampler(model.program.vocab_size))
     drafter = wrap_drafter(make_drafter(speculative))
-    runner = Runner(wrap_executable(executable), sampler, limits, block_size, drafter=drafter)
+    pooler = HiddenStatePooler(model.program, model.weights) if embeddings else None
+    runner = Runner(wrap_executable(executable), sampler, limits, block_size, drafter=drafter, pooler=pooler)
 
     def new_scheduler():
         pool = BlockPool(num_blocks, block_size, model.program.kv_groups.windows)
@@ -166,7 +175,9 @@ def handmade_engine(
 
     tokenizer = tokenizer or byte_tokenizer()
     vocab_size = model.program.vocab_size
-    core = EngineCore(runner, new_scheduler, tokenizer, vocab_size, cost=cost, observer=observer, clock=clock)
+    core = EngineCore(
+        runner, new_scheduler, tokenizer, vocab_size, cost=cost, observer=observer, clock=clock, idle=idle
+    )
     return LoadedEngine(core, "handmade", tokenizer, model.config, max_model_len, config)
 
 

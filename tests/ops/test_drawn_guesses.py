@@ -120,12 +120,13 @@ PROMPT = b"abc"
 STREAMS = 64
 
 
-def second_tokens(monkeypatch, model, draft, params, requests):
+def second_tokens(monkeypatch, model, draft, params, requests, vocab=0):
     numbers = itertools.count(1)
     monkeypatch.setattr("secrets.randbits", lambda bits: next(numbers))
     core = tiny_engine(
         model=model, draft=draft, backend="cpu", dtype="float32", max_num_seqs=STREAMS, max_num_batched_tokens=512,
-        num_blocks=256, max_model_len=64, speculative=SpeculativeConfig("draft", k=3, model="x", max_step_drafts=256),
+        num_blocks=256, max_model_len=64,
+        speculative=SpeculativeConfig("draft", k=3, model="x", max_step_drafts=256, draft_vocab=vocab),
     ).core  # fmt: skip
     counts = np.zeros(259)
     for number in range(requests):
@@ -158,12 +159,12 @@ def third_token_distribution(model, params):
     return total
 
 
-@pytest.mark.parametrize("params", [{"top_k": 12}, {"top_p": 0.3}], ids=str)
-def test_an_engine_that_guesses_without_a_seed_has_the_exact_distribution(params, monkeypatch):
+@pytest.mark.parametrize(("params", "vocab"), [({"top_k": 12}, 0), ({"top_p": 0.3}, 0), ({"top_k": 12}, 150)], ids=str)
+def test_an_engine_that_guesses_without_a_seed_has_the_exact_distribution(params, vocab, monkeypatch):
     """The third token of 19,200 streams, most of which was a guess that was accepted or replaced."""
     model = shared_model("llama", 0)
     expected = third_token_distribution(model, params)
-    counts = second_tokens(monkeypatch, model, nearly("llama", 0, 0.15), params, 300)
+    counts = second_tokens(monkeypatch, model, nearly("llama", 0, 0.15), params, 300, vocab)
     statistic, freedom = chi_square(counts, expected / expected.sum())
     assert statistic < quantile(freedom)
 

@@ -59,6 +59,64 @@ def test_native_draws_what_the_reference_draws(params, seed, stream):
             assert np.allclose([p for _, p in got.logprob.top], [p for _, p in want.logprob.top], atol=1e-5)
 
 
+FEW = (3, 40, 41, 77, 120, 210)
+MASKED = st.builds(
+    SamplingParams,
+    temperature=st.sampled_from([0.0, 1.5]),
+    top_p=st.sampled_from([1.0, 0.9]),
+    frequency_penalty=st.sampled_from([0.0, 0.4]),
+    min_tokens=st.sampled_from([0, 3]),
+    logprobs=st.sampled_from([None, 3]),
+    allowed_token_ids=st.sampled_from([None, FEW, FEW[:3]]),
+    bad_words=st.lists(
+        st.lists(st.sampled_from(FEW), min_size=1, max_size=3).map(tuple), max_size=12
+    ).map(tuple),
+)
+"""Few tokens, and many sequences of them that are forbidden."""
+
+
+@settings(max_examples=300, deadline=None)
+@given(MASKED, st.integers(0, 2**63 - 1), st.booleans())
+def test_what_a_request_forbids(params, seed, masked):
+    native, reference = NativeSampler(VOCAB), ReferenceSampler(VOCAB)
+    for sampler in (native, reference):
+        sampler.add(sequence(params, seed=seed, stop=(77,)))
+    words = [0xFFFFFFF7, 0x200, 2**32 - 1, 0, 2**32 - 1, 0, 2**32 - 1]
+    masks = TokenMasks(np.array([words], np.uint32), np.zeros(1, np.int32)) if masked else None
+    said = ()
+    for position in range(4, 24):
+        logits = random_logits(seed + position)
+        logits[0, list(FEW)] += 8
+        got, want = (sampler.sample(logits, [0], [position], masks)[0] for sampler in (native, reference))
+        assert got.token_id == want.token_id
+        assert (got.logprob is None) == (want.logprob is None)
+        forbidden = {word[-1] for word in params.bad_words if said[len(said) - len(word) + 1 :] == word[:-1]}
+        if got.token_id < 0:
+            left = set(params.allowed_token_ids or range(VOCAB))
+            left -= {t for t in left if masked and not words[t // 32] >> t % 32 & 1}
+            assert not left - forbidden - ({77} if len(said) < params.min_tokens else set())
+            return
+        assert got.token_id not in forbidden
+        assert params.allowed_token_ids is None or got.token_id in params.allowed_token_ids
+        assert got.logprob is None or got.logprob.rank == int((logits[0] > logits[0, got.token_id]).sum()) + 1
+        said += (got.token_id,)
+
+
+@pytest.mark.parametrize("kind", [NativeSampler, ReferenceSampler])
+def test_logprobs_of_given_tokens(kind):
+    logits = random_logits(4, rows=3)
+    sampler = kind(VOCAB)
+    said = sampler.logprobs(logits, [5, 6, 7], [0, 2, 20])
+    exact = logits - np.log(np.exp(logits.astype(np.float64)).sum(1, keepdims=True))
+    assert [item.token_id for item in said] == [5, 6, 7]
+    assert [item.logprob for item in said] == pytest.approx([exact[0, 5], exact[1, 6], exact[2, 7]], abs=1e-5)
+    assert [item.rank for item in said] == [int((exact[r] > exact[r, 5 + r]).sum()) + 1 for r in range(3)]
+    assert [len(item.top) for item in said] == [0, 2, 20]
+    assert [token for token, _ in said[2].top] == np.argsort(-logits[2], kind="stable")[:20].tolist()
+    with pytest.raises(ValueError, match="NaN"):
+        sampler.logprobs(np.full((1, VOCAB), np.nan, np.float32), [1], [1])
+
+
 WORDS = st.lists(st.sampled_from([0, 0, 2**32 - 1, 2**32 - 1, 0x80000001, 0xFFFFFFFE]), min_size=7, max_size=7)
 
 

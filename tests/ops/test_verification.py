@@ -153,10 +153,39 @@ def test_shapes_that_do_not_agree_are_refused(kind):
         ([Draft((1,))], TokenMasks(bits[:, :6], np.zeros(2, np.int32)), "a row has 7 words"),
         ([Draft((1,))], TokenMasks(bits, np.zeros(1, np.int32)), "needs a row of masks"),
         ([Draft((1,))], TokenMasks(bits, np.ones(2, np.int32)), "needs a row of masks"),
-        ([Draft((1,))], TokenMasks(bits, np.zeros(2, np.int32)), "leave no token"),
     ):
         with pytest.raises(ValueError, match=message):
             sampler.verify(logits, [0], [4], drafts, masks)
+
+
+@pytest.mark.parametrize("kind", [NativeSampler, ReferenceSampler])
+def test_a_sequence_whose_rules_leave_no_token_says_so_and_the_others_go_on(kind):
+    sampler = kind(VOCAB)
+    for number, rules in enumerate([{}, {"allowed_token_ids": (5, 6), "bad_words": ((5, 5),)}]):
+        sampler.add(sequence(SamplingParams(temperature=0.0, **rules), number=number))
+    logits = np.zeros((6, VOCAB), np.float32)
+    logits[:, 5] = 1.0
+    bits = np.zeros((1, 7), np.uint32)
+    bits[0, 0] = 1 << 5  # 5 only, which the second sequence may not say twice
+    drafts = [Draft((5, 5)), Draft((5, 5))]
+    masks = TokenMasks(bits, np.array([-1, -1, -1, 0, 0, 0], np.int32))
+    said = sampler.verify(logits, [0, 1], [4, 4], drafts, masks)
+    assert [(t.sequence_id, t.token_id) for t in said] == [(0, 5), (0, 5), (0, 5), (1, 5), (1, -1)]
+    assert sampler.sample(logits[:1], [1], [5])[0].token_id == 6, "nothing was taken in for the missing one"
+
+
+@pytest.mark.parametrize("kind", [NativeSampler, ReferenceSampler])
+def test_words_that_a_draft_completes_are_forbidden(kind):
+    sampler = kind(VOCAB)
+    sampler.add(sequence(SamplingParams(temperature=0.0, bad_words=((8, 9), (3,), (9, 9, 9)))))
+    logits = np.zeros((4, VOCAB), np.float32)
+    logits[:, [3, 8, 9, 7]] = [[5, 4, 3, 2], [5, 0, 4, 3], [5, 0, 4, 3], [5, 0, 4, 3]]
+    assert [t.token_id for t in sampler.verify(logits, [0], [4], [Draft((8, 9, 9))])] == [8, 7]
+    assert [t.token_id for t in sampler.verify(logits[1:], [0], [6], [Draft((9, 9))])] == [9, 9, 7]
+    q = np.zeros((1, VOCAB), np.float32)
+    assert sampler.guess(logits[1:2], [0], [9], [(8,)], q, [-1]) == [7]
+    assert sampler.guess(logits[1:2], [0], [9], [(7,)], q, [-1]) == [9]
+    assert sampler.sample(logits[1:2], [0], [9])[0].token_id == 9, "what was guessed ahead is not remembered"
 
 
 @pytest.mark.parametrize("kind", [NativeSampler, ReferenceSampler])

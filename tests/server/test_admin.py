@@ -1,5 +1,6 @@
 """The admin routes, TLS and CORS; and all of it together in a process that `kvarn serve` started."""
 
+import contextlib
 import json
 import os
 import re
@@ -63,14 +64,16 @@ def test_while_there_is_no_engine_there_is_nothing_to_reset():
 
 
 def test_an_engine_that_ends_meanwhile_answers_all_the_same():
-    with gated_llm() as (llm, gate), serving(llm, admin=AdminOptions()) as admin, serving(llm) as url:
-        with posted(url, COMPLETIONS, LONG):
-            gate.stand_in_step(1)
-            with posted(admin, RESET, {}) as reset:
-                wait_until(lambda: llm._loop._calls)
-                llm._loop._closing = True
-                gate.open()
-                assert reset.getresponse().status == 500
+    with contextlib.ExitStack() as stack:
+        llm, gate = stack.enter_context(gated_llm())
+        admin, url = stack.enter_context(serving(llm, admin=AdminOptions())), stack.enter_context(serving(llm))
+        stack.enter_context(posted(url, COMPLETIONS, LONG))
+        gate.stand_in_step(1)
+        reset = stack.enter_context(posted(admin, RESET, {}))
+        wait_until(lambda: llm._loop._calls)
+        llm._loop._closing = True
+        gate.open()
+        assert reset.getresponse().status == 500
 
 
 def test_admin_routes_are_not_on_the_api_nor_the_api_on_them(llm):

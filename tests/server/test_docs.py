@@ -17,7 +17,10 @@ from kvarn.server.limits import ServerLimits
 from kvarn.server.metrics import EngineCollector
 from kvarn.server.protocol import (
     HARMLESS,
+    LIMIT_NAMES,
+    MAX_INPUTS,
     MAX_PROMPTS,
+    MAX_REQUEST_ID_CHARS,
     MOST_ENTRIES,
     NEUTRAL,
     ChatCompletionRequest,
@@ -47,9 +50,11 @@ def test_every_route_is_told():
 
 
 def test_honoured_parameters():
-    assert named("**Honoured** in both", "- Chat also") - {"include_usage", "include_obfuscation"} == CHAT & COMPLETION
+    within = {"include_usage", "include_obfuscation", "continuous_usage_stats", "token_ids", "prompt_token_ids"}
+    assert named("**Honoured** in both", "- Chat also") - within == CHAT & COMPLETION
     assert named("- Chat also", "- Completions also") - {"logprobs", "max_tokens"} == CHAT - COMPLETION
-    assert named("- Completions also", "`model` may be absent") - {"logprobs", "n"} == COMPLETION - CHAT
+    told = named("- Completions also", "`model` may be absent")
+    assert told - {"logprobs", "n", "max_tokens"} == COMPLETION - CHAT
 
 
 def test_ignored_and_refused_parameters():
@@ -77,8 +82,13 @@ def test_limits():
     assert row("requests waiting") == [defaults["max_num_queued_requests"]]
     steps = [defaults["max_num_seqs"], defaults["max_num_batched_tokens"]]
     assert row("sequences in a step, tokens in a step") == steps
+    assert row("documents") == [MOST_ENTRIES["documents"]]
+    assert row("`request_id`") == [1, MAX_REQUEST_ID_CHARS]
     assert row("a stop string") == [1, request.MAX_STOP_STRING_CHARS]
     assert row("`stop_token_ids`") == [MOST_ENTRIES["stop_token_ids"]]
+    assert row("`allowed_token_ids`; `bad_words`") == [
+        request.MAX_ALLOWED_TOKEN_IDS, request.MAX_BAD_WORDS, 1, request.MAX_BAD_WORD_CHARS,
+    ]  # fmt: skip
     grammar = GrammarConfig()
     sizes = [grammar.max_grammar_bytes, grammar.max_grammar_depth, MAX_CHOICES]
     assert row("grammar: bytes, nesting of a schema, choices") == sizes
@@ -88,7 +98,7 @@ def test_limits():
     assert row("grammars waiting, compiled ones kept") == kept
     assert {name: defaults[name] for name in GrammarConfig.__dataclass_fields__} == dataclasses.asdict(grammar)
     assert row("`cache_salt`") == [1, request.MAX_CACHE_SALT_CHARS]
-    assert row("`logprobs` of a completion, `top_logprobs`") == [request.MAX_LOGPROBS, request.MAX_LOGPROBS]
+    assert row("`logprobs` of a completion, `top_logprobs`, `prompt_logprobs`") == [request.MAX_LOGPROBS] * 3
 
 
 def test_limits_of_requests_and_connections():
@@ -104,9 +114,12 @@ def test_limits_of_requests_and_connections():
 
 def test_limits_are_those_of_the_parts():
     limits = ServerLimits()
-    assert (limits.max_messages, limits.max_tools) == (MOST_ENTRIES["messages"], MOST_ENTRIES["tools"])
-    assert (limits.max_stop_strings, limits.max_logit_bias) == (MOST_ENTRIES["stop"], MOST_ENTRIES["logit_bias"])
-    assert (limits.max_prompts, limits.max_n) == (MAX_PROMPTS, request.MAX_N)
+    assert {name: getattr(limits, limit) for name, limit in LIMIT_NAMES.items()} == {
+        **{name: MOST_ENTRIES[name] for name in LIMIT_NAMES.keys() & MOST_ENTRIES},
+        "prompt": MAX_PROMPTS,
+        "input": MAX_INPUTS,
+    }
+    assert limits.max_n == request.MAX_N
 
 
 @pytest.mark.parametrize("kind", ["gauge", "counter"])

@@ -55,6 +55,7 @@ def test_every_metric_has_a_kind():
         "kvarn:grammar_wait_seconds": "counter",
         "kvarn:engine_steps": "counter",
         "kvarn:engine_failed_steps": "counter",
+        "kvarn:engine_restarts": "counter",
         "kvarn:request_rejections": "counter",
         "kvarn:limit_refusals": "counter",
     }

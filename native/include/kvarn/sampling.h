@@ -22,6 +22,9 @@ struct SamplingParameters {
     uint32_t stream = 0;
     std::vector<std::pair<int32_t, float>> bias;
     std::vector<int32_t> stop_tokens;  // masked while fewer than min_tokens are out
+    std::vector<uint32_t> allowed;     // a mask as in Row, of the whole vocabulary; empty: all tokens are
+    // Sequences of at least two tokens that are never completed by the output. (One token is left out of `allowed`.)
+    std::vector<std::vector<int32_t>> forbidden;
 };
 
 struct Logprobs {
@@ -29,6 +32,8 @@ struct Logprobs {
     int64_t rank = 0;
     std::vector<std::pair<int32_t, double>> top;
 };
+
+enum class Outcome { Chosen, NotFinite, NothingLeft };  // a token; the logits hold NaN or +inf; the rules leave none
 
 struct Sample {
     int32_t token = -1;
@@ -60,28 +65,41 @@ struct Row {
 // to fill them.
 struct Scratch {
     std::vector<float> weights, adjusted;
+    std::vector<uint32_t> mask;
 };
+
+// The log-softmax of a row of finite logits at a token, its rank, and the k best.
+Logprobs logprobs_at(const float *logits, size_t vocab, int32_t token, int64_t k, std::vector<float> &scratch);
 
 // The state of one sequence: its parameters and which tokens it has seen.
 class SequenceSampler {
   public:
     SequenceSampler(SamplingParameters parameters, const int32_t *prompt, size_t prompt_size);
 
-    // Chooses the row's token, and takes it into the state.
-    // Returns false where the logits hold NaN, +inf, or nothing finite; the state is unchanged then.
-    bool sample(const Row &row, Scratch &scratch, Sample &out);
+    // Chooses the row's token, and takes it into the state, which is unchanged where there is none to choose.
+    Outcome sample(const Row &row, Scratch &scratch, Sample &out);
 
     // Chooses a draft's token from another model's logits by the same rules; the state stays as it is. ahead: the draft's
     // tokens before it. q: float[row.vocab], set to the distribution that the token is drawn from, with a number of its
     // own; null: it is drawn with the number that `sample` will have for the position. Greedy ones leave q alone.
-    // -1 where `sample` returns false.
+    // -1 where there is none to choose.
     int32_t guess(const Row &row, const std::vector<int32_t> &ahead, float *q, Scratch &scratch);
 
+    // Logits that it can be asked about; none: any.
+    size_t width() const { return parameters_.allowed.size() * 32; }
+
   private:
-    // Finite logits after all rules, in `adjusted`, and their maximum; null where there are none. They are `row.logits`
-    // where no rule but the mask changes any: then the maximum is that of the allowed ones.
-    const float *rules(const Row &row, std::vector<float> &adjusted, float raw_top, float &top) const;
+    // Logits after all rules. They are those of the row where no rule but the mask changes any: then it is still to be
+    // minded, and `top` is the maximum of the allowed ones. top: finite, or there is nothing to choose.
+    struct Ruled {
+        const float *logits;
+        const uint32_t *mask;  // null: none, or minded already
+        float top;
+    };
+    Ruled rules(const Row &row, Scratch &scratch, float raw_top) const;
+    const uint32_t *mask_of(const Row &row, std::vector<uint32_t> &mask) const;
     int32_t choose(const Row &row, float *weights) const;
+    void take(int32_t token);
     bool adjusts() const;
     bool penalizes() const;
     void adjust(float *logits, size_t vocab) const;
@@ -89,6 +107,7 @@ class SequenceSampler {
     SamplingParameters parameters_;
     std::unordered_map<int32_t, int32_t> output_counts_;  // kept only where a penalty needs them
     std::unordered_map<int32_t, int32_t> prompt_counts_;
+    std::vector<int32_t> outputs_;  // kept only where sequences are forbidden
     int64_t output_tokens_ = 0;
 };
 

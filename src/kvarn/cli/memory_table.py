@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from kvarn.planning import MemoryPlan
 from kvarn.planning.sizes import size_text
 
@@ -34,6 +36,19 @@ def memory_table(plan: MemoryPlan) -> str:
     rows = memory_rows(plan)
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"  {name:<{width}}  {value}" for name, value in rows)
+
+
+def budget_table(num_bytes: int, plans: Mapping[str, MemoryPlan]) -> str:
+    """What each of several models takes when it is loaded, and what they may take together."""
+    width = max(map(len, plans))
+    rows = [
+        f"  {name:<{width}}  {size_text(plan.total):>9}  {size_text(plan.use.weights)} of weights, KV cache for "
+        f"{_count(plan.full_sequences)} of {plan.max_model_len:,} tokens"
+        for name, plan in plans.items()
+    ]
+    total = sum(plan.total for plan in plans.values())
+    fit = "all fit" if total <= num_bytes else "not all fit: those used least lately are unloaded for others"
+    return "\n".join([*rows, f"  {'in total':<{width}}  {size_text(total):>9}  of {size_text(num_bytes)}; {fit}"])
 
 
 def _count(sequences: int) -> str:

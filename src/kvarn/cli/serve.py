@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -31,6 +31,9 @@ from kvarn.server.limits import ServerLimits
 if TYPE_CHECKING:
     from kvarn.engine import AsyncLLM
     from kvarn.planning import MemoryPlan
+    from kvarn.request import Pooling
+    from kvarn.server import ServeOptions
+    from kvarn.server.models.budget import Budget
     from kvarn.tracing import TraceRecorder
 
 ACCESS = "Who may ask"
@@ -41,6 +44,7 @@ Examples:
   kvarn serve qwen2.5-coder-0.5b-instruct --port 9000 --max-num-seqs 16
   kvarn serve model.gguf --max-model-len 4096 --kv-cache-bytes 2GiB
   kvarn serve --speculative 'method=ngram,k=auto'
+  kvarn serve smollm2-135m-instruct coder=qwen2.5-coder-0.5b-instruct,max-model-len=8192 --idle-unload 10m
   kvarn serve --host 0.0.0.0 --policy fair --api-key KEY-OF-ANN --api-key KEY-OF-BOB --itl-target-ms 50
 \b
 Ask it:
@@ -53,16 +57,22 @@ Or open http://127.0.0.1:8000 in a browser.
 @options_from(ServerLimits, "limits", "Limits of requests and connections")
 def command(
     *,
-    model: Annotated[
-        str,
-        typer.Argument(help="A name from `kvarn models`, a .gguf file, or a folder with config.json and safetensors."),
-    ] = DEFAULT_MODEL,
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[[NAME=]MODEL[,SETTING=VALUE]]...",
+            help="A name from `kvarn models`, a .gguf file, or a folder with config.json and safetensors; the first is "
+            "meant where a request names none. Settings of one model: max-model-len, max-num-seqs, kv-cache-bytes, "
+            f"idle-unload. Default: {DEFAULT_MODEL}.",
+        ),
+    ] = None,
     host: Annotated[
         str, typer.Option(help="Address to listen on; 0.0.0.0 opens it to the network: see --api-key.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0: a free one.")] = 8000,
     served_model_name: Annotated[
-        str | None, typer.Option(help="Name in the API; requests may go on to use the model's own.")
+        str | None,
+        typer.Option(help="Name in the API, of one model (of several: NAME=MODEL); its own goes on to be good."),
     ] = None,
     api_key: Annotated[
         list[str] | None,
@@ -167,6 +177,13 @@ def command(
     ] = 250.0,
     max_queued_grammars: Annotated[int, typer.Option(help="Grammars waiting to be compiled; one more gets 429.")] = 64,
     grammar_cache_entries: Annotated[int, typer.Option(help="Compiled grammars that are kept.")] = 64,
+    pooling: Annotated[
+        str,
+        typer.Option(
+            help="How /v1/embeddings makes one vector of a text, unless the request says: the mean of its tokens' "
+            "hidden states, or the last one's."
+        ),
+    ] = "mean",
     trace_file: Annotated[
         Path | None,
         typer.Option(help="Record what the engine does, and write the last steps here at the end (see `kvarn trace`)."),
@@ -175,15 +192,41 @@ def command(
         str, typer.Option(help="Logs, on stderr: text or json. Prompts and answers are never logged.")
     ] = "text",
     access_log: Annotated[bool, typer.Option(help="Log a line for each finished request.")] = True,
+    drain_seconds: Annotated[
+        float,
+        typer.Option(help="After SIGTERM or Ctrl-C, for requests in flight to finish; a second signal ends at once."),
+    ] = 30.0,
+    lazy: Annotated[bool, typer.Option("--lazy", help="Load the first model, too, only when it is asked for.")] = False,
+    memory_budget: Annotated[
+        str | None,
+        typer.Option(
+            help="What all models may take together, as 8GiB; default: --memory-utilization of what is there. Those "
+            "used least lately are unloaded for others."
+        ),
+    ] = None,
+    idle_unload: Annotated[
+        str | None,
+        typer.Option(
+            help="Unload a model so long after its last request, as 300 or 10m; default: never. A request's keep_alive "
+            "goes before it."
+        ),
+    ] = None,
+    load_timeout: Annotated[
+        float, typer.Option(help="Seconds that a request waits for its model to be loaded; then it gets 503.")
+    ] = 120.0,
+    max_waiting_for_load: Annotated[
+        int, typer.Option(help="Requests that wait for models to be loaded; one more gets 429.")
+    ] = 256,
     limits: ServerLimits,
 ) -> None:
-    """Serve a model over an OpenAI-compatible HTTP API, with a chat page at /."""
-    from kvarn.cli.progress import resolve_with_progress
+    """Serve models over an OpenAI-compatible HTTP API, with a chat page at /."""
+    from kvarn.cli.serve_models import duration_option, parse_models
     from kvarn.config import CacheConfig, EngineConfig, GrammarConfig, SchedulerConfig
-    from kvarn.engine import model_name
-    from kvarn.server import ServeOptions, serve
+    from kvarn.server import ServeOptions, Told, serve
+    from kvarn.server.access import AccessOptions
     from kvarn.server.admin import AdminOptions
     from kvarn.server.listening import Tls
+    from kvarn.server.models import PoolLimits
 
     system_prompts = tuple(read_text(path, "--shared-system-prompt") for path in shared_system_prompt or ())
     config = EngineConfig(
@@ -216,26 +259,72 @@ def command(
         ),
     )
     keys = (*(api_key or ()), *_keys_of(os.environ.get("KVARN_API_KEYS", "")))
-    path = resolve_with_progress(model, quiet=not sys.stderr.isatty())
-    names = (served_model_name, model_name(model)) if served_model_name else (model_name(model),)
+    specs = parse_models(models or [DEFAULT_MODEL], config, served_model_name)
+    keep = math.inf if idle_unload is None else duration_option("idle_unload", idle_unload)
     options = ServeOptions(
-        str(path), host, port, names, limits, config, keys, keys_file, metrics_open=metrics_open,
-        log_format=log_format, access_log=access_log, cors_origins=tuple(cors_origin or ()),
-        tls=Tls(tls_cert, tls_key), admin=AdminOptions(admin_host, admin_port, admin_key),
-    )  # fmt: skip
-    addresses: list[str] = []
-
-    def listening(url: str) -> None:
-        addresses.append(url)
-        typer.echo(f"loading {model} …")
-
-    def ready(llm: AsyncLLM, seconds: float) -> None:
-        config = llm.model_config
-        typer.echo(f"{config.family}, {config.num_layers} layers · ready in {seconds:.2f} s")
-        typer.secho(f"{addresses[0]}  (chat page; API under {addresses[0]}/v1)", bold=True)
-
+        specs,
+        host,
+        port,
+        limits,
+        AccessOptions(keys, keys_file, metrics_open, tuple(cors_origin or ()), Tls(tls_cert, tls_key)),
+        AdminOptions(admin_host, admin_port, admin_key),
+        log_format,
+        access_log,
+        drain_seconds,
+        lazy,
+        optional_size("memory-budget", memory_budget),
+        PoolLimits(max_waiting_for_load, load_timeout, keep),
+        _pooling(pooling),
+    )
+    start = _Start(options)
     with _recording(trace_file, max_num_batched_tokens) as observer:
-        serve(options, on_listening=listening, on_plan=_tell, on_ready=ready, observer=observer)
+        serve(options, Told(start.listening, start.budget, start.plan, start.ready), observer=observer)
+
+
+class _Start:
+    """What people are told while the server starts."""
+
+    def __init__(self, options: ServeOptions) -> None:
+        self._first, *self._others = [spec.name for spec in options.models]
+        self._lazy = options.lazy
+        self._url = ""
+
+    def listening(self, url: str) -> None:
+        self._url = url
+        if not self._lazy:
+            typer.echo(f"loading {self._first} …")
+
+    def budget(self, budget: Budget) -> None:
+        from kvarn.cli.memory_table import budget_table
+
+        if self._others:
+            typer.echo(budget_table(budget.num_bytes or 0, budget.plans))
+
+    def plan(self, _name: str, plan: MemoryPlan) -> None:
+        from kvarn.cli.memory_table import memory_table
+
+        if not self._others:
+            typer.echo(memory_table(plan))
+
+    def ready(self, engines: Sequence[tuple[str, AsyncLLM]], seconds: float) -> None:
+        for name, llm in engines:
+            config = llm.model_config
+            loaded = f"{name}: " if self._others else ""
+            typer.echo(f"{loaded}{config.family}, {config.num_layers} layers · ready in {seconds:.2f} s")
+        others = self._others if engines else [self._first, *self._others]
+        if others:
+            typer.echo(f"when asked for: {', '.join(others)}")
+        typer.secho(f"{self._url}  (chat page; API under {self._url}/v1)", bold=True)
+
+
+def _pooling(way: str) -> Pooling:
+    from kvarn.errors import ConfigError
+    from kvarn.request import Pooling
+
+    try:
+        return Pooling(way)
+    except ValueError:
+        raise ConfigError(f"pooling must be mean or last, not {way!r}") from None
 
 
 def _keys_of(listed: str) -> list[str]:
@@ -257,10 +346,3 @@ def _recording(path: Path | None, budget: int) -> Iterator[TraceRecorder | None]
         yield recorder
     finally:
         write_trace(path, recorder)
-
-
-def _tell(plan: MemoryPlan) -> None:
-    """What will be taken, before it is."""
-    from kvarn.cli.memory_table import memory_table
-
-    typer.echo(memory_table(plan))

@@ -15,6 +15,7 @@ from kvarn.engine.front import EngineFront
 from kvarn.engine.load import LoadedEngine, OnPlan, load_engine
 from kvarn.engine.loop import EngineLoop
 from kvarn.errors import UnreadError
+from kvarn.planning import Available
 from kvarn.request import Request, RequestOutput
 from kvarn.scheduler import Observer
 
@@ -36,22 +37,34 @@ class AsyncLLM(EngineFront):
         *,
         on_plan: OnPlan = lambda _plan: None,
         observer: Observer | None = None,
+        available: Available | None = None,
     ) -> Self:
         """Loads a catalogued name, a .gguf file or a folder. Blocks for as long as loading takes; prints nothing.
 
         on_plan: told what the engine will take, before weights are read. observer: told of every decision and step.
+        available: the memory that it may take its share of; None: what the machine has now.
         Raises ModelFileError, UnsupportedModelError, PullError, ConfigError, CapacityError.
         """
-        return cls(load_engine(name_or_path, config or EngineConfig(), on_plan=on_plan, observer=observer))
+        config = config or EngineConfig()
+        return cls(load_engine(name_or_path, config, on_plan=on_plan, observer=observer, available=available))
 
     @property
     def is_running(self) -> bool:
         """False once the engine was closed or has failed for good."""
         return self._loop.failure is None
 
+    @property
+    def is_restarting(self) -> bool:
+        """Whether a step has failed and the engine is being brought back; requests wait meanwhile."""
+        return self._loop.is_restarting
+
     def check(self, request: Request) -> None:
         """Raises RequestError, naming field and limit, for a request this engine can never run."""
         self._loop.check(request)
+
+    def resolve(self, request: Request) -> Request:
+        """The same with token ids in place of texts (`bad_words`), for callers to whom `generate` must return soon."""
+        return self._loop.resolve(request)
 
     def generate(self, request: Request, *, max_unread_tokens: int | None = None) -> RequestStream:
         """Starts a request; its outputs come from the stream, in pieces as they are made.

@@ -18,7 +18,7 @@ from kvarn.request import Request, RequestOutput, SequenceOutput
 from kvarn.runner import Runner
 from kvarn.scheduler import MeasuredCost, NullObserver, Observer, Scheduler, Sequence, StepShape, StepTimes
 from kvarn.step import SampledToken, SchedulerOutput, StepOutput
-from kvarn.text import Tokenizer
+from kvarn.text import Tokenizer, token_sequences
 
 logger = logging.getLogger(__name__)
 
@@ -116,6 +116,8 @@ class EngineCore:
         self._limits.check(request)
         self._check_order(request)
         self._check_drafts(request)
+        if request.pooling is not None and not self._runner.pooler.active:
+            raise RequestError("this engine makes no embeddings", field="pooling")
         sampling = request.sampling
         if sampling.grammar is not None:
             self.grammars.check(sampling.grammar)
@@ -123,10 +125,20 @@ class EngineCore:
             ("prompt", request.prompt_token_ids),
             ("logit_bias", sampling.logit_bias),
             ("stop_token_ids", sampling.stop_token_ids),
+            ("allowed_token_ids", sampling.allowed_token_ids or ()),
+            ("bad_words", [token for word in sampling.bad_words if not isinstance(word, str) for token in word]),
         ):
             wrong = next((token for token in ids if not 0 <= token < self._vocab_size), None)
             if wrong is not None:
                 raise RequestError(f"{field}: token ids are 0 to {self._vocab_size - 1}, not {wrong}", field=field)
+
+    def resolve(self, request: Request) -> Request:
+        """The same with token ids in place of the texts of `bad_words`. Any thread may call; idempotent."""
+        sampling = request.sampling
+        if not any(isinstance(word, str) for word in sampling.bad_words):
+            return request
+        words = token_sequences(self._tokenizer, sampling.bad_words)
+        return replace(request, sampling=replace(sampling, bad_words=words))
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -145,6 +157,7 @@ class EngineCore:
 
         Waits for its grammar where that is not compiled yet (see `grammars`).
         """
+        request = self.resolve(request)
         self.check(request)
         grammar = request.sampling.grammar
         compiled = None if grammar is None else self.grammars.find(grammar) or self.grammars.compile(grammar)
@@ -183,6 +196,13 @@ class EngineCore:
 
         Raises what the runner raises: then nothing is known of the state, and only `reset` and `close` may follow.
         """
+        try:
+            return self._step()
+        except BaseException:
+            self._counters.failed_steps += 1
+            raise
+
+    def _step(self) -> list[Event]:
         began = self._clock()
         scheduled = self._scheduler.schedule()
         decided = self._clock()
@@ -199,13 +219,19 @@ class EngineCore:
     def _book(self, scheduled: SchedulerOutput, result: StepOutput) -> list[Event]:
         """What each request gained by a step."""
         parts: dict[str, list[SequenceOutput]] = {}
+        for prompt in result.prompt_logprobs:
+            for text in self._texts.values():
+                if text.is_unfinished(prompt.sequence_id):
+                    text.prompt_logprobs += prompt.logprobs
         failed: list[Event] = []
+        pooled = {vector.sequence_id: vector.vector for vector in result.pooled}
 
         def stops(sequence: Sequence, token: SampledToken) -> str | int | None:
             request_id = sequence.request.request_id
             text = self._texts.get(request_id)
             if text is None:
                 return None
+            text.embedding = pooled.get(sequence.sequence_id)
             try:
                 output = text.append(sequence, token)
             except Exception:
@@ -215,7 +241,7 @@ class EngineCore:
             return output.stop_reason
 
         self._count(self._scheduler.update(scheduled, result, stops))
-        failed += self._fail_grammars(result)
+        failed += self._fail_sequences(result)
         return failed + [self._message(i, outputs) for i, outputs in parts.items() if i in self._texts]
 
     def stats(self) -> EngineStats:
@@ -255,13 +281,15 @@ class EngineCore:
         return count
 
     def reset(self) -> None:
-        """Drops all requests and starts anew, after `step` raised. Raises where the program does not run any more."""
-        self._counters = self._counters.plus(self._scheduler)
-        self._counters.failed_steps += 1
+        """Drops all requests and starts anew, after `step` raised: nothing of the cache is believed, only the weights.
+
+        Raises where the program does not run any more; may be tried again then.
+        """
         self._texts.clear()
         self._compiled.clear()
         self._observer.reset()
-        self._scheduler = self._new_scheduler()
+        scheduler, counters = self._new_scheduler(), self._counters.plus(self._scheduler)
+        self._scheduler, self._counters = scheduler, counters
         self._runner.reset()
 
     def close(self) -> None:
@@ -296,17 +324,18 @@ class EngineCore:
         self._forget(request_id)
         return RequestFailed(request_id, EngineError(f"the request failed in the engine (error id {error_id})"))
 
-    def _fail_grammars(self, result: StepOutput) -> list[Event]:
-        """Ends the requests whose grammars gave up."""
+    def _fail_sequences(self, result: StepOutput) -> list[Event]:
+        """Ends the requests that cannot go on."""
         failed: list[Event] = []
         for sequence in result.failed:
             found = (i for i, text in self._texts.items() if text.is_unfinished(sequence.sequence_id))
             request_id = next(found, None)
             if request_id is not None:
                 self._scheduler.abort(request_id)
-                self.grammars.forget(self._compiled[request_id].grammar)
+                if sequence.field == "grammar":
+                    self.grammars.forget(self._compiled[request_id].grammar)
                 self._forget(request_id)
-                failed.append(RequestFailed(request_id, RequestError(sequence.message, field="grammar")))
+                failed.append(RequestFailed(request_id, RequestError(sequence.message, field=sequence.field)))
         return failed
 
     def _count(self, sampled: list[tuple[Sequence, SampledToken]]) -> None:

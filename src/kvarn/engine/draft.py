@@ -13,7 +13,9 @@ from kvarn.planning import MemoryPlan, Uses
 from kvarn.program import Program
 from kvarn.sampling import Sampler
 from kvarn.spec.draft_model import DraftModelDrafter, draft_limits
+from kvarn.spec.fewer_tokens import CutSource, with_fewer_tokens
 from kvarn.spec.same_vocabulary import check_same_vocabulary
+from kvarn.tensors import TensorSource
 
 
 @dataclass(slots=True)
@@ -27,12 +29,21 @@ class DraftModel:
     name: str = "the draft model"
     on_close: Callable[[], None] = lambda: None
     """The weights must stay open until then."""
+    vocab: int = 0
+    """Tokens that it can say (`SpeculativeConfig.draft_vocab`)."""
     _executable: Executable | None = field(default=None, init=False)
 
     @property
     def program(self) -> Program:
         """The model's program, with its keys and values in one KV group: the first of the target."""
-        return replace(self.model.program, one_kv_group=True)
+        program = replace(self.model.program, one_kv_group=True)
+        return with_fewer_tokens(program, self.vocab) if self.vocab else program
+
+    @property
+    def weights(self) -> TensorSource:
+        """The program's weights."""
+        source = self.model.weights
+        return CutSource(source, [w.name for w in self.model.program.weights], self.vocab) if self.vocab else source
 
     def check(self, target: Program, spellings: Sequence[str], name: str, max_model_len: int | None) -> None:
         """Raises ConfigError where it cannot guess for the target: for another vocabulary, or where no layer of the
@@ -47,7 +58,8 @@ class DraftModel:
 
     def uses(self, target: Program, config: SpeculativeConfig) -> Uses:
         """What it takes beside the target, by the target's cache and limits: probabilities of its guesses among it."""
-        program, dtypes = self.program, stored_types(self.model)
+        program, weights = self.program, self.weights
+        dtypes = stored_types(program, weights)
 
         def use(kv: KvCacheSpec, limits: StepLimits) -> MemoryUse:
             found = self.backend.memory_use(program, dtypes, kv, draft_limits(limits, program.max_positions))
@@ -60,7 +72,7 @@ class DraftModel:
     ) -> DraftModelDrafter:
         """The drafter. sampler, vocab_size: the target's. Raises as `Backend.load` does."""
         limits = draft_limits(memory.limits, self.model.program.max_positions)
-        self._executable = self.backend.load(self.program, self.model.weights, memory.kv, limits)
+        self._executable = self.backend.load(self.program, self.weights, memory.kv, limits)
         return DraftModelDrafter(
             self._executable, sampler, limits, memory.num_blocks, memory.block_size, vocab_size, config.max_step_drafts
         )

@@ -42,6 +42,8 @@ class EngineStats:
     generated_tokens: int = 0
     preemptions: int = 0
     failed_steps: int = 0
+    restarts: int = 0
+    """Times that the engine began anew after a failure."""
     prefix_queries: int = 0
     """Tokens looked up in the prefix cache: those of each sequence when it is admitted, again after a preemption."""
     prefix_hits: int = 0
@@ -109,4 +111,5 @@ def merge_outputs(outputs: Sequence[RequestOutput]) -> RequestOutput:
     if len(outputs) == 1:
         return last
     merged = join_parts([part for output in outputs for part in output.outputs])
-    return replace(last, outputs=tuple(sorted(merged, key=lambda part: part.index)))
+    prompt = next((output.prompt_logprobs for output in outputs if output.prompt_logprobs), ())
+    return replace(last, outputs=tuple(sorted(merged, key=lambda part: part.index)), prompt_logprobs=prompt)

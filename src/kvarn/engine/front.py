@@ -19,7 +19,8 @@ class EngineFront:
     def __init__(self, engine: LoadedEngine) -> None:
         """Starts the engine's thread. engine: owned from now on."""
         self._engine = engine
-        self._loop = EngineLoop(engine.core, engine.config.scheduler)
+        config = engine.config
+        self._loop = EngineLoop(engine.core, config.scheduler, config.restart_delays)
         self._closer = weakref.finalize(self, self._loop.close)
         """Closes the engine when nobody holds this object any more, and at the interpreter's exit."""
 

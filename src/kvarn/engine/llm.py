@@ -40,6 +40,8 @@ class Completion:
     prompt_token_ids: tuple[int, ...]
     choices: tuple[Choice, ...]
     num_cached_tokens: int = 0
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    """Of the prompt's tokens from the second on, where they were asked for."""
 
     @property
     def text(self) -> str:
@@ -139,6 +141,7 @@ class LLM(EngineFront):
             raise RequestError("prompts are texts or lists of token ids; put a single list into a list", field="prompt")
         ids = self.tokenizer.encode(prompt, add_special_tokens=True) if isinstance(prompt, str) else prompt
         request = Request(f"llm-{next(self._numbers)}", tuple(ids), sampling)
+        request = self._loop.resolve(request)
         self._loop.check(request)
         return request
 
@@ -193,7 +196,7 @@ def _completion(request: Request, outputs: Sequence[RequestOutput]) -> Completio
         for part in whole.outputs
         if part.finish_reason is not None
     )
-    return Completion(request.prompt_token_ids, choices, whole.num_cached_tokens)
+    return Completion(request.prompt_token_ids, choices, whole.num_cached_tokens, whole.prompt_logprobs)
 
 
 def with_overrides(config: EngineConfig, overrides: Mapping[str, Any]) -> EngineConfig:

@@ -26,7 +26,7 @@ from kvarn.kv_types import KV_TYPES
 from kvarn.models import Model, ModelConfig, load_model
 from kvarn.planning import Available, MemoryPlan, Uses, available_memory, plan_memory
 from kvarn.program import Program
-from kvarn.runner import Drafter, MoveSeconds, Runner
+from kvarn.runner import Drafter, HiddenStatePooler, MoveSeconds, Runner
 from kvarn.sampling import NativeSampler, Sampler
 from kvarn.scheduler import MeasuredCost, MoveCost, Observer, Scheduler, make_scheduler
 from kvarn.spec import make_drafter, open_heads
@@ -88,10 +88,12 @@ def load_engine(
     *,
     on_plan: OnPlan = lambda _plan: None,
     observer: Observer | None = None,
+    available: Available | None = None,
 ) -> LoadedEngine:
     """Resolves the name (pulling the model where it is not there yet), opens its files and builds the engine.
 
     on_plan: told what the engine will take, before weights are read. observer: told of every decision and step.
+    available: the memory that it may take its share of; None: what the machine has now.
 
     Raises ModelFileError, UnsupportedModelError, PullError, ConfigError, CapacityError.
     """
@@ -111,7 +113,7 @@ def load_engine(
         draft = open_draft(config)
         engine = build_engine(
             model, tokenizer, config, name=name, packed=packed, identity=identity, draft=draft,
-            on_plan=on_plan, observer=observer, on_close=files.close,
+            on_plan=on_plan, observer=observer, on_close=files.close, available=available,
         )  # fmt: skip
         files.release()
         _native.trim_heap()  # of what building a tokenizer takes, half is needed afterwards
@@ -122,6 +124,23 @@ def load_engine(
             draft.close()
         files.close()
         raise
+
+
+def plan_engine(name_or_path: str, config: EngineConfig, available: Available) -> MemoryPlan:
+    """What `load_engine` would take with so much memory; no weight is read. Raises what that raises."""
+    from kvarn.weights import catalog
+
+    files = open_model(catalog.resolve(name_or_path))
+    draft: DraftModel | None = None
+    try:
+        model = load_model(files, config.max_model_len)
+        draft = open_draft(config)
+        heads = open_heads(config.speculative, model.program, model.weights)
+        return engine_memory(model, config, make_backend(config.backend, config.threads), available, draft, heads)
+    finally:
+        if draft is not None:
+            draft.close()
+        files.close()
 
 
 def open_draft(config: EngineConfig) -> DraftModel | None:
@@ -136,21 +155,23 @@ def open_draft(config: EngineConfig) -> DraftModel | None:
     files = open_model(catalog.resolve(name))
     try:
         model = load_model(files, config.max_model_len)
-        backend = make_backend(config.backend, config.threads, _packed_slot(files, model, config))
-        return DraftModel(model, load_spellings(files), backend, model_name(name), files.close)
+        vocab = config.speculative.draft_vocab
+        packed = _packed_slot(files, model, config, f"draft_vocab={vocab}" if vocab else "")
+        backend = make_backend(config.backend, config.threads, packed)
+        return DraftModel(model, load_spellings(files), backend, model_name(name), files.close, vocab)
     except BaseException:
         files.close()
         raise
 
 
-def _packed_slot(files: ModelFiles, model: Model, config: EngineConfig) -> PackedSlot | None:
-    """Where the model's packed weights lie; None where none are kept."""
+def _packed_slot(files: ModelFiles, model: Model, config: EngineConfig, part: str = "") -> PackedSlot | None:
+    """Where the model's packed weights lie; None where none are kept. part: see `packed_path`."""
     limit = packed_cache.limit_bytes(config.packed_cache_bytes)
     sources = files.sources()
     if not limit or not sources or config.backend != "cpu":
         return None
-    path = packed_cache.packed_path(files.path)
-    key = _model_identity(files, model)
+    path = packed_cache.packed_path(files.path, part)
+    key = _model_identity(files, model) + part
 
     def admit(size: int) -> bool:
         return all(source.unchanged() for source in sources) and packed_cache.make_room(path, size, limit)
@@ -186,6 +207,7 @@ def build_engine(
     on_plan: OnPlan = lambda _plan: None,
     observer: Observer | None = None,
     on_close: Callable[[], None] = lambda: None,
+    available: Available | None = None,
 ) -> LoadedEngine:
     """Sizes the cache, loads the program on the back-end, and puts the engine together.
 
@@ -202,7 +224,7 @@ def build_engine(
     heads = open_heads(config.speculative, program, model.weights)
     if draft is not None:
         draft.check(program, spellings(tokenizer.vocabulary), name, config.max_model_len)
-    memory = engine_memory(model, config, backend, available_memory(), draft, heads)
+    memory = engine_memory(model, config, backend, available or available_memory(), draft, heads)
     shared = shared_prefixes(tokenizer, config.cache, memory.num_blocks, memory.windows)
     on_plan(memory)
     limits = memory.limits if heads is None else heads.target_limits(memory.limits)
@@ -234,6 +256,7 @@ def build_engine(
             else new_drafter(program)
         ),
         grammars=GrammarMasks(grammars.find, program.vocab_size, ends),
+        pooler=HiddenStatePooler(program, model.weights),
     )  # fmt: skip
 
     def close() -> None:
@@ -301,7 +324,8 @@ def engine_memory(
 ) -> MemoryPlan:
     """What an engine of the model takes on the back-end, with a draft model or heads where there are such. Raises
     CapacityError, ConfigError (see `plan_memory`)."""
-    program, dtypes, chosen = model.program, stored_types(model), config.speculative
+    program, chosen = model.program, config.speculative
+    dtypes = stored_types(program, model.weights)
     drafter: Uses | None = None
     if draft is not None and chosen is not None:
         drafter = draft.uses(program, chosen)

@@ -29,6 +29,6 @@ class LoadableModel(Protocol):
         ...
 
 
-def stored_types(model: LoadableModel) -> Mapping[str, DType]:
-    """How each of its weights is stored."""
-    return {weight.name: model.weights.tensor(weight.name).dtype for weight in model.program.weights}
+def stored_types(program: Program, weights: TensorSource) -> Mapping[str, DType]:
+    """How each of the program's weights is stored."""
+    return {weight.name: weights.tensor(weight.name).dtype for weight in program.weights}

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import logging
 import threading
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
-from kvarn.config import SchedulerConfig
+from kvarn.config import RESTART_DELAYS, SchedulerConfig
 from kvarn.engine.core import EngineCore, new_error_id
 from kvarn.engine.events import EngineStats, Event, RequestFailed, never_started
 from kvarn.errors import EngineError, KvarnError, OverloadError, RequestError
@@ -45,11 +46,16 @@ class EngineLoop:
 
     Every submitted request gets events until its last one (an output with `finished`, or a failure), also when a step
     fails or the loop is closed. When a step fails, all requests in flight fail with an error id that the log has too,
-    and the core starts anew; where it cannot, the loop refuses all requests from then on.
+    and the core starts anew, with the weights that it has; those who ask meanwhile wait in the queue. Where it cannot,
+    also after some tries, the loop refuses all requests from then on. A step that fails after each restart is no reason
+    to stop: whoever can send the request that breaks it could take the model from all others.
     """
 
-    def __init__(self, core: EngineCore, config: SchedulerConfig) -> None:
+    def __init__(
+        self, core: EngineCore, config: SchedulerConfig, restart_delays: Sequence[float] = RESTART_DELAYS
+    ) -> None:
         """Starts the thread. core: owned from now on. config: its scheduler's; requests beyond the queue are refused.
+        restart_delays: see `EngineConfig`.
 
         The thread is a daemon, so that a script that forgets `close` can end; but it must not be inside native code
         when the interpreter goes away, so whoever makes a loop sees to it that it is closed at exit.
@@ -68,6 +74,10 @@ class EngineLoop:
         self._stats = core.stats()
         self._calls: set[Future[Any]] = set()
         """Of `call`, not carried out yet."""
+        self._restart_delays = tuple(restart_delays)
+        self._restarting = False
+        self._restarts = 0
+        self._has_idle_work = True
         self._end: EngineError | None = None
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="kvarn-engine", daemon=True)
@@ -79,6 +89,7 @@ class EngineLoop:
         Raises RequestError for one that can never run or whose id is in use, QueueFullError where too many wait,
         EngineError where the engine is closed or has failed.
         """
+        request = self._core.resolve(request)
         self._core.check(request)
         with self._wake:
             if self._end is not None:
@@ -119,6 +130,10 @@ class EngineLoop:
             else:
                 self._commands.append(lambda: self._add(request, compiled))
             self._wake.notify()
+
+    def resolve(self, request: Request) -> Request:
+        """See `EngineCore.resolve`. Takes long where there are many texts; `submit` finds nothing left to do then."""
+        return self._core.resolve(request)
 
     def check(self, request: Request) -> None:
         """Raises RequestError where `submit` would, but for an id in use."""
@@ -171,6 +186,7 @@ class EngineLoop:
             queued_tokens=backlog.prompt_tokens,
             waiting=stats.waiting + submitted,
             rejections=rejections,
+            restarts=self._restarts,
         )
 
     def _backlog(self) -> Backlog:
@@ -191,6 +207,11 @@ class EngineLoop:
         """Why the loop takes no requests; None while it does."""
         return self._end
 
+    @property
+    def is_restarting(self) -> bool:
+        """Whether a step has failed and the core is not back yet: requests wait."""
+        return self._restarting
+
     def close(self) -> None:
         """Fails what is in flight, ends the thread after the step it is in, releases the model. Idempotent."""
         with self._wake:
@@ -202,9 +223,8 @@ class EngineLoop:
     def _run(self) -> None:
         failure = EngineError("the engine was closed")
         try:
-            while self._take_commands():
-                if self._core.has_work():
-                    self._step()
+            while not self._serve():
+                pass
         except _StoppedError as stopped:
             failure = EngineError(str(stopped))
         except BaseException:
@@ -214,19 +234,44 @@ class EngineLoop:
         finally:
             with self._wake:
                 self._end = failure
-                self._commands.clear()
-                self._submitted.clear()
-                self._preparing.clear()
-                lost: list[Event] = [RequestFailed(i, EngineError(str(failure))) for i in self._addresses]
-                calls, self._calls = self._calls, set()
-            for call in calls:
-                call.set_exception(EngineError(str(failure)))
-            self._publish(lost)
+                self._restarting = False
+                lost = self._forget_all(failure)
+            self._hand_out(lost)
             self._core.close()
+
+    def _serve(self) -> bool:
+        """Takes steps until the loop is to end; False where what is around the steps failed, and the core began anew.
+
+        Raises _StoppedError where it does not.
+        """
+        try:
+            while self._take_commands():
+                if self._core.has_work():
+                    self._step()
+        except _StoppedError:
+            raise
+        except BaseException:  # also what ends a thread: nobody else would take the commands
+            error_id = new_error_id()
+            logger.exception("the engine's thread failed (error id %s)", error_id)
+            with self._wake:
+                lost = self._forget_all(_restarted("the engine failed", error_id))
+            self._restart(lost, error_id)
+            return False
+        return True
+
+    def _forget_all(self, error: EngineError) -> list[Event]:
+        """Drops all commands and requests; returns the failures of these. With the lock held."""
+        self._commands.clear()
+        self._submitted.clear()
+        self._preparing.clear()
+        calls, self._calls = self._calls, set()
+        for call in calls:
+            call.set_exception(EngineError(str(error)))
+        return [RequestFailed(request_id, EngineError(str(error))) for request_id in self._addresses]
 
     def _take_commands(self) -> bool:
         """Waits while there is nothing to do, then applies all commands; False where the loop is to end."""
-        while self._is_idle() and self._core.idle():
+        while self._is_idle() and self._idle():
             pass  # a request waits for one piece at most
         with self._wake:
             while self._is_idle():
@@ -237,6 +282,16 @@ class EngineLoop:
         for command in commands:
             command()
         return True
+
+    def _idle(self) -> bool:
+        """Does a piece of what can be done beside requests; False where nothing is left, or where it failed."""
+        if self._has_idle_work:
+            try:
+                self._has_idle_work = self._core.idle()
+            except Exception:
+                self._has_idle_work = False
+                logger.exception("what the engine does while it is idle failed, and is left")
+        return self._has_idle_work
 
     def _is_idle(self) -> bool:
         with self._wake:
@@ -281,30 +336,48 @@ class EngineLoop:
     def _step(self) -> None:
         try:
             events = self._core.step()
-        except Exception:
-            events = self._recover()
-        self._publish(events)
+        except BaseException:
+            error_id = new_error_id()
+            logger.exception("a step failed (error id %s)", error_id)
+            with self._wake:
+                # The core has not seen those that were only submitted: they go on.
+                started = [request_id for request_id in self._addresses if request_id not in self._submitted]
+            error = _restarted("a step of the engine failed", error_id)
+            self._restart([RequestFailed(request_id, EngineError(str(error))) for request_id in started], error_id)
+        else:
+            self._publish(events)
 
-    def _recover(self) -> list[Event]:
-        """After a failed step: fails what was in flight and starts anew. Raises _StoppedError where that fails too."""
-        error_id = new_error_id()
-        logger.exception("a step failed (error id %s)", error_id)
-        try:
-            self._core.reset()
-        except Exception:
-            logger.exception("the engine cannot go on after the failed step (error id %s)", error_id)
-            raise _StoppedError(f"the engine stopped after a failed step (error id {error_id})") from None
-        with self._wake:
-            # The core has not seen those that were only submitted: they go on.
-            started = [request_id for request_id in self._addresses if request_id not in self._submitted]
-        message = f"a step of the engine failed (error id {error_id}); the request may be sent again"
-        return [RequestFailed(request_id, EngineError(message)) for request_id in started]
+    def _restart(self, lost: Sequence[Event], error_id: str) -> None:
+        """Tells who is lost, then starts the core anew. Raises _StoppedError where no try succeeds, or on `close`."""
+        self._restarting = True
+        self._hand_out(lost)
+        began = time.perf_counter()
+        for number, delay in enumerate(self._restart_delays, 1):
+            with self._wake:
+                if self._wake.wait_for(lambda: self._closing, delay):
+                    raise _StoppedError("the engine was closed")
+            try:
+                self._core.reset()
+            except BaseException:
+                tries = len(self._restart_delays)
+                logger.exception("the engine cannot go on (try %d of %d, error id %s)", number, tries, error_id)
+                continue
+            self._restarts += 1
+            self._restarting = False
+            self._stats = self._core.stats()
+            logger.warning("the engine goes on after %.2f s (error id %s)", time.perf_counter() - began, error_id)
+            return
+        raise _StoppedError(f"the engine stopped after a failed step (error id {error_id})")
 
     def _publish(self, events: Sequence[Event]) -> None:
         """Hands the events of a step to their receivers, each once."""
-        batches: dict[int, tuple[Receiver, list[tuple[object, Event]]]] = {}
         with self._wake:
             self._stats = self._core.stats()
+        self._hand_out(events)
+
+    def _hand_out(self, events: Sequence[Event]) -> None:
+        batches: dict[int, tuple[Receiver, list[tuple[object, Event]]]] = {}
+        with self._wake:
             for event in events:
                 last = isinstance(event, RequestFailed) or event.finished
                 find = self._addresses.pop if last else self._addresses.get
@@ -314,6 +387,10 @@ class EngineLoop:
                     batch.append((address.ticket, event))
         for receiver, batch in batches.values():
             receiver.receive(batch)
+
+
+def _restarted(what: str, error_id: str) -> EngineError:
+    return EngineError(f"{what} (error id {error_id}); the request may be sent again")
 
 
 class _StoppedError(Exception):

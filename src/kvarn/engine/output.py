@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as ListOf
 
-from kvarn.request import FinishReason, Request, RequestOutput, SequenceOutput
+from kvarn.request import FinishReason, Request, RequestOutput, SequenceOutput, TokenLogprob
 from kvarn.scheduler import Sequence
 from kvarn.step import SampledToken
 from kvarn.text import IncrementalDetokenizer, Tokenizer
@@ -15,6 +15,8 @@ class RequestText:
 
     def __init__(self, request: Request, sequences: ListOf[Sequence], tokenizer: Tokenizer) -> None:
         self.request = request
+        self.embedding: tuple[float, ...] | None = None
+        """Goes into the next output."""
         self._sequences = sequences
         self._unfinished = {sequence.sequence_id: sequence for sequence in sequences}
         sampling = request.sampling
@@ -29,6 +31,9 @@ class RequestText:
             )
             for sequence in sequences
         }
+
+        self.prompt_logprobs: list[TokenLogprob] = []
+        """Of the prompt's tokens; told with the next output."""
 
     @property
     def finished(self) -> bool:
@@ -81,7 +86,8 @@ class RequestText:
         if self.finished:
             drafted = sum(sequence.num_draft_tokens for sequence in self._sequences)
             accepted = sum(sequence.num_accepted_tokens for sequence in self._sequences)
+        prompt, self.prompt_logprobs = tuple(self.prompt_logprobs), []
         return RequestOutput(
             self.request.request_id, outputs, first.num_prompt_tokens, first.num_cached_tokens, self.finished, drafted,
-            accepted,
+            accepted, prompt, self.embedding,
         )  # fmt: skip

@@ -48,7 +48,7 @@ def to_llguidance(grammar: Grammar) -> str:
         case GrammarKind.JSON_OBJECT:
             return _json_grammar('{"type":"object"}')
         case GrammarKind.REGEX:
-            return str(LLMatcher.grammar_from_regex(_unanchored(grammar.text)))
+            return str(LLMatcher.grammar_from_regex(unanchored(grammar.text)))
         case GrammarKind.CHOICE:
             pattern = "|".join(_escaped(option) for option in json.loads(grammar.text))
             return str(LLMatcher.grammar_from_regex(f"({pattern})"))
@@ -69,7 +69,7 @@ def _json_grammar(schema: str) -> str:
     )
 
 
-def _unanchored(pattern: str) -> str:
+def unanchored(pattern: str) -> str:
     """The pattern without anchors around it: what comes out matches as a whole in any case."""
     pattern = pattern.removeprefix("^")
     if pattern.endswith("$"):

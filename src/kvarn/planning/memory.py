@@ -51,6 +51,8 @@ class MemoryPlan:
     """Of the KV groups: each block is one group's."""
     drafter: MemoryUse | None = None
     """Of a draft model, with a KV cache of as many blocks; None: there is none."""
+    outputs: tuple[str, ...] = ()
+    """Buffers that every step returns, for embeddings."""
 
     @property
     def total(self) -> int:
@@ -88,7 +90,9 @@ class MemoryPlan:
     @property
     def limits(self) -> StepLimits:
         """The largest step, as a back-end wants it."""
-        return StepLimits(self.max_num_batched_tokens, self.max_num_seqs, self.max_model_len, self.max_step_drafts)
+        return StepLimits(
+            self.max_num_batched_tokens, self.max_num_seqs, self.max_model_len, self.max_step_drafts, self.outputs
+        )
 
 
 def sequence_blocks(groups: Windows, length: int, chunk: int) -> tuple[int, int]:
@@ -165,6 +169,7 @@ class _Planner:
             offload_bytes=config.cache.kv_offload_bytes,
             offload_index=self._offload_index,
             windows=self._groups.sizes,
+            outputs=limits.outputs,
         )
 
     def _needed(self, length: int) -> int:
@@ -173,7 +178,8 @@ class _Planner:
 
     def _limits(self, length: int, tokens: int | None = None) -> StepLimits:
         steps, drafts = self._config.scheduler, self._config.max_step_drafts
-        return StepLimits(tokens or steps.max_num_batched_tokens, steps.max_num_seqs, length, drafts)
+        outputs = (self._program.last_layer,)
+        return StepLimits(tokens or steps.max_num_batched_tokens, steps.max_num_seqs, length, drafts, outputs)
 
     def _kv(self, num_blocks: int) -> KvCacheSpec:
         return KvCacheSpec(num_blocks, self._block_size, self._config.cache.dtype)

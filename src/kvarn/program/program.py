@@ -9,7 +9,7 @@ from functools import cached_property
 from kvarn.kv_types import KvType
 from kvarn.program.buffers import Buffer, KvLayer, Weight
 from kvarn.program.kv_groups import KvGroups, kv_groups, one_group
-from kvarn.program.ops import Input, Op
+from kvarn.program.ops import Input, Op, SelectRows
 
 BUFFER_FIELDS = frozenset({"out", "x", "q", "k", "v", "gate", "up", "a", "b"})
 WEIGHT_FIELDS = frozenset({"weight", "bias"})
@@ -73,6 +73,11 @@ class Program:
     def inputs(self) -> tuple[str, ...]:
         """Names of the buffers that the caller fills."""
         return tuple(op.out for op in self.ops if isinstance(op, Input))
+
+    @cached_property
+    def last_layer(self) -> str:
+        """The buffer that the last layer leaves: hidden states before the last norm, a row for each token."""
+        return next(op.x for op in reversed(self.ops) if isinstance(op, SelectRows))
 
     @property
     def num_parameters(self) -> int:

@@ -4,9 +4,10 @@ from kvarn.runner.batch import BatchBuilder
 from kvarn.runner.block_file import BlockFile
 from kvarn.runner.block_mover import BlockMover, MoveSeconds, measure_move
 from kvarn.runner.drafter import Drafter, NullDrafter, Proposal, logits_rows
+from kvarn.runner.pooler import HiddenStatePooler, NullPooler, Pooler
 from kvarn.runner.runner import Runner
 
 __all__ = [
-    "BatchBuilder", "BlockFile", "BlockMover", "Drafter", "MoveSeconds", "NullDrafter", "Proposal", "Runner",
-    "logits_rows", "measure_move",
+    "BatchBuilder", "BlockFile", "BlockMover", "Drafter", "HiddenStatePooler", "MoveSeconds", "NullDrafter",
+    "NullPooler", "Pooler", "Proposal", "Runner", "logits_rows", "measure_move",
 ]  # fmt: skip

@@ -36,7 +36,8 @@ class BatchBuilder:
     def build(self, sequences: Sequence[ScheduledSequence]) -> InputBatch:
         """The batch of at least one sequence, each with its draft after its tokens.
 
-        Output rows are those of the last token and of the draft of each sequence with `sample`.
+        Output rows are those of the last token and of the draft of each sequence with `sample`, and before them those
+        of its prompt's tokens whose logprobs are asked for.
         """
         count = len(sequences)
         tokens = [s.token_ids if not s.draft else s.token_ids + s.draft for s in sequences]
@@ -65,16 +66,17 @@ class BatchBuilder:
         slots[:] = self._tables[owner, :, blocks]
         slots *= self._block_size
         slots += offsets[:, None]
-        if total > count and any(s.draft for s in sequences):
+        trees: list[tuple[int, ...]] = []
+        if any(s.draft or s.prompt for s in sequences):
             ends = zip(query_start[1:].tolist(), sequences, strict=True)
-            rows = [row for end, s in ends if s.sample for row in range(end - len(s.draft) - 1, end)]
+            rows = [row for end, s in ends for row in range(end - s.num_logits, end)]
             output_rows = np.array(rows, np.int32)
-            trees = [s.parents for s in sequences]
+            if any(s.draft for s in sequences):
+                trees = [s.parents for s in sequences]
         else:
             sampled = [row for row, s in enumerate(sequences) if s.sample]
             output_rows = query_start[1:][sampled]
             output_rows -= 1
-            trees = []
         tables = self._tables[:count]
         batch = InputBatch(token_ids, positions, slots, query_start, seq_lens, tables, output_rows)
         return with_trees(batch, trees) if trees else batch

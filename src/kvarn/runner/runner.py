@@ -15,6 +15,8 @@ from kvarn.runner.block_file import BlockFile
 from kvarn.runner.block_mover import BlockMover
 from kvarn.runner.drafter import Drafter, NullDrafter, Proposal
 from kvarn.runner.guide import guided
+from kvarn.runner.pooler import NullPooler, Pooler
+from kvarn.runner.prompt_logprobs import take_prompts
 from kvarn.sampling import Draft, Sampler, TokenMasks
 from kvarn.step import DraftTokens, FailedSequence, SampledToken, ScheduledSequence, SchedulerOutput, StepOutput
 
@@ -36,18 +38,20 @@ class Runner:
         block_file: BlockFile | None = None,
         drafter: Drafter | None = None,
         grammars: GrammarMasks | None = None,
+        pooler: Pooler | None = None,
     ) -> None:
         """limits: those the executable was loaded with. logits: the program's output buffer.
 
         block_file: where blocks are saved and loaded, owned from now on; None: a step must not ask for that.
         drafter: who proposes drafts; None: nobody. grammars: of the sequences that have one, owned from now on; None:
-        no sequence may have one.
+        no sequence may have one. pooler: makes embeddings; None: no sequence may be one.
         """
         self._blocks = BlockMover(executable, block_file)
         self._executable = executable
         self._sampler = sampler
         self._drafter = drafter or NullDrafter()
         self.grammars = grammars or GrammarMasks()
+        self.pooler = pooler or NullPooler()
         self._drawn: dict[int, Proposal] = {}
         """The last proposals that were drawn from probabilities, by sequence."""
         self._num_groups = len(executable.program.kv_groups)
@@ -69,6 +73,7 @@ class Runner:
             self._sampler.add(new)
             self._drafter.add(new)
             self.grammars.add(new)
+            self.pooler.add(new)
             self._known.add(new.sequence_id)
         if scheduled.block_copies:
             self._executable.copy_blocks(scheduled.block_copies)
@@ -83,6 +88,8 @@ class Runner:
         pending = self.grammars.begin(parts)
         values = self._executable.execute(self._batches.build(scheduled.sequences), self._drafter.buffers)
         masks = None if pending is None else self.grammars.finish(pending)
+        pooled = self.pooler.take(scheduled, values)
+        values, prompts = take_prompts(values, self._logits, scheduled.sequences, self._sampler)
         sampled, failed = self._sample(values[self._logits], parts, masks)
         started = time.perf_counter()
         proposals = guided(self.grammars, scheduled, self._drafter.propose(scheduled, sampled, values))
@@ -91,8 +98,9 @@ class Runner:
         self._drawn = {p.sequence_id: p for p in proposals if p.probabilities is not None}
         drafts = tuple(_tokens(p) for p in proposals if p.token_ids)
         return StepOutput(
-            scheduled.step, tuple(sampled), loaded, moved, drafts, draft_seconds, prepare_seconds, tuple(failed)
-        )
+            scheduled.step, tuple(sampled), loaded, moved, drafts, draft_seconds, prepare_seconds, tuple(failed),
+            prompts, pooled,
+        )  # fmt: skip
 
     def _sample(
         self, logits: NDArray[np.float32], parts: list[ScheduledSequence], masks: StepMasks | None
@@ -106,11 +114,14 @@ class Runner:
         else:
             sampled = self._sampler.verify(logits, ids, positions, [self._draft(s) for s in parts], *given)
             self._move_accepted(parts, sampled)
-        if masks is None:
-            return sampled, []
-        self.grammars.advance(sampled)
-        lost = {failed.sequence_id for failed in masks.failed}
-        return [token for token in sampled if token.sequence_id not in lost], masks.failed
+        failed = [] if masks is None else masks.failed
+        lost = {failure.sequence_id for failure in failed}
+        failed += [_nothing_left(token) for token in sampled if token.token_id < 0 and token.sequence_id not in lost]
+        lost.update(failure.sequence_id for failure in failed)
+        kept = [token for token in sampled if token.sequence_id not in lost] if lost else sampled
+        if masks is not None:
+            self.grammars.advance(kept)
+        return kept, failed
 
     def _move_accepted(self, parts: list[ScheduledSequence], sampled: list[SampledToken]) -> None:
         """Moves the KV of accepted guesses to the slots of their positions, where they were behind other branches."""
@@ -145,6 +156,7 @@ class Runner:
         self._sampler.remove(sequence_id)
         self._drafter.remove(sequence_id)
         self.grammars.remove(sequence_id)
+        self.pooler.remove(sequence_id)
 
     def forget_moved(self) -> None:
         """Empties the second tier."""
@@ -165,6 +177,11 @@ class Runner:
         self._executable.close()
         self._blocks.close()
         self.grammars.close()
+
+
+def _nothing_left(token: SampledToken) -> FailedSequence:
+    message = "allowed_token_ids, bad_words, min_tokens and the grammar together leave no token here"
+    return FailedSequence(token.sequence_id, message, "allowed_token_ids")
 
 
 def _tokens(proposal: Proposal) -> DraftTokens:

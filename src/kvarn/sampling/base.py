@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 
 from kvarn.draft_tree import Parents, chain
 from kvarn.errors import RequestError
-from kvarn.request import SamplingParams
+from kvarn.request import SamplingParams, TokenLogprob
 from kvarn.step import NewSequence, SampledToken
 
 
@@ -55,8 +56,8 @@ class Sampler(Protocol):
         masks: TokenMasks | None = None,
     ) -> list[SampledToken]:
         """One token for each row of logits (R, vocab). positions[r]: where the sampled token will stand; with the
-        sequence's seed and stream it keys the random number, so that a repeated step draws the same. Raises
-        ValueError naming the sequence where its logits hold NaN or infinity, or where nothing is left to choose."""
+        sequence's seed and stream it keys the random number, so that a repeated step draws the same. A token of -1:
+        the sequence's rules leave none. Raises ValueError naming the sequence where its logits hold NaN or infinity."""
         ...
 
     def verify(
@@ -71,8 +72,9 @@ class Sampler(Protocol):
 
         logits: for each sequence 1 + len(draft) rows, as after what is known and after each token of the draft, all
         before it given. positions: where the first of its tokens will stand. Rows are looked at one after the other,
-        since penalties and `min_tokens` depend on what was accepted, along what is accepted and not beyond the first
-        token that is no draft's. What comes has exactly the distribution that `sample` would draw from token by token:
+        since penalties, `min_tokens` and `bad_words` depend on what was accepted, along what is accepted and not beyond
+        the first token that is no draft's (a token of -1, as of `sample`, is none). What comes has exactly the
+        distribution that `sample` would draw from token by token:
 
         - A draft without probabilities is compared with the token that `sample` would draw in its place, from the same
           random number. So the tokens are the very same as without a draft. (It is the rule below with all of q on
@@ -106,6 +108,14 @@ class Sampler(Protocol):
         Tokens that one of the two vocabularies lacks are not guessed. A token of -1: the logits hold NaN or infinity,
         or leave nothing to choose.
         """
+        ...
+
+
+    def logprobs(
+        self, logits: NDArray[np.float32], token_ids: Sequence[int], counts: Sequence[int]
+    ) -> list[TokenLogprob]:
+        """By row of the logits (R, vocab) what the model itself says of a token, and the `counts[r]` likeliest. Raises
+        ValueError where the logits hold NaN."""
         ...
 
 
@@ -161,9 +171,42 @@ def check_masks(rows: int, vocab_size: int, masks: TokenMasks | None) -> None:
 
 def check_ids(sampling: SamplingParams, vocab_size: int) -> None:
     """Raises RequestError where a parameter names a token that the vocabulary does not have."""
-    for field, ids in (("logit_bias", sampling.logit_bias), ("stop_token_ids", sampling.stop_token_ids)):
+    named: list[tuple[str, Iterable[int]]] = [
+        ("logit_bias", sampling.logit_bias),
+        ("stop_token_ids", sampling.stop_token_ids),
+        ("allowed_token_ids", sampling.allowed_token_ids or ()),
+        *(("bad_words", word) for word in forbidden_sequences(sampling)),
+    ]
+    for field, ids in named:
         for token in ids:
             if not 0 <= token < vocab_size:
                 raise RequestError(
                     f"{field} names token {token}; the vocabulary has 0 to {vocab_size - 1}", field=field
                 )
+
+
+def forbidden_sequences(sampling: SamplingParams) -> list[tuple[int, ...]]:
+    """The token sequences of `bad_words`. Raises ValueError for a text: who adds a request makes tokens of those."""
+    sequences = [word for word in sampling.bad_words if not isinstance(word, str)]
+    if len(sequences) != len(sampling.bad_words):
+        raise ValueError("a sampler takes bad_words as token ids")
+    return sequences
+
+
+def allowed_mask(sampling: SamplingParams, vocab_size: int) -> NDArray[np.uint32] | None:
+    """A row of `TokenMasks` of `allowed_token_ids`, without what a single token of `bad_words` forbids; None where all
+    tokens are allowed."""
+    single = [word[0] for word in forbidden_sequences(sampling) if len(word) == 1]
+    if sampling.allowed_token_ids is None and not single:
+        return None
+    allowed = np.zeros(-(-vocab_size // 32) * 32, np.uint8)
+    allowed[slice(vocab_size) if sampling.allowed_token_ids is None else list(sampling.allowed_token_ids)] = 1
+    allowed[single] = 0
+    return np.packbits(allowed, bitorder="little").view("<u4").astype(np.uint32)
+
+
+def check_numbers(logprobs: list[TokenLogprob]) -> list[TokenLogprob]:
+    """The same. Raises ValueError where one is NaN."""
+    if any(math.isnan(item.logprob) for item in logprobs):
+        raise ValueError("the logits of a prompt hold NaN or infinity")
+    return logprobs

@@ -9,7 +9,17 @@ from numpy.typing import NDArray
 
 from kvarn import _native
 from kvarn.request import TokenLogprob
-from kvarn.sampling.base import Draft, TokenMasks, check_drafts, check_guesses, check_ids, check_masks
+from kvarn.sampling.base import (
+    Draft,
+    TokenMasks,
+    allowed_mask,
+    check_drafts,
+    check_guesses,
+    check_ids,
+    check_masks,
+    check_numbers,
+    forbidden_sequences,
+)
 from kvarn.step import NewSequence, SampledToken
 
 UINT64 = (1 << 64) - 1
@@ -28,6 +38,7 @@ class NativeSampler:
         """See `Sampler.add`."""
         p = sequence.sampling
         check_ids(p, self._vocab_size)
+        allowed = allowed_mask(p, self._vocab_size)
         self._native.add(
             sequence=sequence.sequence_id,
             prompt=list(sequence.prompt_token_ids) if p.repetition_penalty != 1.0 else [],
@@ -44,6 +55,8 @@ class NativeSampler:
             stream=sequence.stream,
             bias=list(p.logit_bias.items()),
             stop_tokens=list(sequence.stop_token_ids),
+            allowed=[] if allowed is None else allowed.tolist(),
+            forbidden=[list(word) for word in forbidden_sequences(p) if len(word) > 1],
         )
 
     def remove(self, sequence_id: int) -> None:
@@ -108,6 +121,14 @@ class NativeSampler:
             list(rows), self._pool(),
         )  # fmt: skip
         return tokens
+
+
+    def logprobs(
+        self, logits: NDArray[np.float32], token_ids: Sequence[int], counts: Sequence[int]
+    ) -> list[TokenLogprob]:
+        """See `Sampler.logprobs`."""
+        found = self._native.logprobs(np.ascontiguousarray(logits), list(token_ids), list(counts), self._pool())
+        return check_numbers([said for row in found if (said := _token(-1, row).logprob) is not None])
 
 
 def _token(sequence_id: int, row: tuple[int, tuple[float, int, list[tuple[int, float]]] | None]) -> SampledToken:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,7 +11,16 @@ from numpy.typing import NDArray
 
 from kvarn.draft_tree import child
 from kvarn.request import SamplingParams, TokenLogprob
-from kvarn.sampling.base import Draft, TokenMasks, check_drafts, check_guesses, check_ids, check_masks
+from kvarn.sampling.base import (
+    Draft,
+    TokenMasks,
+    check_drafts,
+    check_guesses,
+    check_ids,
+    check_masks,
+    check_numbers,
+    forbidden_sequences,
+)
 from kvarn.step import NewSequence, SampledToken
 
 Floats = NDArray[np.float64]
@@ -45,12 +54,14 @@ def adjusted_logits(
     masked: Sequence[int],
     allowed: NDArray[np.uint32] | None = None,
 ) -> Floats:
-    """Logits after bias, masks (min_tokens, then `allowed`) and penalties, in that order. float64[vocab]; the input is
-    not changed. allowed: a row of `TokenMasks`."""
+    """Logits after bias, masks and penalties, in that order. float64[vocab]; the input is not changed. masked: tokens
+    that min_tokens and bad_words forbid here. allowed: a row of `TokenMasks`."""
     x = logits.copy()
     for token, bias in p.logit_bias.items():
         x[token] += bias
     x[list(masked)] = -np.inf
+    if p.allowed_token_ids is not None:
+        x[np.setdiff1d(np.arange(len(x)), p.allowed_token_ids)] = -np.inf
     if allowed is not None:
         bits = np.unpackbits(allowed.astype("<u4").view(np.uint8), bitorder="little")
         x[bits[: len(x)] == 0] = -np.inf
@@ -100,13 +111,22 @@ def accept_or_redraw(p: Floats, q: Floats, draft: int, accept_u: float, residual
 @dataclass(slots=True)
 class _State:
     new: NewSequence
-    output: Counter[int] = field(default_factory=Counter)
+    output: list[int] = field(default_factory=list)
 
     def adjusted(self, row: Floats, allowed: NDArray[np.uint32] | None, ahead: Sequence[int] = ()) -> Floats:
         """The row's logits after the sequence's rules, had the tokens `ahead` been sampled."""
-        new, output = self.new, self.output + Counter(ahead)
-        masked = new.stop_token_ids if output.total() < new.sampling.min_tokens else ()
-        return adjusted_logits(row, new.sampling, new.prompt_token_ids, output, masked, allowed)
+        new, output = self.new, [*self.output, *ahead]
+        masked = [*_completing(forbidden_sequences(new.sampling), output)]
+        if len(output) < new.sampling.min_tokens:
+            masked += new.stop_token_ids
+        return adjusted_logits(row, new.sampling, new.prompt_token_ids, Counter(output), masked, allowed)
+
+
+def _completing(forbidden: Sequence[tuple[int, ...]], output: Sequence[int]) -> Iterator[int]:
+    """The tokens that would complete one of the sequences at the end of the output."""
+    for tokens in forbidden:
+        if tuple(output[len(output) - len(tokens) + 1 :]) == tokens[:-1]:
+            yield tokens[-1]
 
 
 class ReferenceSampler:
@@ -181,6 +201,13 @@ class ReferenceSampler:
         parts = zip(padded, sequence_ids, positions, ahead, rows, strict=True)
         return [self._guess(row, self._states[s], at, before, probabilities, to) for row, s, at, before, to in parts]
 
+    def logprobs(
+        self, logits: NDArray[np.float32], token_ids: Sequence[int], counts: Sequence[int]
+    ) -> list[TokenLogprob]:
+        """See `Sampler.logprobs`."""
+        rows = zip(logits.astype(np.float64), token_ids, counts, strict=True)
+        return check_numbers([_logprob(row, token, count) for row, token, count in rows])
+
     def _guess(
         self,
         row: Floats,
@@ -215,8 +242,10 @@ class ReferenceSampler:
         state = self._states[sequence_id]
         new, p = state.new, state.new.sampling
         x = state.adjusted(row, allowed)
-        if not (np.isfinite(row.max()) and np.isfinite(x.max())):
-            raise ValueError(f"the logits of sequence {sequence_id} hold NaN or infinity, or leave no token")
+        if not np.isfinite(row.max()):
+            raise ValueError(f"the logits of sequence {sequence_id} hold NaN or infinity")
+        if not np.isfinite(x.max()):
+            return SampledToken(sequence_id, -1)
         if p.greedy:
             token = int(x.argmax())
         elif q is None or guess is None:
@@ -224,7 +253,7 @@ class ReferenceSampler:
         else:
             chances = (uniform(new.seed, new.stream, position, use) for use in (ACCEPT, RESIDUAL))
             token = accept_or_redraw(distribution(x, p), q.astype(np.float64), guess, *chances)
-        state.output[token] += 1
+        state.output.append(token)
         return SampledToken(sequence_id, token, None if p.logprobs is None else _logprob(row, token, p.logprobs))
 
 

@@ -35,5 +35,7 @@ class StepAssembly:
     sequences: list[ScheduledSequence] = field(default_factory=list)
     new: list[NewSequence] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)
+    prompt_rows: int = 0
+    """Rows of logits for prompts, beside the one that every sequence has."""
     held: tuple[Sequence, Hold] | None = None
     """The first of those that wait, and why it was not admitted."""

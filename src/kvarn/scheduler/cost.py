@@ -36,6 +36,8 @@ class StepShape:
             context += end
             if part.sample:
                 sampled += 1 + drafts
+            if part.prompt is not None:
+                sampled += part.num_prompt_logits
         return cls(tokens, len(parts), sampled, attended, context)
 
     def plus(self, start: int, count: int) -> Self:

@@ -21,6 +21,8 @@ ALLOWANCE = 0.02
 """Of the time of steps, what trying guesses that are not believed to pay may take."""
 LEAST_TRIED = 8
 """Guesses that are verified at first, whatever they take, before any is believed to pay."""
+DEEPER_EVERY = 4
+"""Of the steps with guesses, one has one more of them than is believed best, as long as that was never measured."""
 NEARLY = 8
 """Tokens that a drafter may lack of a text without it being worth a thought."""
 READING_MEMORY, LEAST_OFF = 0.8, 0.1
@@ -108,6 +110,10 @@ class CostlySpeculation(AutoSpeculation):
             if tokens / seconds > best:
                 best, self._depth = tokens / seconds, depth
                 self._saved = times[0] / count - seconds / tokens
+        deeper = self._depth + 1
+        if self._depth and deeper <= self.most and not self._times.knows(shape.num_tokens + deeper * count):
+            # What so many rows cost is a guess, and one that is too high would never be put right.
+            self._depth = deeper if self._plans % DEEPER_EVERY == 0 else self._depth
         if not self._depth or self._num_tried < LEAST_TRIED:
             self._depth = 0
             self._try_one(ready, times, count)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 
-from kvarn.cache import BlockPool, NullPrefixCache, PrefixCache, common_length
+from kvarn.cache import BlockPool, NullPrefixCache, PrefixCache, PrefixPath, common_length
+from kvarn.request import Pooling, Request
 from kvarn.scheduler.moves import AlwaysMove, Moves
 from kvarn.scheduler.observer import Observer
 from kvarn.scheduler.sequence import Sequence
@@ -45,6 +46,11 @@ class PrefixReuse:
         """Tokens whose KV was saved to the second tier; a block of one KV group of several counts for its share."""
         return self.cache.tier.num_saved * self._pool.block_size // len(self._pool.windows)
 
+    def path(self, request: Request) -> PrefixPath:
+        """The place of a new sequence of the request; one that finds nothing where every token must be computed."""
+        cache = NullPrefixCache() if request.pooling is Pooling.MEAN else self.cache
+        return cache.path((request.tenant, request.cache_salt))
+
     def end_step(self) -> tuple[tuple[BlockSave, ...], tuple[BlockLoad, ...]]:
         """What the step that was put together since the last call saves and loads."""
         loads, self._loads = tuple(self._loads), []
@@ -58,7 +64,7 @@ class PrefixReuse:
         needs more blocks than without.
         """
         known = sequence.num_computed_tokens
-        if known >= sequence.num_tokens - 1:
+        if known >= sequence.num_tokens - 1 or sequence.lacks_prompt_logprobs:
             return 0
         found = sequence.prefix.adopt(sequence.token_ids, sequence.table, known, whole_blocks=whole_blocks)
         sequence.num_computed_tokens = found
@@ -115,6 +121,8 @@ class PrefixReuse:
 
         most: tokens that it would get.
         """
+        if sequence.lacks_prompt_logprobs:
+            return False
         leader, leader_end = self._computing.get(sequence.prefix.next_block(sequence.token_ids), (sequence, 0))
         if leader_end < (sequence.prefix.num_blocks + 1) * self._pool.block_size:
             return False  # it fills no block, so there would be no more to find in the next step
@@ -141,7 +149,7 @@ class PrefixReuse:
         Its blocks must be available. most: tokens to load at most.
         """
         size, prefix = self._pool.block_size, sequence.prefix
-        if sequence.num_computed_tokens >= sequence.num_tokens - 1:
+        if sequence.num_computed_tokens >= sequence.num_tokens - 1 or sequence.lacks_prompt_logprobs:
             return False
         found = prefix.offloaded(sequence.token_ids, most // size)
         start = prefix.num_blocks * size

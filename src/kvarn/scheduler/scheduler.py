@@ -161,11 +161,12 @@ class Scheduler:
                 max_length=self.limits.max_length_of(request),
                 eos_token_ids=frozenset() if sampling.ignore_eos else self._eos_token_ids,
                 table=new_tables(self._pool),
-                prefix=self.reuse.cache.path((request.tenant, request.cache_salt)),
+                prefix=self.reuse.path(request),
             )
             for index in range(sampling.n)
         ]
-        sequences[0].expected_hit = sequences[0].prefix.peek(sequences[0].token_ids)
+        if not sequences[0].lacks_prompt_logprobs:
+            sequences[0].expected_hit = sequences[0].prefix.peek(sequences[0].token_ids)
         self._check_deadline(sequences[0])
         group = Group({s.sequence_id: s for s in sequences}, forks=sequences[1:])
         self._groups[request.request_id] = group
@@ -234,6 +235,7 @@ class Scheduler:
             sequence = self._sequences.get(part.sequence_id)
             if sequence is not None:
                 self.reuse.computed(sequence, part.end)
+                sequence.num_prompt_logprobs += part.num_prompt_logits
                 self._release_forks(sequence)
         sampled: list[tuple[Sequence, SampledToken]] = []
         for token in result.sampled:
@@ -319,9 +321,21 @@ class Scheduler:
         self._admit_waiting(step, before=sequence)
         # One token stays for each sequence after this one, so that a long prompt holds nobody up.
         after, start = self._chunked(step) - 1, sequence.num_computed_tokens
-        count = max(1, step.budget.room(start, sequence.num_uncomputed_tokens, after))
+        count = max(1, step.budget.room(start, self._most(step, sequence), after))
         step.budget.take(start, count)
         return count
+
+    def _most(self, step: StepAssembly, sequence: Sequence) -> int:
+        """Tokens that a running sequence may compute in the step, were it for the rows of logits alone.
+
+        There are as many rows as seats (and those of drafts). Everybody who runs has one; the others are for prompts
+        whose logprobs are asked for.
+        """
+        wanted = sequence.num_uncomputed_tokens
+        if not sequence.lacks_prompt_logprobs:
+            return wanted
+        known = max(0, sequence.num_prompt_logprobs - sequence.num_computed_tokens)
+        return min(wanted, known + 1 + self._config.max_num_seqs - len(self._running) - step.prompt_rows)
 
     def _chunked(self, step: StepAssembly) -> int:
         """Pending sequences that are no decodes: one token is left for each."""
@@ -342,7 +356,7 @@ class Scheduler:
 
     def _try_to_admit(self, step: StepAssembly, sequence: Sequence, reserved: int) -> Hold | None:
         """Admits the first of the waiting sequences; or says why not."""
-        if len(self._running) >= self._config.max_num_seqs:
+        if len(self._running) + step.prompt_rows >= self._config.max_num_seqs:
             return Hold.SEATS
         if not step.budget.room(0, 1, reserved):
             return Hold.BUDGET
@@ -359,15 +373,15 @@ class Scheduler:
                 # What it waits with cannot be evicted for those that run.
                 self.reuse.give_up_blocks(sequence)
             return hold
-        if not forked:
+        if not forked and not sequence.lacks_prompt_logprobs:
             self.reuse.num_queries += sequence.num_tokens
             self.reuse.count_hits(sequence, min(found, sequence.num_computed_tokens))
         if self.reuse.load(sequence, count):
             return Hold.LOADING
         start = sequence.num_computed_tokens
         # It may have given up a part of a block for want of another; then it has room for no fewer tokens.
-        count = step.budget.room(start, sequence.num_uncomputed_tokens, reserved)
         self._admit(step, sequence)
+        count = step.budget.room(start, self._most(step, sequence), reserved)
         step.budget.take(start, count)
         self._put(step, sequence, count)
         return None
@@ -397,6 +411,9 @@ class Scheduler:
         start = sequence.num_computed_tokens
         end = start + count
         sample = end == sequence.num_tokens
+        prompt = sequence.prompt_targets(start, end)
+        if prompt is not None:
+            step.prompt_rows += len(prompt.token_ids) - (not sample)
         ahead, nodes = self.drafting.wanted(sequence) if sample and self.drafting.active else (0, 0)
         self.reuse.computes(sequence, end)
         step.copies += self.reuse.take_blocks(sequence, start, end)
@@ -411,6 +428,7 @@ class Scheduler:
                 sample=sample,
                 num_drafts_wanted=ahead,
                 num_nodes_wanted=nodes,
+                prompt=prompt,
             )
         )
 

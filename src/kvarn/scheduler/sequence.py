@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from kvarn.cache import PrefixHit, PrefixPath, Tables
 from kvarn.request import FinishReason, Request, SamplingParams
 from kvarn.scheduler.acceptance import Acceptance
-from kvarn.step import NewSequence
+from kvarn.step import NewSequence, PromptTargets
 
 
 @dataclass(slots=True, eq=False)
@@ -39,6 +39,8 @@ class Sequence:
     """Prompt tokens whose KV was found in the prefix cache; not those found again after a preemption."""
     expected_hit: PrefixHit = field(default_factory=PrefixHit)
     """What the prefix cache had of the prompt when the sequence was queued. For forecasts."""
+    num_prompt_logprobs: int = 0
+    """Of the prompt's tokens whose logprobs are asked for, how many have come."""
     num_preemptions: int = 0
     prompt_charged: bool = field(init=False)
     """Whether the policy has been told of the prompt's tokens. Only the first of a request's sequences pays them."""
@@ -91,6 +93,23 @@ class Sequence:
         return len(self.token_ids) - self.num_prompt_tokens
 
     @property
+    def lacks_prompt_logprobs(self) -> bool:
+        """Whether it computes its prompt for what the model says of it, too: then no KV from elsewhere is of use.
+
+        One sequence of a request does that for all.
+        """
+        asked = self.request.sampling.prompt_logprobs is not None and self.index == 0
+        return asked and self.num_prompt_logprobs < self.num_prompt_tokens - 1
+
+    def prompt_targets(self, start: int, end: int) -> PromptTargets | None:
+        """Of a part that computes the tokens start … end - 1."""
+        if not self.lacks_prompt_logprobs:
+            return None
+        first, last = max(start, self.num_prompt_logprobs), min(end, self.num_prompt_tokens - 1)
+        tokens = self.request.prompt_token_ids[first + 1 : last + 1]
+        return PromptTargets(tokens, self.request.sampling.prompt_logprobs or 0) if tokens else None
+
+    @property
     def finished(self) -> bool:
         """No more tokens will come."""
         return self.finish_reason is not None
@@ -106,6 +125,7 @@ class Sequence:
             stream=self.index,
             stop_token_ids=tuple(sorted(stop_ids)),
             salt=(self.request.tenant, self.request.cache_salt),
+            pooling=self.request.pooling,
         )
 
     def end_at(self, token_id: int) -> tuple[FinishReason, int | None] | None:

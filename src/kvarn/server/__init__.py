@@ -1,4 +1,4 @@
-"""The HTTP server over one `AsyncLLM`. Imported on first use: limits and keys need no web server."""
+"""The HTTP server over a pool of models. Imported on first use: limits and keys need no web server."""
 
 from __future__ import annotations
 
@@ -7,11 +7,15 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from kvarn.server.app import create_app
-    from kvarn.server.run import ServeOptions, serve
+    from kvarn.server.models.hosted import ModelSpec
+    from kvarn.server.run import ServeOptions, Told, serve
 
-__all__ = ["ServeOptions", "create_app", "serve"]
+__all__ = ["ModelSpec", "ServeOptions", "Told", "create_app", "serve"]
 
-_PLACES = {"ServeOptions": "kvarn.server.run", "serve": "kvarn.server.run", "create_app": "kvarn.server.app"}
+_PLACES = {
+    "ModelSpec": "kvarn.server.models.hosted", "ServeOptions": "kvarn.server.run", "Told": "kvarn.server.run",
+    "create_app": "kvarn.server.app", "serve": "kvarn.server.run",
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> object:

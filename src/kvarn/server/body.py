@@ -11,14 +11,14 @@ from contextlib import asynccontextmanager, contextmanager
 from typing import Any, TypeVar
 
 from fastapi import Request
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from starlette.requests import ClientDisconnect
 
 from kvarn.server.errors import RETRY_SECONDS, ApiError
 from kvarn.server.limits import ServerLimits
-from kvarn.server.protocol import screen
+from kvarn.server.protocol import LIMIT_NAMES, ModelRequest, screen
 
-Model = TypeVar("Model", bound=BaseModel)
+Model = TypeVar("Model", bound=ModelRequest)
 
 KINDS = {
     "string_type": "a string",
@@ -30,11 +30,6 @@ KINDS = {
     "model_type": "an object",
 }
 """What pydantic's error types say was wanted."""
-ENTRIES = {
-    "messages": "max_messages", "tools": "max_tools", "prompt": "max_prompts", "input": "max_prompts",
-    "stop": "max_stop_strings", "stop_sequences": "max_stop_strings", "logit_bias": "max_logit_bias",
-}  # fmt: skip
-"""Parameters that are lists or objects, and the limits of their entries."""
 SHOWN = 40
 """Characters of a wrong value that a message repeats."""
 
@@ -108,9 +103,9 @@ def _too_large(limit: int) -> ApiError:
     return ApiError(413, message, code="body_too_large", headers=CLOSE)
 
 
-def check_entries(body: BaseModel, limits: ServerLimits) -> None:
+def check_entries(body: ModelRequest, limits: ServerLimits) -> None:
     """Raises ApiError 400, naming parameter and limit, for a body that has more of something than is allowed."""
-    for name, limit in ENTRIES.items():
+    for name, limit in LIMIT_NAMES.items():
         value, most = getattr(body, name, None), getattr(limits, limit)
         if not isinstance(value, list | tuple | dict) or len(value) <= most:
             continue
@@ -118,14 +113,16 @@ def check_entries(body: BaseModel, limits: ServerLimits) -> None:
             continue  # one prompt, of token ids
         message = f"{name} must have at most {most} entries, not {len(value)} ({limit})"
         raise ApiError(400, message, param=name, code="invalid_value")
-    n = getattr(body, "n", None)
-    if isinstance(n, int) and n > limits.max_n:
-        raise ApiError(400, f"n must be at most {limits.max_n}, not {n} (max_n)", param="n", code="invalid_value")
+    for name in ("n", "best_of"):
+        n = getattr(body, name, None)
+        if isinstance(n, int) and n > limits.max_n:
+            message = f"{name} must be at most {limits.max_n}, not {n} (max_n)"
+            raise ApiError(400, message, param=name, code="invalid_value")
 
 
 def parse(model: type[Model], body: bytes) -> Model:
     """The body as a request model. Takes long for a long body. Raises ApiError 400 naming the first field at fault."""
-    values = screen(_json_object(body), model.model_fields)
+    values = screen(_json_object(body), model.model_fields, model.screening)
     try:
         return model.model_validate(values)
     except ValidationError as error:

@@ -126,7 +126,7 @@ class BoundedProtocol(HttpToolsProtocol):
         if self.cycle is not None and not self.cycle.response_complete:
             self.transport.abort()  # an answer to an earlier request is on its way: none can be put into it
             return
-        body = ApiError(status, message, code=code).body()
+        body = ApiError(status, message, code=code).response("").body
         head = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(body)
         self.transport.write(STATUS_LINE[status] + head + body)
         self.transport.close()

@@ -1,4 +1,4 @@
-"""Every answer that is no success, in OpenAI's shape: {"error": {"message", "type", "param", "code"}}."""
+"""Every answer that is no success, in the form of the client's API (see `dialects`)."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from kvarn.errors import (
     TemplateError,
     UnreadError,
 )  # fmt: skip
+from kvarn.server.dialects import dialect_of
 from kvarn.server.record import RequestRecord
 
 logger = logging.getLogger("kvarn.server")
@@ -47,22 +48,26 @@ class ApiError(Exception):
         self.param = param
         self.code = code
         self.headers = dict(headers or {})
+        self.request_id = ""
+        """Of the request that it answers, as soon as that is known."""
 
-    def body(self, request_id: str = "") -> bytes:
-        """The JSON body. ASCII: what clients sent may be repeated in it, lone surrogates among it."""
-        kinds = {429: "rate_limit_error", 503: "service_unavailable_error"}
-        kind = "server_error" if self.status >= 500 else "invalid_request_error"
-        error = {
-            "message": self.message if len(self.message) <= MAX_MESSAGE else f"{self.message[:MAX_MESSAGE]}…",
-            "type": kinds.get(self.status, kind),
-            "param": None if self.param is None else self.param[:MAX_PARAM],
-            "code": self.code,
-        }
-        return json.dumps({"error": error, **({"request_id": request_id} if request_id else {})}).encode()
+    @property
+    def told(self) -> str:
+        """The message, no longer than clients are told."""
+        return self.message if len(self.message) <= MAX_MESSAGE else f"{self.message[:MAX_MESSAGE]}…"
 
-    def response(self, request_id: str = "") -> Response:
-        """The HTTP response."""
-        return Response(self.body(request_id), self.status, self.headers, media_type="application/json")
+    @property
+    def told_param(self) -> str | None:
+        """The field's path, no longer than clients are told."""
+        return None if self.param is None else self.param[:MAX_PARAM]
+
+    def response(self, path: str) -> Response:
+        """The HTTP response to a request for that path.
+
+        ASCII: what clients sent may be repeated in it, lone surrogates among it.
+        """
+        body = json.dumps(dialect_of(path).body(self)).encode()
+        return Response(body, self.status, self.headers, media_type="application/json")
 
 
 def to_api_error(error: Exception) -> ApiError:
@@ -98,6 +103,7 @@ def _overload(error: OverloadError, *, code: str) -> ApiError:
 def noted(error: Exception, record: RequestRecord) -> ApiError:
     """What the client of a request is told of an exception; the request's record has it from now on."""
     found = to_api_error(error)
+    found.request_id = record.request_id
     record.error, record.message = found.code or "error", found.message
     return found
 
@@ -113,7 +119,7 @@ def install(app: FastAPI) -> None:
         found = noted(error, record)
         if isinstance(error, HTTPException):
             found.message = f"{found.message}: {request.method} {request.url.path[:200]}"
-        return found.response(record.request_id)
+        return found.response(request.url.path)
 
     for kind in (ApiError, KvarnError, HTTPException):
         app.add_exception_handler(kind, answer)

@@ -54,7 +54,7 @@ class Front:
             found = noted(error, record)
             if record.status:
                 raise  # it has begun, so there is nothing but to break it off
-            await found.response(record.request_id)(scope, receive, tell)
+            await found.response(scope["path"])(scope, receive, tell)
         finally:
             self._finished(record)
 

@@ -23,8 +23,8 @@ _LONGEST_TIMER = 86_400.0
 
 
 def new_id(prefix: str) -> str:
-    """A fresh id as OpenAI's look: prefix and random characters."""
-    return f"{prefix}-{secrets.token_hex(12)}"
+    """A fresh id as those of the clients' APIs look. prefix: with what stands between it and the random characters."""
+    return f"{prefix}{secrets.token_hex(12)}"
 
 
 @dataclass(slots=True)
@@ -60,9 +60,11 @@ class Answer:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
 
     def take(self, delta: SequenceOutput) -> None:
         """Adds a delta."""
+        self.stop_reason = delta.stop_reason
         self.text += delta.text
         self.token_ids += delta.token_ids
         self.logprobs += delta.logprobs
@@ -80,7 +82,8 @@ def _within(sampling: SamplingParams, limits: ServerLimits) -> SamplingParams:
     return sampling if sampling.max_tokens is not None else replace(sampling, max_tokens=most)
 
 
-def _check_prompt(request: Request, limits: ServerLimits) -> None:
+def check_prompt(request: Request, limits: ServerLimits) -> None:
+    """Raises RequestError for a prompt of more tokens than are allowed."""
     count, most = len(request.prompt_token_ids), limits.max_prompt_tokens
     if most is not None and count > most:
         message = f"the prompt has {count} tokens, at most {most} are allowed (max_prompt_tokens)"
@@ -117,9 +120,11 @@ class Generation:
         self.answer_id = answer_id
         self.requests: list[Request] = []
         account = caller.visit.account
+        # Clients may choose ids of answers, and others the same.
+        unique = secrets.token_hex(4)
         for index, ids in enumerate(prompts):
             request = Request(
-                f"{answer_id}-{index}",
+                f"{answer_id}-{unique}-{index}",
                 tuple(ids),
                 sampling,
                 priority=account.priority(priority),
@@ -127,9 +132,12 @@ class Generation:
                 cache_salt=cache_salt or account.key.cache_salt,
                 ttft_slo_ms=caller.ttft_slo_ms,
             )
-            _check_prompt(request, caller.limits)
+            check_prompt(request, caller.limits)
+            request = llm.resolve(request)
             llm.check(request)
             self.requests.append(request)
+        self.prompt_logprobs: dict[int, tuple[TokenLogprob, ...]] = {}
+        """By prompt, of its tokens from the second on, where they were asked for: as soon as any delta has come."""
         self.usage = Usage(prompt=sum(len(request.prompt_token_ids) for request in self.requests))
         if sampling.max_tokens is None:
             caller.visit.reserve(self.usage.prompt, guessed=self.num_choices * GUESSED_TOKENS)
@@ -206,6 +214,8 @@ class Generation:
         for delta in output.outputs:
             if delta.finish_reason is not None:
                 record.finish_reasons[prompt * self.n + delta.index] = delta.finish_reason.value
+        if output.prompt_logprobs:
+            self.prompt_logprobs[prompt] = output.prompt_logprobs
         self.usage.completion += sum(len(delta.token_ids) for delta in output.outputs)
         if output.finished:
             self.usage.cached += output.num_cached_tokens

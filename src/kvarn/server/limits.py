@@ -9,7 +9,7 @@ from typing import Any
 from kvarn.errors import ConfigError
 from kvarn.request import MAX_LOGIT_BIAS, MAX_N, MAX_STOP_STRINGS
 
-MAX_MESSAGES, MAX_TOOLS, MAX_PROMPTS = 16_384, 1024, 64
+MAX_MESSAGES, MAX_TOOLS, MAX_PROMPTS, MAX_INPUTS = 16_384, 1024, 64, 2048
 """What the parts that read requests take at most; tests hold that they agree."""
 
 
@@ -34,7 +34,8 @@ class ServerLimits:
     max_unparsed_bytes: int = _limit(256 << 20, "Bodies of all requests that are being read; beyond: 429.")
     max_messages: int = _limit(MAX_MESSAGES, "Messages of a conversation.", most=MAX_MESSAGES)
     max_tools: int = _limit(MAX_TOOLS, "Tools of a request.", most=MAX_TOOLS)
-    max_prompts: int = _limit(MAX_PROMPTS, "Prompts, or texts to embed, in a request.", most=MAX_PROMPTS)
+    max_prompts: int = _limit(MAX_PROMPTS, "Prompts of a request.", most=MAX_PROMPTS)
+    max_inputs: int = _limit(MAX_INPUTS, "Texts to embed in a request.", most=MAX_INPUTS)
     max_prompt_tokens: int | None = _limit(None, "Tokens of a prompt; unset: what --max-model-len leaves.")
     max_output_tokens: int | None = _limit(
         None, "Largest max_tokens, and the one of requests without it; unset: what --max-model-len leaves."

@@ -25,12 +25,18 @@ def _text(tokenizer: Tokenizer, token: int) -> str:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
 
-def chat_logprobs(tokenizer: Tokenizer, logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
-    """`choices[].logprobs` of a chat completion."""
+def _name(tokenizer: Tokenizer, token: int, as_ids: bool) -> str:
+    return f"token_id:{token}" if as_ids else _text(tokenizer, token)
+
+
+def chat_logprobs(
+    tokenizer: Tokenizer, logprobs: Sequence[TokenLogprob], *, as_ids: bool = False
+) -> dict[str, Any]:
+    """`choices[].logprobs` of a chat completion. as_ids: tokens are told as `token_id:5`."""
 
     def entry(token: int, logprob: float) -> dict[str, Any]:
         data = tokenizer.token_bytes(token)
-        return {"token": _text(tokenizer, token), "logprob": _finite(logprob), "bytes": list(data)}
+        return {"token": _name(tokenizer, token, as_ids), "logprob": _finite(logprob), "bytes": list(data)}
 
     content = [
         {**entry(item.token_id, item.logprob), "top_logprobs": [entry(*alternative) for alternative in item.top]}
@@ -39,24 +45,53 @@ def chat_logprobs(tokenizer: Tokenizer, logprobs: Sequence[TokenLogprob]) -> dic
     return {"content": content, "refusal": None}
 
 
+def prompt_logprobs(
+    tokenizer: Tokenizer, logprobs: Sequence[TokenLogprob], as_ids: bool
+) -> list[dict[str, dict[str, Any]] | None]:
+    """`prompt_logprobs` in vLLM's shape: null for the first token, then by token id what is known of it."""
+
+    def entry(token: int, logprob: float, rank: int) -> dict[str, Any]:
+        return {"logprob": _finite(logprob), "rank": rank, "decoded_token": _name(tokenizer, token, as_ids)}
+
+    found: list[dict[str, dict[str, Any]] | None] = [None]
+    for item in logprobs:
+        told = {str(item.token_id): entry(item.token_id, item.logprob, item.rank)}
+        for rank, (token, logprob) in enumerate(item.top, 1):
+            told.setdefault(str(token), entry(token, logprob, rank))
+        found.append(told)
+    return found
+
+
 def completion_logprobs(
-    tokenizer: Tokenizer, logprobs: Sequence[TokenLogprob], offset: int, *, skip_special_tokens: bool
+    tokenizer: Tokenizer,
+    logprobs: Sequence[TokenLogprob | int],
+    offset: int,
+    *,
+    skip_special_tokens: bool,
+    as_ids: bool = False,
 ) -> tuple[dict[str, Any], int]:
     """`choices[].logprobs` of a completion, and the offset after these tokens.
 
     offset: characters of the text before these tokens. A token that ends inside a code point counts those it begins.
+    as_ids: tokens are told as `token_id:5`. One of `logprobs` that is a token id has none: a prompt's first.
     """
     tokens: list[str] = []
     offsets: list[int] = []
-    tops: list[dict[str, float]] = []
+    values: list[float | None] = []
+    tops: list[dict[str, float] | None] = []
     for item in logprobs:
-        text = _text(tokenizer, item.token_id)
+        token_id = item if isinstance(item, int) else item.token_id
+        text = _name(tokenizer, token_id, as_ids)
         tokens.append(text)
         offsets.append(offset)
-        shown = tokenizer.text_bytes(item.token_id, skip_special_tokens)
+        shown = tokenizer.text_bytes(token_id, skip_special_tokens)
         offset += sum(byte & 0xC0 != 0x80 for byte in shown)
-        top = {_text(tokenizer, token): _finite(value) for token, value in item.top}
+        if isinstance(item, int):
+            values.append(None)
+            tops.append(None)
+            continue
+        values.append(_finite(item.logprob))
+        top = {_name(tokenizer, token, as_ids): _finite(value) for token, value in item.top}
         top.setdefault(text, _finite(item.logprob))
         tops.append(top)
-    values = [_finite(item.logprob) for item in logprobs]
     return {"tokens": tokens, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets}, offset

@@ -50,6 +50,7 @@ class EngineCollector(Collector):
             ("grammar_wait_seconds", "Time for which steps waited for masks.", stats.grammar_wait_seconds),
             ("engine_steps", "Steps of the engine.", stats.steps),
             ("engine_failed_steps", "Steps that failed.", stats.failed_steps),
+            ("engine_restarts", "Times that the engine began anew after a failure.", stats.restarts),
         )
         kinds = ((GaugeMetricFamily, gauges), (CounterMetricFamily, counters))
         for kind, metrics in kinds:

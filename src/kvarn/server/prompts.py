@@ -8,7 +8,15 @@ from typing import Any
 from kvarn.engine import AsyncLLM
 from kvarn.errors import RequestError
 from kvarn.server.errors import ApiError
-from kvarn.server.protocol import MAX_PROMPTS, ChatCompletionRequest, CompletionRequest
+from kvarn.server.protocol import (
+    MAX_INPUTS,
+    MAX_PROMPTS,
+    ChatCompletionRequest,
+    CompletionRequest,
+    EmbeddingRequest,
+    SamplingRequest,
+)  # fmt: skip
+from kvarn.server.thoughts import effort_variables
 from kvarn.server.tools import ToolUse
 
 
@@ -22,13 +30,24 @@ class PromptEncoder:
 
     def completion(self, request: CompletionRequest) -> Iterator[Sequence[int]]:
         """Token ids of each prompt, one after the other. Raises ApiError, RequestError naming `prompt`."""
-        given = request.prompt
+        special = request.add_special_tokens is not False
+        for ids in self._prompts(request.prompt, special, MAX_PROMPTS, "prompt"):
+            yield self._kept(request, ids)
+
+    def inputs(self, request: EmbeddingRequest) -> Iterator[Sequence[int]]:
+        """Token ids of each text to embed. Raises ApiError naming `input`, RequestError naming `prompt`."""
+        special = request.add_special_tokens is not False
+        yield from self._prompts(request.input, special, MAX_INPUTS, "input")
+
+    def _prompts(
+        self, given: str | Sequence[Any], special: bool, most: int, name: str
+    ) -> Iterator[Sequence[int]]:
+        """name: of the parameter that they are given as."""
         single = isinstance(given, str) or (given and isinstance(given[0], int))
         prompts: list[Any] = [given] if single else list(given)
-        if not 1 <= len(prompts) <= MAX_PROMPTS:
-            message = f"prompt must hold 1 to {MAX_PROMPTS} prompts, not {len(prompts)}"
-            raise ApiError(400, message, param="prompt", code="invalid_value")
-        special = True if request.add_special_tokens is None else request.add_special_tokens
+        if not 1 <= len(prompts) <= most:
+            message = f"{name} must hold 1 to {most} prompts, not {len(prompts)}"
+            raise ApiError(400, message, param=name, code="invalid_value")
         for prompt in prompts:
             if isinstance(prompt, str):
                 self._check_length(len(prompt))
@@ -40,13 +59,19 @@ class PromptEncoder:
         """Token ids of the conversation. tools: those that it tells the model of. Raises TemplateError, RequestError
         naming the part at fault."""
         self._check_length(sum(map(_characters, request.messages)))
-        yield self._tokenizer.encode_chat(
+        ids = self._tokenizer.encode_chat(
             request.messages,
             tools=None if tools is None else tools.tools,
             add_generation_prompt=request.add_generation_prompt is not False,
             continue_final_message=bool(request.continue_final_message),
-            template_kwargs=request.chat_template_kwargs or {},
+            template_kwargs={**effort_variables(request, self._tokenizer), **request.template_variables},
         )
+        yield self._kept(request, ids)
+
+    def _kept(self, request: SamplingRequest, ids: Sequence[int]) -> Sequence[int]:
+        """What the request wants of a prompt."""
+        limit = request.prompt_limit(self._max_tokens)
+        return ids if limit is None else ids[-limit:]
 
     def _check_length(self, characters: int) -> None:
         most = self._max_tokens * self._longest_token

@@ -1,133 +1,119 @@
-"""`serve`: listens at once, loads the model beside it, answers, and ends cleanly on SIGINT or SIGTERM."""
+"""`serve`: listens at once, loads the model beside it, answers, drains on SIGINT or SIGTERM, and ends cleanly."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from types import FrameType
 
 import uvicorn
 
-from kvarn.config import EngineConfig
 from kvarn.engine import AsyncLLM
 from kvarn.errors import ConfigError, KvarnError
 from kvarn.planning import MemoryPlan
+from kvarn.request import Pooling
 from kvarn.scheduler import Observer
+from kvarn.server.access import AccessOptions
 from kvarn.server.admin import AdminOptions, admin_server
 from kvarn.server.app import create_app
 from kvarn.server.connection import bounded_protocol
-from kvarn.server.cors import check_origins
+from kvarn.server.draining import DrainingServer
+from kvarn.server.errors import ApiError
 from kvarn.server.keys.ring import KeyRing
 from kvarn.server.limits import ServerLimits
-from kvarn.server.listening import Tls, listen, url_of
+from kvarn.server.listening import listen, url_of
 from kvarn.server.logs import FORMATS, configure_logging
+from kvarn.server.models import ModelPool, PoolLimits
+from kvarn.server.models.budget import Budget, share_out
+from kvarn.server.models.hosted import EngineLoader, ModelSpec
 from kvarn.server.state import ServerState
 
-GRACE_SECONDS = 5
-"""How long answers in flight may go on after SIGINT or SIGTERM; then they end with an error event."""
-CLOSING_SECONDS = 5
-"""How long the connections may take after that."""
+logger = logging.getLogger("kvarn.server")
 
 
 @dataclass(frozen=True, slots=True)
 class ServeOptions:
-    """What to serve and where. port 0: a free one. served_model_names: the first is told, all are understood."""
+    """What to serve and where. models: at least one; the first is meant where a request names none. port 0: a free one.
+    """
 
-    model: str
+    models: tuple[ModelSpec, ...]
     host: str = "127.0.0.1"
     port: int = 8000
-    served_model_names: tuple[str, ...] = ()
     limits: ServerLimits = field(default_factory=ServerLimits)
-    engine: EngineConfig = field(default_factory=EngineConfig)
-    api_keys: tuple[str, ...] = field(default=(), repr=False)
-    """Keys that are good, each a tenant's; without these and a file of keys everybody may ask."""
-    keys_file: Path | None = None
-    """More keys; see `kvarn.server.keys.file`."""
-    metrics_open: bool = False
-    """Whether /metrics needs no key."""
+    access: AccessOptions = field(default_factory=AccessOptions)
+    admin: AdminOptions = field(default_factory=AdminOptions)
     log_format: str = "text"
     """One of `kvarn.server.logs.FORMATS`."""
     access_log: bool = True
     """Whether each finished request is logged."""
-    cors_origins: tuple[str, ...] = ()
-    """Pages of which origins may ask; see `kvarn.server.cors`."""
-    tls: Tls = field(default_factory=Tls)
-    admin: AdminOptions = field(default_factory=AdminOptions)
+    drain_seconds: float = 30.0
+    """How long answers in flight may go on after SIGINT or SIGTERM; then they end with an error."""
+    lazy: bool = False
+    """Whether the first model, too, is loaded only when it is asked for."""
+    memory_budget: int | None = None
+    """Bytes that the models may take together; None: what memory_utilization leaves."""
+    pool: PoolLimits = field(default_factory=PoolLimits)
+    pooling: Pooling = Pooling.MEAN
+    """Of embeddings whose request does not say."""
 
     def __post_init__(self) -> None:
         self.key_ring()
-        check_origins(self.cors_origins)
+        if not self.models:
+            raise ConfigError("there must be a model to serve")
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port must be between 0 and 65535, not {self.port}")
         if self.log_format not in FORMATS:
             raise ConfigError(f"log_format must be one of {', '.join(FORMATS)}, not {self.log_format!r}")
+        if not 0 <= self.drain_seconds <= 86400:
+            raise ConfigError(f"drain_seconds must be between 0 and 86400, not {self.drain_seconds:g}")
 
     def key_ring(self) -> KeyRing:
         """Who may ask. Raises ConfigError."""
-        with_priorities = self.engine.scheduler.policy == "priority"
-        return KeyRing(self.api_keys, self.keys_file, with_priorities=with_priorities)
-
-
-class _Server(uvicorn.Server):
-    """uvicorn's server, but a signal ends the process with exit code 0, and no stream is cut without a word."""
-
-    def __init__(self, config: uvicorn.Config, state: ServerState) -> None:
-        super().__init__(config)
-        self._state = state
-
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """The first signal ends the server in its own time, a second SIGINT at once."""
-        del frame
-        self.force_exit = self.should_exit and sig == signal.SIGINT
-        self.should_exit = True
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Lets answers finish for a while, then fails those that are left, which their clients are told."""
-        closing = asyncio.create_task(self._close_engine())
-        try:
-            await super().shutdown(sockets)
-        finally:
-            closing.cancel()
-            await asyncio.gather(closing, return_exceptions=True)
-
-    async def _close_engine(self) -> None:
-        await asyncio.sleep(GRACE_SECONDS)
-        if self._state.llm is not None:
-            await self._state.llm.close()
+        with_priorities = all(spec.engine.scheduler.policy == "priority" for spec in self.models)
+        return KeyRing(self.access.api_keys, self.access.keys_file, with_priorities=with_priorities)
 
 
 OnListening = Callable[[str], None]
-OnPlan = Callable[[MemoryPlan], None]
-OnReady = Callable[[AsyncLLM, float], None]
+OnBudget = Callable[[Budget], None]
+OnPlan = Callable[[str, MemoryPlan], None]
+OnReady = Callable[[Sequence[tuple[str, AsyncLLM]], float], None]
 
 
-def serve(
-    options: ServeOptions,
-    *,
-    on_listening: OnListening | None = None,
-    on_plan: OnPlan = lambda _plan: None,
-    on_ready: OnReady | None = None,
-    observer: Observer | None = None,
-) -> None:
-    """Serves until SIGINT or SIGTERM; streams in flight get a few seconds to finish.
+@dataclass(frozen=True, slots=True)
+class Told:
+    """Who is told of a server's start. None of them need do anything.
 
-    While the model loads, everything but the pages answers 503. on_listening(url) is called when the port is open,
-    on_plan(plan) in another thread before weights are read, on_ready(engine, seconds since start) when requests are
-    answered. Raises ConfigError where the port is taken, and what loading raises (KvarnError), after the server has
-    stopped. observer: told of every decision and step of the engine, in its thread.
+    listening: the URL, when the port is open. budget: how memory is shared out, where there are several models. plan: a
+    model's name and what it takes, in another thread, before its weights are read. ready: the engines in memory and
+    the seconds since the start, when requests are answered.
     """
-    admin = options.admin
+
+    listening: OnListening = lambda _url: None
+    budget: OnBudget = lambda _budget: None
+    plan: OnPlan = lambda _name, _plan: None
+    ready: OnReady = lambda _engines, _seconds: None
+
+
+def serve(options: ServeOptions, told: Told | None = None, *, observer: Observer | None = None) -> None:
+    """Serves until SIGINT or SIGTERM, and then until what is in flight is answered (see `DrainingServer`).
+
+    While the first model loads, everything but pages and probes answers 503. Raises ConfigError where the port is taken
+    or a model does not fit, and what loading the first model raises (KvarnError), after the server has stopped.
+    observer: told of every decision and step of the engines, in their threads.
+    """
+    told = told or Told()
+    access, admin = options.access, options.admin
     listener = listen(options.host, options.port)
     admin_listener = None if admin.port is None else listen(admin.host, admin.port, "--admin-port")
+    budget = share_out(options.models, options.memory_budget)
+    loader = EngineLoader(budget.specs, budget.rooms, on_plan=told.plan, observer=observer)
+    models = ModelPool(budget.pooled(), loader, budget=budget.num_bytes, limits=options.pool)
     app = create_app(
-        None, limits=options.limits, keys=options.key_ring(), metrics_open=options.metrics_open,
-        cors_origins=options.cors_origins,
+        None, models=models, limits=options.limits, keys=options.key_ring(), metrics_open=access.metrics_open,
+        cors_origins=access.cors_origins, pooling=options.pooling,
     )  # fmt: skip
     configure_logging(options.log_format, access=options.access_log)
     config = uvicorn.Config(
@@ -138,18 +124,17 @@ def serve(
         access_log=False,
         lifespan="off",
         server_header=False,
-        timeout_graceful_shutdown=GRACE_SECONDS + CLOSING_SECONDS,
-        ssl_certfile=options.tls.cert,
-        ssl_keyfile=options.tls.key,
+        ssl_certfile=access.tls.cert,
+        ssl_keyfile=access.tls.key,
     )
-    server = _Server(config, app.state.server)
-    if on_listening is not None:
-        on_listening(url_of(listener, options.tls.scheme))
+    server = DrainingServer(config, app.state.server, options.drain_seconds)
+    told.listening(url_of(listener, access.tls.scheme))
     if admin_listener is not None:
-        logging.getLogger("kvarn.server").info("admin routes on %s", url_of(admin_listener, options.tls.scheme))
+        logger.info("admin routes on %s", url_of(admin_listener, access.tls.scheme))
+    if budget.num_bytes is not None:
+        told.budget(budget)
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        state = app.state.server
-        failure = runner.run(_run(server, listener, admin_listener, state, options, on_plan, on_ready, observer))
+        failure = runner.run(_run(server, listener, admin_listener, app.state.server, options, told))
     if failure is not None:
         raise failure
 
@@ -169,19 +154,16 @@ async def _run(
     admin_listener: socket.socket | None,
     state: ServerState,
     options: ServeOptions,
-    on_plan: OnPlan,
-    on_ready: OnReady | None,
-    observer: Observer | None,
+    told: Told,
 ) -> Exception | None:
     started = time.perf_counter()
 
     async def load() -> None:
-        llm = await asyncio.to_thread(
-            AsyncLLM.from_model, options.model, options.engine, on_plan=on_plan, observer=observer
-        )
-        state.open(llm, options.served_model_names)
-        if on_ready is not None and not server.should_exit:
-            on_ready(llm, time.perf_counter() - started)
+        if not options.lazy:
+            await state.models.load(options.models[0].name)
+        state.open()
+        if not server.should_exit:
+            told.ready(state.engines(), time.perf_counter() - started)
 
     loading = asyncio.create_task(load())
 
@@ -191,13 +173,18 @@ async def _run(
 
     loading.add_done_callback(stop_on_failure)
     try:
-        async with admin_server(state, options.admin, admin_listener, options.tls):
+        async with admin_server(state, options.admin, admin_listener, options.access.tls):
             await server.serve(sockets=[listener])
     finally:
+        await state.models.close()
         await asyncio.gather(loading, return_exceptions=True)
-        if state.llm is not None:
-            await state.llm.close()
-    error = loading.exception()
+    return _failure(loading.exception())
+
+
+def _failure(error: BaseException | None) -> Exception | None:
+    """What the start failed with; None where it did not, or was ended by a signal."""
+    if isinstance(error, ApiError):
+        error = error.__cause__
     if error is not None and not isinstance(error, KvarnError):
-        logging.getLogger("kvarn.server").error("loading failed", exc_info=error)
+        logger.error("loading failed", exc_info=error)
     return error if isinstance(error, Exception) else None

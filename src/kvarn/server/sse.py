@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncGenerator, Awaitable
 from contextlib import aclosing
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from kvarn.server.dialects import Dialect
 from kvarn.server.errors import ApiError, noted
 from kvarn.server.record import RequestRecord
 
-DONE = b"data: [DONE]\n\n"
 HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -23,17 +22,8 @@ HEADERS = [
 T = TypeVar("T")
 
 
-def event(value: Any) -> bytes:
-    """One event with a JSON value."""
-    return _framed(json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode())
-
-
-def _framed(data: bytes) -> bytes:
-    return b"data: " + data + b"\n\n"
-
-
 class EventStream(Response):
-    """Sends the chunks of an iterator as they come, then [DONE].
+    """Sends the chunks of an iterator as they come, then what ends a stream in the client's dialect.
 
     The first chunk is awaited before the headers go out, so that a request that fails at once gets a proper status.
     When the client disconnects the iterator is closed, which aborts the engine's work.
@@ -41,16 +31,17 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, chunks: AsyncGenerator[bytes, None], first: bytes | None) -> None:
+    def __init__(self, chunks: AsyncGenerator[bytes, None], first: bytes | None, dialect: Dialect) -> None:
         """chunks: owned. first: what it gave first; None where it ended at once."""
         super().__init__()
         self._chunks = chunks
         self._first = first
+        self._dialect = dialect
 
     @classmethod
-    async def begin(cls, chunks: AsyncGenerator[bytes, None]) -> EventStream:
+    async def begin(cls, chunks: AsyncGenerator[bytes, None], dialect: Dialect) -> EventStream:
         """Awaits the first chunk. Raises what the iterator raises."""
-        return cls(chunks, await anext(chunks, None))
+        return cls(chunks, await anext(chunks, None), dialect)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Sends until the end or until the client is gone."""
@@ -68,12 +59,12 @@ class EventStream(Response):
         await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
         if self._first is not None:
             await send({"type": "http.response.body", "body": self._first, "more_body": True})
-        end = DONE
+        end = self._dialect.end
         try:
             async for chunk in self._chunks:
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})
         except Exception as error:  # the status is out already: tell it in the stream
-            end = _framed(noted(error, record).body(record.request_id)) + DONE
+            end = self._dialect.failure(noted(error, record))
         await send({"type": "http.response.body", "body": end, "more_body": False})
 
 

@@ -1,18 +1,23 @@
-"""What the routes share: the engine, once it is there, its names, and the threads that read requests."""
+"""What the routes share: the models, the door, and the threads that read requests."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
+from fastapi import Request
+
 from kvarn.engine import AsyncLLM
 from kvarn.server.body import BodyReader
+from kvarn.server.door import Door
 from kvarn.server.errors import RETRY_SECONDS, ApiError
 from kvarn.server.limits import ServerLimits
+from kvarn.server.models import ModelPool
+from kvarn.server.models.hosted import HostedModel
 from kvarn.server.prompts import PromptEncoder
 from kvarn.server.refusals import Refusals, limit_names
 
@@ -30,46 +35,62 @@ class Served:
 
 
 class ServerState:
-    """Where the engine comes later, `open` says so; until then `ready` refuses. The engine is not owned."""
+    """Before `open` everybody is refused: the first model is loading. Neither models nor engines are owned."""
 
-    def __init__(self, limits: ServerLimits) -> None:
+    def __init__(self, limits: ServerLimits, models: ModelPool[HostedModel]) -> None:
         self.limits = limits
         self.bodies = BodyReader(limits)
         self.refusals = Refusals(limit_names())
+        self.models = models
+        self.door = Door()
         self.created = int(time.time())
-        self.llm: AsyncLLM | None = None
-        self.names: tuple[str, ...] = ()
-        """Names that requests may give the model; the first is the one it goes by."""
-        self._prompts: PromptEncoder | None = None
+        self._is_open = False
         self._workers = ThreadPoolExecutor(WORKERS, thread_name_prefix="kvarn-server")
 
-    def open(self, llm: AsyncLLM, served_model_names: Sequence[str]) -> None:
-        """From now on requests are answered by `llm`, under these names and its own."""
-        self.names = tuple(dict.fromkeys((*served_model_names, llm.model_name)))
-        self._prompts = PromptEncoder(llm)
-        self.llm = llm
+    def open(self) -> None:
+        """From now on requests are answered; models that are not in memory are loaded for them."""
+        self._is_open = True
 
-    def ready(self) -> AsyncLLM:
-        """The engine. Raises ApiError 503 while there is none or it has failed."""
-        if self.llm is None:
+    def engines(self) -> list[tuple[str, AsyncLLM]]:
+        """The engines in memory, each with the name that its model goes by."""
+        return [(name, hosted.llm) for name, hosted in self.models.loaded()]
+
+    def ready(self) -> None:
+        """Raises ApiError 503 before requests are answered. That a request's own model is there, `served` sees to."""
+        if not self._is_open:
             raise ApiError(503, "the model is loading", code="loading", headers={"Retry-After": RETRY_SECONDS})
-        if not self.llm.is_running:
-            raise ApiError(503, "the engine has stopped", code="engine_stopped")
-        return self.llm
 
-    async def served(self, name: str | None) -> Served:
-        """The model that a request names; None: the first. Raises ApiError 404 for one that is not served here."""
-        llm, name = self.ready(), self.check_model(name)
-        assert self._prompts is not None
-        return Served(llm, self._prompts, name)
+    def check_ready(self) -> None:
+        """Raises ApiError 503 with the reason where no requests should be sent here."""
+        retry = {"Retry-After": RETRY_SECONDS}
+        if self.door.is_closed:
+            raise ApiError(503, "the server is draining", code="draining", headers=retry)
+        self.ready()
+        for name, llm in self.engines():
+            if not llm.is_running:
+                raise ApiError(503, f"the engine of {name} has stopped", code="engine_stopped")
+            if llm.is_restarting:
+                raise ApiError(503, f"the engine of {name} is restarting", code="restarting", headers=retry)
 
-    def check_model(self, name: str | None) -> str:
-        """The name to answer with, for the name that a request gives the model. Raises ApiError 404."""
-        if name is None or name in self.names:
-            return name or self.names[0]
-        known = " or ".join(self.names)
-        message = f"the model {name[:100]!r} is not served here; it is {known}"
-        raise ApiError(404, message, param="model", code="model_not_found")
+    async def served(self, name: str | None, request: Request, keep_seconds: float | None = None) -> Served:
+        """The model that a request names; None: the first. Waits until it is loaded; it then stays until the request is
+        answered to the end. keep_seconds: how long afterwards, from now on; None: as before.
+
+        Raises ApiError as `ModelPool.acquire` does.
+        """
+        lease = await self.models.acquire(name, keep_seconds)
+        request.state.ended.callback(lease.release)
+        hosted = lease.hosted
+        return Served(hosted.llm, hosted.prompts, self.models.check_name(name))
+
+    async def drain(self) -> None:
+        """Takes no new requests, and returns when all that came before are answered to the end. `resume` undoes it."""
+        self.door.close()
+        await self.door.empty()
+
+    def resume(self) -> None:
+        """Takes requests again."""
+        self.door.open()
 
     async def in_thread(self, work: Callable[[], T]) -> T:
         """Runs what may take long (reading a large body, tokenizing it) beside the event loop."""

@@ -33,7 +33,7 @@ from kvarn.program import (
 )
 from kvarn.runner import Proposal
 from kvarn.spec.chain import LEAST, WIDTH, Candidates, candidates_of, kept_rows, likely_tree
-from kvarn.spec.head_model import HeadModel, HeadTensors, last_layer
+from kvarn.spec.head_model import HeadModel, HeadTensors
 from kvarn.spec.heads import Heads, HeadsShape, tensor_shapes
 from kvarn.spec.rings import Rings
 from kvarn.step import NewSequence, SampledToken, ScheduledSequence, SchedulerOutput
@@ -122,10 +122,10 @@ def eagle_model(heads: Heads, target: Program, weights: TensorSource | None) -> 
         return KvCacheSpec(limits.max_num_sequences * ring_blocks(shape.window), BLOCK_SIZE, dtype)
 
     def start(executable: Executable, of_target: StepLimits, _block_size: int) -> EagleDrafter:
-        return EagleDrafter(executable, heads.draft_ids, last_layer(target), shape.window, limits(of_target))
+        return EagleDrafter(executable, heads.draft_ids, target.last_layer, shape.window, limits(of_target))
 
     source = HeadTensors(heads.tensors, weights, {embedding})
-    return HeadModel(program, source, (last_layer(target),), frozenset({embedding}), cache, limits, start)
+    return HeadModel(program, source, (target.last_layer,), frozenset({embedding}), cache, limits, start)
 
 
 @dataclass(slots=True)

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvarn.backends import Backend, Executable, KvCacheSpec, MemoryUse, StepLimits
-from kvarn.program import Logits, Program, SelectRows
+from kvarn.program import Logits, Program
 from kvarn.runner import Drafter
 from kvarn.tensors import DType, Tensor, TensorSource
 from kvarn.tensors.quantize import quantize_q4_1, quantize_q8_0
@@ -40,7 +40,7 @@ class HeadModel:
 
     def target_limits(self, limits: StepLimits) -> StepLimits:
         """The target's largest step with what is wanted of it."""
-        return replace(limits, outputs=self.buffers)
+        return replace(limits, outputs=tuple(dict.fromkeys((*limits.outputs, *self.buffers))))
 
     def uses(self, backend: Backend) -> Callable[[KvCacheSpec, StepLimits], MemoryUse]:
         """What `load` will allocate, by the target's cache and limits.
@@ -98,8 +98,3 @@ def stored(name: str, values: NDArray[np.floating]) -> Tensor:
 def logits_input(program: Program) -> str:
     """The buffer that the program's logits are made of: hidden states after the last norm, a row for each output."""
     return next(op.x for op in program.ops if isinstance(op, Logits) and op.out == program.output)
-
-
-def last_layer(program: Program) -> str:
-    """The buffer that the last layer leaves: hidden states before the last norm, a row for each token."""
-    return next(op.x for op in reversed(program.ops) if isinstance(op, SelectRows))

@@ -49,6 +49,14 @@ class Tensor:
         row = self.dtype.row_bytes(self.shape[1])
         return Tensor(self.dtype, (stop - start, self.shape[1]), self.data[start * row : stop * row])
 
+    def first(self, count: int) -> Tensor:
+        """The first `count` rows of a matrix, or elements of an unquantized vector, without a copy."""
+        if len(self.shape) != 1:
+            return self.row_slice(0, count)
+        if not 0 < count <= self.shape[0]:
+            raise ValueError(f"the first {count} elements of a tensor of shape {self.shape}")
+        return Tensor(self.dtype, (count,), self.data[: self.dtype.row_bytes(count)])
+
     @staticmethod
     def from_array(array: NDArray[np.floating]) -> Tensor:
         """An F32 (or F16, for float16 input) tensor of the array's values."""

@@ -13,7 +13,6 @@ from kvarn.engine.events import RequestFailed
 from kvarn.program import Program
 from kvarn.request import Request, SamplingParams
 from kvarn.runner import Proposal
-from kvarn.spec.head_model import last_layer
 from kvarn.step import NewSequence, SampledToken, SchedulerOutput
 from kvarn.training.store import TextStore
 
@@ -40,7 +39,7 @@ class Recorder:
     """
 
     def __init__(self, program: Program, store: TextStore) -> None:
-        self.buffers: Sequence[str] = (last_layer(program),)
+        self.buffers: Sequence[str] = (program.last_layer,)
         self.full = False
         """Whether a text did not fit."""
         self._store = store

@@ -57,12 +57,12 @@ def limit_bytes(setting: int | None) -> int:
     return int(value)
 
 
-def packed_path(model: Path) -> Path:
-    """Where the packed weights of a model file or folder lie."""
+def packed_path(model: Path, part: str = "") -> Path:
+    """Where the packed weights of a model file or folder lie. part: tells what is packed of it, where it is not all."""
     resolved = model.resolve()
     name = resolved.name if resolved.is_dir() else resolved.stem
     plain = re.sub(r"[^\w.-]", "_", name)[:100]
-    digest = hashlib.sha256(os.fsencode(resolved)).hexdigest()
+    digest = hashlib.sha256(os.fsencode(resolved) + part.encode()).hexdigest()
     return packed_dir() / f"{plain}-{digest[:12]}{SUFFIX}"
 
 

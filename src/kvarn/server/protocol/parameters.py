@@ -5,10 +5,11 @@ A parameter that is in neither is refused as unknown, so that a misspelt one is 
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-from kvarn.request import MAX_LOGIT_BIAS, MAX_STOP_STRINGS
+from kvarn.request import MAX_ALLOWED_TOKEN_IDS, MAX_BAD_WORDS, MAX_LOGIT_BIAS, MAX_STOP_STRINGS
 from kvarn.server.errors import ApiError
 from kvarn.text.messages import MAX_MESSAGES, MAX_TOOLS
 
@@ -38,17 +39,10 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "logits_processors": ([],),
     "use_beam_search": (False,),
     "length_penalty": (1,),
-    "bad_words": ([],),
-    "allowed_token_ids": (),
-    "prompt_logprobs": (),
-    "truncate_prompt_tokens": (),
     "chat_template": (),
     "documents": ([],),
-    "return_token_ids": (False,),
-    "return_tokens_as_token_ids": (False,),
-    "spaces_between_special_tokens": (True,),
+    "spaces_between_special_tokens": (True, False),
     "mm_processor_kwargs": (),
-    "request_id": (),
 }
 """Not honoured by an endpoint whose request model lacks it: refused by name there, unless null or one of these values,
 which ask for nothing."""
@@ -62,14 +56,35 @@ RENAMED = {
 }  # fmt: skip
 """What vLLM has given up for other parameters: refused with the name of what to use."""
 
+MAX_DOCUMENTS = 256
 MOST_ENTRIES = {
     "messages": MAX_MESSAGES, "tools": MAX_TOOLS, "stop": MAX_STOP_STRINGS, "logit_bias": MAX_LOGIT_BIAS,
-    "stop_token_ids": 1024,
+    "stop_token_ids": 1024, "allowed_token_ids": MAX_ALLOWED_TOKEN_IDS, "bad_words": MAX_BAD_WORDS,
+    "documents": MAX_DOCUMENTS, "stop_sequences": MAX_STOP_STRINGS,
 }  # fmt: skip
 """Entries of a list or an object at most, looked at before any entry is."""
 
+LIMIT_NAMES = {
+    "messages": "max_messages", "tools": "max_tools", "stop": "max_stop_strings", "stop_sequences": "max_stop_strings",
+    "logit_bias": "max_logit_bias", "prompt": "max_prompts", "input": "max_inputs",
+}  # fmt: skip
+"""The server's limits (`ServerLimits`) on the entries of parameters; the above are the most that these can be."""
 
-def screen(values: dict[str, Any], honoured: Collection[str]) -> dict[str, Any]:
+
+@dataclass(frozen=True, slots=True)
+class Screening:
+    """The tables of one API. See `HARMLESS`, `NEUTRAL` and `RENAMED`."""
+
+    harmless: Collection[str] = ()
+    neutral: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    renamed: Mapping[str, str] = field(default_factory=dict)
+
+
+COMPLETIONS = Screening(HARMLESS, NEUTRAL, RENAMED)
+"""Of completions and chat completions."""
+
+
+def screen(values: dict[str, Any], honoured: Collection[str], tables: Screening = COMPLETIONS) -> dict[str, Any]:
     """The values that a request model with the fields `honoured` is made of.
 
     Raises ApiError 400 naming the first parameter that is not honoured yet, unknown, or has too many entries.
@@ -79,14 +94,14 @@ def screen(values: dict[str, Any], honoured: Collection[str]) -> dict[str, Any]:
         if name in honoured:
             _check_entries(name, value)
             kept[name] = value
-        elif name in RENAMED:
+        elif name in tables.renamed:
             if value is not None:
-                message = f"{name} is not supported: use {RENAMED[name]}"
+                message = f"{name} is not supported: use {tables.renamed[name]}"
                 raise ApiError(400, message, param=name, code="unsupported_parameter")
-        elif name in NEUTRAL:
-            if value is not None and value not in NEUTRAL[name]:
+        elif name in tables.neutral:
+            if value is not None and value not in tables.neutral[name]:
                 raise ApiError(400, f"{name} is not supported here yet", param=name, code="unsupported_parameter")
-        elif name not in HARMLESS:
+        elif name not in tables.harmless:
             shown = name[:64]
             raise ApiError(400, f"unknown parameter {shown}", param=shown, code="unknown_parameter")
     return kept
@@ -95,6 +110,6 @@ def screen(values: dict[str, Any], honoured: Collection[str]) -> dict[str, Any]:
 def _check_entries(name: str, value: Any) -> None:
     most = MOST_ENTRIES.get(name)
     if most is not None and isinstance(value, list | dict) and len(value) > most:
-        limit = "stop_strings" if name == "stop" else name
-        message = f"{name} must have at most {most} entries, not {len(value)} (max_{limit})"
+        limit = f" ({LIMIT_NAMES[name]})" if name in LIMIT_NAMES else ""
+        message = f"{name} must have at most {most} entries, not {len(value)}{limit}"
         raise ApiError(400, message, param=name, code="invalid_value")

@@ -13,4 +13,5 @@ def add_admin_routes(app: FastAPI, state: ServerState) -> None:
     @app.post("/admin/cache/reset")
     async def reset_cache() -> dict[str, int]:
         """Drops the cached prefixes that no running request holds, in the second tier too."""
-        return {"freed_blocks": await state.ready().forget_cached()}
+        state.ready()
+        return {"freed_blocks": sum([await llm.forget_cached() for _, llm in state.engines()])}

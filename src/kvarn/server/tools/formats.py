@@ -35,20 +35,20 @@ class ToolFormat:
         """
         several = several and self.several
         if must:
-            more = f" ({_quoted(self.between)} call)*" if several else ""
-            lines = [f"start: call{more}", f"call: {_quoted(self.begin)} rest"]
+            more = f" ({quoted(self.between)} call)*" if several else ""
+            lines = [f"start: call{more}", f"call: {quoted(self.begin)} rest"]
         elif self.marked:
             # The trigger ends the text as soon as it is there, so that text never goes on over a call.
             head, body = self.begin.splitlines()[0], self.begin[len(self.begin.splitlines()[0]) :]
-            lines = [f"start: (head call){'*' if several else '?'} tail", f"head[lazy]: TEXT {_quoted(head)}",
-                     "tail: TEXT", r"TEXT: /(.|\n)*/", f"call: {_quoted(body)} rest"]  # fmt: skip
+            lines = [f"start: (head call){'*' if several else '?'} tail", f"head[lazy]: TEXT {quoted(head)}",
+                     "tail: TEXT", r"TEXT: /(.|\n)*/", f"call: {quoted(body)} rest"]  # fmt: skip
         else:
-            lines = ["start: TEXT | call |", r"TEXT: /[^{ \n\t](.|\n)*/", f"call: {_quoted(self.begin)} rest"]
+            lines = ["start: TEXT | call |", r"TEXT: /[^{ \n\t](.|\n)*/", f"call: {quoted(self.begin)} rest"]
         lines.append("rest: " + " | ".join(f"call_{place}" for place in range(len(tools))))
         for place, (name, schema) in enumerate(tools.items()):
-            frame = _quoted(_name(name) + self.middle)
-            lines.append(f"call_{place}: {frame} arguments_{place} {_quoted(self.end)}")
-            lines.append(f"arguments_{place}: %json {_guided(schema)}")
+            frame = quoted(_name(name) + self.middle)
+            lines.append(f"call_{place}: {frame} arguments_{place} {quoted(self.end)}")
+            lines.append(f"arguments_{place}: %json {guided(schema)}")
         return "%llguidance {}\n" + "\n".join(lines) + "\n"
 
 
@@ -75,12 +75,12 @@ def _name(name: str) -> str:
     return json.dumps(name, ensure_ascii=False)
 
 
-def _quoted(text: str) -> str:
+def quoted(text: str) -> str:
     """A string of Lark's notation."""
     return json.dumps(text, ensure_ascii=False)
 
 
-def _guided(schema: Any) -> str:
+def guided(schema: Any) -> str:
     """The schema with the options that all JSON here has; they are refused where a schema brings its own."""
     options = {"whitespace_pattern": WHITESPACE, "lenient": False, "coerce_one_of": False}
     return json.dumps({**schema, "x-guidance": options}, ensure_ascii=False)

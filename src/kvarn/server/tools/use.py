@@ -67,6 +67,11 @@ class ToolUse:
         grammar = Grammar.lark(self.form.grammar(self.schemas, must=self.must, several=self.several))
         return dataclasses.replace(sampling, grammar=grammar)
 
+    @property
+    def text_first(self) -> bool:
+        """Whether any text may come before calls."""
+        return self.form.marked and not self.must
+
     def reader(self) -> CallReader:
         """For one answer."""
         return CallReader(self.form, must=self.must)
