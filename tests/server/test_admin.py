@@ -51,6 +51,7 @@ def test_a_reset_disturbs_no_answer():
         with posted(url, COMPLETIONS, {**LONG, "seed": 1}) as asked:
             gate.stand_in_step(5)
             with posted(admin, RESET, {}) as reset:
+                wait_until(lambda: llm._loop._calls)  # the engine takes it between two steps
                 gate.finish_step()
                 assert reset.getresponse().status == 200
             gate.open()
