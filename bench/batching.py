@@ -8,25 +8,26 @@ Starts `kvarn serve` on a free port of the loopback interface. The same requests
 begins when the longest answer of the last one has ended; computed to that end for all of the batch, as batches of one
 shape are, or freed of those that have ended), and continuously (as many at once, a new one whenever one ends). Then a
 closed loop of so many clients for each concurrency of the sweep. Every pass has a `cache_salt` of its own, so none
-finds what another has computed. The clients share the machine with the server, so they do as little as they can: they
-count events and read no text. `--plot` needs kvarn[plots].
+finds what another has computed. Needs kvarn[bench], `--plot` kvarn[plots]. The highest load that keeps an SLO is found
+by `kvarn bench serve --sweep`.
 """
 
 import argparse
 import asyncio
 import contextlib
-import itertools
 import json
 import random
-import statistics
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from prefix_cache import WORDS
+from asking import ask
 from serving import served
 
 from kvarn import figures
+from kvarn.bench.serve.client import Target, open_client
+from kvarn.bench.serve.ranks import Distribution
+from kvarn.bench.serve.words import COMMON
 
 KV_CACHE_BYTES = "2GiB"
 """More than all clients use at once; less than the passes together, so that blocks are evicted as in daily work."""
@@ -63,46 +64,24 @@ class Pass:
 
 def long_tailed(count: int, seed: int) -> list[Work]:
     """Requests with few long answers among many short ones."""
-    rng, words = random.Random(seed), WORDS.split()
+    rng = random.Random(seed)
     works = []
     for number in range(count):
-        prompt = " ".join([f"({number})", *rng.choices(words, k=rng.randint(5, 20))])
+        prompt = " ".join([f"({number})", *rng.choices(COMMON, k=rng.randint(5, 20))])
         works.append(Work(prompt, min(MOST_TOKENS, max(4, round(rng.lognormvariate(0, SPREAD) * MEDIAN_TOKENS)))))
     return works
 
 
 def alike(count: int, seed: int) -> list[Work]:
     """Requests of one size, for the sweep."""
-    rng, words = random.Random(seed), WORDS.split()
-    return [Work(" ".join([f"({n})", *rng.choices(words, k=20)]), 256) for n in range(count)]
+    rng = random.Random(seed)
+    return [Work(" ".join([f"({n})", *rng.choices(COMMON, k=20)]), 256) for n in range(count)]
 
 
-def quantile(values: list[float], share: float) -> float:
-    """The smallest value that at least that share of them does not exceed."""
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
-
-
-async def ask(address, work, salt) -> list[float]:
-    """One streamed answer: seconds from the request to each piece of text."""
-    body = {
-        "messages": [{"role": "user", "content": work.prompt}], "max_tokens": work.tokens, "ignore_eos": True,
-        "temperature": 0, "cache_salt": salt, "stream": True,
-    }  # fmt: skip
-    data = json.dumps(body).encode()
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {address[0]}\r\nContent-Type: application/json\r\n"
-    started = time.perf_counter()
-    reader, writer = await asyncio.open_connection(*address)
-    writer.write(f"{head}Connection: close\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data)
-    stamps: list[float] = []
-    status = await reader.readline()
-    if b" 200 " not in status:
-        raise SystemExit((await reader.read()).decode())
-    while piece := await reader.read(1 << 16):
-        events = piece.count(b'"content":"') - piece.count(b'"content":""')
-        stamps += [time.perf_counter() - started] * events
-    writer.close()
-    return stamps
+def body(work, salt):
+    """A request that finds nothing of another pass."""
+    return {"messages": [{"role": "user", "content": work.prompt}], "max_tokens": work.tokens, "ignore_eos": True,
+            "temperature": 0, "cache_salt": salt}  # fmt: skip
 
 
 def to_the_longest(batch: list[Work]) -> list[Work]:
@@ -110,7 +89,7 @@ def to_the_longest(batch: list[Work]) -> list[Work]:
     return [replace(work, tokens=max(other.tokens for other in batch)) for work in batch]
 
 
-async def run(address, name, works, at_once, static=False, one_shape=False) -> Pass:
+async def run(client, name, works, at_once, static=False, one_shape=False) -> Pass:
     """All works, `at_once` of them at a time; static: batch by batch; one_shape: as long as the longest of each batch.
 
     Tokens that nobody asked for are not counted.
@@ -119,7 +98,7 @@ async def run(address, name, works, at_once, static=False, one_shape=False) -> P
 
     async def one(work):
         async with contextlib.nullcontext() if static else free:
-            return await ask(address, work, name)
+            return await ask(client, body(work, name))
 
     started = time.perf_counter()
     answers = []
@@ -127,26 +106,26 @@ async def run(address, name, works, at_once, static=False, one_shape=False) -> P
         batch = works[begin : begin + at_once] if static else works
         answers += await asyncio.gather(*(one(work) for work in (to_the_longest(batch) if one_shape else batch)))
     seconds = time.perf_counter() - started
-    ttfts = [stamps[0] for stamps in answers]
-    gaps = [late - early for stamps in answers for early, late in itertools.pairwise(stamps)] or [0.0]
+    ttft = Distribution.of(answer.ttft for answer in answers)
+    itl = Distribution.of(gap for answer in answers for gap in answer.gaps)
     tokens = sum(work.tokens for work in works)
-    return Pass(
-        name, len(works), seconds, tokens,
-        statistics.median(ttfts), quantile(ttfts, 0.99), statistics.median(gaps), quantile(gaps, 0.99),
-    )  # fmt: skip
+    return Pass(name, len(works), seconds, tokens, ttft.p50, ttft.p99, itl.p50, itl.p99)
 
 
-async def measure(address, requests, batch, sweep):
+async def measure(url, requests, batch, sweep):
     """(the four ways, the sweep)."""
     works = long_tailed(requests, seed=1)
-    await run(address, "first", works[:1], 1)
-    ways = [
-        await run(address, "one at a time", works[:: max(1, requests // 16)], 1),
-        await run(address, f"static, {batch} of one shape", works, batch, static=True, one_shape=True),
-        await run(address, f"static batches of {batch}", works, batch, static=True),
-        await run(address, f"continuous, {batch} at once", works, batch),
-    ]
-    clients = [await run(address, f"{count} clients", alike(max(12, 3 * count), seed=count), count) for count in sweep]
+    async with open_client(Target(url)) as client:
+        await run(client, "first", works[:1], 1)
+        ways = [
+            await run(client, "one at a time", works[:: max(1, requests // 16)], 1),
+            await run(client, f"static, {batch} of one shape", works, batch, static=True, one_shape=True),
+            await run(client, f"static batches of {batch}", works, batch, static=True),
+            await run(client, f"continuous, {batch} at once", works, batch),
+        ]
+        clients = [
+            await run(client, f"{count} clients", alike(max(12, 3 * count), seed=count), count) for count in sweep
+        ]
     return ways, clients
 
 
@@ -199,7 +178,7 @@ def main() -> None:
     if options.plot:
         figures.check(options.plot)
     with served(options.model, "--kv-cache-bytes", KV_CACHE_BYTES) as server:
-        ways, clients = asyncio.run(measure(server.address, options.requests, options.batch, options.sweep))
+        ways, clients = asyncio.run(measure(server.url, options.requests, options.batch, options.sweep))
     if options.json:
         print(json.dumps({"ways": [asdict(p) for p in ways], "clients": [asdict(p) for p in clients]}))
     else:

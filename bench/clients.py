@@ -10,14 +10,16 @@ then all at once; answers must be equal to the character.
 import argparse
 import asyncio
 import contextlib
-import itertools
 import json
 import statistics
 import sys
 import time
 
-import httpx
+from asking import ask
 from serving import served
+
+from kvarn.bench.serve.client import Target, open_client
+from kvarn.bench.serve.ranks import Distribution
 
 TOPICS = [
     "rivers",
@@ -39,74 +41,50 @@ TOPICS = [
 ]
 
 
-async def ask(client, model, prompt, tokens, salt):
-    """One streamed chat answer: text, completion tokens, seconds to the first token, seconds between tokens."""
-    body = {
+def body(model, prompt, tokens, salt):
+    """A chat request. salt: so that no pass finds what another has computed."""
+    return {
         "model": model,
         "messages": [{"role": "user", "content": prompt}],
         "temperature": 0,
         "max_tokens": tokens,
         "cache_salt": salt,
         "ignore_eos": True,
-        "stream": True,
-        "stream_options": {"include_usage": True},
     }
-    started = time.perf_counter()
-    text, stamps, completion = [], [], 0
-    async with client.stream("POST", "/v1/chat/completions", json=body) as response:
-        if response.status_code != 200:
-            raise RuntimeError((await response.aread()).decode())
-        async for line in response.aiter_lines():
-            if not line.startswith("data: ") or line == "data: [DONE]":
-                continue
-            event = json.loads(line[6:])
-            if event.get("usage"):
-                completion = event["usage"]["completion_tokens"]
-            for choice in event["choices"]:
-                if choice["delta"].get("content"):
-                    text.append(choice["delta"]["content"])
-                    stamps.append(time.perf_counter())
-    gaps = [b - a for a, b in itertools.pairwise(stamps)]
-    return "".join(text), completion, stamps[0] - started, gaps
 
 
-async def measure(url, model, clients, tokens):
+async def measure(url, clients, tokens):
     """Both passes. Returns a dict of figures."""
     prompts = [f"Tell me three facts about {TOPICS[i % len(TOPICS)]} ({i})." for i in range(clients)]
-    limits = httpx.Limits(max_connections=clients + 1)
-    async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
-        await ask(client, model, "Hello", 8, "first")
+    async with open_client(Target(url)) as client:
+        model = (await client.models())[0]
+        await ask(client, body(model, "Hello", 8, "first"))
         started = time.perf_counter()
-        # Salts of their own: neither pass finds what the other has computed.
-        quiet = [await ask(client, model, prompt, tokens, "one by one") for prompt in prompts]
+        quiet = [await ask(client, body(model, prompt, tokens, "one by one")) for prompt in prompts]
         alone = time.perf_counter() - started
         started = time.perf_counter()
         crowd = await asyncio.gather(
-            *(ask(client, model, prompt, tokens, "together") for prompt in prompts), return_exceptions=True
+            *(ask(client, body(model, prompt, tokens, "together")) for prompt in prompts), return_exceptions=True
         )
         together = time.perf_counter() - started
-    answers = [c for c in crowd if not isinstance(c, BaseException)]
-    total_quiet, total_crowd = sum(q[1] for q in quiet), sum(a[1] for a in answers)
-
-    def p(values, q):
-        return statistics.quantiles(values, n=100)[q - 1] if len(values) > 1 else values[0]
-
-    gaps = [g for a in answers for g in a[3]]
+    answers = [answer for answer in crowd if not isinstance(answer, BaseException)]
+    gaps = Distribution.of(gap for answer in answers for gap in answer.gaps)
+    total_quiet, total_crowd = (sum(answer.output_tokens for answer in several) for several in (quiet, answers))
     return {
         "clients": clients,
         "tokens_each": tokens,
         "lost": clients - len(answers),
         "different_answers": sum(
-            c[0] != q[0] for c, q in zip(crowd, quiet, strict=True) if not isinstance(c, BaseException)
+            c.text != q.text for c, q in zip(crowd, quiet, strict=True) if not isinstance(c, BaseException)
         ),
         "one_at_a_time_tokens_per_s": total_quiet / alone,
         "together_tokens_per_s": total_crowd / together,
         "ratio": (total_crowd / together) / (total_quiet / alone),
         "ttft_s": {
-            "alone_median": statistics.median(q[2] for q in quiet),
-            "together_median": statistics.median(a[2] for a in answers),
+            "alone_median": statistics.median(answer.ttft for answer in quiet),
+            "together_median": statistics.median(answer.ttft for answer in answers),
         },
-        "itl_s": {"together_p50": p(gaps, 50), "together_p99": p(gaps, 99)},
+        "itl_s": {"together_p50": gaps.p50, "together_p99": gaps.p99},
     }
 
 
@@ -136,8 +114,7 @@ def main() -> None:
     options = parser.parse_args()
     with contextlib.ExitStack() as stack:
         url = options.url or stack.enter_context(served(options.model)).url
-        model = httpx.get(f"{url}/v1/models").json()["data"][0]["id"]
-        result = asyncio.run(measure(url, model, options.clients, options.tokens))
+        result = asyncio.run(measure(url, options.clients, options.tokens))
     if options.json:
         print(json.dumps(result))
     else:

@@ -10,14 +10,18 @@ more than the server can do: then somebody has to wait.
 
 import argparse
 import asyncio
+import contextlib
 import json
 import random
 import secrets
 import time
 from dataclasses import dataclass
 
-import httpx
+from asking import ask
 from serving import served
+
+from kvarn.bench.serve.client import Target, open_client
+from kvarn.bench.serve.ranks import Distribution
 
 
 @dataclass(frozen=True)
@@ -38,42 +42,31 @@ class Load:
         return arrivals
 
 
-async def ask(client, key, prompt, output_tokens):
-    """Seconds to the first token and to the end of one streamed answer."""
-    body = {"prompt": prompt, "max_tokens": output_tokens, "ignore_eos": True, "temperature": 0, "stream": True}
-    started, first = time.perf_counter(), None
-    async with client.stream(
-        "POST", "/v1/completions", json=body, headers={"Authorization": f"Bearer {key}"}
-    ) as response:
-        if response.status_code != 200:
-            raise RuntimeError((await response.aread()).decode())
-        async for line in response.aiter_lines():
-            if first is None and line.startswith("data: "):
-                first = time.perf_counter() - started
-    return first, time.perf_counter() - started
+def body(prompt, output_tokens):
+    return {"prompt": prompt, "max_tokens": output_tokens, "ignore_eos": True, "temperature": 0}
 
 
 async def run(url, loads, seconds):
-    """Sends all loads; the answers of each, in order of arrival."""
-    async with httpx.AsyncClient(base_url=url, timeout=600, limits=httpx.Limits(max_connections=None)) as client:
-        for load in loads:  # so that the first measured request finds everything awake, and the cost of steps known
+    """Sends all loads; the answers of each, in order of arrival, and how long it took."""
+    async with contextlib.AsyncExitStack() as stack:
+        targets = [Target(url, "completions", api_key=load.key) for load in loads]
+        clients = [await stack.enter_async_context(open_client(target)) for target in targets]
+        for client in clients:  # the first measured request finds everything awake
             for size in (1, 2, 3):
-                await asyncio.gather(*(ask(client, load.key, [1000 + size] * 50 * size, 4) for _ in range(size)))
+                several = (ask(client, body([1000 + size] * 50 * size, 4)) for _ in range(size))
+                await asyncio.gather(*several)
 
-        async def one(load, moment, prompt):
+        async def one(client, load, moment, prompt):
             await asyncio.sleep(max(0.0, start + moment - time.perf_counter()))
-            return await ask(client, load.key, prompt, load.output_tokens)
+            return await ask(client, body(prompt, load.output_tokens))
 
         start = time.perf_counter()
-        tasks = [[asyncio.create_task(one(load, *arrival)) for arrival in load.arrivals(seconds)] for load in loads]
+        tasks = [
+            [asyncio.create_task(one(client, load, *arrival)) for arrival in load.arrivals(seconds)]
+            for load, client in zip(loads, clients, strict=True)
+        ]
         answers = [await asyncio.gather(*several) for several in tasks]
         return answers, time.perf_counter() - start
-
-
-def percentile(values, share):
-    """The smallest value that at least this share, in percent, does not exceed."""
-    ordered = sorted(values)
-    return ordered[max(0, -(-len(ordered) * share // 100) - 1)]
 
 
 def measure(options, policy, loads):
@@ -82,13 +75,13 @@ def measure(options, policy, loads):
     keys = {"KVARN_API_KEYS": ",".join(load.key for load in loads)}
     with served(options.model, *settings, env=keys) as server:
         answers, seconds = asyncio.run(run(server.url, loads, options.seconds))
-    ttfts = [[first for first, _ in several] for several in answers]
+    ttfts = [Distribution.of(answer.ttft for answer in several) for several in answers]
     tokens = sum(len(a) * (load.prompt_tokens + load.output_tokens) for a, load in zip(answers, loads, strict=True))
     return {
         "requests": [len(several) for several in answers],
-        "light_ttft_p50_s": percentile(ttfts[0], 50),
-        "light_ttft_p99_s": percentile(ttfts[0], 99),
-        "heavy_ttft_p50_s": percentile(ttfts[1], 50) if len(loads) > 1 else None,
+        "light_ttft_p50_s": ttfts[0].p50,
+        "light_ttft_p99_s": ttfts[0].p99,
+        "heavy_ttft_p50_s": ttfts[1].p50 if len(loads) > 1 else None,
         "tokens_per_s": tokens / seconds,
     }
 

@@ -24,6 +24,7 @@ class Server:
 
     host: str
     port: int
+    process: subprocess.Popen[str]
 
     @property
     def url(self) -> str:
@@ -37,14 +38,21 @@ class Server:
 
 
 @contextlib.contextmanager
-def served(model: str, *options: str, env: Mapping[str, str] | None = None) -> Iterator[Server]:
+def served(
+    model: str, *options: str, env: Mapping[str, str] | None = None, module: str = "kvarn", log: Path | None = None
+) -> Iterator[Server]:
     """A server of the model that is ready to answer. options: of `kvarn serve`. env: beside this process' own.
+    module: whose command line it is. log: where its stderr goes; None: to this process' own.
 
     Ready is when it has taken the memory of its KV cache, too, so that no measurement pays for that: give it a
     `--kv-cache-bytes` where that takes long. Raises SystemExit where it does not start; what it says then is on stderr.
     """
-    command = [sys.executable, "-m", "kvarn", "serve", model, "--port", "0", *options]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, **(env or {})})
+    command = [sys.executable, "-m", module, "serve", model, "--port", "0", *options]
+    with contextlib.ExitStack() as stack:
+        errors = None if log is None else stack.enter_context(log.open("w"))
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=errors, text=True, env={**os.environ, **(env or {})}
+        )
     too_late = threading.Timer(START_SECONDS, process.kill)
     too_late.start()
     try:
@@ -77,5 +85,5 @@ def _ready(process: subprocess.Popen[str], model: str) -> Server:
         found = re.match(r"http://([\d.]+):(\d+)", line)
         if found:
             threading.Thread(target=process.stdout.read, daemon=True).start()
-            return Server(found[1], int(found[2]))
+            return Server(found[1], int(found[2]), process)
     raise SystemExit(f"the server of {model} did not start")

@@ -17,38 +17,31 @@ import tempfile
 import time
 from pathlib import Path
 
-import httpx
 import numpy as np
+from asking import ask
 from serving import served
 
+from kvarn.bench.serve.client import Target, open_client
 from kvarn.simulate import Settings, read_traffic, simulate
 from kvarn.simulate.fit import fit, read_steps
 from kvarn.simulate.results import percentiles
-from kvarn.simulate.traffic import cut, from_zero, scale
+from kvarn.traffic import cut, from_zero, scale
 
 
-async def ask(client, model, arrival, number, started):
-    """One streamed answer: seconds to the first token, stamps of all, its end."""
-    await asyncio.sleep(max(0.0, started + arrival.time - time.perf_counter()))
-    prompt = [(1000 + number * 31 + place * 7) % 40_000 for place in range(arrival.prompt_tokens)]
-    body = {"model": model, "prompt": prompt, "max_tokens": arrival.output_tokens, "temperature": 0,
-            "ignore_eos": True, "stream": True}  # fmt: skip
-    begin, stamps = time.perf_counter(), []
-    async with client.stream("POST", "/v1/completions", json=body) as response:
-        if response.status_code != 200:
-            raise RuntimeError((await response.aread()).decode())
-        async for line in response.aiter_lines():
-            if line.startswith("data: ") and line != "data: [DONE]":
-                stamps.append(time.perf_counter())
-    return begin - started - arrival.time, stamps[0] - begin, stamps[-1] - started
+async def replay(url, traffic):
+    """The answers, and when the replay began."""
+    async with open_client(Target(url, "completions", timeout=3600)) as client:
+        model, started = (await client.models())[0], time.perf_counter() + 0.5
 
+        async def one(number, arrival):
+            planned = started + arrival.time
+            await asyncio.sleep(max(0.0, planned - time.perf_counter()))
+            prompt = [(1000 + number * 31 + place * 7) % 40_000 for place in range(arrival.prompt_tokens)]
+            body = {"model": model, "prompt": prompt, "max_tokens": arrival.output_tokens, "temperature": 0,
+                    "ignore_eos": True}  # fmt: skip
+            return await ask(client, body, planned)
 
-async def replay(url, model, traffic):
-    limits = httpx.Limits(max_connections=len(traffic) + 1, max_keepalive_connections=64)
-    async with httpx.AsyncClient(base_url=url, timeout=3600, limits=limits) as client:
-        started = time.perf_counter() + 0.5
-        tasks = [ask(client, model, arrival, n, started) for n, arrival in enumerate(traffic)]
-        return await asyncio.gather(*tasks)
+        return await asyncio.gather(*(one(number, arrival) for number, arrival in enumerate(traffic))), started
 
 
 def serve(options, settings, traffic):
@@ -59,11 +52,10 @@ def serve(options, settings, traffic):
         "--kv-cache-bytes", options.kv_cache_bytes, *options.serve,
     ]  # fmt: skip
     with served(options.model, *given) as server:
-        model = httpx.get(f"{server.url}/v1/models").json()["data"][0]["id"]
-        answers = asyncio.run(replay(server.url, model, traffic))
-    late = max(answer[0] for answer in answers)
-    ttft = percentiles(np.array([answer[1] for answer in answers]))
-    duration = max(answer[2] for answer in answers)
+        answers, started = asyncio.run(replay(server.url, traffic))
+    late = max(answer.lag for answer in answers)
+    ttft = percentiles(np.array([answer.ttft for answer in answers]))
+    duration = max(answer.stamps[-1] for answer in answers) - started
     tokens = sum(arrival.output_tokens for arrival in traffic)
     return {"tokens_per_s": tokens / duration, "duration_s": duration, "ttft_s": ttft, "sent_late_s": late}
 

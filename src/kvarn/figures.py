@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,15 @@ def pyplot() -> Any:
         raise ConfigError("--plot needs matplotlib: pip install 'kvarn[plots]'") from None
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
     return plt
+
+
+def svg(figure: Any) -> str:
+    """A pyplot figure as an <svg> element for a page; the figure stays open."""
+    with pyplot().rc_context({"svg.fonttype": "none", "svg.hashsalt": "kvarn"}):
+        file = io.StringIO()
+        figure.savefig(file, format="svg", metadata={"Date": None}, transparent=True)
+    text = file.getvalue()
+    return text[text.index("<svg") :]
 
 
 def save(figure: Any, path: Path) -> None:

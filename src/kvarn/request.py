@@ -280,6 +280,44 @@ class SequenceOutput:
 
 
 @dataclass(frozen=True, slots=True)
+class RequestTimes:
+    """When things happened to a request, in seconds of the engine's clock (`time.perf_counter`)."""
+
+    arrived: float
+    """It was handed to the engine."""
+    started: float | None
+    """The first step with a part of it began; None where there was none."""
+    first_token: float | None
+    """The step of its first token was computed."""
+    ended: float
+
+    @property
+    def seconds(self) -> float:
+        """From arrival to end."""
+        return self.ended - self.arrived
+
+    @property
+    def queue_seconds(self) -> float | None:
+        """From arrival to the first step. None, here and below, where it did not come so far."""
+        return None if self.started is None else self.started - self.arrived
+
+    @property
+    def prefill_seconds(self) -> float | None:
+        """From the first step to the first token."""
+        return None if self.started is None or self.first_token is None else self.first_token - self.started
+
+    @property
+    def decode_seconds(self) -> float | None:
+        """From the first token to the end."""
+        return None if self.first_token is None else self.ended - self.first_token
+
+    @property
+    def inference_seconds(self) -> float | None:
+        """From the first step to the end: prefill and decode."""
+        return None if self.started is None else self.ended - self.started
+
+
+@dataclass(frozen=True, slots=True)
 class RequestOutput:
     """One message of a request's stream. `finished` is true on the last one only."""
 
@@ -292,6 +330,8 @@ class RequestOutput:
     """Tokens that were guessed ahead and verified, of all its sequences; on the last output only."""
     num_accepted_tokens: int = 0
     """Those of them that are part of the output."""
+    times: RequestTimes | None = None
+    """On the last output only; None there, too, where it never came to the engine."""
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     """Of the prompt's tokens from the second on, where they were asked for; on the first output only."""
     embedding: tuple[float, ...] | None = None

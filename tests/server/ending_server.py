@@ -17,8 +17,7 @@ from kvarn.server.draining import DrainingServer
 class EndingServer:
     """A `DrainingServer` over an engine; `state` is its `ServerState`."""
 
-    def __init__(self, llm, drain_seconds=PATIENCE) -> None:
-        app = create_app(llm)
+    def __init__(self, app, drain_seconds=PATIENCE) -> None:
         self.state = app.state.server
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
@@ -53,10 +52,21 @@ class EndingServer:
 @contextlib.contextmanager
 def ending_server(llm, **options):
     """Yields an `EndingServer`, which is ended in the end."""
-    server = EndingServer(llm, **options)
+    server = EndingServer(create_app(llm), **options)
     try:
         yield server
     finally:
         server.signal()
+        server.signal()
+        assert server.ended()
+
+
+@contextlib.contextmanager
+def running(app):
+    """Serves an application and closes its models in the end; yields the base URL."""
+    server = EndingServer(app)
+    try:
+        yield server.url
+    finally:
         server.signal()
         assert server.ended()

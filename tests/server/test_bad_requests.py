@@ -165,6 +165,15 @@ BAD = [
     (COMPLETIONS, {"prompt": "a", "best_of": 0}, 400, "best_of"),
     (COMPLETIONS, {"prompt": "a", "best_of": 2, "stream": True}, 400, "best_of"),
     (CHAT, {"messages": HELLO, "best_of": 2}, 400, "best_of"),
+    (CHAT, {"messages": HELLO, "length_penalty": 2.0}, 400, "length_penalty"),
+    *((COMPLETIONS, {"prompt": "a", "use_beam_search": True, **fields}, 400, param) for fields, param in [
+        ({"best_of": 11}, "best_of"), ({"best_of": 0}, "best_of"), ({"best_of": 2, "n": 3}, "n"),
+        ({"length_penalty": 11.0}, "length_penalty"), ({"stream": True}, "use_beam_search"),
+        ({"logprobs": 1}, "logprobs"), ({"stop": "x"}, "stop"), ({"top_k": 3}, "top_k"),
+        ({"bad_words": ["x"]}, "bad_words"), ({"max_tokens": 10_000}, "max_tokens"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+    ]),
+    (CHAT, {"messages": HELLO, "use_beam_search": True}, 400, "max_tokens"),
     (COMPLETIONS, {"prompt": "a", "logprobs": 100}, 400, "logprobs"),
     ("/v1/nothing", {}, 404, None),
 ]

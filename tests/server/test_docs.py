@@ -1,20 +1,16 @@
-"""docs/server.md is true of the code: its routes, parameters, limits and metrics are the server's."""
+"""docs/server.md is true of the code: its routes, parameters and limits are the server's."""
 
 import dataclasses
 import inspect
 import re
 from pathlib import Path
 
-import pytest
-
 from kvarn import request
 from kvarn.cli import serve as command
 from kvarn.config import GrammarConfig, SpeculativeConfig
-from kvarn.engine import EngineStats
 from kvarn.grammar.source import MAX_CHOICES
 from kvarn.server import create_app, errors
 from kvarn.server.limits import ServerLimits
-from kvarn.server.metrics import EngineCollector
 from kvarn.server.protocol import (
     HARMLESS,
     LIMIT_NAMES,
@@ -120,11 +116,3 @@ def test_limits_are_those_of_the_parts():
         "input": MAX_INPUTS,
     }
     assert limits.max_n == request.MAX_N
-
-
-@pytest.mark.parametrize("kind", ["gauge", "counter"])
-def test_metrics(kind):
-    column = {"gauge": 1, "counter": 2}[kind]
-    line = next(line for line in PAGE.splitlines() if "kvarn:num_requests_running" in line)
-    told = re.findall(r"`(kvarn:[a-z_]+)`", line.split("|")[column])
-    assert told == [m.name for m in EngineCollector(EngineStats(), "any").collect() if m.type == kind]

@@ -214,7 +214,7 @@ def test_an_answer_that_takes_too_long_is_ended(stream):
 
 
 def test_a_stream_that_takes_too_long_ends_with_an_error():
-    limits = ServerLimits(request_timeout=1.0)
+    limits = ServerLimits(request_timeout=4.0)
     body = {**LONG, "stream": True}
     with gated_llm() as (llm, gate), serving(llm, limits=limits) as url, posted(url, COMPLETIONS, body) as connection:
         gate.stand_in_step(2)

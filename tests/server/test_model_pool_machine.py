@@ -62,7 +62,14 @@ class PoolMachine(RuleBasedStateMachine):
         self.pool = ModelPool(models, self.world, budget=BUDGET, limits=limits)
 
     def run(self, seconds=0.0):
-        self.loop.run_until_complete(asyncio.sleep(seconds))
+        """Lets time pass, and all come to rest that can without more of it."""
+
+        async def rest():
+            await asyncio.sleep(seconds)
+            for _ in range(10):
+                await asyncio.sleep(0)
+
+        self.loop.run_until_complete(rest())
 
     @rule(target=requests, name=NAMES, keep=KEEPS)
     def ask(self, name, keep):
@@ -97,6 +104,7 @@ class PoolMachine(RuleBasedStateMachine):
             lease.release()
 
         self.loop.run_until_complete(release())
+        self.run()
 
     @rule(seconds=st.sampled_from([0.1, 0.5, 2.0, 5.0, 30.0, 150.0]))
     def wait(self, seconds):

@@ -221,3 +221,22 @@ def test_the_best_of_several(client):
     assert [choice.index for choice in best.choices] == [0, 1, 2, 3]
     assert all(choice.logprobs is None for choice in best.choices)
     assert best.usage.completion_tokens == every.usage.completion_tokens
+
+
+def test_beam_search(client, llm):
+    greedy = complete(client, max_tokens=8, ignore_eos=False)
+    one = complete(client, max_tokens=8, ignore_eos=False, use_beam_search=True)
+    assert one.choices[0].text == greedy.choices[0].text
+    options = {"use_beam_search": True, "best_of": 4, "n": 2, "max_tokens": 8, "return_token_ids": True}
+    found = complete(client, ["one", "two"], **options)
+    assert [choice.index for choice in found.choices] == [0, 1, 2, 3]
+    assert all(choice.finish_reason == "length" and len(choice.token_ids) == 8 for choice in found.choices)
+    assert found.usage.completion_tokens == 32
+    whole = [tuple(f"{prompt}".encode()) + tuple(choice.token_ids)
+             for prompt, choice in zip(["one", "one", "two", "two"], found.choices, strict=True)]
+    echoed = complete(client, [list(ids) for ids in whole], echo=True, logprobs=0, max_tokens=0).choices
+    sums = [sum(choice.logprobs.token_logprobs[3:]) for choice in echoed]
+    assert sums[0] >= sums[1] and sums[2] >= sums[3], "the best first"
+    spoken = chat(client, n=2, use_beam_search=True, best_of=3, return_token_ids=True)
+    assert len({tuple(choice.token_ids) for choice in spoken.choices}) == 2
+    assert llm.stats().running == 0

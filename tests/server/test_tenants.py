@@ -8,7 +8,7 @@ import pytest
 from gated_engine import gated_llm
 from live_server import posted, serving, wait_until
 from test_bad_requests import check_shape
-from test_metrics import scraped
+from test_metrics import values
 
 from kvarn.engine import AsyncLLM
 from kvarn.errors import ConfigError
@@ -195,14 +195,14 @@ def test_queued_tokens_are_limited_by_name_and_counted():
                 assert "40 prompt tokens are waiting" in response.text
                 assert "limit of 30 (max_num_queued_tokens)" in response.text
                 assert response.headers["retry-after"] == "1"
-                assert scraped(url)[1]["kvarn:num_tokens_queued"] == 40
+                assert values(url)["kvarn:num_tokens_queued"] == 40
                 gate.open()
                 wait_until(lambda: llm.stats().queued == 0)
         assert post(url).status_code == 200
-        values = scraped(url)[1]
-        assert values["kvarn:request_rejections_total.queued_tokens"] == 1
-        assert values["kvarn:request_rejections_total.queued_requests"] == 0
-        assert values["kvarn:num_tokens_queued"] == 0
+        found = values(url)
+        assert found["kvarn:request_rejections_total.queued_tokens"] == 1
+        assert found["kvarn:request_rejections_total.queued_requests"] == 0
+        assert found["kvarn:num_tokens_queued"] == 0
 
 
 def test_too_many_requests_name_their_limit():
@@ -251,7 +251,7 @@ def test_a_deadline_that_will_not_be_met_is_refused_with_the_time_to_come_back(n
                 assert response.headers["retry-after"] == "38"
             gate.open()
             assert post(url).status_code == 200
-        assert scraped(url)[1]["kvarn:request_rejections_total.ttft_slo"] == 1
+        assert values(url)["kvarn:request_rejections_total.ttft_slo"] == 1
 
 
 def test_an_idle_server_takes_a_request_whatever_its_deadline():

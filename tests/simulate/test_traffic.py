@@ -7,7 +7,7 @@ import pytest
 from kvarn.errors import ConfigError
 from kvarn.simulate import Arrival, Synthetic, make_traffic, read_traffic
 from kvarn.simulate.synthetic import BURST, KINDS, TAIL_LIMIT
-from kvarn.simulate.traffic import MAX_LINE, MAX_TOKENS, cut, repeat, scale
+from kvarn.traffic import MAX_LINE, MAX_TOKENS, cut, repeat, scale
 
 CSV = """TIMESTAMP,ContextTokens,GeneratedTokens
 2023-11-16 18:15:47.6805900,374,44

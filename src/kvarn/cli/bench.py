@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from kvarn.cli import bench_spec
+from kvarn.cli import bench_serve, bench_spec
 from kvarn.cli.options import ModelArgument, Threads
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure speed, and how far it is from the limits.")
@@ -54,6 +54,7 @@ Isa = Annotated[str | None, typer.Option(help="Instruction set: avx512, avx2 or 
 MOST_SEQUENCES = 4096
 
 app.command("spec", epilog=bench_spec.EPILOG)(bench_spec.spec_command)
+app.command("serve", epilog=bench_serve.EPILOG)(bench_serve.serve_command)
 
 
 @app.callback()

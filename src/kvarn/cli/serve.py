@@ -192,6 +192,13 @@ def command(
         str, typer.Option(help="Logs, on stderr: text or json. Prompts and answers are never logged.")
     ] = "text",
     access_log: Annotated[bool, typer.Option(help="Log a line for each finished request.")] = True,
+    otlp_endpoint: Annotated[
+        str | None,
+        typer.Option(
+            help="Send OpenTelemetry spans of each request (queue, prefill, decode) to this collector over OTLP/HTTP, "
+            "such as http://127.0.0.1:4318; needs kvarn[otel]."
+        ),
+    ] = None,
     drain_seconds: Annotated[
         float,
         typer.Option(help="After SIGTERM or Ctrl-C, for requests in flight to finish; a second signal ends at once."),
@@ -227,6 +234,7 @@ def command(
     from kvarn.server.admin import AdminOptions
     from kvarn.server.listening import Tls
     from kvarn.server.models import PoolLimits
+    from kvarn.server.otlp import exported_spans
 
     system_prompts = tuple(read_text(path, "--shared-system-prompt") for path in shared_system_prompt or ())
     config = EngineConfig(
@@ -277,8 +285,9 @@ def command(
         _pooling(pooling),
     )
     start = _Start(options)
-    with _recording(trace_file, max_num_batched_tokens) as observer:
-        serve(options, Told(start.listening, start.budget, start.plan, start.ready), observer=observer)
+    told = Told(start.listening, start.budget, start.plan, start.ready)
+    with _recording(trace_file, max_num_batched_tokens) as observer, exported_spans(otlp_endpoint) as watchers:
+        serve(options, told, observer=observer, watchers=watchers)
 
 
 class _Start:

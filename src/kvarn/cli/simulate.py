@@ -155,7 +155,7 @@ def _shaped(
     arrivals: list[Arrival], requests: int | None, start: float, duration: float | None, speed: float, tokens: float
 ) -> list[Arrival]:
     """The part of the traffic that is asked for. Raises ConfigError naming the option."""
-    from kvarn.simulate.traffic import MAX_REQUESTS, cut, repeat, scale
+    from kvarn.traffic import MAX_REQUESTS, cut, repeat, scale
 
     for name, value, least in (("start", start, 0.0), ("duration", duration or 1.0, 0.0)):
         if not value >= least:

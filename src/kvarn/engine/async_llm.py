@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 import weakref
 from collections.abc import Sequence
+from contextlib import AsyncExitStack, aclosing
+from dataclasses import replace
 from types import TracebackType
 from typing import Self
 
 from kvarn.config import EngineConfig
+from kvarn.engine.beam import BeamParams, BeamResult, new_search
 from kvarn.engine.events import Event, RequestFailed, merge_outputs
 from kvarn.engine.front import EngineFront
 from kvarn.engine.load import LoadedEngine, OnPlan, load_engine
@@ -78,6 +82,34 @@ class AsyncLLM(EngineFront):
         """
         mailbox = self._mailbox(asyncio.get_running_loop())
         return RequestStream(self, self._loop, mailbox, request, max_unread_tokens)
+
+    async def beam_search(self, request: Request, params: BeamParams) -> BeamResult:
+        """The `request.sampling.n` best continuations, of at most `max_tokens`. No token is drawn.
+
+        Waits for all of them; a task that is cancelled meanwhile leaves nothing running. Raises RequestError, also for
+        parameters that do not go with it, QueueFullError, EngineError.
+        """
+        sampling = request.sampling
+        self.check(request)
+        search = new_search(sampling, params, len(request.prompt_token_ids), self.tokenizer.eos_token_ids)
+        cached = None
+        while search.open:
+            prefix = f"{request.request_id}-{len(search.open[0].token_ids)}"
+            extensions = [
+                replace(request, request_id=f"{prefix}-{place}", sampling=params.extension,
+                        prompt_token_ids=request.prompt_token_ids + beam.token_ids)
+                for place, beam in enumerate(search.open)
+            ]  # fmt: skip
+            outputs = await self._last_outputs(extensions)
+            cached = outputs[0].num_cached_tokens if cached is None else cached
+            search.take([output.outputs[0].logprobs[0].top for output in outputs])
+        return BeamResult(search.best(sampling.n), cached or 0)
+
+    async def _last_outputs(self, requests: Sequence[Request]) -> list[RequestOutput]:
+        """What comes of requests of one token each, all at once."""
+        async with AsyncExitStack() as stack:
+            streams = [await stack.enter_async_context(aclosing(self.generate(request))) for request in requests]
+            return [merge_outputs([output async for output in stream]) for stream in streams]
 
     async def abort(self, request_id: str) -> None:
         """Ends a request before the next step; its stream gets a last output with FinishReason.ABORT."""
@@ -207,6 +239,7 @@ class _Mailbox:
         # The engine holds mailboxes of requests in flight; these must not keep a loop alive that is closed.
         self._loop = weakref.ref(loop)
         self._engine = engine
+        self._delivery = engine.delivery  # where several loops observe at the same moment, one value may be lost
 
     def receive(self, events: Sequence[tuple[object, Event]]) -> None:
         """Called in the engine's thread."""
@@ -214,13 +247,14 @@ class _Mailbox:
         try:
             if loop is None:
                 raise RuntimeError("the event loop is gone")
-            loop.call_soon_threadsafe(self._deliver, events)
+            loop.call_soon_threadsafe(self._deliver, events, time.perf_counter())
         except RuntimeError:
             # The loop was closed with requests in flight: nobody will read them.
             for ticket, event in events:
                 self._engine.abort(event.request_id, ticket)
 
-    def _deliver(self, events: Sequence[tuple[object, Event]]) -> None:
+    def _deliver(self, events: Sequence[tuple[object, Event]], handed_over: float) -> None:
+        self._delivery.observe(time.perf_counter() - handed_over)
         for ticket, event in events:
             assert isinstance(ticket, weakref.ref)
             stream = ticket()

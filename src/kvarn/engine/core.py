@@ -11,10 +11,11 @@ from itertools import zip_longest
 from typing import Any
 
 from kvarn.engine.events import EngineStats, Event, RequestFailed, join_parts
+from kvarn.engine.meter import Meter
 from kvarn.engine.output import RequestText
 from kvarn.errors import EngineError, RequestError
 from kvarn.grammar import CompiledGrammar, GrammarCompiler, GrammarStats
-from kvarn.request import Request, RequestOutput, SequenceOutput
+from kvarn.request import FinishReason, Request, RequestOutput, SequenceOutput
 from kvarn.runner import Runner
 from kvarn.scheduler import MeasuredCost, NullObserver, Observer, Scheduler, Sequence, StepShape, StepTimes
 from kvarn.step import SampledToken, SchedulerOutput, StepOutput
@@ -105,6 +106,7 @@ class EngineCore:
         self._compiled: dict[str, CompiledGrammar] = {}
         """Those of the requests, so that the runner finds them whenever a sequence begins."""
         self._counters = _Counters()
+        self.meter = Meter()
         self._cost = cost or MeasuredCost()
         self._observer = observer or NullObserver()
         self._clock = clock
@@ -152,18 +154,24 @@ class EngineCore:
             raise RequestError("this engine takes no grammars", field="grammar")
         return self._grammars
 
-    def add(self, request: Request) -> None:
+    def now(self) -> float:
+        """The time of the engine's clock, in seconds. Any thread may call."""
+        return self._clock()
+
+    def add(self, request: Request, *, arrived: float | None = None) -> None:
         """Queues a request. Without a seed it gets one at random. Raises RequestError, OverloadError.
 
-        Waits for its grammar where that is not compiled yet (see `grammars`).
+        Waits for its grammar where that is not compiled yet (see `grammars`). arrived: since when it waits; None: now.
         """
+        arrived = self._clock() if arrived is None else arrived
         request = self.resolve(request)
         self.check(request)
         grammar = request.sampling.grammar
         compiled = None if grammar is None else self.grammars.find(grammar) or self.grammars.compile(grammar)
         sequences = self._scheduler.add(request, seed=secrets.randbits(63))
         try:
-            self._texts[request.request_id] = RequestText(request, sequences, self._tokenizer)
+            clock = self.meter.queued(request, sequences, arrived)
+            self._texts[request.request_id] = RequestText(request, sequences, self._tokenizer, clock)
         except Exception:
             self._scheduler.abort(request.request_id)
             raise
@@ -173,12 +181,16 @@ class EngineCore:
     def abort(self, request_id: str) -> RequestOutput | None:
         """Ends a request and frees its blocks at once. Returns its last output; None where there is no such request."""
         self._scheduler.abort(request_id)
-        text = self._forget(request_id)
+        text = self._forget(request_id, FinishReason.ABORT)
         return None if text is None else text.abort()
 
-    def _forget(self, request_id: str) -> RequestText | None:
+    def _forget(self, request_id: str, broken_off: FinishReason) -> RequestText | None:
+        """broken_off: why, where it is not finished."""
         self._compiled.pop(request_id, None)
-        return self._texts.pop(request_id, None)
+        text = self._texts.pop(request_id, None)
+        if text is not None and not text.finished:
+            self.meter.broken_off(text.clock, broken_off, text.num_unfinished, self._clock())
+        return text
 
     def has_work(self) -> bool:
         """Whether `step` has anything to do."""
@@ -206,18 +218,20 @@ class EngineCore:
         began = self._clock()
         scheduled = self._scheduler.schedule()
         decided = self._clock()
+        self.meter.scheduled(scheduled, began)
         result = self._runner.execute(scheduled)
         executed = self._clock()
-        events = self._book(scheduled, result)
+        events = self._book(scheduled, result, executed)
         times = StepTimes(began, decided, executed, self._clock())
         shape, seconds = StepShape.of(scheduled), times.ended - times.began - result.aside_seconds
         self._cost.observe(shape, seconds)
         self._scheduler.drafting.control.timed(shape, seconds)
         self._observer.stepped(scheduled, times)
+        self.meter.stepped(scheduled, times.began, times.ended)
         return events
 
-    def _book(self, scheduled: SchedulerOutput, result: StepOutput) -> list[Event]:
-        """What each request gained by a step."""
+    def _book(self, scheduled: SchedulerOutput, result: StepOutput, now: float) -> list[Event]:
+        """What each request gained by a step. now: when it was computed."""
         parts: dict[str, list[SequenceOutput]] = {}
         for prompt in result.prompt_logprobs:
             for text in self._texts.values():
@@ -242,7 +256,7 @@ class EngineCore:
 
         self._count(self._scheduler.update(scheduled, result, stops))
         failed += self._fail_sequences(result)
-        return failed + [self._message(i, outputs) for i, outputs in parts.items() if i in self._texts]
+        return failed + [self._message(i, outputs, now) for i, outputs in parts.items() if i in self._texts]
 
     def stats(self) -> EngineStats:
         """A snapshot."""
@@ -285,8 +299,9 @@ class EngineCore:
 
         Raises where the program does not run any more; may be tried again then.
         """
-        self._texts.clear()
-        self._compiled.clear()
+        for request_id in list(self._texts):
+            self._forget(request_id, FinishReason.ERROR)
+        self.meter.reset()
         self._observer.reset()
         scheduler, counters = self._new_scheduler(), self._counters.plus(self._scheduler)
         self._scheduler, self._counters = scheduler, counters
@@ -310,18 +325,21 @@ class EngineCore:
             except Exception:
                 logger.exception("the prefix cache could not be saved")
 
-    def _message(self, request_id: str, outputs: list[SequenceOutput]) -> RequestOutput:
+    def _message(self, request_id: str, outputs: list[SequenceOutput], now: float) -> RequestOutput:
         text = self._texts[request_id]
+        gains = tuple(outputs) if len(outputs) == 1 else join_parts(outputs)
+        self.meter.gained(text.clock, gains, now)
         if text.finished:
-            self._forget(request_id)
-        return text.output(tuple(outputs) if len(outputs) == 1 else join_parts(outputs))
+            self.meter.finished(text.clock, text.num_cached_tokens, now)
+            self._forget(request_id, FinishReason.STOP)
+        return text.output(gains)
 
     def _fail_one(self, request_id: str) -> RequestFailed:
         """Ends a request whose text could not be made; the others go on."""
         error_id = new_error_id()
         logger.exception("request %s failed (error id %s)", request_id, error_id)
         self._scheduler.abort(request_id)
-        self._forget(request_id)
+        self._forget(request_id, FinishReason.ERROR)
         return RequestFailed(request_id, EngineError(f"the request failed in the engine (error id {error_id})"))
 
     def _fail_sequences(self, result: StepOutput) -> list[Event]:
@@ -334,7 +352,7 @@ class EngineCore:
                 self._scheduler.abort(request_id)
                 if sequence.field == "grammar":
                     self.grammars.forget(self._compiled[request_id].grammar)
-                self._forget(request_id)
+                self._forget(request_id, FinishReason.ERROR)
                 failed.append(RequestFailed(request_id, RequestError(sequence.message, field=sequence.field)))
         return failed
 

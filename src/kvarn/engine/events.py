@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 
+from kvarn.engine.histogram import HistogramSnapshot
+from kvarn.engine.meter import NO_HISTOGRAMS
 from kvarn.errors import KvarnError, OverloadError
 from kvarn.request import FinishReason, Request, RequestOutput, SequenceOutput
 
@@ -18,6 +21,9 @@ class RequestFailed:
 
 
 Event = RequestOutput | RequestFailed
+
+
+_NONE_ENDED = MappingProxyType({reason.value: 0 for reason in FinishReason})
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +83,10 @@ class EngineStats:
     """For which steps waited for that."""
     rejections: Mapping[str, int] = field(default_factory=lambda: dict.fromkeys(OverloadError.REASONS, 0))
     """Requests that were refused because there was too much to do, by `OverloadError.reason`."""
+    ended: Mapping[str, int] = field(default_factory=lambda: _NONE_ENDED)
+    """Answers (`n` of a request) that ended, by `FinishReason`."""
+    histograms: Mapping[str, HistogramSnapshot] = field(default_factory=lambda: NO_HISTOGRAMS)
+    """How long requests and steps took and how large they were: see `kvarn.engine.meter`."""
 
 
 def never_started(request: Request) -> RequestOutput:

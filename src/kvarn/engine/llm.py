@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from kvarn.config import CacheConfig, EngineConfig, GrammarConfig, SchedulerConfig
+from kvarn.engine.beam import BeamParams, beam_text, new_search
 from kvarn.engine.events import Event, RequestFailed, merge_outputs
 from kvarn.engine.front import EngineFront
 from kvarn.engine.load import LoadedEngine, load_engine
@@ -122,6 +123,20 @@ class LLM(EngineFront):
         """
         request = self._request(prompt, sampling or SamplingParams())
         return self._run([request])
+
+    def beam_search(self, prompt: Prompt, params: BeamParams, sampling: SamplingParams) -> list[Choice]:
+        """The `sampling.n` best continuations of at most `max_tokens` tokens, the best first. No token is drawn.
+
+        Raises RequestError, also for parameters that do not go with it, and EngineError.
+        """
+        request = self._request(prompt, sampling)
+        ids = request.prompt_token_ids
+        search = new_search(sampling, params, len(ids), self.tokenizer.eos_token_ids)
+        while search.open:
+            answers = self.generate([ids + beam.token_ids for beam in search.open], params.extension)
+            search.take([answer.choices[0].logprobs[0].top for answer in answers])
+        best = enumerate(search.best(sampling.n))
+        return [Choice(i, beam_text(self.tokenizer, ids, beam, sampling), beam.token_ids, beam.end) for i, beam in best]
 
     def close(self) -> None:
         """Ends the engine and releases its memory. Idempotent."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 from kvarn.config import RESTART_DELAYS, SchedulerConfig
 from kvarn.engine.core import EngineCore, new_error_id
 from kvarn.engine.events import EngineStats, Event, RequestFailed, never_started
+from kvarn.engine.histogram import Histogram
 from kvarn.errors import EngineError, KvarnError, OverloadError, RequestError
 from kvarn.grammar import CompiledGrammar
 from kvarn.request import Request
@@ -89,6 +90,7 @@ class EngineLoop:
         Raises RequestError for one that can never run or whose id is in use, QueueFullError where too many wait,
         EngineError where the engine is closed or has failed.
         """
+        arrived = self._core.now()
         request = self._core.resolve(request)
         self._core.check(request)
         with self._wake:
@@ -101,11 +103,11 @@ class EngineLoop:
             self._addresses[request.request_id] = _Address(receiver, ticket)
             self._submitted[request.request_id] = len(request.prompt_token_ids)
             if grammar is None:
-                self._commands.append(lambda: self._add(request))
+                self._commands.append(lambda: self._add(request, arrived))
                 self._wake.notify()
                 return
             self._preparing[request.request_id] = request
-        grammar.add_done_callback(lambda done: self._prepared(request, done))
+        grammar.add_done_callback(lambda done: self._prepared(request, arrived, done))
 
     def _grammar_of(self, request: Request) -> Future[CompiledGrammar] | None:
         """The request's grammar, which may still be compiled; None where it has none. Raises OverloadError. With the
@@ -117,7 +119,7 @@ class EngineLoop:
             self._rejections[error.reason] += 1
             raise
 
-    def _prepared(self, request: Request, done: Future[CompiledGrammar]) -> None:
+    def _prepared(self, request: Request, arrived: float, done: Future[CompiledGrammar]) -> None:
         """Told, in any thread, that a request's grammar is there, or why it is not."""
         with self._wake:
             if self._preparing.get(request.request_id) is not request:
@@ -128,7 +130,7 @@ class EngineLoop:
             if isinstance(error, KvarnError):
                 self._commands.append(lambda: self._refuse(request.request_id, error))
             else:
-                self._commands.append(lambda: self._add(request, compiled))
+                self._commands.append(lambda: self._add(request, arrived, compiled))
             self._wake.notify()
 
     def resolve(self, request: Request) -> Request:
@@ -187,6 +189,8 @@ class EngineLoop:
             waiting=stats.waiting + submitted,
             rejections=rejections,
             restarts=self._restarts,
+            ended=self._core.meter.ended,
+            histograms=self._core.meter.snapshot(),
         )
 
     def _backlog(self) -> Backlog:
@@ -201,6 +205,11 @@ class EngineLoop:
         except OverloadError as error:
             self._rejections[error.reason] += 1
             raise
+
+    @property
+    def delivery(self) -> Histogram:
+        """For receivers: seconds from `receive` to where the outputs of a step are read."""
+        return self._core.meter.delivery
 
     @property
     def failure(self) -> EngineError | None:
@@ -302,14 +311,14 @@ class EngineLoop:
             self._submitted.pop(request_id, None)
         self._publish([RequestFailed(request_id, error)])
 
-    def _add(self, request: Request, _grammar: CompiledGrammar | None = None) -> None:
-        """_grammar: the request's, held until the core holds it."""
+    def _add(self, request: Request, arrived: float, _grammar: CompiledGrammar | None = None) -> None:
+        """arrived: when it was submitted. _grammar: the request's, held until the core holds it."""
         request_id = request.request_id
         with self._wake:
             # One lock around both, so that the request counts as submitted or as queued at every moment.
             self._submitted.pop(request_id, None)
             try:
-                self._core.add(request)
+                self._core.add(request, arrived=arrived)
             except OverloadError as error:
                 self._rejections[error.reason] += 1
                 failed = RequestFailed(request_id, error)

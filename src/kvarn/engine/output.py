@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as ListOf
 
+from kvarn.engine.meter import RequestClock
 from kvarn.request import FinishReason, Request, RequestOutput, SequenceOutput, TokenLogprob
 from kvarn.scheduler import Sequence
 from kvarn.step import SampledToken
@@ -13,8 +14,12 @@ from kvarn.text import IncrementalDetokenizer, Tokenizer
 class RequestText:
     """The text of a request's sequences as it grows. Owns a detokenizer for each unfinished sequence."""
 
-    def __init__(self, request: Request, sequences: ListOf[Sequence], tokenizer: Tokenizer) -> None:
+    def __init__(
+        self, request: Request, sequences: ListOf[Sequence], tokenizer: Tokenizer, clock: RequestClock
+    ) -> None:
+        """clock: says when things happened, in the last output."""
         self.request = request
+        self.clock = clock
         self.embedding: tuple[float, ...] | None = None
         """Goes into the next output."""
         self._sequences = sequences
@@ -34,6 +39,16 @@ class RequestText:
 
         self.prompt_logprobs: list[TokenLogprob] = []
         """Of the prompt's tokens; told with the next output."""
+
+    @property
+    def num_unfinished(self) -> int:
+        """Sequences that go on."""
+        return len(self._unfinished)
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """Tokens of the prompt that the prefix cache had."""
+        return self._sequences[0].num_cached_tokens
 
     @property
     def finished(self) -> bool:
@@ -89,5 +104,5 @@ class RequestText:
         prompt, self.prompt_logprobs = tuple(self.prompt_logprobs), []
         return RequestOutput(
             self.request.request_id, outputs, first.num_prompt_tokens, first.num_cached_tokens, self.finished, drafted,
-            accepted, prompt, self.embedding,
+            accepted, self.clock.times, prompt, self.embedding,
         )  # fmt: skip

@@ -288,21 +288,17 @@ class Scheduler:
 
     def _check_deadline(self, sequence: Sequence) -> None:
         """Raises DeadlineError for a sequence that does not wait yet, if it is asked to come in time and will not."""
-        asked = sequence.request.ttft_slo_ms or self._config.ttft_slo_ms
-        if asked is not None:
-            check_deadline(asked, self._forecast.ttft(sequence, self._crowd(sequence)))
-
-    def _crowd(self, sequence: Sequence) -> Crowd:
-        """What a sequence finds that does not wait yet."""
-        running, key = list(self._running.values()), self._key(sequence)
-        return Crowd(
-            running=running,
-            prompts=[s for s in running if s.num_uncomputed_tokens > 1 and self._key(s) < key],
-            ahead=list(self._waiting.ahead(sequence)),
-            max_num_seqs=self._config.max_num_seqs,
-            free_blocks=self._pool.num_available,
-            blocks_for=lambda tokens: self._pool.windows.most_blocks(tokens, self._config.max_num_batched_tokens),
-        )
+        if (asked := sequence.request.ttft_slo_ms or self._config.ttft_slo_ms) is not None:
+            running, key = list(self._running.values()), self._key(sequence)
+            crowd = Crowd(
+                running=running,
+                prompts=[s for s in running if s.num_uncomputed_tokens > 1 and self._key(s) < key],
+                ahead=[*self._waiting.ahead(sequence)],
+                max_num_seqs=self._config.max_num_seqs,
+                free_blocks=self._pool.num_available,
+                blocks_for=lambda tokens: self._pool.windows.most_blocks(tokens, self._config.max_num_batched_tokens),
+            )
+            check_deadline(asked, self._forecast.ttft(sequence, crowd))
 
     def _key(self, sequence: Sequence) -> tuple[float, ...]:
         return order_key(self.policy, sequence)
@@ -326,16 +322,8 @@ class Scheduler:
         return count
 
     def _most(self, step: StepAssembly, sequence: Sequence) -> int:
-        """Tokens that a running sequence may compute in the step, were it for the rows of logits alone.
-
-        There are as many rows as seats (and those of drafts). Everybody who runs has one; the others are for prompts
-        whose logprobs are asked for.
-        """
-        wanted = sequence.num_uncomputed_tokens
-        if not sequence.lacks_prompt_logprobs:
-            return wanted
-        known = max(0, sequence.num_prompt_logprobs - sequence.num_computed_tokens)
-        return min(wanted, known + 1 + self._config.max_num_seqs - len(self._running) - step.prompt_rows)
+        """Tokens that rows of logits allow: everybody who runs has one, prompts' logprobs may have the others."""
+        return sequence.computable(self._config.max_num_seqs - len(self._running) - step.prompt_rows)
 
     def _chunked(self, step: StepAssembly) -> int:
         """Pending sequences that are no decodes: one token is left for each."""

@@ -101,6 +101,13 @@ class Sequence:
         asked = self.request.sampling.prompt_logprobs is not None and self.index == 0
         return asked and self.num_prompt_logprobs < self.num_prompt_tokens - 1
 
+    def computable(self, free_rows: int) -> int:
+        """Tokens that it may compute in a step that has so many rows of logits to give beside its own."""
+        if not self.lacks_prompt_logprobs:
+            return self.num_uncomputed_tokens
+        known = max(0, self.num_prompt_logprobs - self.num_computed_tokens)
+        return min(self.num_uncomputed_tokens, known + 1 + free_rows)
+
     def prompt_targets(self, start: int, end: int) -> PromptTargets | None:
         """Of a part that computes the tokens start … end - 1."""
         if not self.lacks_prompt_logprobs:

@@ -23,6 +23,7 @@ from kvarn.server.errors import ApiError
 from kvarn.server.front import Front
 from kvarn.server.listening import Tls, is_loopback
 from kvarn.server.routes.admin import add_admin_routes
+from kvarn.server.routes.life import add_life_routes
 from kvarn.server.state import ServerState
 
 _HOST = re.compile(r"(\[[^\[\]]*\]|[^:]*)(?::[0-9]*)?")
@@ -58,6 +59,7 @@ def create_admin_app(state: ServerState, options: AdminOptions) -> FastAPI:
     app.add_middleware(AdminGuard, options=options)
     app.add_middleware(Front, state=state, quiet=())
     add_admin_routes(app, state)
+    add_life_routes(app, state)
     return app
 
 

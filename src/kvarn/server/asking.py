@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from kvarn.errors import RequestError
+from kvarn.server.beams import BeamGeneration
 from kvarn.server.caller import Caller
 from kvarn.server.errors import ApiError
 from kvarn.server.generation import Generation, new_id
@@ -85,7 +87,9 @@ def asked(
             sampling = tools.bind(sampling)
         if thoughts is not None:
             sampling = thoughts.bind(sampling, tools, served.llm.config.grammar)
-        return Generation(
+        beams = body.beams()
+        make = Generation if beams is None else partial(BeamGeneration, beams)
+        return make(
             served.llm, prompts, sampling, body.given_id(prefix) or new_id(prefix), caller, priority=body.priority,
             cache_salt=body.salt, refusal=refusal,
         )  # fmt: skip

@@ -12,6 +12,7 @@ from kvarn.server.errors import ApiError
 from kvarn.server.keys.account import OpenAccount, Visit
 from kvarn.server.limits import ServerLimits
 from kvarn.server.record import RequestRecord, request_id_of
+from kvarn.server.request_trace import UNTRACED, RequestTrace
 
 DEADLINE_HEADERS = ("x-slo-ttft-ms", "x-llm-d-slo-ttft-ms")
 """Kubernetes' Gateway API Inference Extension and llm-d name the header so."""
@@ -22,7 +23,7 @@ class Caller:
     """tenant: of the API key; empty where no keys are set. ttft_slo_ms: None where the caller does not say.
 
     record: to be told of what is done for the request. limits: of what it may ask for. visit: what it takes of its
-    key's account.
+    key's account. trace: hears how the answer gets on.
     """
 
     tenant: str = ""
@@ -30,6 +31,7 @@ class Caller:
     record: RequestRecord = field(default_factory=lambda: RequestRecord(request_id_of(None)))
     limits: ServerLimits = field(default_factory=ServerLimits)
     visit: Visit = field(default_factory=lambda: OpenAccount().begin())
+    trace: RequestTrace = UNTRACED
 
     @classmethod
     def of(cls, request: Request) -> Self:
@@ -37,7 +39,8 @@ class Caller:
         found = next((name for name in DEADLINE_HEADERS if name in request.headers), None)
         slo = None if found is None else _milliseconds(found, request.headers[found])
         visit: Visit = request.state.visit
-        return cls(visit.account.tenant, slo, request.state.record, request.app.state.server.limits, visit)
+        trace = getattr(request.state, "trace", UNTRACED)
+        return cls(visit.account.tenant, slo, request.state.record, request.app.state.server.limits, visit, trace)
 
 
 def _milliseconds(name: str, text: str) -> float:

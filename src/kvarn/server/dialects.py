@@ -71,9 +71,17 @@ def _identity(error: ApiError) -> dict[str, str]:
     return {"request_id": error.request_id} if error.request_id else {}
 
 
-OPENAI, ANTHROPIC = OpenAIDialect(), AnthropicDialect()
+class ResponsesDialect(OpenAIDialect):
+    """OpenAI's errors; streams end with the answer's own last event."""
+
+    end = b""
+
+
+OPENAI, ANTHROPIC, RESPONSES = OpenAIDialect(), AnthropicDialect(), ResponsesDialect()
 
 
 def dialect_of(path: str) -> Dialect:
     """The dialect of the clients that ask for a path."""
-    return ANTHROPIC if path == "/v1/messages" or path.startswith("/v1/messages/") else OPENAI
+    if path == "/v1/messages" or path.startswith("/v1/messages/"):
+        return ANTHROPIC
+    return RESPONSES if path == "/v1/responses" else OPENAI

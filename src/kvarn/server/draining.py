@@ -49,6 +49,7 @@ class DrainingServer(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         """Called ten times a second; True where the server is to end."""
         if self._drained_by is not None:
+            self._state.door.close()  # an administrator who resumes does not undo a signal
             done = self._state.door.inside == 0 or time.monotonic() >= self._drained_by
             self.should_exit = self.should_exit or done
         return await super().on_tick(counter)

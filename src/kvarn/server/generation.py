@@ -116,6 +116,7 @@ class Generation:
         self._record, self._limits = caller.record, caller.limits
         sampling = _within(sampling, caller.limits)
         self._refusal = refusal
+        self._trace = caller.trace
         self.n = sampling.n
         self.answer_id = answer_id
         self.requests: list[Request] = []
@@ -216,6 +217,7 @@ class Generation:
                 record.finish_reasons[prompt * self.n + delta.index] = delta.finish_reason.value
         if output.prompt_logprobs:
             self.prompt_logprobs[prompt] = output.prompt_logprobs
+        self._trace.output(self._llm.model_name, self.requests[prompt], output)
         self.usage.completion += sum(len(delta.token_ids) for delta in output.outputs)
         if output.finished:
             self.usage.cached += output.num_cached_tokens

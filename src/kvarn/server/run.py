@@ -30,6 +30,7 @@ from kvarn.server.models import ModelPool, PoolLimits
 from kvarn.server.models.budget import Budget, share_out
 from kvarn.server.models.hosted import EngineLoader, ModelSpec
 from kvarn.server.state import ServerState
+from kvarn.server.watching import HttpWatcher
 
 logger = logging.getLogger("kvarn.server")
 
@@ -97,12 +98,18 @@ class Told:
     ready: OnReady = lambda _engines, _seconds: None
 
 
-def serve(options: ServeOptions, told: Told | None = None, *, observer: Observer | None = None) -> None:
+def serve(
+    options: ServeOptions,
+    told: Told | None = None,
+    *,
+    observer: Observer | None = None,
+    watchers: Sequence[HttpWatcher] = (),
+) -> None:
     """Serves until SIGINT or SIGTERM, and then until what is in flight is answered (see `DrainingServer`).
 
     While the first model loads, everything but pages and probes answers 503. Raises ConfigError where the port is taken
     or a model does not fit, and what loading the first model raises (KvarnError), after the server has stopped.
-    observer: told of every decision and step of the engines, in their threads.
+    observer: told of every decision and step of the engines, in their threads. watchers: of every request.
     """
     told = told or Told()
     access, admin = options.access, options.admin
@@ -113,7 +120,7 @@ def serve(options: ServeOptions, told: Told | None = None, *, observer: Observer
     models = ModelPool(budget.pooled(), loader, budget=budget.num_bytes, limits=options.pool)
     app = create_app(
         None, models=models, limits=options.limits, keys=options.key_ring(), metrics_open=access.metrics_open,
-        cors_origins=access.cors_origins, pooling=options.pooling,
+        cors_origins=access.cors_origins, pooling=options.pooling, watchers=watchers,
     )  # fmt: skip
     configure_logging(options.log_format, access=options.access_log)
     config = uvicorn.Config(

@@ -8,6 +8,6 @@ from kvarn.simulate.results import Fairness, Results
 from kvarn.simulate.settings import Settings
 from kvarn.simulate.simulator import simulate
 from kvarn.simulate.synthetic import Synthetic, make_traffic
-from kvarn.simulate.traffic import Arrival, read_traffic
+from kvarn.traffic import Arrival, read_traffic
 
 __all__ = ["Arrival", "Fairness", "Results", "Settings", "Synthetic", "make_traffic", "read_traffic", "simulate"]

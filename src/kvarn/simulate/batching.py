@@ -10,7 +10,7 @@ from collections import deque
 from typing import Protocol
 
 from kvarn.errors import ConfigError
-from kvarn.simulate.traffic import Arrival
+from kvarn.traffic import Arrival
 
 BATCHINGS = ("continuous", "dynamic", "static")
 NEVER = math.inf

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from kvarn.scheduler import Scheduler
 from kvarn.scheduler import Sequence as ScheduledStream
 from kvarn.simulate.settings import Settings
-from kvarn.simulate.traffic import Arrival
 from kvarn.step import SchedulerOutput
+from kvarn.traffic import Arrival
 
 PERCENTILES = (50, 95, 99)
 FAIRNESS_WINDOW = 10.0

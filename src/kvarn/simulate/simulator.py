@@ -17,8 +17,8 @@ from kvarn.scheduler import MoveCost, NullObserver, Observer, StepCost, StepShap
 from kvarn.simulate.batching import NEVER, Gate, make_gate
 from kvarn.simulate.results import Recorder, Results
 from kvarn.simulate.settings import Settings
-from kvarn.simulate.traffic import Arrival
 from kvarn.step import SampledToken, SchedulerOutput, StepOutput
+from kvarn.traffic import Arrival
 
 LEAST_SKIPPED, MOST_SKIPPED = 2, 1 << 20
 OWN, SHARED, FIRST_FREE = 0, 1, 2

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from kvarn.errors import ConfigError
-from kvarn.simulate.traffic import MAX_REQUESTS, Arrival
+from kvarn.traffic import MAX_REQUESTS, Arrival
 
 KINDS = ("poisson", "burst", "long-tail")
 BURST = 16

@@ -56,12 +56,14 @@ class ModelPool(Generic[H]):
         Raises ConfigError where a name is given twice, or a model takes more than the budget.
         """
         self._loader = loader
-        self._budget = math.inf if budget is None else budget
+        self.budget = budget
+        """Bytes that the models may take together; None: no bound."""
+        self._most = math.inf if budget is None else budget
         self._limits = limits or PoolLimits()
         self._places: list[Place[H]] = []
         self._names: dict[str, Place[H]] = {}
         for model in models:
-            if model.num_bytes > self._budget:
+            if model.num_bytes > self._most:
                 raise ConfigError(f"{model.name} takes {model.num_bytes} bytes, but the budget is {budget}")
             keep = self._limits.keep_seconds if model.keep_seconds is None else model.keep_seconds
             self._places.append(Place(model, keep))
@@ -283,7 +285,7 @@ class ModelPool(Generic[H]):
         """Has others unloaded until the model fits; False where meanwhile nobody wants it any more."""
         leaving: list[Place[H]] = []
         while place.is_wanted and not self._closed:
-            missing = place.model.num_bytes - (self._budget - self.held_bytes)
+            missing = place.model.num_bytes - (self._most - self.held_bytes)
             if missing <= 0:
                 break
             missing -= sum(other.model.num_bytes for other in self._places if other.state is ModelState.UNLOADING)

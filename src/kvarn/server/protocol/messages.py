@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, PlainValidator, StrictInt, StrictStr, WithJsonSchema
 
-from kvarn.server.errors import ApiError
+from kvarn.server.protocol.blocks import kind_of, only, string, unknown, unsupported, wrong
 from kvarn.server.protocol.parameters import Screening
 from kvarn.server.protocol.requests import AnswerRequest, ChatCompletionRequest, ModelRequest, Number
 
@@ -66,7 +66,7 @@ class MessagesPrompt(ModelRequest):
 
     def _chat(self) -> dict[str, Any]:
         if self.thinking is not None and self.thinking.get("type") != "disabled":
-            raise _unsupported("thinking", "must be absent or of type disabled: models here do not think apart")
+            raise unsupported("thinking", "must be absent or of type disabled: models here do not think apart")
         messages = list(self._messages())
         continued = bool(self.messages) and self.messages[-1].get("role") == "assistant"
         choice = self.tool_choice or {}
@@ -86,14 +86,14 @@ class MessagesPrompt(ModelRequest):
         for place, message in enumerate(self.messages):
             where, role, content = f"messages[{place}]", message.get("role"), message.get("content")
             if role not in ROLES:
-                raise _wrong(f"{where}.role", f"must be {', '.join(ROLES)}")
-            _only(message, where, ("role", "content"))
+                raise wrong(f"{where}.role", f"must be {', '.join(ROLES)}")
+            only(message, where, ("role", "content"))
             if isinstance(content, str):
                 yield {"role": role, "content": content}
             elif isinstance(content, list):
                 yield from (_called if role == "assistant" else _told)(content, role, f"{where}.content")
             else:
-                raise _wrong(f"{where}.content", "must be a string or a list of content blocks")
+                raise wrong(f"{where}.content", "must be a string or a list of content blocks")
 
 
 class MessagesRequest(MessagesPrompt, AnswerRequest):
@@ -118,13 +118,13 @@ def _told(blocks: list[Any], role: str, where: str) -> Iterator[dict[str, Any]]:
     """The messages that a user's (or system's) content blocks are: results of tools come before text."""
     texts = []
     for place, block in enumerate(blocks):
-        at, kind = f"{where}[{place}]", _kind(block, f"{where}[{place}]")
+        at, kind = f"{where}[{place}]", kind_of(block, f"{where}[{place}]")
         if kind == "tool_result" and role == "user":
             yield _result(block, at)
         elif kind == "text":
             texts.append({"type": "text", "text": _text(block, at)})
         else:
-            raise _unknown(at, kind, "text or tool_result" if role == "user" else "text")
+            raise unknown(at, kind, "text or tool_result" if role == "user" else "text")
     if texts or not blocks:
         yield {"role": role, "content": texts}
 
@@ -133,54 +133,54 @@ def _called(blocks: list[Any], role: str, where: str) -> Iterator[dict[str, Any]
     """The message that an assistant's content blocks are."""
     texts, calls = [], []
     for place, block in enumerate(blocks):
-        at, kind = f"{where}[{place}]", _kind(block, f"{where}[{place}]")
+        at, kind = f"{where}[{place}]", kind_of(block, f"{where}[{place}]")
         if kind == "text":
             texts.append({"type": "text", "text": _text(block, at)})
         elif kind == "tool_use":
             calls.append(_call(block, at))
         else:
-            raise _unknown(at, kind, "text or tool_use")
+            raise unknown(at, kind, "text or tool_use")
     yield {"role": role, "content": texts, **({"tool_calls": calls} if calls else {})}
 
 
 def _call(block: dict[str, Any], where: str) -> dict[str, Any]:
-    _only(block, where, ("type", "id", "name", "input", "cache_control", "caller", "toolset_name"))
-    name, given = _string(block, "name", where), block.get("input")
+    only(block, where, ("type", "id", "name", "input", "cache_control", "caller", "toolset_name"))
+    name, given = string(block, "name", where), block.get("input")
     if not isinstance(given, dict):
-        raise _wrong(f"{where}.input", "must be an object")
+        raise wrong(f"{where}.input", "must be an object")
     function = {"name": name, "arguments": json.dumps(given, ensure_ascii=False)}
-    return {"id": _string(block, "id", where), "type": "function", "function": function}
+    return {"id": string(block, "id", where), "type": "function", "function": function}
 
 
 def _result(block: dict[str, Any], where: str) -> dict[str, Any]:
-    _only(block, where, ("type", "tool_use_id", "content", "is_error", "cache_control", "toolset_name"))
+    only(block, where, ("type", "tool_use_id", "content", "is_error", "cache_control", "toolset_name"))
     content = block.get("content", "")
     if isinstance(content, list):
         content = "\n".join(_text(part, f"{where}.content[{place}]") for place, part in enumerate(content))
     if not isinstance(content, str):
-        raise _wrong(f"{where}.content", "must be a string or a list of text blocks")
+        raise wrong(f"{where}.content", "must be a string or a list of text blocks")
     if block.get("is_error") is True:
         content = f"Error: {content}"
-    return {"role": "tool", "tool_call_id": _string(block, "tool_use_id", where), "content": content}
+    return {"role": "tool", "tool_call_id": string(block, "tool_use_id", where), "content": content}
 
 
 def _text(block: Any, where: str) -> str:
-    kind = _kind(block, where)
+    kind = kind_of(block, where)
     if kind != "text":
-        raise _unknown(where, kind, "text")
-    _only(block, where, ("type", "text", "cache_control", "citations"))
-    return _string(block, "text", where)
+        raise unknown(where, kind, "text")
+    only(block, where, ("type", "text", "cache_control", "citations"))
+    return string(block, "text", where)
 
 
 def _tool(tool: dict[str, Any], where: str) -> dict[str, Any]:
     kind = tool.get("type")
     if kind not in (None, "custom"):
         what = f"must be custom, not {str(kind)[:40]!r}: Anthropic's own tools are not here"
-        raise _unsupported(f"{where}.type", what)
-    _only(tool, where, ("type", "name", "description", "input_schema", "cache_control", "strict",
+        raise unsupported(f"{where}.type", what)
+    only(tool, where, ("type", "name", "description", "input_schema", "cache_control", "strict",
                         "eager_input_streaming"))  # fmt: skip
     if not isinstance(tool.get("input_schema"), dict):
-        raise _wrong(f"{where}.input_schema", "must be a JSON schema")
+        raise wrong(f"{where}.input_schema", "must be a JSON schema")
     function = {key: tool[key] for key in ("name", "description") if key in tool}
     return {"type": "function", "function": {**function, "parameters": tool["input_schema"]}}
 
@@ -188,12 +188,12 @@ def _tool(tool: dict[str, Any], where: str) -> dict[str, Any]:
 def _choice(choice: dict[str, Any]) -> str | dict[str, Any] | None:
     if not choice:
         return None
-    _only(choice, "tool_choice", ("type", "name", "disable_parallel_tool_use"))
+    only(choice, "tool_choice", ("type", "name", "disable_parallel_tool_use"))
     kind = choice.get("type")
     if kind == "tool":
-        return {"type": "function", "function": {"name": _string(choice, "name", "tool_choice")}}
+        return {"type": "function", "function": {"name": string(choice, "name", "tool_choice")}}
     if not isinstance(kind, str) or kind not in CHOICES:
-        raise _wrong("tool_choice.type", f"must be {', '.join(CHOICES)} or tool")
+        raise wrong("tool_choice.type", f"must be {', '.join(CHOICES)} or tool")
     return CHOICES[kind]
 
 
@@ -201,48 +201,14 @@ def _format(config: dict[str, Any] | None) -> dict[str, Any] | None:
     """`output_config` as the chat completion's `response_format`."""
     for name in config or {}:
         if name != "format" and config is not None and config[name] is not None:
-            raise _unsupported(f"output_config.{name[:64]}", "is not supported")
+            raise unsupported(f"output_config.{name[:64]}", "is not supported")
     found = (config or {}).get("format")
     if found is None:
         return None
     where = "output_config.format"
     if not isinstance(found, dict) or found.get("type") != "json_schema":
-        raise _wrong(where, "must be an object of type json_schema")
-    _only(found, where, ("type", "schema"))
+        raise wrong(where, "must be an object of type json_schema")
+    only(found, where, ("type", "schema"))
     if not isinstance(found.get("schema"), dict):
-        raise _wrong(f"{where}.schema", "must be a JSON schema")
+        raise wrong(f"{where}.schema", "must be a JSON schema")
     return {"type": "json_schema", "json_schema": {"name": "output", "schema": found["schema"]}}
-
-
-def _kind(block: Any, where: str) -> str:
-    kind = block.get("type") if isinstance(block, dict) else None
-    if not isinstance(kind, str):
-        raise _wrong(where, "must be an object with a type")
-    return kind
-
-
-def _string(block: dict[str, Any], name: str, where: str) -> str:
-    value = block.get(name)
-    if not isinstance(value, str):
-        raise _wrong(f"{where}.{name}", "must be a string")
-    return value
-
-
-def _only(block: dict[str, Any], where: str, known: tuple[str, ...]) -> None:
-    """Refuses what would be lost without a word."""
-    unknown = next((name for name in block if name not in known), None)
-    if unknown is not None:
-        path = f"{where}.{unknown[:64]}"
-        raise ApiError(400, f"unknown parameter {path}", param=path, code="unknown_parameter")
-
-
-def _unknown(where: str, kind: str, wanted: str) -> ApiError:
-    return _unsupported(f"{where}.type", f"must be {wanted}, not {kind[:40]!r}: models here read text only")
-
-
-def _wrong(name: str, what: str) -> ApiError:
-    return ApiError(400, f"{name} {what}", param=name, code="invalid_value")
-
-
-def _unsupported(name: str, what: str) -> ApiError:
-    return ApiError(400, f"{name} {what}", param=name, code="unsupported_parameter")

@@ -17,6 +17,7 @@ from pydantic import (
     WithJsonSchema,
 )  # fmt: skip
 
+from kvarn.engine.beam import BeamParams
 from kvarn.errors import RequestError
 from kvarn.request import MAX_CACHE_SALT_CHARS, MAX_LOGPROBS, MAX_N, Grammar, SamplingParams
 from kvarn.server.errors import ApiError
@@ -145,6 +146,11 @@ class SamplingRequest(AnswerRequest):
     priority: StrictInt | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
+    best_of: StrictInt | None = None
+    """Answers that are made of each prompt, the n best of which are told; with beam search its width."""
+    use_beam_search: StrictBool | None = None
+    length_penalty: Number | None = None
+    """Of beam search."""
     truncate_prompt_tokens: StrictInt | None = None
     """Keeps the last so many tokens of a prompt; -1: as many as leave room for the answer."""
     return_token_ids: StrictBool | None = None
@@ -183,6 +189,29 @@ class SamplingRequest(AnswerRequest):
             message = "structured_outputs and response_format exclude one another"
             raise ApiError(400, message, param="structured_outputs", code="invalid_value")
         return self.structured_outputs.to_grammar()
+
+    @property
+    def num_answers(self) -> int:
+        """That are told of each prompt."""
+        return 1 if self.n is None else self.n
+
+    @property
+    def chooses(self) -> bool:
+        """Whether more answers are drawn than told."""
+        return not self.use_beam_search and self.best_of is not None and self.best_of != self.num_answers
+
+    def beams(self) -> BeamParams | None:
+        """How to search for the answers; None: they are drawn. Raises ApiError, RequestError."""
+        penalty = 1.0 if self.length_penalty is None else self.length_penalty
+        if not self.use_beam_search:
+            if penalty != 1:
+                message = "length_penalty is for use_beam_search: true only"
+                raise ApiError(400, message, param="length_penalty", code="invalid_value")
+            return None
+        if self.stream:
+            message = "use_beam_search cannot be streamed: which beams are best is known at the end"
+            raise ApiError(400, message, param="use_beam_search", code="unsupported_parameter")
+        return BeamParams(self.num_answers if self.best_of is None else self.best_of, penalty)
 
     def given_id(self, prefix: str) -> str | None:
         """The id that the client chose for the answer, after a prefix. Raises ApiError naming `request_id`."""
@@ -257,7 +286,6 @@ class CompletionRequest(SamplingRequest):
     prompt: Prompt
     logprobs: StrictInt | None = None
     echo: StrictBool | None = None
-    best_of: StrictInt | None = None
     add_special_tokens: StrictBool | None = None
 
     def to_sampling(self) -> SamplingParams:
@@ -271,16 +299,6 @@ class CompletionRequest(SamplingRequest):
         # The engine makes a token in any case; where none is wanted it is not told.
         limit = 1 if self.echoes_only else self.output_limit
         return self._sampling(max_tokens=limit, logprobs=logprobs, **more)
-
-    @property
-    def num_answers(self) -> int:
-        """That are told of each prompt."""
-        return 1 if self.n is None else self.n
-
-    @property
-    def chooses(self) -> bool:
-        """Whether more answers are made than told."""
-        return self.best_of is not None and self.best_of != self.num_answers
 
     @property
     def echoes_only(self) -> bool:
@@ -333,6 +351,9 @@ class ChatCompletionRequest(SamplingRequest):
             message = f"top_logprobs must be between 0 and {MAX_LOGPROBS}, not {self.top_logprobs}"
             raise ApiError(400, message, param="top_logprobs", code="invalid_value")
         self.check_end()
+        if self.chooses and self.best_of != 1:
+            message = "best_of is for completions, or for use_beam_search: true"
+            raise ApiError(400, message, param="best_of", code="unsupported_parameter")
         limit, other = self.max_completion_tokens, self.max_tokens
         if limit is not None and other is not None and limit != other:
             message = f"max_tokens ({other}) and max_completion_tokens ({limit}) are one limit: give one of them"

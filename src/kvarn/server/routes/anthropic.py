@@ -10,7 +10,6 @@ from fastapi.responses import Response
 from kvarn.server.answering import answered, computed
 from kvarn.server.asking import asked_chat
 from kvarn.server.caller import Caller
-from kvarn.server.documented import documented
 from kvarn.server.errors import ApiError
 from kvarn.server.messages import MessageAnswer
 from kvarn.server.protocol.messages import SPELLING, MessagesPrompt, MessagesRequest
@@ -22,12 +21,12 @@ from kvarn.server.state import Served, ServerState
 def add_anthropic_routes(app: FastAPI, state: ServerState) -> None:
     """Adds what Anthropic's clients ask for."""
 
-    @app.post("/v1/messages", openapi_extra=documented(MessagesRequest))
+    @app.post("/v1/messages")
     async def messages(request: Request) -> Response:
         """An answer to a conversation, whole or as a stream of typed events, in Anthropic's form."""
         return await answered(request, state, MessagesRequest, _message)
 
-    @app.post("/v1/messages/count_tokens", openapi_extra=documented(MessagesPrompt))
+    @app.post("/v1/messages/count_tokens")
     async def count_tokens(request: Request) -> Response:
         """How many tokens such a conversation has; nothing is generated."""
         return await computed(request, state, MessagesPrompt, _counted)

@@ -8,7 +8,6 @@ from fastapi.responses import Response
 from kvarn.request import Pooling
 from kvarn.server.answering import answered_whole
 from kvarn.server.caller import Caller
-from kvarn.server.documented import documented
 from kvarn.server.embeddings import EmbeddingAnswer, asked_embeddings
 from kvarn.server.protocol import EmbeddingRequest
 from kvarn.server.state import Served, ServerState
@@ -20,7 +19,7 @@ def add_embedding_routes(app: FastAPI, state: ServerState, pooling: Pooling) -> 
     def understand(body: EmbeddingRequest, served: Served, caller: Caller) -> EmbeddingAnswer:
         return asked_embeddings(body, served, caller, pooling)
 
-    @app.post("/v1/embeddings", openapi_extra=documented(EmbeddingRequest))
+    @app.post("/v1/embeddings")
     async def embeddings(request: Request) -> Response:
         """A vector for each of one or several texts, of the loaded model's last hidden states."""
         return await answered_whole(request, state, EmbeddingRequest, understand)

@@ -10,7 +10,6 @@ from kvarn.server.asking import asked, asked_chat
 from kvarn.server.caller import Caller
 from kvarn.server.chat import ChatAnswer
 from kvarn.server.completions import CompletionAnswer
-from kvarn.server.documented import documented
 from kvarn.server.protocol import ChatCompletionRequest, CompletionRequest
 from kvarn.server.state import Served, ServerState
 
@@ -18,12 +17,12 @@ from kvarn.server.state import Served, ServerState
 def add_openai_routes(app: FastAPI, state: ServerState) -> None:
     """Adds what generates text in OpenAI's forms."""
 
-    @app.post("/v1/chat/completions", openapi_extra=documented(ChatCompletionRequest))
+    @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
         """An answer to a conversation, whole or as a stream of server-sent events."""
         return await answered(request, state, ChatCompletionRequest, _chat)
 
-    @app.post("/v1/completions", openapi_extra=documented(CompletionRequest))
+    @app.post("/v1/completions")
     async def text_completions(request: Request) -> Response:
         """The continuation of one or several texts, whole or as a stream of server-sent events."""
         return await answered(request, state, CompletionRequest, _completion)

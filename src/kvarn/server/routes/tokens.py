@@ -10,7 +10,6 @@ from fastapi.responses import Response
 
 from kvarn.errors import RequestError
 from kvarn.server.answering import computed
-from kvarn.server.documented import documented
 from kvarn.server.protocol import ChatCompletionRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from kvarn.server.state import Served, ServerState
 from kvarn.server.tools import ToolUse
@@ -19,17 +18,17 @@ from kvarn.server.tools import ToolUse
 def add_token_routes(app: FastAPI, state: ServerState) -> None:
     """Adds what only the tokenizer is needed for."""
 
-    @app.post("/tokenize", openapi_extra=documented(TokenizeRequest))
+    @app.post("/tokenize")
     async def tokenize(request: Request) -> Response:
         """Token ids of a text or a conversation, and how many the model takes."""
         return await computed(request, state, TokenizeRequest, _tokenized)
 
-    @app.post("/detokenize", openapi_extra=documented(DetokenizeRequest))
+    @app.post("/detokenize")
     async def detokenize(request: Request) -> Response:
         """The text of token ids, special tokens as they are spelt."""
         return await computed(request, state, DetokenizeRequest, _detokenized)
 
-    @app.post("/v1/chat/completions/input_tokens", openapi_extra=documented(ChatCompletionRequest))
+    @app.post("/v1/chat/completions/input_tokens")
     async def input_tokens(request: Request) -> Response:
         """How many tokens the prompt of a chat completion has. Takes the whole request; only the prompt counts."""
         return await computed(request, state, ChatCompletionRequest, _counted)
