@@ -26,7 +26,6 @@ from pathlib import Path
 
 import aiohttp
 import trust_bad
-from kvarn.server.keys.file import add_key
 from serving import Server, served
 from trust_load import (
     BadTally,
@@ -50,6 +49,7 @@ from kvarn.bench.serve.offer import AtOnce
 from kvarn.bench.serve.point import Bench, Lane, open_lane
 from kvarn.bench.serve.ranks import Distribution
 from kvarn.bench.serve.slo import Slo
+from kvarn.server.keys.file import add_key
 
 MAX_SEQS, MAX_QUEUED = 16, 32
 DRAINED = 12

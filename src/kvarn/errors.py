@@ -11,6 +11,7 @@
     │   └── OverloadError      the request is fine, the server has too much to do (HTTP 429; says when to come back)
     │       ├── QueueFullError     too many requests or tokens wait
     │       └── DeadlineError      its first token would come too late
+    ├── UnreadError            nobody read what came out of a request, so it was ended
     └── EngineError            the engine failed or was shut down while a request ran (HTTP 500/503)
 
 Messages are written for the person who can act on them: what is wrong, where, and what would be right.
@@ -78,6 +79,10 @@ class QueueFullError(OverloadError):
 
 class DeadlineError(OverloadError):
     """The first token is not to be expected in the time that was asked for."""
+
+
+class UnreadError(KvarnError):
+    """The reader of a stream fell so far behind that the request was ended."""
 
 
 class EngineError(KvarnError):

@@ -216,3 +216,19 @@ class TestSharedSystemPrompts:
     def test_they_need_the_cache(self):
         with pytest.raises(ConfigError, match="enable_prefix_caching must be true where there are shared prefixes"):
             tiny_engine(shared_system_prompts=(SYSTEM,), enable_prefix_caching=False)
+
+
+def test_forgetting_the_cache_leaves_what_runs_as_it_is():
+    core = tiny_engine(num_blocks=64).core
+    said = run_core(core, [request("a", "x" * 80, max_tokens=30)])["a"]
+    core.add(request("a", "x" * 80, max_tokens=30))
+    events = []
+    for step in range(60):
+        if step in (1, 3, 10):
+            core.forget_cached()
+        events += core.step() if core.has_work() else []
+    assert tokens_of(events) == tokens_of(said)
+    assert core.stats().free_blocks == core.stats().num_blocks
+    assert core.forget_cached() > 0
+    assert core.stats().cached_blocks == 0
+    core.close()

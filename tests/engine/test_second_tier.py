@@ -137,3 +137,21 @@ def test_a_model_without_identity_and_a_tier_without_a_cache_are_refused(engine)
         engine(identity="")
     with pytest.raises(ConfigError, match="enable_prefix_caching must be true where there is kv_offload_bytes"):
         engine(enable_prefix_caching=False)
+
+
+def test_what_is_forgotten_is_in_no_tier_and_no_later_start_has_it(engine):
+    core = engine()
+    first, _ = answers(core)
+    held = core.stats().cached_blocks
+    assert held > 0
+    assert core.forget_cached() == held
+    assert core.stats().cached_blocks == 0
+    loaded = core.stats().loaded_tokens
+    again, cached = answers(core)
+    assert again == first
+    assert cached == [0] * len(TEXTS)
+    assert core.stats().loaded_tokens == loaded
+    core.forget_cached()
+    core.close()
+    _, cached = answers(engine())
+    assert cached == [0] * len(TEXTS)

@@ -11,15 +11,21 @@ import time
 import uvicorn
 
 from kvarn.server import create_app
+from kvarn.server.admin import create_admin_app
+from kvarn.server.connection import bounded_protocol
 
 
 @contextlib.contextmanager
-def serving(llm, ended=None, **options):
+def serving(llm, ended=None, admin=None, tls=None, **options):
     """Serves `llm` (an AsyncLLM, or None for a model that never comes); yields the base URL.
 
-    ended: a semaphore, released whenever the application is done with a request, answered or left.
+    ended: a semaphore, released whenever the application is done with a request, answered or left. admin: what the
+    admin routes are to be like, which are then served in place of the others. tls: what it speaks.
     """
     app = create_app(llm, **options)
+
+    if admin is not None:
+        app = create_admin_app(app.state.server, admin)
 
     async def counted(scope, receive, send):
         try:
@@ -30,12 +36,18 @@ def serving(llm, ended=None, **options):
 
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(counted, log_level="critical", lifespan="off", timeout_graceful_shutdown=2))
+    state = app.state.server
+    protocol = bounded_protocol(state.limits, state.refusals)
+    config = uvicorn.Config(
+        counted, log_level="critical", lifespan="off", timeout_graceful_shutdown=2, http=protocol, ws="none",
+        ssl_certfile=tls.cert if tls else None, ssl_keyfile=tls.key if tls else None,
+    )  # fmt: skip
+    server = uvicorn.Server(config)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])), daemon=True)
     thread.start()
     wait_until(lambda: server.started)
     try:
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        yield f"{'https' if tls else 'http'}://127.0.0.1:{listener.getsockname()[1]}"
     finally:
         server.should_exit = True
         thread.join(timeout=10)

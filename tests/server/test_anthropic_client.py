@@ -229,7 +229,7 @@ def test_what_is_wrong_is_named(claude, case):
     given = {"model": "tiny", "messages": HELLO, "max_tokens": 5, **wrong}
     with pytest.raises(anthropic.BadRequestError) as caught:
         claude.post("/v1/messages", body=given, cast_to=object)
-    assert set(caught.value.body) == {"type", "error"}
+    assert set(caught.value.body) == {"type", "error", "request_id"}
     assert caught.value.body["error"]["type"] == "invalid_request_error"
     assert name is None or name in caught.value.body["error"]["message"]
 

@@ -12,8 +12,11 @@ from kvarn.cli import serve as command
 from kvarn.config import GrammarConfig, SpeculativeConfig
 from kvarn.grammar.source import MAX_CHOICES
 from kvarn.server import create_app, errors
+from kvarn.server.limits import ServerLimits
 from kvarn.server.protocol import (
     HARMLESS,
+    LIMIT_NAMES,
+    MAX_INPUTS,
     MAX_PROMPTS,
     MAX_REQUEST_ID_CHARS,
     MOST_ENTRIES,
@@ -79,15 +82,13 @@ def test_settings_of_speculation():
 
 def test_limits():
     defaults = {name: parameter.default for name, parameter in inspect.signature(command.command).parameters.items()}
-    assert row("body") == [defaults["max_body_bytes"] >> 20]
     assert row("requests waiting") == [defaults["max_num_queued_requests"]]
     steps = [defaults["max_num_seqs"], defaults["max_num_batched_tokens"]]
     assert row("sequences in a step, tokens in a step") == steps
-    assert row("prompts in a request, `n`") == [MAX_PROMPTS, request.MAX_N]
-    assert row("messages, tools, documents") == [MOST_ENTRIES[name] for name in ("messages", "tools", "documents")]
+    assert row("documents") == [MOST_ENTRIES["documents"]]
     assert row("`request_id`") == [1, MAX_REQUEST_ID_CHARS]
-    assert row("`stop`") == [request.MAX_STOP_STRINGS, 1, request.MAX_STOP_STRING_CHARS]
-    assert row("`stop_token_ids`, `logit_bias` entries") == [MOST_ENTRIES["stop_token_ids"], MOST_ENTRIES["logit_bias"]]
+    assert row("a stop string") == [1, request.MAX_STOP_STRING_CHARS]
+    assert row("`stop_token_ids`") == [MOST_ENTRIES["stop_token_ids"]]
     assert row("`allowed_token_ids`; `bad_words`") == [
         request.MAX_ALLOWED_TOKEN_IDS, request.MAX_BAD_WORDS, 1, request.MAX_BAD_WORD_CHARS,
     ]  # fmt: skip
@@ -117,3 +118,22 @@ def test_parameters_of_the_other_apis(model, begin, end):
     told = set(re.findall(r"`([a-z_]+)[.`]", page[page.index(begin) : page.index(end)]))
     tables = () if model is TokenizeRequest else (*model.screening.harmless, *model.screening.neutral)
     assert {*model.model_fields, *tables} - set(ModelRequest.model_fields) <= told
+def test_limits_of_requests_and_connections():
+    table = PAGE[PAGE.index("| flag | default | most |") : PAGE.index("Bodies are read and tokenized")]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:] if line]
+    told = {flag.strip("`-").replace("-", "_"): (default, most) for flag, default, most, _ in rows}
+    real = {
+        each.name: (str(each.default or "none").removesuffix(".0"), str(each.metadata["most"] or ""))
+        for each in dataclasses.fields(ServerLimits)
+    }
+    assert told == real
+
+
+def test_limits_are_those_of_the_parts():
+    limits = ServerLimits()
+    assert {name: getattr(limits, limit) for name, limit in LIMIT_NAMES.items()} == {
+        **{name: MOST_ENTRIES[name] for name in LIMIT_NAMES.keys() & MOST_ENTRIES},
+        "prompt": MAX_PROMPTS,
+        "input": MAX_INPUTS,
+    }
+    assert limits.max_n == request.MAX_N

@@ -5,6 +5,8 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from kvarn.server import errors
+from kvarn.server.front import Front
+from kvarn.server.limits import ServerLimits
 from kvarn.server.models import ModelPool, PooledModel
 from kvarn.server.routes.life import add_life_routes
 from kvarn.server.state import ServerState
@@ -30,7 +32,9 @@ def admin():
     app = FastAPI()
     errors.install(app)
     models = ModelPool([PooledModel("a", 5, ("x/y",)), PooledModel("broken", 3)], Loader(), budget=6)
-    add_life_routes(app, ServerState(1000, models))
+    state = ServerState(ServerLimits(), models)
+    app.add_middleware(Front, state=state, quiet=())
+    add_life_routes(app, state)
     with TestClient(app) as client:
         yield client
 

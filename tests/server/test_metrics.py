@@ -16,6 +16,8 @@ from kvarn.server.metrics import BuildCollector, EngineCollector, EngineNumbers,
 from kvarn.server.watching import Watched
 
 PAGE = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
+OF_THE_SERVER = {"kvarn:build_info", "kvarn:limit_refusals"}
+"""Those that have no model."""
 COMPLETIONS = "/v1/completions"
 LONG = {"prompt": "four", "n": 2, "max_tokens": 400, "ignore_eos": True}
 
@@ -34,7 +36,7 @@ def values(url):
     """The engine's samples by name and labels, but for model_name."""
     found = {}
     for name, family in families(url).items():
-        for sample in family.samples if name.startswith("kvarn:") and name != "kvarn:build_info" else ():
+        for sample in family.samples if name.startswith("kvarn:") and name not in OF_THE_SERVER else ():
             assert sample.labels.pop("model_name") == "served"
             found[".".join([sample.name, *sample.labels.values()])] = sample.value
     return found
@@ -58,7 +60,7 @@ def test_the_page_tells_every_metric(kind):
 def test_the_page_tells_what_process_and_server_say():
     with serving(None) as url:
         httpx.get(f"{url}/health")
-        named = set(families(url)) - {"kvarn:build_info"}
+        named = set(families(url)) - OF_THE_SERVER
     told = set(re.findall(r"`((?:http|process)_[a-z_]+?)(?:_total)?`", PAGE))
     assert told == {name for name in named if not name.startswith("kvarn:")}
 

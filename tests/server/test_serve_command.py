@@ -109,10 +109,10 @@ def test_settings_of_the_scheduler_are_passed_on(served):
 
 
 def test_keys_come_from_options_and_the_environment(served, monkeypatch):
-    assert served().api_keys == ()
+    assert served().access.api_keys == ()
     monkeypatch.setenv("KVARN_API_KEYS", "gamma, delta")
     options = served("--api-key", "alpha", "--api-key", "beta")
-    assert options.api_keys == ("alpha", "beta", "gamma", "delta")
+    assert options.access.api_keys == ("alpha", "beta", "gamma", "delta")
     assert "alpha" not in repr(options)
 
 

@@ -12,7 +12,7 @@ from test_metrics import values
 
 from kvarn.engine import AsyncLLM
 from kvarn.errors import ConfigError
-from kvarn.server.auth import ApiKeys
+from kvarn.server.keys.ring import KeyRing
 
 COMPLETIONS = "/v1/completions"
 BODY = {"prompt": "four", "max_tokens": 5, "ignore_eos": True}
@@ -59,9 +59,26 @@ def test_each_key_is_good(guarded, key):
     assert httpx.get(f"{guarded}/v1/models", headers={"authorization": f"bearer {key}"}).status_code == 200
 
 
-def test_what_tells_no_answers_needs_no_key(guarded):
-    for path in ("/", "/dashboard", "/static/chat.js", "/health", "/metrics", "/version", "/openapi.json"):
+def test_all_but_health_and_the_page_itself_needs_a_key(guarded):
+    for path in ("/", "/dashboard", "/static/chat.js", "/static/base.css", "/health"):
         assert httpx.get(guarded + path).status_code == 200
+    assert httpx.get(f"{guarded}/health/nothing").status_code == 404
+    for path in ("/metrics", "/version", "/openapi.json", "/nothing", "/healthy", "//health"):
+        check_shape(httpx.get(guarded + path), 401)
+        assert httpx.get(guarded + path, headers={"authorization": f"Bearer {ALPHA}"}).status_code in (200, 404)
+
+
+def test_numbers_may_be_left_open(llm):
+    with serving(llm, api_keys=(ALPHA,), metrics_open=True) as url:
+        assert httpx.get(f"{url}/metrics").status_code == 200
+        check_shape(httpx.get(f"{url}/version"), 401)
+
+
+def test_a_key_may_come_as_anthropics_clients_send_it(guarded):
+    assert httpx.get(f"{guarded}/v1/models", headers={"x-api-key": ALPHA}).status_code == 200
+    both = {"x-api-key": ALPHA, "authorization": f"Bearer {ALPHA}"}
+    assert httpx.get(f"{guarded}/v1/models", headers=both).status_code == 200
+    check_shape(httpx.get(f"{guarded}/v1/models", headers={**both, "x-api-key": BETA}), 401)
 
 
 def test_without_keys_any_key_will_do(url):
@@ -73,7 +90,7 @@ def test_without_keys_any_key_will_do(url):
 def recorded(llm, monkeypatch):
     """The requests that reach the engine."""
     seen, generate = [], AsyncLLM.generate
-    monkeypatch.setattr(AsyncLLM, "generate", lambda self, request: seen.append(request) or generate(self, request))
+    monkeypatch.setattr(AsyncLLM, "generate", lambda llm, r, **more: seen.append(r) or generate(llm, r, **more))
     yield seen
 
 
@@ -86,32 +103,32 @@ def test_a_key_is_a_tenant_and_user_is_not(guarded, url, llm, monkeypatch, caplo
     assert first == again != second
     assert first and second
     assert open_to_all == ""
-    said = caplog.text + httpx.get(f"{guarded}/metrics").text
+    said = caplog.text + httpx.get(f"{guarded}/metrics", headers={"x-api-key": ALPHA}).text
     for secret in (ALPHA, BETA, first, second):
         assert secret not in said
     assert not {first, second} & {ALPHA, BETA}
 
 
 def test_tenants_keep_their_names_whatever_the_order_of_keys():
-    names = [ApiKeys(keys).tenant(ALPHA) for keys in ((ALPHA, BETA), (BETA, "gamma", ALPHA))]
+    names = [KeyRing(keys).find(ALPHA).tenant for keys in ((ALPHA, BETA), (BETA, "gamma", ALPHA))]
     assert names[0] == names[1]
-    assert ApiKeys((ALPHA,)).tenant(BETA) is None
-    assert ApiKeys((ALPHA,)).tenant("") is None
+    assert KeyRing((ALPHA,)).find(BETA) is None
+    assert KeyRing((ALPHA,)).find("") is None
 
 
 def test_all_keys_are_compared_whichever_it_is(monkeypatch):
-    keys = ApiKeys([f"key {number}" for number in range(9)])
+    keys = KeyRing([f"key {number}" for number in range(9)])
     compared = []
     monkeypatch.setattr("hmac.compare_digest", lambda a, b: compared.append(len(a)) or a == b)
     for key in ("key 0", "key 8", "none of them", "x" * 500):
         compared.clear()
-        keys.tenant(key)
+        keys.find(key)
         assert compared == [32] * 9
 
 
 def test_too_many_keys_are_refused():
     with pytest.raises(ConfigError, match="at most 1024 keys, not 1025"):
-        ApiKeys([str(number) for number in range(1025)])
+        KeyRing([str(number) for number in range(1025)])
 
 
 def test_priority_reaches_the_engine_and_is_refused_by_other_policies(url):
@@ -160,7 +177,7 @@ def test_keys_take_turns(monkeypatch):
     with gated_llm(max_num_seqs=1, policy="fair") as (llm, gate), serving(llm, api_keys=(ALPHA, BETA)) as url:
         order = admitted(llm, monkeypatch)
         answer_all(gate, url, llm, [({}, ALPHA)] * 5 + [({}, BETA)] * 2)
-        tenants = ["ab"[request.tenant == ApiKeys((BETA,)).tenant(BETA)] for request in order]
+        tenants = ["ab"[request.tenant == KeyRing((BETA,)).find(BETA).tenant] for request in order]
         assert "".join(tenants) == "ababaaa"
 
 

@@ -80,6 +80,12 @@ class OffloadIndex:
         if slot is not None:
             self._free.append(slot)
 
+    def forget(self) -> None:
+        """Lets go of all blocks, and of what was to be saved."""
+        self._free = list(range(self.num_slots - 1, -1, -1))
+        self._slots.clear()
+        self._saves.clear()
+
     def take_saves(self) -> tuple[BlockSave, ...]:
         """What is to be saved before any of the blocks is written again."""
         saves, self._saves = tuple(self._saves), []

@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand, TyperGroup
+from typer.core import TyperGroup
 from typer.main import get_command_from_info
 from typer.models import CommandInfo
 
 from kvarn import __version__
+from kvarn.cli.groups import GroupedCommand
 from kvarn.cli.parameters import convert_plainly
 from kvarn.errors import KvarnError
 
@@ -20,6 +21,7 @@ COMMANDS = {
     "run": "kvarn.cli.run",
     "chat": "kvarn.cli.chat",
     "serve": "kvarn.cli.serve",
+    "keys": "kvarn.cli.keys",
     "pull": "kvarn.cli.pull",
     "models": "kvarn.cli.models",
     "plan": "kvarn.cli.plan",
@@ -64,7 +66,7 @@ class LazyGroup(TyperGroup):
             group.name = cmd_name
             return group
         epilog = getattr(module, "EPILOG", None)
-        info = CommandInfo(name=cmd_name, callback=module.command, cls=TyperCommand, epilog=epilog)
+        info = CommandInfo(name=cmd_name, callback=module.command, cls=GroupedCommand, epilog=epilog)
         command = get_command_from_info(info, pretty_exceptions_short=True, rich_markup_mode=None)
         convert_plainly(command, module.command)
         return command

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from kvarn.cli.groups import options_from
 from kvarn.cli.options import (
     DEFAULT_MODEL,
     CommitMemory,
@@ -25,6 +26,7 @@ from kvarn.cli.options import (
     size_option,
 )
 from kvarn.cli.speculative import Speculative, speculative_config
+from kvarn.server.limits import ServerLimits
 
 if TYPE_CHECKING:
     from kvarn.engine import AsyncLLM
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
     from kvarn.server.models.budget import Budget
     from kvarn.tracing import TraceRecorder
 
+ACCESS = "Who may ask"
+"""A group of options in the help."""
 EPILOG = """\b
 Examples:
   kvarn serve
@@ -50,7 +54,9 @@ Or open http://127.0.0.1:8000 in a browser.
 """
 
 
+@options_from(ServerLimits, "limits", "Limits of requests and connections")
 def command(
+    *,
     models: Annotated[
         list[str] | None,
         typer.Argument(
@@ -72,9 +78,45 @@ def command(
         list[str] | None,
         typer.Option(
             help="A key that clients must send; may be given several times, once for each tenant. KVARN_API_KEYS, a "
-            "list with commas, adds to them and shows in no process list."
+            "list with commas, adds to them and shows in no process list.",
+            rich_help_panel=ACCESS,
         ),
     ] = None,
+    keys_file: Annotated[
+        Path | None,
+        typer.Option(
+            help="Keys with names, priorities and limits, a file that `kvarn keys` makes; read again when it changes.",
+            rich_help_panel=ACCESS,
+        ),
+    ] = None,
+    admin_port: Annotated[
+        int | None,
+        typer.Option(help="Port of the admin routes (see docs/server.md); 0: a free one. Unset: there are none.",
+                     rich_help_panel=ACCESS),
+    ] = None,
+    admin_host: Annotated[
+        str, typer.Option(help="Their address; other than this machine's own it needs a key.", rich_help_panel=ACCESS)
+    ] = "127.0.0.1",
+    admin_key: Annotated[
+        str,
+        typer.Option(help="The key they want. KVARN_ADMIN_KEY shows in no process list.", envvar="KVARN_ADMIN_KEY",
+                     rich_help_panel=ACCESS),
+    ] = "",
+    tls_cert: Annotated[
+        Path | None, typer.Option(help="Certificate chain in PEM: the server speaks https.", rich_help_panel=ACCESS)
+    ] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="Its key in PEM.", rich_help_panel=ACCESS)] = None,
+    cors_origin: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Pages of this origin may ask, such as https://example.org, or * for all. May be repeated; unset: "
+            "none but the server's own.",
+            rich_help_panel=ACCESS,
+        ),
+    ] = None,
+    metrics_open: Annotated[
+        bool, typer.Option("--metrics-open", help="/metrics needs no key.", rich_help_panel=ACCESS)
+    ] = False,
     max_model_len: MaxModelLen = None,
     max_num_seqs: Annotated[int, typer.Option(help="Sequences computed at the same time.")] = 64,
     max_num_batched_tokens: Annotated[
@@ -146,7 +188,10 @@ def command(
         Path | None,
         typer.Option(help="Record what the engine does, and write the last steps here at the end (see `kvarn trace`)."),
     ] = None,
-    max_body_bytes: Annotated[int, typer.Option(help="Largest request body.")] = 8 << 20,
+    log_format: Annotated[
+        str, typer.Option(help="Logs, on stderr: text or json. Prompts and answers are never logged.")
+    ] = "text",
+    access_log: Annotated[bool, typer.Option(help="Log a line for each finished request.")] = True,
     otlp_endpoint: Annotated[
         str | None,
         typer.Option(
@@ -179,11 +224,15 @@ def command(
     max_waiting_for_load: Annotated[
         int, typer.Option(help="Requests that wait for models to be loaded; one more gets 429.")
     ] = 256,
+    limits: ServerLimits,
 ) -> None:
     """Serve models over an OpenAI-compatible HTTP API, with a chat page at / and a dashboard."""
     from kvarn.cli.serve_models import duration_option, parse_models
     from kvarn.config import CacheConfig, EngineConfig, GrammarConfig, SchedulerConfig
     from kvarn.server import ServeOptions, Told, serve
+    from kvarn.server.access import AccessOptions
+    from kvarn.server.admin import AdminOptions
+    from kvarn.server.listening import Tls
     from kvarn.server.models import PoolLimits
     from kvarn.server.otlp import exported_spans
 
@@ -224,8 +273,11 @@ def command(
         specs,
         host,
         port,
-        max_body_bytes,
-        keys,
+        limits,
+        AccessOptions(keys, keys_file, metrics_open, tuple(cors_origin or ()), Tls(tls_cert, tls_key)),
+        AdminOptions(admin_host, admin_port, admin_key),
+        log_format,
+        access_log,
         drain_seconds,
         lazy,
         optional_size("memory-budget", memory_budget),

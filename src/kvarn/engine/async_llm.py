@@ -18,6 +18,7 @@ from kvarn.engine.events import Event, RequestFailed, merge_outputs
 from kvarn.engine.front import EngineFront
 from kvarn.engine.load import LoadedEngine, OnPlan, load_engine
 from kvarn.engine.loop import EngineLoop
+from kvarn.errors import UnreadError
 from kvarn.planning import Available
 from kvarn.request import Request, RequestOutput
 from kvarn.scheduler import Observer
@@ -69,15 +70,18 @@ class AsyncLLM(EngineFront):
         """The same with token ids in place of texts (`bad_words`), for callers to whom `generate` must return soon."""
         return self._loop.resolve(request)
 
-    def generate(self, request: Request) -> RequestStream:
+    def generate(self, request: Request, *, max_unread_tokens: int | None = None) -> RequestStream:
         """Starts a request; its outputs come from the stream, in pieces as they are made.
+
+        max_unread_tokens: beyond which it is ended, where the stream is not read. None: there is no such limit.
 
         The request is queued when this returns, whether or not the stream is read; it is aborted within a step when
         the stream is closed, when a task that waits on it is cancelled, or when nobody holds the stream any more.
         Must be called in a running event loop. Raises RequestError, QueueFullError, EngineError at
-        once; a DeadlineError comes from the stream.
+        once; a DeadlineError and an UnreadError come from the stream.
         """
-        return RequestStream(self, self._loop, self._mailbox(asyncio.get_running_loop()), request)
+        mailbox = self._mailbox(asyncio.get_running_loop())
+        return RequestStream(self, self._loop, mailbox, request, max_unread_tokens)
 
     async def beam_search(self, request: Request, params: BeamParams) -> BeamResult:
         """The `request.sampling.n` best continuations, of at most `max_tokens`. No token is drawn.
@@ -111,6 +115,10 @@ class AsyncLLM(EngineFront):
         """Ends a request before the next step; its stream gets a last output with FinishReason.ABORT."""
         self._loop.abort(request_id)
 
+    async def forget_cached(self) -> int:
+        """Drops the KV that is only cached, as `EngineCore.forget_cached` says. Raises EngineError."""
+        return await asyncio.wrap_future(self._loop.call(lambda core: core.forget_cached()))
+
     async def close(self) -> None:
         """Ends the engine: requests in flight fail with EngineError, memory is released. Idempotent."""
         await asyncio.to_thread(self._closer)
@@ -137,13 +145,23 @@ class RequestStream:
     raises EngineError where the request failed. For one reader at a time.
     """
 
-    def __init__(self, llm: AsyncLLM, engine: EngineLoop, mailbox: _Mailbox, request: Request) -> None:
+    def __init__(
+        self,
+        llm: AsyncLLM,
+        engine: EngineLoop,
+        mailbox: _Mailbox,
+        request: Request,
+        max_unread_tokens: int | None = None,
+    ) -> None:
         """Submits the request. Raises as `AsyncLLM.generate` says. llm: kept alive as long as the stream."""
         self._llm = llm
         self.request_id = request.request_id
         self._engine = engine
         self._ticket = weakref.ref(self)
         self._pending: list[RequestOutput] = []
+        self._max_unread = max_unread_tokens
+        self._num_unread = 0
+        """Tokens in `_pending`."""
         self._error: Exception | None = None
         self._reader: asyncio.Future[None] | None = None
         self._ended = True
@@ -169,12 +187,19 @@ class RequestStream:
                 raise
             finally:
                 self._reader = None
-        pending, self._pending = self._pending, []
+        pending, self._pending, self._num_unread = self._pending, [], 0
         return merge_outputs(pending)
 
     async def aclose(self) -> None:
         """Aborts the request if it is not finished; the stream ends. Idempotent."""
         self._abort()
+
+    def fail(self, error: Exception) -> None:
+        """Ends the request, unless it is finished: its reader gets the error. In the stream's event loop."""
+        if not self._ended:
+            self._abort()
+            self._error = error
+            self._wake_reader()
 
     def _abort(self) -> None:
         if not self._ended:
@@ -193,6 +218,10 @@ class RequestStream:
         else:
             self._pending.append(event)
             self._ended = event.finished
+            self._num_unread += sum(len(output.token_ids) for output in event.outputs)
+            if self._max_unread is not None and self._num_unread > self._max_unread:
+                most = self._max_unread
+                self.fail(UnreadError(f"more than {most} tokens were left unread (max_unread_tokens)"))
         self._wake_reader()
 
     def _wake_reader(self) -> None:

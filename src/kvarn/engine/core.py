@@ -285,6 +285,15 @@ class EngineCore:
             "grammar_wait_seconds": masks.waited_seconds,
         }
 
+    def forget_cached(self) -> int:
+        """Drops the KV that is only cached, in the second tier's file too; returns how many blocks that were.
+
+        What sequences hold stays, and so do declared prefixes. No answer changes by it.
+        """
+        count = self._scheduler.reuse.forget()
+        self._runner.forget_moved()
+        return count
+
     def reset(self) -> None:
         """Drops all requests and starts anew, after `step` raised: nothing of the cache is believed, only the weights.
 

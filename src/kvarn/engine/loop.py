@@ -8,7 +8,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 from kvarn.config import RESTART_DELAYS, SchedulerConfig
 from kvarn.engine.core import EngineCore, new_error_id
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 class Receiver(Protocol):
@@ -72,6 +73,8 @@ class EngineLoop:
         """Those of them that wait for their grammar."""
         self._rejections = Counter(dict.fromkeys(OverloadError.REASONS, 0))
         self._stats = core.stats()
+        self._calls: set[Future[Any]] = set()
+        """Of `call`, not carried out yet."""
         self._restart_delays = tuple(restart_delays)
         self._restarting = False
         self._restarts = 0
@@ -148,6 +151,31 @@ class EngineLoop:
             if address is not None and ticket in (None, address.ticket):
                 self._commands.append(lambda: self._abort(request_id))
                 self._wake.notify()
+
+    def call(self, work: Callable[[EngineCore], T]) -> Future[T]:
+        """Has the engine's thread do something of milliseconds between two steps; the future gets what comes of it.
+
+        Raises EngineError where the engine is closed or has failed; the future does where that happens meanwhile.
+        """
+        from concurrent.futures import Future
+
+        done: Future[T] = Future()
+
+        def run() -> None:
+            self._calls.discard(done)
+            try:
+                done.set_result(work(self._core))
+            except Exception as error:
+                done.set_exception(error)
+            self._publish([])
+
+        with self._wake:
+            if self._end is not None:
+                raise EngineError(str(self._end))
+            self._calls.add(done)
+            self._commands.append(run)
+            self._wake.notify()
+        return done
 
     def stats(self) -> EngineStats:
         """A snapshot as of the last step; `queued` has the requests that came since."""
@@ -245,6 +273,9 @@ class EngineLoop:
         self._commands.clear()
         self._submitted.clear()
         self._preparing.clear()
+        calls, self._calls = self._calls, set()
+        for call in calls:
+            call.set_exception(EngineError(str(error)))
         return [RequestFailed(request_id, EngineError(str(error))) for request_id in self._addresses]
 
     def _take_commands(self) -> bool:

@@ -60,6 +60,12 @@ class BlockMover:
                 return count
         return len(load.blocks)
 
+    def forget(self) -> None:
+        """Empties all slots."""
+        if self._file is not None:
+            for slot in range(self._file.num_slots):
+                self._file.clear(slot)
+
     def close(self) -> None:
         """Closes the file. Idempotent."""
         if self._file is not None:

@@ -158,6 +158,10 @@ class Runner:
         self.grammars.remove(sequence_id)
         self.pooler.remove(sequence_id)
 
+    def forget_moved(self) -> None:
+        """Empties the second tier."""
+        self._blocks.forget()
+
     def reset(self) -> None:
         """Forgets all sequences, then runs one token to see that the program still runs. Raises what that raises."""
         for sequence_id in self._known:

@@ -8,10 +8,11 @@ from typing import Any, Protocol, TypeVar
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 
-from kvarn.server.body import parse, read_body
+from kvarn.server.body import check_entries, parse
 from kvarn.server.caller import Caller
 from kvarn.server.dialects import dialect_of
 from kvarn.server.protocol import AnswerRequest, ModelRequest
+from kvarn.server.record import RequestRecord
 from kvarn.server.sse import EventStream, unless_disconnected
 from kvarn.server.state import Served, ServerState
 
@@ -78,6 +79,10 @@ async def computed(
 
 
 async def _received(request: Request, state: ServerState, body_model: type[Body]) -> tuple[Body, Served]:
-    data = await read_body(request, state.max_body_bytes)
-    body = await state.in_thread(lambda: parse(body_model, data))
-    return body, await state.served(body.model, request, body.keep_alive)
+    async with state.bodies.read(request) as data:
+        body = await state.in_thread(lambda: parse(body_model, data))
+    check_entries(body, state.limits)
+    served = await state.served(body.model, request, body.keep_alive)
+    record: RequestRecord = request.state.record
+    record.model = served.name
+    return body, served

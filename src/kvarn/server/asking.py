@@ -90,7 +90,7 @@ def asked(
         beams = body.beams()
         make = Generation if beams is None else partial(BeamGeneration, beams)
         return make(
-            served.llm, prompts, sampling, body.given_id(prefix) or new_id(prefix), caller, priority=body.priority or 0,
+            served.llm, prompts, sampling, body.given_id(prefix) or new_id(prefix), caller, priority=body.priority,
             cache_salt=body.salt, refusal=refusal,
         )  # fmt: skip
     except RequestError as error:

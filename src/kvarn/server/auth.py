@@ -1,100 +1,72 @@
-"""API keys: who may ask, and whose request it is."""
+"""Who asks: the key of a request, and the account that it is held against."""
 
 from __future__ import annotations
 
-import hashlib
-import hmac
-from collections.abc import Sequence
+from collections.abc import Collection
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from kvarn.errors import ConfigError
 from kvarn.server.errors import ApiError
+from kvarn.server.keys.account import Account
+from kvarn.server.keys.ring import KeyRing
+from kvarn.server.record import RequestRecord
 
-MAX_KEYS = 1024
-MAX_KEY_CHARS = 512
-GUARDED = "/v1/"
-"""What needs a key; pages, /health and /metrics do not."""
-
-
-class ApiKeys:
-    """The keys that are good, each the key of one tenant. Holds digests only.
-
-    A tenant is named by a digest of its key, so that the name says nothing of the key and stays the same when the
-    server is started again with its keys in another order.
-    """
-
-    def __init__(self, keys: Sequence[str]) -> None:
-        """Raises ConfigError for a key that is empty, too long, not printable ASCII, or given twice. Never shows it."""
-        if len(keys) > MAX_KEYS:
-            raise ConfigError(f"api_key: there may be at most {MAX_KEYS} keys, not {len(keys)}")
-        for number, key in enumerate(keys, 1):
-            if not 1 <= len(key) <= MAX_KEY_CHARS or not (key.isascii() and key.isprintable()) or key != key.strip():
-                must = f"1 to {MAX_KEY_CHARS} printable ASCII characters, no space first or last"
-                raise ConfigError(f"api_key number {number} must be {must}")
-            if key in keys[: number - 1]:
-                raise ConfigError(f"api_key number {number} is given twice")
-        self._tenants = [(_digest("key", key), _digest("tenant", key)[:8].hex()) for key in keys]
-
-    def __bool__(self) -> bool:
-        """Whether there are any; without, everybody may ask, and all are one tenant."""
-        return bool(self._tenants)
-
-    def tenant(self, key: str) -> str | None:
-        """Whose key it is; None for one that is not good. Takes the same time whichever it is."""
-        given, found = _digest("key", key), None
-        for digest, tenant in self._tenants:
-            if hmac.compare_digest(digest, given):
-                found = tenant
-        return found
-
-
-def _digest(purpose: str, key: str) -> bytes:
-    return hmac.new(key.encode("utf-8", "surrogateescape"), f"kvarn {purpose}".encode(), hashlib.sha256).digest()
+HEALTH = "/health"
+"""It and what is below it needs no key: who asks is a machine that knows none."""
+FREE_METHODS = ("GET", "HEAD", "OPTIONS")
+"""Their requests tell and compute nothing, so they count neither as requests of a key nor for its concurrency."""
 
 
 class Authentication:
-    """ASGI middleware: routes under `GUARDED` need `Authorization: Bearer KEY`, and are told the tenant.
+    """ASGI middleware: where keys are set, every route needs one but for health and those that are left open.
 
-    It is in `request.state.tenant`; the empty string where no keys are set.
+    `request.state.visit` is what the request takes of its key's account.
     """
 
-    def __init__(self, app: ASGIApp, keys: ApiKeys) -> None:
+    def __init__(self, app: ASGIApp, keys: KeyRing, open_paths: Collection[str]) -> None:
+        """open_paths: of what anybody may see."""
         self._app = app
         self._keys = keys
+        self._open_paths = frozenset(open_paths)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Passes the request on, or answers 401."""
+        """Passes the request on. Raises ApiError 401 without a good key, 429 where the key's limits are reached."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        tenant: str | None = ""
-        if self._keys and scope["path"].startswith(GUARDED):
-            tenant = self._keys.tenant(_given_key(scope))
-        if tenant is None:
-            refusal = ApiError(
+        account = self._account(scope)
+        record: RequestRecord = scope["state"]["record"]
+        record.key, record.more_headers = account.name, account.headers
+        visit = account.begin(counted=scope["method"] not in FREE_METHODS)
+        scope["state"]["visit"] = visit
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            visit.end(record.tokens)
+
+    def _account(self, scope: Scope) -> Account:
+        path = scope["path"]
+        if not self._keys or path in self._open_paths or path == HEALTH or path.startswith(f"{HEALTH}/"):
+            return self._keys.open
+        account = self._keys.find(key_of(scope))
+        if account is None:
+            raise ApiError(
                 401,
                 "the API key is missing or wrong; send it as Authorization: Bearer KEY, or as x-api-key: KEY",
                 code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
             )
-            await refusal.response(scope["path"])(scope, receive, send)
-            return
-        scope.setdefault("state", {})["tenant"] = tenant
-        await self._app(scope, receive, send)
+        return account
 
 
-def _given_key(scope: Scope) -> str:
-    """The key that the request brings, as OpenAI's clients do or as Anthropic's; empty where it brings none."""
-    return _header(scope, b"x-api-key") or _bearer(_header(scope, b"authorization"))
-
-
-def _header(scope: Scope, wanted: bytes) -> str:
-    """A header's value; empty where there is none or more than one."""
-    values = [value for name, value in scope["headers"] if name == wanted]
-    return values[0].decode("latin-1").strip() if len(values) == 1 else ""
-
-
-def _bearer(authorization: str) -> str:
-    scheme, _, key = authorization.partition(" ")
-    return key.strip() if scheme.lower() == "bearer" else ""
+def key_of(scope: Scope) -> str:
+    """The key that the request brings, as OpenAI's or as Anthropic's clients do; empty where it brings none, or two."""
+    given = set()
+    for name, value in scope["headers"]:
+        text = value.decode("latin-1")
+        if name == b"x-api-key":
+            given.add(text.strip())
+        elif name == b"authorization":
+            scheme, _, key = text.partition(" ")
+            given.add(key.strip() if scheme.lower() == "bearer" else "")
+    return given.pop() if len(given) == 1 else ""

@@ -24,7 +24,7 @@ class BeamGeneration(Generation):
         answer_id: str,
         caller: Caller,
         *,
-        priority: int = 0,
+        priority: int | None = None,
         cache_salt: str = "",
         refusal: Callable[[RequestError], Exception] = lambda error: error,
     ) -> None:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import json
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any, TypeVar
 
 from fastapi import Request
 from pydantic import ValidationError
 from starlette.requests import ClientDisconnect
 
-from kvarn.server.errors import ApiError
-from kvarn.server.protocol import ModelRequest, screen
+from kvarn.server.errors import RETRY_SECONDS, ApiError
+from kvarn.server.limits import ServerLimits
+from kvarn.server.protocol import LIMIT_NAMES, ModelRequest, screen
 
 Model = TypeVar("Model", bound=ModelRequest)
 
@@ -32,18 +34,53 @@ SHOWN = 40
 """Characters of a wrong value that a message repeats."""
 
 
-async def read_body(request: Request, limit: int) -> bytes:
-    """The body, of at most `limit` bytes. Raises ApiError 413, 415, and 499 where the client leaves."""
-    _check_headers(request, limit)
-    body = bytearray()
-    try:
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > limit:
-                raise _too_large(limit)
-    except ClientDisconnect:
-        raise ApiError(499, "the client closed the connection") from None
-    return bytes(body)
+class BodyReader:
+    """Reads bodies within limits: of each, and of all that are being read at the same time."""
+
+    def __init__(self, limits: ServerLimits) -> None:
+        self._limits = limits
+        self._held = 0
+        """Bytes of the bodies that are neither refused nor understood yet."""
+
+    @asynccontextmanager
+    async def read(self, request: Request) -> AsyncIterator[bytes]:
+        """The body, which counts as held until the context ends.
+
+        Raises ApiError 408, 413, 415, 429, and 499 where the client leaves.
+        """
+        _check_headers(request, self._limits.max_body_bytes)
+        body = bytearray()
+        try:
+            await self._receive(request, body)
+            yield bytes(body)
+        finally:
+            self._held -= len(body)
+
+    async def _receive(self, request: Request, body: bytearray) -> None:
+        timeout = self._limits.body_timeout
+        try:
+            async with asyncio.timeout(timeout):
+                async for chunk in request.stream():
+                    body += chunk
+                    self._held += len(chunk)
+                    self._check(len(body))
+        except ClientDisconnect:
+            raise ApiError(499, "the client closed the connection") from None
+        except TimeoutError:
+            message = f"the body did not come within {timeout:g} s (--body-timeout)"
+            raise ApiError(408, message, code="body_timeout", headers=CLOSE) from None
+
+    def _check(self, length: int) -> None:
+        if length > self._limits.max_body_bytes:
+            raise _too_large(self._limits.max_body_bytes)
+        most = self._limits.max_unparsed_bytes
+        if self._held > most:
+            message = f"more than {most} bytes of bodies are being read (--max-unparsed-bytes); try again later"
+            raise ApiError(429, message, code="too_many_bytes", headers={"Retry-After": RETRY_SECONDS, **CLOSE})
+
+
+CLOSE = {"Connection": "close"}
+"""What is left of a body that is refused need not be read."""
 
 
 def _check_headers(request: Request, limit: int) -> None:
@@ -62,7 +99,25 @@ def _check_headers(request: Request, limit: int) -> None:
 
 
 def _too_large(limit: int) -> ApiError:
-    return ApiError(413, f"the body is larger than {limit} bytes (--max-body-bytes)", code="body_too_large")
+    message = f"the body is larger than {limit} bytes (--max-body-bytes)"
+    return ApiError(413, message, code="body_too_large", headers=CLOSE)
+
+
+def check_entries(body: ModelRequest, limits: ServerLimits) -> None:
+    """Raises ApiError 400, naming parameter and limit, for a body that has more of something than is allowed."""
+    for name, limit in LIMIT_NAMES.items():
+        value, most = getattr(body, name, None), getattr(limits, limit)
+        if not isinstance(value, list | tuple | dict) or len(value) <= most:
+            continue
+        if name in ("prompt", "input") and not isinstance(value[0], str | list):
+            continue  # one prompt, of token ids
+        message = f"{name} must have at most {most} entries, not {len(value)} ({limit})"
+        raise ApiError(400, message, param=name, code="invalid_value")
+    for name in ("n", "best_of"):
+        n = getattr(body, name, None)
+        if isinstance(n, int) and n > limits.max_n:
+            message = f"{name} must be at most {limits.max_n}, not {n} (max_n)"
+            raise ApiError(400, message, param=name, code="invalid_value")
 
 
 def parse(model: type[Model], body: bytes) -> Model:

@@ -36,7 +36,7 @@ ANTHROPIC_KINDS = {
 
 
 class OpenAIDialect:
-    """{"error": {"message", "type", "param", "code"}}; streams end with [DONE]."""
+    """{"error": {"message", "type", "param", "code"}, "request_id"}; streams end with [DONE]."""
 
     end = DONE
 
@@ -44,7 +44,8 @@ class OpenAIDialect:
         """See `Dialect`."""
         kind = "server_error" if error.status >= 500 else "invalid_request_error"
         kind = OPENAI_KINDS.get(error.status, kind)
-        return {"error": {"message": error.told, "type": kind, "param": error.told_param, "code": error.code}}
+        told = {"message": error.told, "type": kind, "param": error.told_param, "code": error.code}
+        return {"error": told, **_identity(error)}
 
     def failure(self, error: ApiError) -> bytes:
         """See `Dialect`."""
@@ -52,18 +53,22 @@ class OpenAIDialect:
 
 
 class AnthropicDialect:
-    """{"type": "error", "error": {"type", "message"}}; streams end with the answer's own last event."""
+    """{"type": "error", "error": {"type", "message"}, "request_id"}; streams end with the answer's own last event."""
 
     end = b""
 
     def body(self, error: ApiError) -> dict[str, Any]:
         """See `Dialect`."""
         kind = ANTHROPIC_KINDS.get(error.status, "api_error" if error.status >= 500 else "invalid_request_error")
-        return {"type": "error", "error": {"type": kind, "message": error.told}}
+        return {"type": "error", "error": {"type": kind, "message": error.told}, **_identity(error)}
 
     def failure(self, error: ApiError) -> bytes:
         """See `Dialect`."""
         return typed_event(self.body(error))
+
+
+def _identity(error: ApiError) -> dict[str, str]:
+    return {"request_id": error.request_id} if error.request_id else {}
 
 
 class ResponsesDialect(OpenAIDialect):

@@ -68,15 +68,11 @@ class Doorway:
         self._door = door
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Passes the request on, or answers 503."""
+        """Passes the request on. Raises ApiError 503 where the door is closed."""
         if scope["type"] != "http" or scope["method"] != WORK:
             await self._app(scope, receive, send)
             return
-        try:
-            self._door.enter()
-        except ApiError as refusal:
-            await refusal.response(scope["path"])(scope, receive, send)
-            return
+        self._door.enter()
         with ExitStack() as ended:
             ended.callback(self._door.leave)
             scope.setdefault("state", {})["ended"] = ended

@@ -16,7 +16,7 @@ from kvarn.errors import EngineError, RequestError
 from kvarn.request import Pooling, Request, SamplingParams
 from kvarn.server.caller import Caller
 from kvarn.server.errors import ApiError
-from kvarn.server.generation import new_id
+from kvarn.server.generation import Usage, check_prompt, new_id
 from kvarn.server.protocol import EmbeddingRequest
 from kvarn.server.request_trace import RequestTrace
 from kvarn.server.state import Served
@@ -27,21 +27,26 @@ IN_FLIGHT = 32
 
 def asked_embeddings(body: EmbeddingRequest, served: Served, caller: Caller, default: Pooling) -> EmbeddingAnswer:
     """The answer that the body asks for. default: the way of pooling where it does not say. Raises ApiError."""
-    llm, answer_id = served.llm, new_id("embd-")
+    llm, answer_id, account = served.llm, new_id("embd-"), caller.visit.account
     body.check(llm.model_config.hidden_size)
     pooling = body.pooling_or(default)
     requests = []
     try:
         for place, ids in enumerate(served.prompts.inputs(body)):
             request = Request(
-                f"{answer_id}-{place}", tuple(ids), SamplingParams(max_tokens=1), priority=body.priority or 0,
-                tenant=caller.tenant, cache_salt=body.cache_salt or "", ttft_slo_ms=caller.ttft_slo_ms, pooling=pooling,
+                f"{answer_id}-{place}", tuple(ids), SamplingParams(max_tokens=1),
+                priority=account.priority(body.priority), tenant=caller.tenant,
+                cache_salt=body.cache_salt or account.key.cache_salt, ttft_slo_ms=caller.ttft_slo_ms, pooling=pooling,
             )  # fmt: skip
+            check_prompt(request, caller.limits)
             llm.check(request)
             requests.append(request)
     except RequestError as error:
         name = "input" if error.field == "prompt" else error.field
         raise ApiError(400, str(error), param=name, code="invalid_value") from None
+    usage = Usage(prompt=sum(len(request.prompt_token_ids) for request in requests))
+    caller.visit.reserve(usage.prompt)
+    caller.record.answer_id, caller.record.usage = answer_id, usage
     as_base64 = body.encoding_format == "base64"
     return EmbeddingAnswer(
         llm, requests, served.name, dimensions=body.dimensions, as_base64=as_base64, trace=caller.trace

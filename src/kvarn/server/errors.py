@@ -12,8 +12,17 @@ from fastapi import FastAPI, Request
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
-from kvarn.errors import DeadlineError, EngineError, KvarnError, OverloadError, RequestError, TemplateError
+from kvarn.errors import (
+    DeadlineError,
+    EngineError,
+    KvarnError,
+    OverloadError,
+    RequestError,
+    TemplateError,
+    UnreadError,
+)  # fmt: skip
 from kvarn.server.dialects import dialect_of
+from kvarn.server.record import RequestRecord
 
 logger = logging.getLogger("kvarn.server")
 RETRY_SECONDS = "1"
@@ -39,6 +48,8 @@ class ApiError(Exception):
         self.param = param
         self.code = code
         self.headers = dict(headers or {})
+        self.request_id = ""
+        """Of the request that it answers, as soon as that is known."""
 
     @property
     def told(self) -> str:
@@ -72,6 +83,8 @@ def to_api_error(error: Exception) -> ApiError:
             return ApiError(400, str(error), param=error.field, code="invalid_value")
         case TemplateError():
             return ApiError(400, str(error), param="messages", code="template_error")
+        case UnreadError():
+            return ApiError(408, str(error), code="slow_reader")
         case EngineError():
             return ApiError(500, str(error), code="engine_error")
         case HTTPException():
@@ -87,14 +100,26 @@ def _overload(error: OverloadError, *, code: str) -> ApiError:
     return ApiError(429, str(error), code=code, headers={"Retry-After": str(max(1, math.ceil(error.retry_after)))})
 
 
+def noted(error: Exception, record: RequestRecord) -> ApiError:
+    """What the client of a request is told of an exception; the request's record has it from now on."""
+    found = to_api_error(error)
+    found.request_id = record.request_id
+    record.error, record.message = found.code or "error", found.message
+    return found
+
+
 def install(app: FastAPI) -> None:
-    """Makes every error of the app, routing errors among them, answer in this shape."""
+    """Makes every error of the app, routing errors among them, answer in this shape.
+
+    What is unexpected is left to `Front`, which is around all of the app.
+    """
 
     async def answer(request: Request, error: Exception) -> Response:
-        found = to_api_error(error)
+        record: RequestRecord = request.state.record
+        found = noted(error, record)
         if isinstance(error, HTTPException):
             found.message = f"{found.message}: {request.method} {request.url.path[:200]}"
         return found.response(request.url.path)
 
-    for kind in (ApiError, KvarnError, HTTPException, Exception):
+    for kind in (ApiError, KvarnError, HTTPException):
         app.add_exception_handler(kind, answer)

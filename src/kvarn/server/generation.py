@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, AsyncExitStack, aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from kvarn.engine import AsyncLLM
+from kvarn.engine import AsyncLLM, RequestStream
 from kvarn.errors import OverloadError, RequestError
 from kvarn.request import FinishReason, Request, RequestOutput, SamplingParams, SequenceOutput, TokenLogprob
 from kvarn.server.caller import Caller
+from kvarn.server.errors import ApiError
+from kvarn.server.limits import ServerLimits
 from kvarn.server.load import RequestLoad
+
+GUESSED_TOKENS = 256
+"""Of an answer without max_tokens, as long as it is not known; a key's rate makes up for more afterwards."""
+_LONGEST_TIMER = 86_400.0
+"""Seconds; loops take no endless ones."""
 
 
 def new_id(prefix: str) -> str:
@@ -64,6 +72,25 @@ class Answer:
         self.finish_reason = delta.finish_reason or self.finish_reason
 
 
+def _within(sampling: SamplingParams, limits: ServerLimits) -> SamplingParams:
+    """The same, of at most as many tokens as are allowed. Raises RequestError for more that were asked for."""
+    most = limits.max_output_tokens
+    if most is None:
+        return sampling
+    if sampling.max_tokens is not None and sampling.max_tokens > most:
+        message = f"max_tokens must be at most {most}, not {sampling.max_tokens} (max_output_tokens)"
+        raise RequestError(message, field="max_tokens")
+    return sampling if sampling.max_tokens is not None else replace(sampling, max_tokens=most)
+
+
+def check_prompt(request: Request, limits: ServerLimits) -> None:
+    """Raises RequestError for a prompt of more tokens than are allowed."""
+    count, most = len(request.prompt_token_ids), limits.max_prompt_tokens
+    if most is not None and count > most:
+        message = f"the prompt has {count} tokens, at most {most} are allowed (max_prompt_tokens)"
+        raise RequestError(message, field="prompt")
+
+
 class Generation:
     """The engine requests of one HTTP request. Choice index = prompt index * n + sequence index."""
 
@@ -75,21 +102,27 @@ class Generation:
         answer_id: str,
         caller: Caller,
         *,
-        priority: int = 0,
+        priority: int | None = None,
         cache_salt: str = "",
         refusal: Callable[[RequestError], Exception] = lambda error: error,
     ) -> None:
-        """Checks each prompt as it comes, and all before any is queued. Any thread may call. Raises RequestError.
+        """Checks each prompt as it comes, and all before any is queued. Any thread may call.
 
-        refusal: what to raise where it turns out later that a request is wrong.
+        Raises RequestError. The caller's record is told of what comes out.
+
+        priority, cache_salt: None and "": those of the caller's key. refusal: what to raise where it turns out later
+        that a request is wrong.
         """
         self._llm = llm
+        self._record, self._limits = caller.record, caller.limits
+        sampling = _within(sampling, caller.limits)
         self._refusal = refusal
         self._trace = caller.trace
         self._caller = caller
         self.n = sampling.n
         self.answer_id = answer_id
         self.requests: list[Request] = []
+        account = caller.visit.account
         # Clients may choose ids of answers, and others the same.
         unique = secrets.token_hex(4)
         for index, ids in enumerate(prompts):
@@ -97,17 +130,23 @@ class Generation:
                 f"{answer_id}-{unique}-{index}",
                 tuple(ids),
                 sampling,
-                priority=priority,
+                priority=account.priority(priority),
                 tenant=caller.tenant,
-                cache_salt=cache_salt,
+                cache_salt=cache_salt or account.key.cache_salt,
                 ttft_slo_ms=caller.ttft_slo_ms,
             )
+            check_prompt(request, caller.limits)
             request = llm.resolve(request)
             llm.check(request)
             self.requests.append(request)
         self.prompt_logprobs: dict[int, tuple[TokenLogprob, ...]] = {}
         """By prompt, of its tokens from the second on, where they were asked for: as soon as any delta has come."""
         self.usage = Usage(prompt=sum(len(request.prompt_token_ids) for request in self.requests))
+        if sampling.max_tokens is None:
+            caller.visit.reserve(self.usage.prompt, guessed=self.num_choices * GUESSED_TOKENS)
+        else:
+            caller.visit.reserve(self.usage.prompt + self.num_choices * sampling.max_tokens)
+        caller.record.answer_id, caller.record.usage = answer_id, self.usage
 
     @property
     def num_choices(self) -> int:
@@ -127,11 +166,12 @@ class Generation:
 
     def _in_flight(self) -> AbstractContextManager[RequestLoad]:
         """Counts as its tenant's load for as long as the context lasts."""
-        return self._caller.loads.request(self._caller.tenant, self.usage.prompt)
+        return self._caller.loads.request(self._caller.visit.account.name or self._caller.tenant, self.usage.prompt)
 
     async def _outputs(self) -> AsyncGenerator[list[tuple[int, SequenceOutput]], None]:
         async with AsyncExitStack() as stack:
-            streams = [await stack.enter_async_context(aclosing(self._llm.generate(r))) for r in self.requests]
+            streams = [await stack.enter_async_context(aclosing(self._begin(r))) for r in self.requests]
+            stack.callback(self._end_in_time(streams).cancel)
             if len(streams) == 1:
                 async for output in streams[0]:
                     yield self._deltas(0, output)
@@ -162,7 +202,27 @@ class Generation:
                     feeder.cancel()
                 await asyncio.gather(*feeders, return_exceptions=True)
 
+    def _begin(self, request: Request) -> RequestStream:
+        return self._llm.generate(request, max_unread_tokens=self._limits.max_unread_tokens)
+
+    def _end_in_time(self, streams: Sequence[RequestStream]) -> asyncio.TimerHandle:
+        """Ends what still runs at the request's deadline, whether or not somebody reads it."""
+
+        def expire() -> None:
+            for stream in streams:
+                message = f"the answer took longer than {self._limits.request_timeout:g} s (--request-timeout)"
+                stream.fail(ApiError(504, message, code="request_timeout"))
+
+        left = min(self._record.deadline - time.monotonic(), _LONGEST_TIMER)
+        return asyncio.get_running_loop().call_later(left, expire)
+
     def _deltas(self, prompt: int, output: RequestOutput) -> list[tuple[int, SequenceOutput]]:
+        record = self._record
+        if record.first_token is None:
+            record.first_token = time.monotonic()
+        for delta in output.outputs:
+            if delta.finish_reason is not None:
+                record.finish_reasons[prompt * self.n + delta.index] = delta.finish_reason.value
         if output.prompt_logprobs:
             self.prompt_logprobs[prompt] = output.prompt_logprobs
         self._trace.output(self._llm.model_name, self.requests[prompt], output)

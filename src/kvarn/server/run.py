@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
 import socket
 import time
@@ -17,18 +16,23 @@ from kvarn.errors import ConfigError, KvarnError
 from kvarn.planning import MemoryPlan
 from kvarn.request import Pooling
 from kvarn.scheduler import Observer
-from kvarn.server.app import DEFAULT_MAX_BODY_BYTES, create_app
-from kvarn.server.auth import ApiKeys
+from kvarn.server.access import AccessOptions
+from kvarn.server.admin import AdminOptions, admin_server
+from kvarn.server.app import create_app
+from kvarn.server.connection import bounded_protocol
 from kvarn.server.draining import DrainingServer
 from kvarn.server.errors import ApiError
+from kvarn.server.keys.ring import KeyRing
+from kvarn.server.limits import ServerLimits
+from kvarn.server.listening import listen, url_of
+from kvarn.server.logs import FORMATS, configure_logging
 from kvarn.server.models import ModelPool, PoolLimits
 from kvarn.server.models.budget import Budget, share_out
 from kvarn.server.models.hosted import EngineLoader, ModelSpec
 from kvarn.server.state import ServerState
 from kvarn.server.watching import HttpWatcher
 
-BACKLOG = 2048
-"""Connections that the system keeps until the event loop takes them."""
+logger = logging.getLogger("kvarn.server")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +43,13 @@ class ServeOptions:
     models: tuple[ModelSpec, ...]
     host: str = "127.0.0.1"
     port: int = 8000
-    max_body_bytes: int = DEFAULT_MAX_BODY_BYTES
-    api_keys: tuple[str, ...] = field(default=(), repr=False)
-    """See `ApiKeys`; without, everybody may ask."""
+    limits: ServerLimits = field(default_factory=ServerLimits)
+    access: AccessOptions = field(default_factory=AccessOptions)
+    admin: AdminOptions = field(default_factory=AdminOptions)
+    log_format: str = "text"
+    """One of `kvarn.server.logs.FORMATS`."""
+    access_log: bool = True
+    """Whether each finished request is logged."""
     drain_seconds: float = 30.0
     """How long answers in flight may go on after SIGINT or SIGTERM; then they end with an error."""
     lazy: bool = False
@@ -53,15 +61,20 @@ class ServeOptions:
     """Of embeddings whose request does not say."""
 
     def __post_init__(self) -> None:
-        ApiKeys(self.api_keys)
+        self.key_ring()
         if not self.models:
             raise ConfigError("there must be a model to serve")
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port must be between 0 and 65535, not {self.port}")
-        if self.max_body_bytes < 1:
-            raise ConfigError(f"max_body_bytes must be at least 1, not {self.max_body_bytes}")
+        if self.log_format not in FORMATS:
+            raise ConfigError(f"log_format must be one of {', '.join(FORMATS)}, not {self.log_format!r}")
         if not 0 <= self.drain_seconds <= 86400:
             raise ConfigError(f"drain_seconds must be between 0 and 86400, not {self.drain_seconds:g}")
+
+    def key_ring(self) -> KeyRing:
+        """Who may ask. Raises ConfigError."""
+        with_priorities = all(spec.engine.scheduler.policy == "priority" for spec in self.models)
+        return KeyRing(self.access.api_keys, self.access.keys_file, with_priorities=with_priorities)
 
 
 OnListening = Callable[[str], None]
@@ -85,18 +98,6 @@ class Told:
     ready: OnReady = lambda _engines, _seconds: None
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    """A listening socket. Raises ConfigError where the address cannot be had."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        return socket.create_server((host, port), family=family, backlog=BACKLOG)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        if error.errno == errno.EADDRINUSE:
-            reason = "it is in use: stop what listens there or choose another --port"
-        raise ConfigError(f"cannot listen on {host} port {port}: {reason}") from error
-
-
 def serve(
     options: ServeOptions,
     told: Told | None = None,
@@ -111,22 +112,36 @@ def serve(
     observer: told of every decision and step of the engines, in their threads. watchers: of every request.
     """
     told = told or Told()
-    listener = _listen(options.host, options.port)
+    access, admin = options.access, options.admin
+    listener = listen(options.host, options.port)
+    admin_listener = None if admin.port is None else listen(admin.host, admin.port, "--admin-port")
     budget = share_out(options.models, options.memory_budget)
     loader = EngineLoader(budget.specs, budget.rooms, on_plan=told.plan, observer=observer)
     models = ModelPool(budget.pooled(), loader, budget=budget.num_bytes, limits=options.pool)
     app = create_app(
-        None, models=models, max_body_bytes=options.max_body_bytes, api_keys=options.api_keys, pooling=options.pooling,
-        watchers=watchers,
+        None, models=models, limits=options.limits, keys=options.key_ring(), metrics_open=access.metrics_open,
+        cors_origins=access.cors_origins, pooling=options.pooling, watchers=watchers,
     )  # fmt: skip
-    config = uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off", server_header=False)
+    configure_logging(options.log_format, access=options.access_log)
+    config = uvicorn.Config(
+        app,
+        http=bounded_protocol(options.limits, app.state.server.refusals),
+        ws="none",
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        server_header=False,
+        ssl_certfile=access.tls.cert,
+        ssl_keyfile=access.tls.key,
+    )
     server = DrainingServer(config, app.state.server, options.drain_seconds)
-    host, port = listener.getsockname()[:2]
-    told.listening(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
+    told.listening(url_of(listener, access.tls.scheme))
+    if admin_listener is not None:
+        logger.info("admin routes on %s", url_of(admin_listener, access.tls.scheme))
     if budget.num_bytes is not None:
         told.budget(budget)
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        failure = runner.run(_run(server, listener, app.state.server, options, told))
+        failure = runner.run(_run(server, listener, admin_listener, app.state.server, options, told))
     if failure is not None:
         raise failure
 
@@ -141,7 +156,12 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
 
 
 async def _run(
-    server: uvicorn.Server, listener: socket.socket, state: ServerState, options: ServeOptions, told: Told
+    server: uvicorn.Server,
+    listener: socket.socket,
+    admin_listener: socket.socket | None,
+    state: ServerState,
+    options: ServeOptions,
+    told: Told,
 ) -> Exception | None:
     started = time.perf_counter()
 
@@ -160,7 +180,8 @@ async def _run(
 
     loading.add_done_callback(stop_on_failure)
     try:
-        await server.serve(sockets=[listener])
+        async with admin_server(state, options.admin, admin_listener, options.access.tls):
+            await server.serve(sockets=[listener])
     finally:
         await state.models.close()
         await asyncio.gather(loading, return_exceptions=True)
@@ -172,5 +193,5 @@ def _failure(error: BaseException | None) -> Exception | None:
     if isinstance(error, ApiError):
         error = error.__cause__
     if error is not None and not isinstance(error, KvarnError):
-        logging.getLogger("kvarn.server").error("loading failed", exc_info=error)
+        logger.error("loading failed", exc_info=error)
     return error if isinstance(error, Exception) else None

@@ -11,7 +11,8 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from kvarn.server.dialects import Dialect
-from kvarn.server.errors import ApiError, to_api_error
+from kvarn.server.errors import ApiError, noted
+from kvarn.server.record import RequestRecord
 
 HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -44,9 +45,8 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Sends until the end or until the client is gone."""
-        del scope
         async with aclosing(self._chunks):
-            sender = asyncio.create_task(self._send(send))
+            sender = asyncio.create_task(self._send(scope["state"]["record"], send))
             listener = asyncio.create_task(disconnected(receive))
             try:
                 await asyncio.wait({sender, listener}, return_when=asyncio.FIRST_COMPLETED)
@@ -55,7 +55,7 @@ class EventStream(Response):
                     task.cancel()
                 await asyncio.gather(sender, listener, return_exceptions=True)
 
-    async def _send(self, send: Send) -> None:
+    async def _send(self, record: RequestRecord, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
         if self._first is not None:
             await send({"type": "http.response.body", "body": self._first, "more_body": True})
@@ -64,7 +64,7 @@ class EventStream(Response):
             async for chunk in self._chunks:
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})
         except Exception as error:  # the status is out already: tell it in the stream
-            end = self._dialect.failure(to_api_error(error))
+            end = self._dialect.failure(noted(error, record))
         await send({"type": "http.response.body", "body": end, "more_body": False})
 
 

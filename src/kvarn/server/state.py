@@ -12,12 +12,15 @@ from typing import TypeVar
 from fastapi import Request
 
 from kvarn.engine import AsyncLLM
+from kvarn.server.body import BodyReader
 from kvarn.server.door import Door
 from kvarn.server.errors import RETRY_SECONDS, ApiError
+from kvarn.server.limits import ServerLimits
 from kvarn.server.load import TenantLoads
 from kvarn.server.models import ModelPool
 from kvarn.server.models.hosted import HostedModel
 from kvarn.server.prompts import PromptEncoder
+from kvarn.server.refusals import Refusals, limit_names
 from kvarn.server.sse import unless_disconnected
 
 WORKERS = 2
@@ -36,8 +39,10 @@ class Served:
 class ServerState:
     """Before `open` everybody is refused: the first model is loading. Neither models nor engines are owned."""
 
-    def __init__(self, max_body_bytes: int, models: ModelPool[HostedModel]) -> None:
-        self.max_body_bytes = max_body_bytes
+    def __init__(self, limits: ServerLimits, models: ModelPool[HostedModel]) -> None:
+        self.limits = limits
+        self.bodies = BodyReader(limits)
+        self.refusals = Refusals(limit_names())
         self.models = models
         self.door = Door()
         self.loads = TenantLoads()

@@ -61,6 +61,12 @@ MOST_ENTRIES = {
 }  # fmt: skip
 """Entries of a list or an object at most, looked at before any entry is."""
 
+LIMIT_NAMES = {
+    "messages": "max_messages", "tools": "max_tools", "stop": "max_stop_strings", "stop_sequences": "max_stop_strings",
+    "logit_bias": "max_logit_bias", "prompt": "max_prompts", "input": "max_inputs",
+}  # fmt: skip
+"""The server's limits (`ServerLimits`) on the entries of parameters; the above are the most that these can be."""
+
 
 @dataclass(frozen=True, slots=True)
 class Screening:
@@ -106,5 +112,6 @@ def _same(value: Any, known: Any) -> bool:
 def _check_entries(name: str, value: Any) -> None:
     most = MOST_ENTRIES.get(name)
     if most is not None and isinstance(value, list | dict) and len(value) > most:
-        message = f"{name} must have at most {most} entries, not {len(value)}"
+        limit = f" ({LIMIT_NAMES[name]})" if name in LIMIT_NAMES else ""
+        message = f"{name} must have at most {most} entries, not {len(value)}{limit}"
         raise ApiError(400, message, param=name, code="invalid_value")

@@ -20,8 +20,10 @@ def add_metrics(app: FastAPI, state: ServerState, http: HttpNumbers) -> None:
         # Imported when somebody scrapes: it takes a tenth of a start.
         from kvarn.server.http_collector import HttpCollector
         from kvarn.server.metrics import EngineNumbers, exposition
+        from kvarn.server.refusals import RefusalCollector
 
-        return exposition([EngineNumbers.of(name, llm) for name, llm in engines], [HttpCollector(http)])
+        numbers = [EngineNumbers.of(name, llm) for name, llm in engines]
+        return exposition(numbers, [HttpCollector(http), RefusalCollector(state.refusals)])
 
     @app.get("/metrics")
     async def metrics() -> Response:
