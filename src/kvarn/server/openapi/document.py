@@ -25,6 +25,12 @@ ERRORS = {
     "503": "The model is loading, or the engine has stopped.",
     "default": "Any other error, in the same form.",
 }
+EVENT: Schema = {
+    "type": "object",
+    "description": "One server-sent event; its data is JSON, or [DONE] where the API ends its streams so.",
+    "properties": {"event": {"type": "string"}, "data": {"type": "string"}},
+    "required": ["data"],
+}
 SCHEMES = {
     "bearer": {"type": "http", "scheme": "bearer"},
     "x-api-key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
@@ -51,7 +57,7 @@ def document_of(app: FastAPI) -> dict[str, Any]:
 def _describe(described: dict[str, Any], operation: Operation, components: dict[str, Schema]) -> None:
     content: dict[str, Any] = {operation.media_type: {"schema": operation.reply}}
     if operation.streams:
-        content["text/event-stream"] = {"schema": {"type": "string", "description": "Server-sent events."}}
+        content["text/event-stream"] = {"schema": EVENT}
     error = {"application/json": {"schema": operation.error}}
     texts = {**(BODY_ERRORS if operation.body is not None else {}), **ERRORS}
     described["responses"] = {
