@@ -12,6 +12,8 @@ from typing import Any, Self
 from kvarn.errors import RequestError
 
 MAX_N = 64
+MAX_TOP_K = 2**31 - 1
+"""More than any vocabulary has."""
 MAX_STOP_STRINGS = 16
 MAX_STOP_STRING_CHARS = 1024
 MAX_LOGPROBS = 20
@@ -155,7 +157,7 @@ class SamplingParams:
             self.temperature,
             "between 0 and 100",
         )
-        _check(self.top_k >= -1, "top_k", self.top_k, "-1 or 0 (off), or at least 1")
+        _check(-1 <= self.top_k <= MAX_TOP_K, "top_k", self.top_k, f"-1 or 0 (off), or between 1 and {MAX_TOP_K}")
         _check(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
         _check(0 <= self.min_p <= 1, "min_p", self.min_p, "between 0 and 1")
         _check(

@@ -1,5 +1,7 @@
 """What the dashboard is told: the engine's numbers, and the load of each tenant by its name, never by its key."""
 
+import json
+
 import httpx
 import pytest
 from gated_engine import gated_llm
@@ -11,8 +13,9 @@ COMPLETIONS = "/v1/completions"
 LONG = {"prompt": "four", "max_tokens": 400, "ignore_eos": True}
 
 
-def state_of(url):
-    response = httpx.get(f"{url}/dashboard/state")
+def state_of(url, key=None):
+    headers = {} if key is None else {"authorization": f"Bearer {key}"}
+    response = httpx.get(f"{url}/dashboard/state", headers=headers)
     assert response.status_code == 200
     return response.json()
 
@@ -53,12 +56,12 @@ def test_tenants_are_told_by_name_and_keys_by_nobody():
     with gated_llm() as (llm, gate), serving(llm, api_keys=keys) as url:
         with posted(url, COMPLETIONS, LONG, key=keys[0]):
             gate.stand_in_step(4)
-            wait_until(lambda: [t for t in state_of(url)["tenants"] if t["tokens"]])
+            wait_until(lambda: [t for t in state_of(url, keys[0])["tenants"] if t["tokens"]])
             with posted(url, COMPLETIONS, LONG, key=keys[1]):
-                wait_until(lambda: len(state_of(url)["tenants"]) == 2)
-                text = httpx.get(f"{url}/dashboard/state").text
-                ann, bob = state_of(url)["tenants"]
-        wait_until(lambda: not any(t["answering"] or t["waiting"] for t in state_of(url)["tenants"]))
+                wait_until(lambda: len(state_of(url, keys[0])["tenants"]) == 2)
+                text = json.dumps(state_of(url, keys[0]))
+                ann, bob = state_of(url, keys[0])["tenants"]
+        wait_until(lambda: not any(t["answering"] or t["waiting"] for t in state_of(url, keys[0])["tenants"]))
     assert ann == {"name": ann["name"], "answering": 1, "waiting": 0, "tokens": 4 + 3}
     assert bob == {"name": bob["name"], "answering": 0, "waiting": 1, "tokens": 0}
     assert not any(key in text for key in keys)

@@ -137,7 +137,7 @@ def test_an_unexpected_error_is_a_500_with_the_id(url, monkeypatch, caplog):
 
 def test_what_is_polled_is_logged_only_where_it_fails(llm):
     with serving(llm) as url, serving(None) as loading, logged() as lines:
-        for path in ("/health", "/metrics", "/", "/chat.js"):
+        for path in ("/health", "/metrics", "/", "/static/chat.js"):
             assert httpx.get(url + path).status_code == 200
         httpx.get(f"{url}/version")
         wait_until(lambda: lines)

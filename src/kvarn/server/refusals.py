@@ -5,11 +5,8 @@ from __future__ import annotations
 import re
 import threading
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable
 from dataclasses import fields
-
-from prometheus_client.core import CounterMetricFamily, Metric
-from prometheus_client.registry import Collector
 
 from kvarn.config import GrammarConfig
 from kvarn.server.limits import ServerLimits
@@ -54,19 +51,3 @@ class Refusals:
         """A snapshot, in order."""
         with self._lock:
             return dict(self._counts)
-
-
-class RefusalCollector(Collector):
-    """`kvarn:limit_refusals` of a server."""
-
-    def __init__(self, refusals: Refusals) -> None:
-        self._refusals = refusals
-
-    def collect(self) -> Iterator[Metric]:
-        """One counter with the limit's name as its label."""
-        family = CounterMetricFamily(
-            "kvarn:limit_refusals", "Requests refused or broken off because of a limit.", labels=["limit"]
-        )
-        for limit, count in self._refusals.counts().items():
-            family.add_metric([limit], count)
-        yield family

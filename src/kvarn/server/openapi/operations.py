@@ -90,6 +90,7 @@ OPERATIONS: dict[str, Operation] = {
     "/health/ready": Operation(replies.STATUS),
     "/version": Operation(replies.VERSION),
     "/metrics": Operation(TEXT, media_type="text/plain"),
+    "/dashboard/state": Operation({"type": "object"}),
     "/v1/models": Operation(replies.MODELS),
     "/v1/models/{name}": Operation(replies.MODEL),
     "/v1/chat/completions": Operation(replies.CHAT, ChatCompletionRequest, streams=True),

@@ -20,7 +20,7 @@ def add_metrics(app: FastAPI, state: ServerState, http: HttpNumbers) -> None:
         # Imported when somebody scrapes: it takes a tenth of a start.
         from kvarn.server.http_collector import HttpCollector
         from kvarn.server.metrics import EngineNumbers, exposition
-        from kvarn.server.refusals import RefusalCollector
+        from kvarn.server.refusal_collector import RefusalCollector
 
         numbers = [EngineNumbers.of(name, llm) for name, llm in engines]
         return exposition(numbers, [HttpCollector(http), RefusalCollector(state.refusals)])
