@@ -50,6 +50,7 @@ BAD = [
     (CHAT, {"messages": HELLO, "top_p": 0}, 400, "top_p"),
     (CHAT, {"messages": HELLO, "top_p": 1.5}, 400, "top_p"),
     (CHAT, {"messages": HELLO, "top_k": -2}, 400, "top_k"),
+    (CHAT, {"messages": HELLO, "top_k": 10**30}, 400, "top_k"),
     (CHAT, {"messages": HELLO, "cache_salt": ""}, 400, "cache_salt"),
     (CHAT, {"messages": HELLO, "cache_salt": "x" * 257}, 400, "cache_salt"),
     (COMPLETIONS, {"prompt": "hi", "cache_salt": 5}, 400, "cache_salt"),
