@@ -97,6 +97,11 @@ class Findings:
         """One more row."""
         self.rows.append(Outcome(tried, came_out, held, timed))
 
+    def as_json(self) -> dict[str, object]:
+        """The same for --json."""
+        bad = {name: {**vars(tally), "statuses": dict(tally.statuses)} for name, tally in self.bad.items()}
+        return {"held": self.held, "rows": [asdict(row) for row in self.rows], "bad": bad}
+
     @property
     def held(self) -> bool:
         """Whether all of them did."""
@@ -291,7 +296,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         keys, log = Path(folder, "keys.toml"), Path(folder, "server.log")
         options.key = add_key(keys, "good")
-        options.limited_key = add_key(keys, "limited", requests_per_minute=30, max_concurrency=2)
+        options.limited_key = add_key(keys, "limited", requests_per_minute=10, max_concurrency=2)
         settings = (
             "--keys-file", str(keys), "--max-num-seqs", str(MAX_SEQS), "--max-num-queued-requests", str(MAX_QUEUED),
             "--kv-cache-bytes", options.kv_cache_bytes, "--header-timeout", "5", "--body-timeout", "10",
@@ -302,7 +307,7 @@ def main() -> None:
         ):
             findings = runner.run(measure(options, server, log))
     title = f"{Path(options.model).stem}: {options.minutes:g} minutes of everything at once"
-    text, result = markdown(findings, title), {"held": findings.held, **asdict(findings)}
+    text, result = markdown(findings, title), findings.as_json()
     if options.out:
         options.out.with_suffix(".md").write_text(text)
         options.out.with_suffix(".json").write_text(json.dumps(result))

@@ -10,7 +10,6 @@ import pytest
 
 from kvarn.testing import write_tiny_gguf
 
-pytest.importorskip("kvarn.server.keys", reason="bench/trust.py serves with a keys file")
 ROOT = Path(__file__).parents[2]
 
 

@@ -13,6 +13,8 @@ from kvarn.server.limits import ServerLimits
 from kvarn.server.record import RequestRecord
 from kvarn.server.refusals import Refusals
 
+INTERNET = frozenset({socket.AF_INET, socket.AF_INET6})
+
 
 class BoundedProtocol(HttpToolsProtocol):
     """One connection. uvicorn itself bounds neither the time nor the size of a head, nor how long writing may take."""
@@ -41,7 +43,7 @@ class BoundedProtocol(HttpToolsProtocol):
         """Has the system end connections whose peers take nothing that is sent, also after they were closed here."""
         option = getattr(socket, "TCP_USER_TIMEOUT", None)
         connection = transport.get_extra_info("socket")
-        if option is not None and connection is not None and connection.family in (socket.AF_INET, socket.AF_INET6):
+        if option is not None and connection is not None and connection.family in INTERNET:
             connection.setsockopt(socket.IPPROTO_TCP, option, min(int(self.limits.read_timeout * 2000), 2**31 - 1))
 
     def connection_lost(self, exc: Exception | None) -> None:
