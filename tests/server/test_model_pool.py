@@ -3,7 +3,7 @@
 import asyncio
 
 import pytest
-from virtual_time import VirtualLoop
+from virtual_loop import VirtualLoop
 
 from kvarn.errors import CapacityError, ConfigError
 from kvarn.server.errors import ApiError

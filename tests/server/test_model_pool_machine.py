@@ -5,7 +5,7 @@ import asyncio
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
-from virtual_time import VirtualLoop
+from virtual_loop import VirtualLoop
 
 from kvarn.server.errors import ApiError
 from kvarn.server.models import Lease, ModelPool, ModelState, PooledModel, PoolLimits
