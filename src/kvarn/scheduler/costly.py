@@ -110,10 +110,9 @@ class CostlySpeculation(AutoSpeculation):
             if tokens / seconds > best:
                 best, self._depth = tokens / seconds, depth
                 self._saved = times[0] / count - seconds / tokens
-        deeper = self._depth + 1
-        if self._depth and deeper <= self.most and not self._times.knows(shape.num_tokens + deeper * count):
-            # What so many rows cost is a guess, and one that is too high would never be put right.
-            self._depth = deeper if self._plans % DEEPER_EVERY == 0 else self._depth
+        if 0 < self._depth < self.most and self._plans % DEEPER_EVERY == 0:
+            # What rows cost that were never measured is a guess; one that is too high would never be put right.
+            self._depth += not self._times.knows(shape.num_tokens + (self._depth + 1) * count)
         if not self._depth or self._num_tried < LEAST_TRIED:
             self._depth = 0
             self._try_one(ready, times, count)
