@@ -242,7 +242,7 @@ def _judge_bad(findings: Findings, stage: Stage) -> None:
     findings.bad = stage.bad
     prompt = {bad.name for bad in trust_bad.kinds("") if bad.prompt}
     sent = sum(tally.sent for tally in stage.bad.values())
-    wrong = {name: dict(tally.statuses) for name, tally in stage.bad.items() if tally.wrong}
+    wrong = {name: (dict(tally.statuses), tally.said[-300:]) for name, tally in stage.bad.items() if tally.wrong}
     findings.add(f"{sent:,} bad requests of {len(stage.bad)} kinds", f"not refused: {wrong or 'none'}", not wrong)
     times = Distribution.of(second for name in prompt & stage.bad.keys() for second in stage.bad[name].seconds)
     if times is not None:

@@ -25,6 +25,8 @@ PATIENCE = 20.0
 """Seconds that a bad request's answer is waited for; those that drip end then."""
 DRIP = 0.25
 STALL = 15.0
+MOST_READ = 4096
+"""Bytes of an answer to a bad request that are looked at."""
 BUSY = (429, 503)
 ENGINE_FAILED = "error id"
 """What a request is told that an engine took with it."""
@@ -72,6 +74,8 @@ class BadTally:
     """Until an answer or the end of the connection."""
     wrong: int = 0
     """Answered as if they were good, with a 5xx, or not at all where an answer was due."""
+    said: str = ""
+    """What the last of those was answered."""
 
 
 @dataclass
@@ -195,33 +199,40 @@ async def bad_clients(stage: Stage, kinds: list[Bad], rate: float, seconds: floa
         tally = stage.bad.setdefault(bad.name, BadTally())
         tally.sent += 1
         begin = time.perf_counter()
-        status = await send_bad(stage.host, stage.port, bad, numbers, min(PATIENCE, seconds))
+        status, said = await send_bad(stage.host, stage.port, bad, numbers, min(PATIENCE, seconds))
         tally.seconds.append(time.perf_counter() - begin)
         tally.statuses[str(status)] += 1
-        fine = bad.silent if status is None else status in REFUSED or status in BUSY
-        tally.wrong += not fine
+        with_engine = status == 500 and ENGINE_FAILED in said  # a grammar that is found too complex on the way
+        fine = bad.silent if status is None else status in REFUSED or status in BUSY or with_engine
+        if not fine:
+            tally.wrong += 1
+            tally.said = said
 
     await _at_rate(one, rate, seconds)
 
 
-async def send_bad(host: str, port: int, bad: Bad, numbers: random.Random, patience: float) -> int | None:
-    """The status of the answer, None where the connection ended without one, or after `patience` seconds."""
+async def send_bad(
+    host: str, port: int, bad: Bad, numbers: random.Random, patience: float
+) -> tuple[int | None, str]:
+    """The status of the answer and what follows its first line; None where the connection ended without one, or after
+    `patience` seconds."""
     try:
         reader, writer = await asyncio.open_connection(host, port)
     except OSError:
-        return None
+        return None, ""
     try:
         async with asyncio.timeout(patience):
             sending = asyncio.create_task(_send(writer, bad, numbers))
             try:
                 line = await reader.readline()
+                rest = await reader.read(MOST_READ) if line else b""
             finally:
                 sending.cancel()
                 await asyncio.gather(sending, return_exceptions=True)
         words = line.split()
-        return int(words[1]) if len(words) > 1 and words[1].isdigit() else None
+        return int(words[1]) if len(words) > 1 and words[1].isdigit() else None, rest.decode(errors="replace")
     except (OSError, TimeoutError, ValueError):
-        return None
+        return None, ""
     finally:
         writer.close()
 
