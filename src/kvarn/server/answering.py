@@ -11,6 +11,7 @@ from fastapi.responses import JSONResponse, Response
 from kvarn.server.body import check_entries, parse
 from kvarn.server.caller import Caller
 from kvarn.server.dialects import dialect_of
+from kvarn.server.keys.account import Visit
 from kvarn.server.protocol import AnswerRequest, ModelRequest
 from kvarn.server.record import RequestRecord
 from kvarn.server.sse import EventStream, unless_disconnected
@@ -103,6 +104,9 @@ async def _received(request: Request, state: ServerState, body_model: type[Body]
         else:
             body = await state.in_thread(lambda: parse(body_model, data), size)
     check_entries(body, state.limits)
+    if body.keep_alive is not None:
+        visit: Visit = request.state.visit
+        visit.account.check_keep_alive()
     served = await state.served(body.model, request, body.keep_alive)
     record: RequestRecord = request.state.record
     record.model = served.name
