@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from kvarn.backends import Executable, StepLimits
 from kvarn.draft_tree import chain, path
 from kvarn.grammar import GrammarMasks, StepMasks
+from kvarn.runner.ahead import Ahead, NeverAhead
 from kvarn.runner.batch import BatchBuilder
 from kvarn.runner.block_file import BlockFile
 from kvarn.runner.block_mover import BlockMover
@@ -39,12 +40,14 @@ class Runner:
         drafter: Drafter | None = None,
         grammars: GrammarMasks | None = None,
         pooler: Pooler | None = None,
+        ahead: Ahead | None = None,
     ) -> None:
         """limits: those the executable was loaded with. logits: the program's output buffer.
 
         block_file: where blocks are saved and loaded, owned from now on; None: a step must not ask for that.
         drafter: who proposes drafts; None: nobody. grammars: of the sequences that have one, owned from now on; None:
-        no sequence may have one. pooler: makes embeddings; None: no sequence may be one.
+        no sequence may have one. pooler: makes embeddings; None: no sequence may be one. ahead: begins steps on an
+        executable that can be ahead of its caller, with no drafter; None: all steps are executed.
         """
         self._blocks = BlockMover(executable, block_file)
         self._executable = executable
@@ -52,6 +55,7 @@ class Runner:
         self._drafter = drafter or NullDrafter()
         self.grammars = grammars or GrammarMasks()
         self.pooler = pooler or NullPooler()
+        self._ahead = ahead or NeverAhead()
         self._drawn: dict[int, Proposal] = {}
         """The last proposals that were drawn from probabilities, by sequence."""
         self._num_groups = len(executable.program.kv_groups)
@@ -63,25 +67,10 @@ class Runner:
     def execute(self, scheduled: SchedulerOutput) -> StepOutput:
         """Runs a step: forgets who finished, moves blocks, runs the program, samples, lets the next tokens be guessed.
 
-        A step may be empty.
+        A step may be empty. All steps that were submitted must be collected.
         """
-        self._blocks.save(scheduled.block_saves)
-        for sequence_id in scheduled.finished:
-            self._known.discard(sequence_id)
-            self._remove(sequence_id)
-        for new in scheduled.new:
-            self._sampler.add(new)
-            self._drafter.add(new)
-            self.grammars.add(new)
-            self.pooler.add(new)
-            self._known.add(new.sequence_id)
-        if scheduled.block_copies:
-            self._executable.copy_blocks(scheduled.block_copies)
-        loaded = self._blocks.load(scheduled.block_loads)
-        moved = self._blocks.take_seconds()
-        started = time.perf_counter()
-        computed = self._drafter.prepare(scheduled)
-        prepare_seconds = time.perf_counter() - started if computed else 0.0
+        scheduled = self._ahead.known(scheduled)
+        loaded, moved, prepare_seconds = self._begin(scheduled)
         if not scheduled.sequences:
             return StepOutput(scheduled.step, (), loaded, moved, prepare_seconds=prepare_seconds)
         parts = [s for s in scheduled.sequences if s.sample]
@@ -101,6 +90,46 @@ class Runner:
             scheduled.step, tuple(sampled), loaded, moved, drafts, draft_seconds, prepare_seconds, tuple(failed),
             prompts, pooled,
         )  # fmt: skip
+
+    def submits(self, scheduled: SchedulerOutput) -> bool:
+        """Whether the step may be submitted, rather than executed."""
+        return self._ahead.takes(scheduled)
+
+    def submit(self, scheduled: SchedulerOutput) -> None:
+        """Begins a step, which may have tokens that are `PENDING`. Two at most are not collected."""
+        self._begin(scheduled)
+        self._ahead.submit(scheduled, self._batches.build(scheduled.sequences))
+
+    def collect(self) -> StepOutput:
+        """What the oldest submitted step produced, as `execute` would say."""
+        scheduled, sampled = self._ahead.collect()
+        failed = tuple(_nothing_left(token) for token in sampled if token.token_id < 0)
+        return StepOutput(scheduled.step, tuple(t for t in sampled if t.token_id >= 0), failed=failed)
+
+    def discard(self) -> None:
+        """Forgets what was submitted and not collected."""
+        self._ahead.discard()
+
+    def _begin(self, scheduled: SchedulerOutput) -> tuple[tuple[int, ...], float, float]:
+        """All that comes before the program: what was loaded, and the seconds that moving and preparing took."""
+        self._blocks.save(scheduled.block_saves)
+        for sequence_id in scheduled.finished:
+            self._known.discard(sequence_id)
+            self._remove(sequence_id)
+        for new in scheduled.new:
+            self._sampler.add(new)
+            self._drafter.add(new)
+            self.grammars.add(new)
+            self.pooler.add(new)
+            self._ahead.add(new)
+            self._known.add(new.sequence_id)
+        if scheduled.block_copies:
+            self._executable.copy_blocks(scheduled.block_copies)
+        loaded = self._blocks.load(scheduled.block_loads)
+        moved = self._blocks.take_seconds()
+        started = time.perf_counter()
+        computed = self._drafter.prepare(scheduled)
+        return loaded, moved, time.perf_counter() - started if computed else 0.0
 
     def _sample(
         self, logits: NDArray[np.float32], parts: list[ScheduledSequence], masks: StepMasks | None
@@ -157,6 +186,7 @@ class Runner:
         self._drafter.remove(sequence_id)
         self.grammars.remove(sequence_id)
         self.pooler.remove(sequence_id)
+        self._ahead.remove(sequence_id)
 
     def forget_moved(self) -> None:
         """Empties the second tier."""
@@ -164,6 +194,7 @@ class Runner:
 
     def reset(self) -> None:
         """Forgets all sequences, then runs one token to see that the program still runs. Raises what that raises."""
+        self._ahead.discard()
         for sequence_id in self._known:
             self._remove(sequence_id)
         self._known.clear()
