@@ -32,6 +32,11 @@ class AheadExecutable(Executable, Protocol):
         `NOT_FINITE`, instead of which the step after it read token 0."""
         ...
 
+    def prepare(self) -> bool:
+        """Does a piece of what makes later steps faster, of a second or less; False where nothing is left of it until
+        other steps have been run. Only while nothing is under way."""
+        ...
+
     def discard(self) -> None:
         """Waits for what is under way, and forgets it, also where it failed."""
         ...

@@ -91,7 +91,8 @@ class EngineCore:
         cost: learns from every step that succeeds, scheduling and texts included, but not what moving blocks and
         guessing took.
         observer: told of every step, with times of `clock` in seconds; `new_scheduler` tells it of the rest.
-        idle: something of milliseconds that may be done while there is no work; False where nothing is left of it.
+        idle: something of milliseconds that may be done while there is no work; False where nothing is left of it, at
+        least until another step was taken.
         on_close: called after the runner is closed (the model's files, from which a back-end may still read).
         """
         self._runner = runner
@@ -199,7 +200,7 @@ class EngineCore:
         return self._scheduler.has_work() or self._steps.under_way
 
     def idle(self) -> bool:
-        """Does a piece of what can be done while there is no work; False where nothing is left to do.
+        """Does a piece of what can be done while there is no work; False where nothing is left to do for now.
 
         Raises what that raises, as `step` does.
         """

@@ -66,6 +66,24 @@ def sample(
         )  # fmt: skip
 
 
+def feed(token_ids: torch.Tensor, previous: torch.Tensor, ids: torch.Tensor, *, block: int = 256) -> None:
+    """Sets tokens to those that were sampled elsewhere on the card, in place.
+
+    token_ids: int32[≥ T]. previous: int32[T, 1], the places in `ids`, int32, of the tokens to take; -1: it stays. In
+    place of what is no token comes token 0.
+    """
+    count = previous.shape[0]
+    _feed[(triton.cdiv(count, block),)](token_ids, previous, ids, count, BLOCK=block)
+
+
+@triton.jit
+def _feed(token_ids, previous, ids, count, BLOCK: tl.constexpr):  # noqa: ANN001, ANN202
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    place = tl.load(previous + at, at < count, -1)
+    token = tl.load(ids + place, place >= 0, 0)
+    tl.store(token_ids + at, tl.maximum(token, 0), place >= 0)
+
+
 @triton.jit
 def _add_biases(logits, stride, biases, count, BLOCK: tl.constexpr):  # noqa: ANN001, ANN202
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
