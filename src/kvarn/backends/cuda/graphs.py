@@ -40,8 +40,8 @@ class Bucket:
 
 
 class Buckets:
-    """Which bucket a step is in. It has a few rows for nothing, about an eighth of them at most where they are many, and
-    block tables that are up to four times as wide as they need be."""
+    """Which bucket a step is in. It has a few rows for nothing, an eighth of them where they are many, and block
+    tables that are up to four times as wide as they need be."""
 
     def __init__(self, limits: StepLimits) -> None:
         self._sizes = _sizes(min(limits.max_num_sequences, limits.max_num_tokens, limits.max_num_outputs))
