@@ -37,7 +37,7 @@ class AheadOnCpu(Wrapper):
         number, given, previous = self.num_submitted, previous, previous.copy()
         self.num_submitted += 1
         self.num_fed += int((previous >= 0).sum())
-        assert rules.rows.size == batch.output_rows.size > 0
+        assert rules.rows.size == batch.output_rows.size
 
         def run():
             ids = np.where(previous >= 0, np.maximum(self._last, 0)[np.maximum(previous, 0)] if self._last.size else 0,

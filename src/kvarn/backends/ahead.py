@@ -21,7 +21,7 @@ class AheadExecutable(Executable, Protocol):
     def submit(self, batch: InputBatch, rules: RowRules, previous: NDArray[np.int32]) -> None:
         """Begins a step and the choice of a token for each of its rows of logits; returns without waiting for them.
 
-        rules: of these rows, of which there is at least one. previous: int32[T], for each token of the batch the row of
+        rules: of these rows. previous: int32[T], for each token of the batch the row of
         logits of the step submitted before whose token it is, whatever its id in the batch says; -1: it is that id.
         All arrays are the caller's again. Raises as `execute` does.
         """

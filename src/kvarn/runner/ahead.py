@@ -112,12 +112,8 @@ class StepsAhead:
         """See `Ahead.takes`."""
         if scheduled.block_saves or scheduled.block_loads or any(needs_host(new) for new in scheduled.new):
             return False
-        parts, sampled = scheduled.sequences, False
-        for part in parts:
-            if part.draft or part.sequence_id in self._on_host:
-                return False
-            sampled = sampled or part.sample
-        return sampled
+        parts = scheduled.sequences
+        return bool(parts) and not any(part.draft or part.sequence_id in self._on_host for part in parts)
 
     def submit(self, scheduled: SchedulerOutput, batch: InputBatch) -> None:
         """See `Ahead.submit`."""

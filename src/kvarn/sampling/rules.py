@@ -12,6 +12,7 @@ from kvarn.sampling.base import allowed_mask, check_ids
 from kvarn.step import NewSequence
 
 UINT64 = (1 << 64) - 1
+_NO_ROWS = np.zeros(0, ROW)
 
 
 def needs_host(sequence: NewSequence) -> bool:
@@ -64,8 +65,8 @@ class RuleBook:
             kept.pop(sequence_id, None)
 
     def of(self, sequence_ids: Sequence[int], positions: Sequence[int]) -> RowRules:
-        """The rules of rows of logits, at least one. positions: where the sampled tokens will stand."""
-        rows = np.concatenate([self._rows[sequence_id] for sequence_id in sequence_ids])
+        """The rules of rows of logits. positions: where the sampled tokens will stand."""
+        rows = np.concatenate([_NO_ROWS, *(self._rows[sequence_id] for sequence_id in sequence_ids)])
         rows["position"] = positions
         masks, biases = [self._everything], [np.zeros(0, BIAS)]
         for place, sequence_id in enumerate(sequence_ids) if self._masks or self._biases else ():
