@@ -54,9 +54,9 @@ def sample(
     """Chooses a token from each row: greedy ones the likeliest, others one draw by the random number of their position.
 
     logits: float32 or bfloat16 [R, vocab], biases added. rows: int32[R, `WORDS`], the words of `ROW`. masks:
-    int32[M, ceil(vocab / 32)], those of `RowRules.masks`. out: int32[R], written: the token, the lowest id among
-    equals, or `NOTHING_LEFT` or `NOT_FINITE`. Equal to what `kvarn.sampling` says up to rounding: weights are float32,
-    their sums float64.
+    int32[M, ceil(vocab / 32)], those of `RowRules.masks`; not read where M is 1. out: int32[R], written: the token, the
+    lowest id among equals, or `NOTHING_LEFT` or `NOT_FINITE`. Equal to what `kvarn.sampling` says up to rounding:
+    weights are float32, their sums float64.
     """
     count, vocab = logits.shape
     if count:
