@@ -94,6 +94,8 @@ async def _rest(reader: asyncio.StreamReader) -> bytes:
         return head + (await reader.readexactly(min(int(length[1]), MOST_READ)) if length else b"")
     except asyncio.IncompleteReadError as cut:
         return cut.partial
+    except OSError:  # the connection was reset behind it
+        return b""
 
 
 async def _send(writer: asyncio.StreamWriter, bad: Bad, numbers: random.Random) -> None:
