@@ -114,8 +114,7 @@ def _rope(launch: RopeLaunch, parts: Parts, frame: Frame) -> Call:
     if rotation is None:
 
         def write(step: StepTensors) -> None:
-            keys, values = at(k).unflatten(1, (layer.heads, layer.key_dim)), at(v).unflatten(1, (layer.heads, -1))
-            kv_write(keys, values, step.slot_mapping[:, group], kv)
+            kv_write(_heads(at(k), layer.heads), _heads(at(v), layer.heads), step.slot_mapping[:, group], kv)
 
         return write
     return lambda step: rope_kv_write(
@@ -128,8 +127,7 @@ def _attention(launch: AttentionLaunch, parts: Parts, frame: Frame) -> Call:
     kv, group = parts.cache.layer(launch.layer), parts.program.kv_groups.places[launch.layer][0]
 
     def call(step: StepTensors) -> None:
-        q = frame.at(launch.q).unflatten(1, (launch.heads, launch.head_dim))
-        out = frame.at(launch.out).unflatten(1, (launch.heads, -1))
+        q, out = _heads(frame.at(launch.q), launch.heads), _heads(frame.at(launch.out), launch.heads)
         # The attention kernels plug in here.
         naive_paged_attention(
             q, kv, step, group, parts.block_size, out,
@@ -154,3 +152,8 @@ def _logits(launch: LogitsLaunch, parts: Parts, frame: Frame) -> Call:
             out.div_(launch.softcap).tanh_().mul_(launch.softcap)
 
     return call
+
+
+def _heads(rows: torch.Tensor, heads: int) -> torch.Tensor:
+    """(rows, heads * dim) as (rows, heads, dim), without a copy."""
+    return rows.view(rows.shape[0], heads, rows.shape[1] // heads)

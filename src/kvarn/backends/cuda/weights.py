@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
-from kvarn.backends.cuda.forms import WeightForm
+from kvarn.backends.cuda.forms import MatrixForm
 from kvarn.backends.cuda.launches import Lowered
 from kvarn.backends.cuda.packing import Dense, Weight
 from kvarn.errors import UnsupportedModelError
@@ -46,12 +46,17 @@ class WeightLoader:
     """Reads weights from their source; of the source little more than a matrix is in memory at a time."""
 
     def __init__(
-        self, program: Program, source: TensorSource, dtype: str, form: WeightForm, device: torch.device
+        self,
+        program: Program,
+        source: TensorSource,
+        dtype: str,
+        forms: Mapping[str, MatrixForm],
+        device: torch.device,
     ) -> None:
         self._program = program
         self._source = source
         self._dtype = TORCH_DTYPES[dtype]
-        self._form = form
+        self._forms = forms
         self._device = device
         self._unreleased = 0
 
