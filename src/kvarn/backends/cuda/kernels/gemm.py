@@ -9,33 +9,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def nibbles(words, plane, zero: tl.constexpr, exponent):
-    """Nibbles `plane` of int32 words minus `zero`, as float32: `gemv.nibble` for a tensor of planes."""
-    high = plane >= 5
-    shift = tl.where(high, 4 * plane - 12, 4 * plane)
-    base = exponent - (shift << 23)
-    bits = (tl.where(high, words >> 12, words) & (15 << shift)) | base
-    return bits.to(tl.float32, bitcast=True) - (base.to(tl.float32, bitcast=True) + zero)
-
-
-@triton.jit
-def store_tile(acc, bias, out, m, n, tokens, rows, BIAS: tl.constexpr):
-    """out[share, m, n] = acc (+ bias); acc: float32 [BLOCK_M, BLOCK_N]."""
-    inside = n < rows
-    if BIAS:
-        acc += tl.load(bias + n, mask=inside, other=0.0).to(tl.float32)[None, :]
-    place = (tl.program_id(2) * tokens + m[:, None]).to(tl.int64) * rows + n[None, :]
-    tl.store(out + place, acc.to(out.dtype.element_ty), mask=(m[:, None] < tokens) & inside[None, :])
+from kvarn.backends.cuda.kernels.unpack import floats, nibbles, store_tile
 
 
 @triton.jit
 def int4_gemm_kernel(
     x, words, scales, offsets, bias, out,
-    tokens, rows, width, chunks, share_chunks, exponent,
-    OFFSETS: tl.constexpr, BIAS: tl.constexpr, GROUPS: tl.constexpr, DOT: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    tokens, rows, width, chunks, share_chunks, x_stride, out_stride, exponent,
+    OFFSETS: tl.constexpr, BIAS: tl.constexpr, GROUPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """out[share, m, n] = sum over the share's chunks of x[m] * weight[n] (+ bias). GROUPS: groups in a chunk.
 
@@ -53,12 +34,48 @@ def int4_gemm_kernel(
     for chunk in range(first, tl.minimum(first + share_chunks, chunks)):
         k = chunk * 128 + tl.arange(0, 128)
         inside = (m[:, None] < tokens) & (k[None, :] < width)
-        inputs = tl.load(x + m[:, None].to(tl.int64) * width + k[None, :], mask=inside, other=0.0)
+        inputs = tl.load(x + m[:, None].to(tl.int64) * x_stride + k[None, :], mask=inside, other=0.0)
         tile = tl.load(words + row * (chunks * 16) + (chunk * 16 + word), mask=row < rows, other=0)
         place = row * (chunks * GROUPS) + (chunk * GROUPS + group)
         weight = nibbles(tile, plane, 0 if OFFSETS else 8, exponent)
         weight *= tl.load(scales + place, mask=row < rows, other=0.0).to(tl.float32)
         if OFFSETS:
             weight += tl.load(offsets + place, mask=row < rows, other=0.0).to(tl.float32)
-        acc = tl.dot(inputs.to(DOT), tl.trans(tl.reshape(weight.to(DOT), (BLOCK_N, 128))), acc)
-    store_tile(acc, bias, out, m, n, tokens, rows, BIAS)
+        weight = tl.reshape(weight.to(inputs.dtype), (BLOCK_N, 128))
+        acc = tl.dot(inputs, tl.trans(weight), acc)
+    store_tile(acc, bias, out, m, n, tokens, rows, out_stride, BIAS)
+
+
+@triton.jit
+def bytes_gemm_kernel(
+    x, packed, scales, offsets, bias, out,
+    tokens, rows, width, columns, groups, share_width, x_stride, out_stride,
+    FORM: tl.constexpr, SCALES: tl.constexpr, OFFSETS: tl.constexpr, BIAS: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """out[share, m, n] = sum over the share's inputs of x[m] * weight[n] (+ bias); the rest as in `bytes_gemv_kernel`."""
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row = n[:, None, None].to(tl.int64)
+    outer = tl.arange(0, 128 // GROUP)[None, :, None]
+    inner = tl.arange(0, GROUP)[None, None, :]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    first = tl.program_id(2) * share_width
+    for start in range(first, tl.minimum(first + share_width, columns), 128):
+        k = start + tl.arange(0, 128)
+        inside = (m[:, None] < tokens) & (k[None, :] < width)
+        inputs = tl.load(x + m[:, None].to(tl.int64) * x_stride + k[None, :], mask=inside, other=0.0)
+        column = start + outer * GROUP + inner
+        stored = tl.load(packed + row * columns + column, mask=(row < rows) & (column < columns), other=0)
+        weight = floats(stored, FORM)
+        if SCALES == "group":
+            group = start // GROUP + outer
+            known = (row < rows) & (group < groups)
+            weight *= tl.load(scales + row * groups + group, mask=known, other=0.0).to(tl.float32)
+            if OFFSETS:
+                weight += tl.load(offsets + row * groups + group, mask=known, other=0.0).to(tl.float32)
+        weight = tl.reshape(weight.to(inputs.dtype), (BLOCK_N, 128))
+        acc = tl.dot(inputs, tl.trans(weight), acc)
+    if SCALES == "row":
+        acc *= tl.load(scales + n, mask=n < rows, other=0.0).to(tl.float32)[None, :]
+    store_tile(acc, bias, out, m, n, tokens, rows, out_stride, BIAS)
