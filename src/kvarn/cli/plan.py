@@ -40,7 +40,7 @@ Examples:
   kvarn plan config.json --max-model-len 8192 --batch 32      a config alone is enough
   kvarn plan model.gguf --batch 16 --kv-dtype float32 --json
   kvarn plan model.gguf --memory 4GiB --max-num-seqs 16       would `kvarn serve` start there, and with what cache?
-  kvarn plan config.json --device cuda --weights int4 --memory 24GiB --max-num-seqs 32      on a GPU, this one or another
+  kvarn plan config.json --device cuda --weights int4 --memory 24GiB --max-num-seqs 32    on a GPU, here or elsewhere
   kvarn plan smollm2-135m-instruct --program                  the program itself, op by op
 """
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}

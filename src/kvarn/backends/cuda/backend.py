@@ -24,13 +24,15 @@ CUBLAS_BYTES = 32 << 20
 class CudaBackend:
     """Runs programs on an NVIDIA GPU. Stateless; needs torch only to load.
 
-    config.device may be "cpu", with Triton's interpreter, for tests.
+    config.device may be "cpu", with Triton's interpreter, for tests. graphs: whether decode steps are recorded in CUDA
+    graphs.
     """
 
     name = "cuda"
 
-    def __init__(self, config: CudaConfig) -> None:
+    def __init__(self, config: CudaConfig, *, graphs: bool = True) -> None:
         self.config = config
+        self.graphs = graphs
 
     def memory_use(
         self,
@@ -69,7 +71,9 @@ class CudaBackend:
             if not isinstance(beside, CudaExecutable):
                 raise TypeError("beside must be an executable of this back-end")
             known = beside.shared_weights(shared)
-        return CudaExecutable(program, weights, kv, limits, self.config, known=known, shared=shared)
+        return CudaExecutable(
+            program, weights, kv, limits, self.config, known=known, shared=shared, graphs=self.graphs
+        )
 
 
 def _check(program: Program, limits: StepLimits) -> None:

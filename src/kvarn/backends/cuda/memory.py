@@ -10,6 +10,7 @@ from kvarn.backends.base import KvCacheSpec, MemoryUse, StepLimits
 from kvarn.backends.cuda.forms import DENSE, DTYPE_BYTES, MatrixForm, form_of, matrix_bytes
 from kvarn.backends.cuda.launches import Lowered, Place, places
 from kvarn.backends.cuda.lower import lower
+from kvarn.backends.cuda.scratch import scratch_bytes
 from kvarn.backends.cuda.step_layout import StepLayout
 from kvarn.config import CudaConfig
 from kvarn.kv_types import KV_TYPES
@@ -56,22 +57,24 @@ def memory_use(
     config: CudaConfig,
     shared: Collection[str] = (),
 ) -> MemoryUse:
-    """What an executable allocates on the card, to the byte. dtypes: how weights are stored, by name. shared: those that
-    another executable holds."""
+    """What an executable allocates on the card, to the byte. dtypes: how weights are stored, by name. shared: those
+    that another executable holds."""
     forms = matrix_forms(program, dtypes, config, shared)
     lowered = lower(program, forms, limits.outputs)
     return MemoryUse(
         weights=weight_bytes(program, lowered, forms, config.dtype, shared),
         tables=sum(table_bytes(table, limits.max_model_len) for table in rotary_tables(program)),
         kv_cache=kv_cache_bytes(program, kv),
-        activations=assign(lowered, limits, config.dtype).nbytes + step_bytes(program, kv, limits),
+        activations=assign(lowered, limits, config.dtype).nbytes
+        + aligned(scratch_bytes(program, lowered, forms, limits))
+        + step_bytes(program, kv, limits),
     )
 
 
 def matrix_forms(
     program: Program, dtypes: Mapping[str, DType], config: CudaConfig, shared: Collection[str] = ()
 ) -> dict[str, MatrixForm]:
-    """The form of each weight that can be one matrix with others: what only one linear reads, and this program holds."""
+    """The form of each weight that may be one matrix with others: what one linear alone reads and this program holds."""
     uses = Counter(name for op in program.ops for name in weights_read(op))
     return {
         op.weight: form_of(dtypes[op.weight], config)
