@@ -229,8 +229,8 @@ class CudaConfig:
     """What activations are computed in: one of `COMPUTE_TYPES`."""
     weights: str = "stored"
     """stored: matrices that the file has quantized stay so, without loss; others are of the dtype. dense: all are of
-    the dtype. int8, fp8 (E4M3): a byte for an element, a scale for a row. int4: four bits, a scale for weight_group. Tables
-    of embeddings are of the dtype in all of these."""
+    the dtype. int8, fp8 (E4M3): a byte for an element, a scale for a row. int4: four bits, a scale and an offset for
+    weight_group elements. Tables of embeddings are of the dtype in all of these."""
     weight_group: int = 32
     """Of int4: 32, 64 or 128."""
     device: str = "cuda"

@@ -73,7 +73,7 @@ class CudaExecutable:
         self._memory = memory_use(program, dtypes, kv, limits, config, shared)
         self._forms = matrix_forms(program, dtypes, config, shared)
         lowered = lower(program, self._forms, limits.outputs)
-        weights = WeightLoader(program, source, config.dtype, self._forms, device).load(lowered, known or Weights())
+        weights = WeightLoader(program, source, config, self._forms).load(lowered, known or Weights())
         tables = {table: rotary_table(table, limits.max_model_len, device) for table in rotary_tables(program)}
         scratch = torch.empty(scratch_bytes(program, lowered, self._forms, limits), dtype=torch.uint8, device=device)
         self._parts: Parts | None = Parts(

@@ -74,7 +74,7 @@ def memory_use(
 def matrix_forms(
     program: Program, dtypes: Mapping[str, DType], config: CudaConfig, shared: Collection[str] = ()
 ) -> dict[str, MatrixForm]:
-    """The form of each weight that may be one matrix with others: what one linear alone reads and this program holds."""
+    """The form of each weight that may be one matrix with others: what one linear alone reads, and is held here."""
     uses = Counter(name for op in program.ops for name in weights_read(op))
     return {
         op.weight: form_of(dtypes[op.weight], config)
