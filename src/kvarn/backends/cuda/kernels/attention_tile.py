@@ -214,7 +214,8 @@ def walk(
         mixed = mixed * shrink[:, None]
         if SHAPE.scaled:
             weights = weights * tl.load(arrays.value_scales + vectors, mask=inside, other=0.0)[None, :]
-        v = as_operand(load_vectors(arrays.value_cache, vectors, inside, SHAPE.value_dim, SHAPE.block_value, MASKED), mixing)
+        found = load_vectors(arrays.value_cache, vectors, inside, SHAPE.value_dim, SHAPE.block_value, MASKED)
+        v = as_operand(found, mixing)
         mixed = tl.dot(weights.to(mixing), v, mixed, input_precision="ieee")
         peak = highest
     return peak, total, mixed
