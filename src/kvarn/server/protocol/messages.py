@@ -74,7 +74,7 @@ class MessagesPrompt(ModelRequest):
         only(self.thinking, "thinking", ("type", "budget_tokens", "display"))
         kind, budget = self.thinking.get("type"), self.thinking.get("budget_tokens")
         if kind not in THINKING:
-            raise wrong("thinking.type", f"must be {', '.join(THINKING)}")
+            raise wrong("thinking.type", "must be enabled, adaptive or disabled")
         if budget is not None and (type(budget) is not int or budget < 1):
             raise wrong("thinking.budget_tokens", "must be a whole number above 0")
         if self.thinking.get("display") not in DISPLAYS:
