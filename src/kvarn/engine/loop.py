@@ -81,6 +81,7 @@ class EngineLoop:
         self._has_idle_work = True
         self._busy_since: float | None = None
         """Since when it is at what it does now; None while it sleeps."""
+        self._idle_failed = False
         self._end: EngineError | None = None
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="kvarn-engine", daemon=True)
@@ -313,14 +314,14 @@ class EngineLoop:
 
     def _idle(self) -> bool:
         """Does a piece of what can be done beside requests; False where nothing is left, or where it failed."""
-        if self._has_idle_work:
+        if self._has_idle_work and not self._idle_failed:
             self._busy_since = time.monotonic()
             try:
                 self._has_idle_work = self._core.idle()
             except Exception:
-                self._has_idle_work = False
+                self._idle_failed = True
                 logger.exception("what the engine does while it is idle failed, and is left")
-        return self._has_idle_work
+        return self._has_idle_work and not self._idle_failed
 
     def _is_idle(self) -> bool:
         with self._wake:
@@ -364,6 +365,7 @@ class EngineLoop:
 
     def _step(self) -> None:
         self._busy_since = time.monotonic()
+        self._has_idle_work = True  # there may be something new to do
         try:
             events = self._core.step()
         except BaseException:
