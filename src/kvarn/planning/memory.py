@@ -107,10 +107,9 @@ def plan_memory(
     """Sizes the cache within the available memory, of which the engine takes its share.
 
     Where neither blocks nor bytes are given, there is room for as many of the longest sequences as may run at once,
-    but no more than fits, and in a machine's own memory no more than 4 GiB (or one sequence). Where max_model_len is not
-    given it is what the
-    model was made for, or the longest that fits. Raises CapacityError with the numbers and the nearest setting that
-    fits, ConfigError where max_model_len exceeds what the model was made for.
+    but no more than fits, and in a machine's own memory no more than 4 GiB (or one sequence). Where max_model_len is
+    not given it is what the model was made for, or the longest that fits. Raises CapacityError with the numbers and the
+    nearest setting that fits, ConfigError where max_model_len exceeds what the model was made for.
 
     drafter: of a draft model beside it, whose cache has as many blocks; None: there is none.
     """
