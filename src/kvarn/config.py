@@ -233,12 +233,13 @@ class CudaConfig:
     weight_group: int = 32
     """Of int4: 32, 64 or 128."""
     device: str = "cuda"
-    """A device as torch names it: cuda is the first card, cuda:1 the second."""
+    """cuda: the first card that CUDA_VISIBLE_DEVICES lists; cpu: Triton's interpreter, for tests."""
 
     def __post_init__(self) -> None:
         _check(self.dtype in COMPUTE_TYPES, "dtype", self.dtype, f"one of {', '.join(COMPUTE_TYPES)}")
         _check(self.weights in WEIGHT_FORMS, "weights", self.weights, f"one of {', '.join(WEIGHT_FORMS)}")
         _check(self.weight_group in (32, 64, 128), "weight_group", self.weight_group, "32, 64 or 128")
+        _check(self.device in ("cuda", "cpu"), "device", self.device, "cuda or cpu")
 
 
 @dataclass(frozen=True, slots=True)
