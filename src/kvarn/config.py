@@ -36,7 +36,8 @@ class CacheConfig:
     """Tokens in a block; a multiple of 16."""
     dtype: str = "float16"
     """Stored type of keys and values: one of `CACHE_TYPES`, or of `CARD_CACHE_TYPES` on a GPU. int8 halves
-    float16's cache and loses a little, int4 takes a third of it and loses more: `kvarn eval kv-cache` measures how much."""
+    float16's cache and loses a little, int4 takes a third of it and loses more: `kvarn eval kv-cache` measures how
+    much."""
     kv_cache_bytes: int | None = None
     num_blocks: int | None = None
     """Exact number of blocks; overrides kv_cache_bytes (tests, benchmarks)."""

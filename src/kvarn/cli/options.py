@@ -30,7 +30,9 @@ Seed = Annotated[int | None, typer.Option(help="Same seed, same answer.")]
 Threads = Annotated[int, typer.Option(help="Compute threads; 0: one for each physical core.")]
 GPU = "On a GPU (--device cuda)"
 """A group of options in the help."""
-Device = Annotated[str, typer.Option(help="cpu, or cuda: an NVIDIA GPU, the first that CUDA_VISIBLE_DEVICES lists; needs kvarn[cuda].")]
+Device = Annotated[
+    str, typer.Option(help="cpu, or cuda: an NVIDIA GPU, the first that CUDA_VISIBLE_DEVICES lists; needs kvarn[cuda].")
+]
 ComputeType = Annotated[
     str | None,
     typer.Option("--dtype", help="What is computed in: bfloat16 (default), float16 or float32.", rich_help_panel=GPU),
