@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from kvarn.backends.cuda import check_device
-from kvarn.cli import app
+from kvarn.cli.app import app
 from kvarn.cli.options import chosen_device
 from kvarn.config import CacheConfig, CudaConfig, EngineConfig
 from kvarn.engine import make_backend
