@@ -32,8 +32,8 @@ def test_what_options_come_to():
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"device": "cpu", "dtype": "float16"}, "--dtype is for --device cuda"),
-        ({"device": "cpu", "weights": "int4"}, "--weights is for --device cuda"),
+        ({"device": "cpu", "dtype": "float16"}, "--dtype is for a GPU"),
+        ({"device": "cpu", "weights": "int4"}, "--weights is for a GPU"),
         ({"device": "cuda:1"}, "--device must be cpu or cuda, not 'cuda:1'; of several GPUs CUDA_VISIBLE_DEVICES"),
         ({"dtype": "half"}, "dtype must be one of bfloat16, float16, float32, not 'half'"),
         ({"weights": "int3"}, "weights must be one of stored, dense, int8, int4, fp8, not 'int3'"),
