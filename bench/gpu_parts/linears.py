@@ -12,7 +12,7 @@ from gpu_parts.limits import Limits
 from gpu_parts.results import Results, Row
 from gpu_parts.shapes import Sizes
 from gpu_parts.timing import Clock
-from kvarn.backends.cuda.kernels.linear import linear
+from kvarn.backends.cuda.kernels.linear import linear, workspace_bytes
 from kvarn.backends.cuda.packing import Dense, Fp8, Int4, Int8, Weight, dequantize, pack_nibbles, pad_columns
 
 GROUP = 128
@@ -61,18 +61,22 @@ def _layer(clock: Clock, sizes: Sizes, form: str, rows: int) -> Layer:
                     for _ in range(clock.sets(weight.nbytes) - 1)]  # fmt: skip
         x = torch.randn(rows, inputs, device=clock.device).to(getattr(torch, sizes.dtype))
         out = torch.full((rows, outputs), torch.nan, dtype=x.dtype, device=clock.device)
-        errors.append(relative_error(linear(x, weight, None, out), x.float() @ dequantize(weight).float().t()))
+        work = torch.empty(workspace_bytes(weight, rows), dtype=torch.uint8, device=clock.device)
+        expected = x.float() @ dequantize(weight).float().t()
+        errors.append(relative_error(linear(x, weight, None, out, work), expected))
         if not errors[-1] <= MOST_ERROR[form]:
             raise ValueError(f"the product of {outputs} x {inputs} is off by {errors[-1]:.1e}")
-        timing = clock.time_kernel(_product(x, weights, out), len(weights))
+        timing = clock.time_kernel(_product(x, weights, out, work), len(weights))
         seconds += timing.median
         num_bytes += weight.nbytes + x.nbytes + out.nbytes
         flops += 2 * rows * outputs * inputs
     return Layer(seconds, num_bytes, flops, max(errors))
 
 
-def _product(x: torch.Tensor, weights: list[Weight], out: torch.Tensor) -> Callable[[int], object]:
-    return lambda i: linear(x, weights[i % len(weights)], None, out)
+def _product(
+    x: torch.Tensor, weights: list[Weight], out: torch.Tensor, work: torch.Tensor
+) -> Callable[[int], object]:
+    return lambda i: linear(x, weights[i % len(weights)], None, out, work)
 
 
 def random_weight(form: str, outputs: int, inputs: int, dtype: str, device: torch.device) -> Weight:

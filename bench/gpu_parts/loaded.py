@@ -4,35 +4,71 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from gpu_parts.shapes import Sizes
 from kvarn.backends import InputBatch, KvCacheSpec, MemoryUse, StepLimits
-from kvarn.backends.cuda.backend import CudaBackend
+from kvarn.backends.cuda import CudaBackend
+from kvarn.backends.cuda.ahead import StepsOnCard
 from kvarn.backends.cuda.executable import CudaExecutable
-from kvarn.backends.cuda.forms import WeightForm, matrix_bytes
+from kvarn.backends.cuda.graphs import StepGraphs
+from kvarn.backends.cuda.step_layout import StepLayout
+from kvarn.backends.row_rules import RowRules
+from kvarn.config import CudaConfig
 from kvarn.kv_types import KV_TYPES
 from kvarn.models.in_memory import InMemoryModel
 from kvarn.program import Embed
 from kvarn.program.counts import Counts, StepShape, count_step, total
+from kvarn.request import SamplingParams
+from kvarn.sampling.rules import RuleBook
+from kvarn.step import NewSequence
 
 BLOCK_SIZE = 16
-FORMS = {
-    "bf16": WeightForm("dense"),
-    "int8": WeightForm("int8"),
-    "fp8": WeightForm("fp8"),
-    "int4": WeightForm("int4", 128),
-}
-"""Forms of weights by the names of the tables; int4 has a scale for each 128, as most checkpoints of it do."""
+UNDER_WAY = 2
+"""Steps begun before the oldest one's tokens are read: as the engine does it."""
+WARM_STEPS = 8
+"""More than are launched one by one before a graph is recorded."""
 Step = Callable[[int], object]
 
 
-class Loaded:
-    """A model on the device, with room for the steps of `Sizes`. Owns the executable."""
+@dataclass(frozen=True, slots=True)
+class Form:
+    """Of matrices: its name in kvarn's settings, and what an element takes at least, its scale's share in it."""
 
-    def __init__(self, executable: CudaExecutable, model: InMemoryModel, form: WeightForm) -> None:
+    weights: str
+    element_bytes: float
+    row_bytes: int = 0
+    """Of a scale for each row."""
+
+
+FORMS = {
+    "bf16": Form("dense", 2.0),
+    "int8": Form("int8", 1.0, 4),
+    "fp8": Form("fp8", 1.0, 4),
+    "int4": Form("int4", 0.5 + 2 / 128),
+}
+"""By the names of the tables. int4: a 16-bit scale for 128, as most checkpoints have it."""
+
+
+class _Chooses(Protocol):
+    """See `kvarn.backends.ahead.AheadExecutable`."""
+
+    def submit(self, batch: InputBatch, rules: RowRules, previous: NDArray[np.int32]) -> None: ...
+
+    def collect(self) -> NDArray[np.int32]: ...
+
+    def discard(self) -> None: ...
+
+
+class Loaded:
+    """A model on the device, with room for the steps of `Sizes`. Does not own the executable."""
+
+    def __init__(self, executable: CudaExecutable, model: InMemoryModel, form: Form) -> None:
         self._executable = executable
         self._form = form
         self._vocab = model.config.vocab_size
@@ -41,40 +77,55 @@ class Loaded:
 
     def prefill(self, length: int) -> Step:
         """A step that computes a prompt of random tokens."""
+        self._filled = 0
         batch = self._prompt(length)
         return lambda _i: self._launch(batch)
 
     def decode(self, batch: int, context: int, *, graphs: bool) -> Step:
-        """A step of one token for each of `batch` sequences, the last of `context`. All of them have keys and values,
-        in blocks of their own. graphs: launches are replayed, and only the step's arrays are new."""
+        """A step of one token for each of `batch` sequences, the last of `context`, greedily chosen on the card from
+        what the step before chose. All sequences have keys and values, in blocks of their own.
+
+        graphs: launches are replayed, and only the step's arrays are new.
+        """
         self._fill(batch, context)
-        arrays = self._decodes(batch, context)
-        if not graphs or self._executable.device.type != "cuda":
-            return lambda _i: self._launch(arrays)
-        step = self._executable.step_buffers.fill(arrays)
-        self._executable.launch(step)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._executable.launch(step)
+        chooses: _Chooses = self._executable if graphs else self._without_graphs()
+        chooses.discard()
+        arrays, rules = self._decodes(batch, context), self._greedy(batch, context)
+        begun = 0
 
-        def replay(_i: int) -> None:
-            self._executable.step_buffers.fill(arrays)
-            graph.replay()
+        def step(_i: int) -> None:
+            nonlocal begun
+            previous = np.arange(batch, dtype=np.int32) if begun else np.full(batch, -1, np.int32)
+            chooses.submit(arrays, rules, previous)
+            begun += 1
+            if begun >= UNDER_WAY:
+                chooses.collect()
 
-        return replay
+        for i in range(WARM_STEPS if self._executable.device.type == "cuda" else 0):
+            step(i)
+        return step
 
     def cost(self, shape: StepShape) -> Counts:
         """The fewest operations and bytes of such a step, with the weights and the cache as they are stored."""
         kv = KV_TYPES[self._executable.kv.dtype]
         return total(count_step(self._executable.program, shape, self._bytes, kv))
 
+    def logits(self, prompt: list[int]) -> torch.Tensor:
+        """float32 [vocab], behind the prompt."""
+        batch = InputBatch.of_one(prompt, block_size=BLOCK_SIZE)
+        return torch.from_numpy(np.array(self._executable.execute(batch)[self._executable.program.output][0]))
+
     def _bytes(self, name: str) -> int:
         weight = self._executable.program.weight(name)
-        if len(weight.shape) != 2:
-            return 2 * weight.num_elements
-        form = WeightForm("dense") if name in self._tables else self._form
-        return matrix_bytes(form, *weight.shape, self._executable.dtype, lambda size: size)
+        form = FORMS["bf16"] if len(weight.shape) != 2 or name in self._tables else self._form
+        return int(weight.num_elements * form.element_bytes) + weight.shape[0] * form.row_bytes
+
+    def _without_graphs(self) -> _Chooses:
+        """The same, over the same weights and cache, where nothing is recorded."""
+        it = self._executable
+        largest = StepLayout.largest(it.program, it.kv, it.limits)
+        graphs = StepGraphs(it.launch, it.step_buffers, largest, it.limits, None, it.kv.block_size)
+        return StepsOnCard(graphs, lambda _batch: None, it.limits.max_num_outputs, it.device)
 
     def _launch(self, batch: InputBatch) -> None:
         self._executable.launch(self._executable.step_buffers.fill(batch))
@@ -95,6 +146,12 @@ class Loaded:
             output_rows=starts[:-1],
             block_size=BLOCK_SIZE,
         )
+
+    def _greedy(self, batch: int, context: int) -> RowRules:
+        book = RuleBook(self._vocab)
+        for number in range(batch):
+            book.add(NewSequence(number, (), SamplingParams(temperature=0.0), 0, 0))
+        return book.of(range(batch), [context] * batch)
 
     def _fill(self, batch: int, context: int) -> None:
         """Computes a context, and copies its blocks for all other sequences."""
@@ -119,7 +176,7 @@ def plan(model: InMemoryModel, device: torch.device, sizes: Sizes, *, weights: s
     """What `load` will take."""
     kv, limits = room(sizes, kv_type)
     dtypes = {name: tensor.dtype for name, tensor in model.tensors.items()}
-    return _backend(device, sizes, weights).memory_use(model.program, dtypes, kv, limits)
+    return CudaBackend(settings(device, sizes, weights)).memory_use(model.program, dtypes, kv, limits)
 
 
 @contextmanager
@@ -128,20 +185,16 @@ def load(
 ) -> Iterator[Loaded]:
     """The model on the device, for as long as the `with` lasts. weights: a name of `FORMS`."""
     kv, limits = room(sizes, kv_type)
-    executable = _backend(device, sizes, weights).load(model.program, model, kv, limits)
+    executable = CudaBackend(settings(device, sizes, weights)).load(model.program, model, kv, limits)
     try:
         yield Loaded(executable, model, FORMS[weights])
     finally:
+        executable.discard()
         executable.close()
 
 
-def first_logits(model: InMemoryModel, device: torch.device, sizes: Sizes, prompt: list[int]) -> torch.Tensor:
-    """float32 [vocab], behind the prompt, with the weights as they are."""
-    with load(model, device, sizes, weights="bf16", kv_type=sizes.dtype) as loaded:
-        executable = loaded._executable
-        logits = executable.execute(InputBatch.of_one(prompt, block_size=BLOCK_SIZE))[model.program.output]
-    return torch.from_numpy(np.array(logits[0]))
-
-
-def _backend(device: torch.device, sizes: Sizes, weights: str) -> CudaBackend:
-    return CudaBackend(sizes.dtype, FORMS[weights], str(device))
+def settings(device: torch.device, sizes: Sizes, weights: str) -> CudaConfig:
+    """kvarn's, for weights of that name in `FORMS`."""
+    return CudaConfig(
+        dtype=sizes.dtype, weights=FORMS[weights].weights, weight_group=sizes.int4_group, device=str(device)
+    )

@@ -36,7 +36,7 @@ TINY: dict[str, Any] = {
     "vocab_size": 259,
     "hidden_size": 64,
     "intermediate_size": 128,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 128,
@@ -82,6 +82,8 @@ class Sizes:
     """Tokens beyond which naive attention is not run: N² of scores for each head."""
     decode_attention: tuple[tuple[int, int], ...]
     """(sequences, tokens of context)."""
+    int4_group: int
+    """Weights that share a scale."""
     linears: tuple[tuple[int, int], ...]
     """(output, input) widths."""
     linear_rows: tuple[int, ...]
@@ -105,6 +107,7 @@ FULL = Sizes(
     attention_lengths=(512, 1024, 2048, 4096, 8192, 16384),
     naive_most=8192,
     decode_attention=((1, 8192), (16, 8192), (64, 8192)),
+    int4_group=128,
     linears=((6144, 4096), (4096, 4096), (14336, 4096), (4096, 14336)),
     linear_rows=(1, 16, 64, 256, 2048),
     copy_mib=(1024, 4096),
@@ -118,12 +121,13 @@ SMALL = Sizes(
     weights=("bf16", "int8", "fp8", "int4"),
     kv_types=("int8", "fp8_e4m3"),
     decode_batches=(1, 2),
-    decode_context=20,
-    prefill_lengths=(16,),
+    decode_context=18,
+    prefill_lengths=(8,),
     heads=Heads(4, 2, 32),
     attention_lengths=(16, 32),
     naive_most=16,
     decode_attention=((2, 32),),
+    int4_group=32,
     linears=((64, 64),),
     linear_rows=(1, 16),
     copy_mib=(1,),

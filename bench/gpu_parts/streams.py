@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from gpu_parts.loaded import engine, first_logits
+from gpu_parts.engines import engine
+from gpu_parts.loaded import load
 from gpu_parts.random_models import random_model, transformers_model
 from gpu_parts.results import Results, Row, Wanted, release
 from gpu_parts.shapes import Sizes, Streams
@@ -61,7 +62,8 @@ def _kvarn(
         _rate(results, clock, sizes, name, KVARN, run, model.config.vocab_size, rates)
     logits = None
     with results.attempt("streams", f"{name}, {KVARN}: logits"):
-        logits = first_logits(model, clock.device, sizes, prompts_of(sizes, model.config.vocab_size, 0)[0])
+        with load(model, clock.device, sizes, weights="bf16", kv_type=sizes.dtype) as loaded:
+            logits = loaded.logits(prompts_of(sizes, model.config.vocab_size, 0)[0])
     return logits
 
 
