@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from kvarn import __version__, _native
 from kvarn.backends import Backend, Executable, KvCacheSpec, MemoryUse, StepLimits
+from kvarn.backends.ahead import AheadExecutable
 from kvarn.backends.cpu import CpuBackend, CpuExecutable, PackedSlot
 from kvarn.cache import BlockPool, NullPrefixCache, RadixPrefixCache
 from kvarn.config import CacheConfig, EngineConfig
@@ -26,8 +27,8 @@ from kvarn.kv_types import KV_TYPES
 from kvarn.models import Model, ModelConfig, load_model
 from kvarn.planning import Available, MemoryPlan, Uses, available_memory, plan_memory
 from kvarn.program import Program
-from kvarn.runner import Drafter, HiddenStatePooler, MoveSeconds, Runner
-from kvarn.sampling import NativeSampler, Sampler
+from kvarn.runner import Ahead, Drafter, HiddenStatePooler, MoveSeconds, Runner, StepsAhead
+from kvarn.sampling import NativeSampler, RuleBook, Sampler
 from kvarn.scheduler import MeasuredCost, MoveCost, Observer, Scheduler, make_scheduler
 from kvarn.spec import make_drafter, open_heads
 from kvarn.text import Tokenizer, load_spellings, load_tokenizer, spellings
@@ -257,6 +258,7 @@ def build_engine(
         ),
         grammars=GrammarMasks(grammars.find, program.vocab_size, ends),
         pooler=HiddenStatePooler(program, model.weights),
+        ahead=None if config.speculative or new_drafter else _ahead(executable),
     )  # fmt: skip
 
     def close() -> None:
@@ -306,8 +308,17 @@ def _pool_of(executable: Executable) -> Callable[[], _native.Pool | None]:
     return lambda: executable.pool if isinstance(executable, CpuExecutable) else None
 
 
+def _ahead(executable: Executable) -> Ahead | None:
+    """What begins steps before their inputs are known here, where the back-end can; a drafter wants to know them."""
+    if not isinstance(executable, AheadExecutable):
+        return None
+    return StepsAhead(executable, RuleBook(executable.program.vocab_size))
+
+
 def _idle_work(cache: CacheConfig, memory: MemoryPlan, executable: Executable) -> Callable[[], bool]:
     """What the engine does while it has no work."""
+    if isinstance(executable, AheadExecutable):
+        return executable.prepare
     if not cache.commit_memory:
         return lambda: False
     spare = memory.available.num_bytes - memory.budget

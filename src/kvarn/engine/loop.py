@@ -79,6 +79,7 @@ class EngineLoop:
         self._restarting = False
         self._restarts = 0
         self._has_idle_work = True
+        self._idle_failed = False
         self._end: EngineError | None = None
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="kvarn-engine", daemon=True)
@@ -299,13 +300,13 @@ class EngineLoop:
 
     def _idle(self) -> bool:
         """Does a piece of what can be done beside requests; False where nothing is left, or where it failed."""
-        if self._has_idle_work:
+        if self._has_idle_work and not self._idle_failed:
             try:
                 self._has_idle_work = self._core.idle()
             except Exception:
-                self._has_idle_work = False
+                self._idle_failed = True
                 logger.exception("what the engine does while it is idle failed, and is left")
-        return self._has_idle_work
+        return self._has_idle_work and not self._idle_failed
 
     def _is_idle(self) -> bool:
         with self._wake:
@@ -348,6 +349,7 @@ class EngineLoop:
             self._publish([output])
 
     def _step(self) -> None:
+        self._has_idle_work = True  # there may be something new to do
         try:
             events = self._core.step()
         except BaseException:

@@ -23,17 +23,20 @@ class CudaBackend:
 
     dtype: what activations are computed in, one of bfloat16, float16, float32. form: of the matrices that activations
     are multiplied with; tables of embeddings are of the dtype. device: "cuda", "cuda:1", …; "cpu" with Triton's
-    interpreter, for tests. Raises ConfigError.
+    interpreter, for tests. graphs: whether decode steps are recorded in CUDA graphs. Raises ConfigError.
     """
 
     name = "cuda"
 
-    def __init__(self, dtype: str = "bfloat16", form: WeightForm | None = None, device: str = "cuda") -> None:
+    def __init__(
+        self, dtype: str = "bfloat16", form: WeightForm | None = None, device: str = "cuda", *, graphs: bool = True
+    ) -> None:
         if dtype not in DTYPE_BYTES:
             raise ConfigError(f"dtype must be one of {', '.join(DTYPE_BYTES)}, not {dtype!r}")
         self.dtype = dtype
         self.form = form or WeightForm("dense")
         self.device = device
+        self.graphs = graphs
 
     def memory_use(
         self,
@@ -76,6 +79,7 @@ class CudaBackend:
         return CudaExecutable(
             program, weights, kv, limits,
             device=torch.device(self.device), dtype=self.dtype, form=self.form, known=known, shared=shared,
+            graphs=self.graphs,
         )  # fmt: skip
 
 

@@ -11,18 +11,21 @@ from numpy.typing import NDArray
 
 from kvarn.backends.base import InputBatch, KvCacheSpec, MemoryUse, StepLimits
 from kvarn.backends.checks import check_batch
+from kvarn.backends.cuda.ahead import StepsOnCard
 from kvarn.backends.cuda.bind import Call, Parts, bind
 from kvarn.backends.cuda.cache import KvStore
 from kvarn.backends.cuda.forms import WeightForm
 from kvarn.backends.cuda.frame import Frame
+from kvarn.backends.cuda.graphs import CudaRecorder, StepGraphs
 from kvarn.backends.cuda.inputs import StepBuffers, StepTensors
 from kvarn.backends.cuda.launches import View
 from kvarn.backends.cuda.lower import lower
 from kvarn.backends.cuda.memory import assign, memory_use, rotary_tables
 from kvarn.backends.cuda.step_layout import StepLayout
 from kvarn.backends.cuda.weights import TORCH_DTYPES, WeightLoader, Weights
+from kvarn.backends.row_rules import RowRules
 from kvarn.errors import EngineError
-from kvarn.program import Program, RopeTable
+from kvarn.program import Program, RopeTable, Rows
 from kvarn.tensors import TensorSource
 
 MAX_PLANS = 4
@@ -41,7 +44,8 @@ class Plan:
 class CudaExecutable:
     """See `kvarn.backends.base.Executable`. Owns all of its memory on the device; one caller at a time.
 
-    `launch` is for those who go on on the card: it takes tensors there and leaves logits there.
+    `launch` is for those who go on on the card: it takes tensors there and leaves logits there. `submit` and `collect`
+    are `AheadExecutable`'s: they choose tokens there, too, and replay graphs of decode steps where there are such.
     """
 
     def __init__(
@@ -56,9 +60,10 @@ class CudaExecutable:
         form: WeightForm,
         known: Weights | None = None,
         shared: Collection[str] = (),
+        graphs: bool = True,
     ) -> None:
-        """known: weights that another executable holds, those of the names `shared`. Raises ConfigError,
-        UnsupportedModelError, and ModelFileError from the source."""
+        """known: weights that another executable holds, those of the names `shared`. graphs: whether any are recorded;
+        only on a card. Raises ConfigError, UnsupportedModelError, and ModelFileError from the source."""
         self.program = program
         self.kv = kv
         self.limits = limits
@@ -71,16 +76,29 @@ class CudaExecutable:
         tables = {table: rotary_table(table, limits.max_model_len, device) for table in rotary_tables(program)}
         self._parts: Parts | None = Parts(program, weights, KvStore(program, kv, device), kv.block_size, tables)
         inputs = {name: program.buffer(name).width for name in program.inputs}
-        self.step_buffers = StepBuffers(StepLayout.largest(program, kv, limits), inputs, device)
+        largest = StepLayout.largest(program, kv, limits)
+        self.step_buffers = StepBuffers(largest, inputs, device)
         self._main: Plan | None = self._build(())
         self._variants: dict[tuple[str, ...], Plan] = {}
+        recorder = CudaRecorder(device) if graphs and device.type == "cuda" else None
+        self._graphs = StepGraphs(self.launch, self.step_buffers, largest, limits, recorder, kv.block_size)
+        self._on_card = StepsOnCard(self._graphs, self._check, limits.max_num_outputs, device)
 
     def execute(self, batch: InputBatch, outputs: Sequence[str] = ()) -> Mapping[str, NDArray[np.float32]]:
         """Runs one step and waits for it (see `Executable`)."""
         plan = self._plan(tuple(sorted(set(outputs) - {self.program.output, *self.limits.outputs})))
-        check_batch(batch, self.program, self.kv, self.limits)
-        self._run(plan, self.step_buffers.fill(batch))
-        return {name: plan.frame.at(view).float().cpu().numpy() for name, view in plan.outputs.items()}
+        self._check(batch)
+        if plan is self._main:
+            laid_out = self._graphs.lay_out(batch)
+            self._graphs.run(laid_out)
+            step = laid_out.step
+        else:
+            step = self.step_buffers.fill(batch)
+            self._run(plan, step)
+        plan.frame.begin(step.num_tokens, step.num_outputs)  # which a replay does not say
+        rows = {Rows.TOKENS: batch.num_tokens, Rows.OUTPUTS: int(batch.output_rows.size)}
+        found = ((name, plan.frame.at(view)[: rows[view.place.rows]]) for name, view in plan.outputs.items())
+        return {name: values.float().cpu().numpy() for name, values in found}
 
     def launch(self, step: StepTensors) -> torch.Tensor:
         """Queues one step on the current stream, and does not wait: float32 (R, vocab) on the device, until the next one.
@@ -96,6 +114,22 @@ class CudaExecutable:
         """On the device, one of `StepLimits.outputs` or the logits, as the last `launch` left it."""
         plan = self._plan(())
         return plan.frame.at(plan.outputs[name])
+
+    def submit(self, batch: InputBatch, rules: RowRules, previous: NDArray[np.int32]) -> None:
+        """See `AheadExecutable.submit`."""
+        self._on_card.submit(batch, rules, previous)
+
+    def collect(self) -> NDArray[np.int32]:
+        """See `AheadExecutable.collect`."""
+        return self._on_card.collect()
+
+    def discard(self) -> None:
+        """See `AheadExecutable.discard`."""
+        self._on_card.discard()
+
+    def prepare(self) -> bool:
+        """See `AheadExecutable.prepare`: records a graph."""
+        return self._graphs.prepare()
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copies whole KV blocks (source, destination), in order. Raises ValueError."""
@@ -132,11 +166,16 @@ class CudaExecutable:
 
     def close(self) -> None:
         """Gives the memory back to the card. Idempotent."""
+        self._on_card.discard()
+        self._graphs.forget()
         self._parts = None
         self._main = None
         self._variants.clear()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def _check(self, batch: InputBatch) -> None:
+        check_batch(batch, self.program, self.kv, self.limits)
 
     def _open(self) -> Parts:
         if self._parts is None:

@@ -100,7 +100,8 @@ class StepBuffers:
             copied.record()
         for name, rows in batch.inputs.items():
             self._inputs[name][: len(rows)].copy_(torch.from_numpy(np.ascontiguousarray(rows)))
-        return self.views(layout, int(np.diff(batch.query_start).max()), int(batch.seq_lens.max()))
+        max_query, max_context = np.diff(batch.query_start).max(initial=0), batch.seq_lens.max(initial=0)
+        return self.views(layout, int(max_query), int(max_context))
 
     def views(self, layout: StepLayout, max_query: int, max_context: int) -> StepTensors:
         """The arrays as they lie there now. max_query, max_context: see `StepTensors`."""
