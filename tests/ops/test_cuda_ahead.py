@@ -12,6 +12,7 @@ if not torch.cuda.is_available():
 from kvarn.backends import InputBatch, KvCacheSpec, StepLimits
 from kvarn.backends.ahead import AheadExecutable
 from kvarn.backends.cuda import CudaBackend
+from kvarn.config import CudaConfig
 from kvarn.request import SamplingParams
 from kvarn.runner import BatchBuilder
 from kvarn.sampling import RuleBook
@@ -31,7 +32,7 @@ SEQUENCES = [
 @pytest.fixture(scope="module")
 def executable():
     model = tiny_model("llama", num_hidden_layers=1)
-    loaded = CudaBackend("float32", device=DEVICE).load(model.program, model.weights, KV, LIMITS)
+    loaded = CudaBackend(CudaConfig("float32", device=DEVICE)).load(model.program, model.weights, KV, LIMITS)
     yield loaded
     loaded.close()
 

@@ -260,7 +260,7 @@ class Runner:
 def _without_failed(
     sampled: list[SampledToken], failed: list[FailedSequence]
 ) -> tuple[list[SampledToken], list[FailedSequence]]:
-    """The tokens of sequences that go on, and those that do not: that had failed before, or have nothing left to say."""
+    """The tokens of sequences that go on, and the others: that had failed before, or have nothing left to say."""
     lost = {failure.sequence_id for failure in failed}
     more = [_nothing_left(token) for token in sampled if token.token_id < 0 and token.sequence_id not in lost]
     lost.update(failure.sequence_id for failure in more)

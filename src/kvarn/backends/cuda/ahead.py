@@ -36,6 +36,7 @@ class StepsOnCard:
         self._ids = [torch.zeros(max_num_outputs, dtype=torch.int32, device=device) for _ in range(UNDER_WAY)]
         self._read = [torch.zeros(max_num_outputs, dtype=torch.int32, pin_memory=self._on_card) for _ in self._ids]
         self._events = [torch.cuda.Event() if self._on_card else None for _ in self._ids]
+        self._no_masks = torch.zeros((1, 1), dtype=torch.int32, device=device)
         self._begun: deque[tuple[int, int]] = deque()
         """Place and number of the tokens of each step that was not collected."""
         self._last = 0
@@ -53,7 +54,8 @@ class StepsOnCard:
                 feed(laid_out.step.token_ids, self._taken(previous[:, None]), self._ids[self._last])
             logits = self._graphs.run(laid_out)
             add_biases(logits, self._taken(rules.biases))
-            sample(logits, self._taken(rules.rows), self._taken(rules.masks), ids)
+            masks = self._taken(rules.masks) if len(rules.masks) > 1 else self._no_masks
+            sample(logits, self._taken(rules.rows), masks, ids)
             self._read[place][:count].copy_(ids, non_blocking=True)
         event = self._events[place]
         if event is not None:

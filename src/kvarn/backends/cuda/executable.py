@@ -14,16 +14,17 @@ from kvarn.backends.checks import check_batch
 from kvarn.backends.cuda.ahead import StepsOnCard
 from kvarn.backends.cuda.bind import Call, Parts, bind
 from kvarn.backends.cuda.cache import KvStore
-from kvarn.backends.cuda.forms import WeightForm
 from kvarn.backends.cuda.frame import Frame
 from kvarn.backends.cuda.graphs import CudaRecorder, StepGraphs
 from kvarn.backends.cuda.inputs import StepBuffers, StepTensors
 from kvarn.backends.cuda.launches import View
 from kvarn.backends.cuda.lower import lower
-from kvarn.backends.cuda.memory import assign, memory_use, rotary_tables
+from kvarn.backends.cuda.memory import assign, matrix_forms, memory_use, rotary_tables
+from kvarn.backends.cuda.scratch import scratch_bytes
 from kvarn.backends.cuda.step_layout import StepLayout
 from kvarn.backends.cuda.weights import TORCH_DTYPES, WeightLoader, Weights
 from kvarn.backends.row_rules import RowRules
+from kvarn.config import CudaConfig
 from kvarn.errors import EngineError
 from kvarn.program import Program, RopeTable, Rows
 from kvarn.tensors import TensorSource
@@ -54,10 +55,8 @@ class CudaExecutable:
         source: TensorSource,
         kv: KvCacheSpec,
         limits: StepLimits,
+        config: CudaConfig,
         *,
-        device: torch.device,
-        dtype: str,
-        form: WeightForm,
         known: Weights | None = None,
         shared: Collection[str] = (),
         graphs: bool = True,
@@ -67,14 +66,19 @@ class CudaExecutable:
         self.program = program
         self.kv = kv
         self.limits = limits
-        self.device = device
-        self.dtype = dtype
-        self._form = form
-        self._shared = frozenset(shared)
-        lowered = lower(program, limits.outputs, self._shared)
-        weights = WeightLoader(program, source, dtype, form, device).load(lowered, known or Weights())
+        self.config = config
+        self.device = device = torch.device(config.device)
+        own = (weight.name for weight in program.weights if weight.name not in shared)
+        dtypes = {name: source.tensor(name).dtype for name in own}
+        self._memory = memory_use(program, dtypes, kv, limits, config, shared)
+        self._forms = matrix_forms(program, dtypes, config, shared)
+        lowered = lower(program, self._forms, limits.outputs)
+        weights = WeightLoader(program, source, config, self._forms).load(lowered, known or Weights())
         tables = {table: rotary_table(table, limits.max_model_len, device) for table in rotary_tables(program)}
-        self._parts: Parts | None = Parts(program, weights, KvStore(program, kv, device), kv.block_size, tables)
+        scratch = torch.empty(scratch_bytes(program, lowered, self._forms, limits), dtype=torch.uint8, device=device)
+        self._parts: Parts | None = Parts(
+            program, weights, KvStore(program, kv, device), kv.block_size, tables, scratch, limits.max_model_len
+        )
         inputs = {name: program.buffer(name).width for name in program.inputs}
         largest = StepLayout.largest(program, kv, limits)
         self.step_buffers = StepBuffers(largest, inputs, device)
@@ -101,7 +105,7 @@ class CudaExecutable:
         return {name: values.float().cpu().numpy() for name, values in found}
 
     def launch(self, step: StepTensors) -> torch.Tensor:
-        """Queues one step on the current stream, and does not wait: float32 (R, vocab) on the device, until the next one.
+        """Queues one step on the current stream; does not wait. Logits, float32 (R, vocab), there till the next.
 
         Nothing is checked; who calls it vouches for what `execute` would check. Allocates nothing of its own, so that
         it can be captured in a graph; the kernels' first calls for a size may compile.
@@ -162,7 +166,7 @@ class CudaExecutable:
 
     def memory(self) -> MemoryUse:
         """Bytes held, but for extra outputs' plans."""
-        return memory_use(self.program, self.kv, self.limits, self.dtype, self._form, self._shared)
+        return self._memory
 
     def close(self) -> None:
         """Gives the memory back to the card. Idempotent."""
@@ -176,6 +180,9 @@ class CudaExecutable:
 
     def _check(self, batch: InputBatch) -> None:
         check_batch(batch, self.program, self.kv, self.limits)
+        most = self.limits.max_num_outputs
+        if batch.output_rows.size > most:
+            raise ValueError(f"{batch.output_rows.size} rows with logits, at most {most} are allowed")
 
     def _open(self) -> Parts:
         if self._parts is None:
@@ -199,8 +206,9 @@ class CudaExecutable:
         return self._variants[outputs]
 
     def _build(self, outputs: tuple[str, ...]) -> Plan:
-        lowered = lower(self.program, (*self.limits.outputs, *outputs), self._shared)
-        frame = Frame(assign(lowered, self.limits, self.dtype), TORCH_DTYPES[self.dtype], self.device)
+        lowered = lower(self.program, self._forms, (*self.limits.outputs, *outputs))
+        dtype = self.config.dtype
+        frame = Frame(assign(lowered, self.limits, dtype), TORCH_DTYPES[dtype], self.device)
         parts = self._open()
         return Plan(tuple(bind(launch, parts, frame) for launch in lowered.launches), frame, lowered.outputs)
 

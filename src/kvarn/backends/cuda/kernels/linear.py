@@ -20,14 +20,18 @@ import triton
 from kvarn.backends.cuda.kernels.fp8 import fp8_gemm_kernel, quantize_rows
 from kvarn.backends.cuda.kernels.gemm import bytes_gemm_kernel, int4_gemm_kernel
 from kvarn.backends.cuda.kernels.gemv import bytes_gemv_kernel, int4_gemv_kernel
-from kvarn.backends.cuda.kernels.tiles import BLOCK_K, Tiles, bytes_gemv_tiles, gemm_tiles, int4_gemv_tiles
+from kvarn.backends.cuda.kernels.tiles import (
+    BLOCK_K,
+    FP8_TOKENS,
+    Tiles,
+    aligned,
+    bytes_gemv_tiles,
+    gemm_tiles,
+    int4_gemv_tiles,
+    product_workspace,
+)
 from kvarn.backends.cuda.kernels.unpack import E4M3, E4M3_BITS, EXPONENT, PLAIN, add_shares_kernel
 from kvarn.backends.cuda.packing import Dense, Fp8, Int4, Int8, Weight
-
-FP8_TOKENS = 16
-"""Up to so many rows FP8 weights are multiplied by activations as they are: the weight's bytes take the time anyway."""
-ALIGNMENT = 256
-"""Bytes; parts of a workspace start at multiples of it."""
 
 
 def linear(
@@ -80,21 +84,13 @@ def linear_tiles(weight: Int4 | Int8 | Fp8, tokens: int) -> Tiles:
 
 
 def workspace_bytes(weight: Weight, tokens: int) -> int:
-    """Bytes that `linear` needs beside its operands: partial sums of shares, and activations in FP8. Not monotone in
-    `tokens`; `largest_workspace` is."""
-    if isinstance(weight, Dense) or not tokens:
-        return 0
-    shares = linear_tiles(weight, tokens).shares
-    total = 0 if shares == 1 else _aligned(4 * shares * tokens * weight.rows)
-    if _multiplies_fp8(weight, tokens):
-        total += _aligned(tokens * weight.packed.shape[1]) + _aligned(4 * tokens)
-    return total
+    """Bytes that `linear` needs beside its operands (see `product_workspace`)."""
+    fp8_products = isinstance(weight, Fp8) and _converts_e4m3(weight.packed.device)
+    return product_workspace(_kind(weight), weight.rows, weight.width, tokens, fp8_products=fp8_products)
 
 
-def largest_workspace(weight: Weight, tokens: int) -> int:
-    """The most that `workspace_bytes` says for 1 … tokens rows: within one kind of tile it grows with the rows."""
-    steps = (1, 16, 32, 64, tokens)
-    return max((workspace_bytes(weight, min(step, tokens)) for step in steps), default=0)
+def _kind(weight: Weight) -> str:
+    return type(weight).__name__.lower()
 
 
 class _Workspace:
@@ -113,12 +109,8 @@ class _Workspace:
         for extent in shape:
             size *= extent
         part = self._buffer[self._used : self._used + size].view(dtype).view(shape)
-        self._used += _aligned(size)
+        self._used += aligned(size)
         return part
-
-
-def _aligned(size: int) -> int:
-    return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 def _check(x: torch.Tensor, weight: Weight, out: torch.Tensor) -> None:

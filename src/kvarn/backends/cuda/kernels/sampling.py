@@ -54,9 +54,9 @@ def sample(
     """Chooses a token from each row: greedy ones the likeliest, others one draw by the random number of their position.
 
     logits: float32 or bfloat16 [R, vocab], biases added. rows: int32[R, `WORDS`], the words of `ROW`. masks:
-    int32[M, ceil(vocab / 32)], those of `RowRules.masks`. out: int32[R], written: the token, the lowest id among
-    equals, or `NOTHING_LEFT` or `NOT_FINITE`. Equal to what `kvarn.sampling` says up to rounding: weights are float32,
-    their sums float64.
+    int32[M, ceil(vocab / 32)], those of `RowRules.masks`; not read where M is 1. out: int32[R], written: the token, the
+    lowest id among equals, or `NOTHING_LEFT` or `NOT_FINITE`. Equal to what `kvarn.sampling` says up to rounding:
+    weights are float32, their sums float64.
     """
     count, vocab = logits.shape
     if count:
@@ -77,7 +77,7 @@ def feed(token_ids: torch.Tensor, previous: torch.Tensor, ids: torch.Tensor, *, 
 
 
 @triton.jit
-def _feed(token_ids, previous, ids, count, BLOCK: tl.constexpr):  # noqa: ANN001, ANN202
+def _feed(token_ids, previous, ids, count, BLOCK: tl.constexpr):
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     place = tl.load(previous + at, at < count, -1)
     token = tl.load(ids + place, place >= 0, 0)
@@ -85,7 +85,7 @@ def _feed(token_ids, previous, ids, count, BLOCK: tl.constexpr):  # noqa: ANN001
 
 
 @triton.jit
-def _add_biases(logits, stride, biases, count, BLOCK: tl.constexpr):  # noqa: ANN001, ANN202
+def _add_biases(logits, stride, biases, count, BLOCK: tl.constexpr):
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
     row = tl.load(biases + at * 3, inside, 0)
@@ -96,13 +96,13 @@ def _add_biases(logits, stride, biases, count, BLOCK: tl.constexpr):  # noqa: AN
 
 
 @triton.jit
-def _allowed(masks, at, VOCAB: tl.constexpr):  # noqa: ANN001, ANN202
+def _allowed(masks, at, VOCAB: tl.constexpr):
     words = tl.load(masks + at // 32, at < VOCAB, 0)
     return ((words >> (at % 32)) & 1) == 1
 
 
 @triton.jit
-def _weights(row, masks, at, VOCAB: tl.constexpr, top, temperature, min_p, MASKED: tl.constexpr):  # noqa: ANN001, ANN202
+def _weights(row, masks, at, VOCAB: tl.constexpr, top, temperature, min_p, MASKED: tl.constexpr):
     """exp((x - top) / temperature), 0 where the token is forbidden or too unlikely."""
     x = tl.load(row + at, at < VOCAB, -_INFINITY).to(tl.float32)
     weights = tl.exp((x - top) / temperature)
@@ -112,7 +112,7 @@ def _weights(row, masks, at, VOCAB: tl.constexpr, top, temperature, min_p, MASKE
 
 
 @triton.jit
-def _likeliest(row, masks, VOCAB: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr):  # noqa: ANN001, ANN202
+def _likeliest(row, masks, VOCAB: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr):
     """The largest allowed logit, its lowest id, and whether the row is finite at all."""
     lane = tl.arange(0, BLOCK)
     tops = tl.full([BLOCK], -_INFINITY, tl.float32)
@@ -134,7 +134,7 @@ def _likeliest(row, masks, VOCAB: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.
 
 
 @triton.jit
-def _measure(row, masks, VOCAB: tl.constexpr, top, temperature, min_p, low, high,  # noqa: ANN001, ANN202
+def _measure(row, masks, VOCAB: tl.constexpr, top, temperature, min_p, low, high,
              MASKED: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """The sum and the number of weights from `high` on, and the largest from `low` to below `high` (bits of them)."""
     lane = tl.arange(0, BLOCK)
@@ -152,7 +152,7 @@ def _measure(row, masks, VOCAB: tl.constexpr, top, temperature, min_p, low, high
 
 
 @triton.jit
-def _search(row, masks, VOCAB: tl.constexpr, top, temperature, min_p, low, wanted,  # noqa: ANN001, ANN202
+def _search(row, masks, VOCAB: tl.constexpr, top, temperature, min_p, low, wanted,
             BY_MASS: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr, PIVOTS: tl.constexpr):  # fmt: skip
     """Bits low and high: weights from `low` on reach `wanted`, in number or by their sum, those from `high` on do not,
     and all in between are equal, or one. low: bits from which on they do. Also what those from `high` on come to."""
@@ -186,7 +186,7 @@ def _search(row, masks, VOCAB: tl.constexpr, top, temperature, min_p, low, wante
 
 
 @triton.jit
-def _draw(row, masks, VOCAB: tl.constexpr, top, temperature, min_p, low, high, border, few, target,  # noqa: ANN001, ANN202
+def _draw(row, masks, VOCAB: tl.constexpr, top, temperature, min_p, low, high, border, few, target,
           MASKED: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """The first kept token, by id, up to which kept weights sum to more than `target`; the last where none is.
 
@@ -224,7 +224,7 @@ def _draw(row, masks, VOCAB: tl.constexpr, top, temperature, min_p, low, high, b
 
 
 @triton.jit
-def _uniform(words):  # noqa: ANN001, ANN202
+def _uniform(words):
     """A uniform float64 in [0, 1): 53 bits of Philox4x32-10 at counter (position, stream, 0) under key seed."""
     key0 = tl.load(words + 4).to(tl.uint32, bitcast=True)
     key1 = tl.load(words + 5).to(tl.uint32, bitcast=True)
@@ -237,7 +237,7 @@ def _uniform(words):  # noqa: ANN001, ANN202
 
 
 @triton.jit
-def _sample(logits, stride, rows, masks, mask_stride, out,  # noqa: ANN001, ANN202
+def _sample(logits, stride, rows, masks, mask_stride, out,
             VOCAB: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr, PIVOTS: tl.constexpr):  # fmt: skip
     program = tl.program_id(0)
     words = rows + program * _WORDS

@@ -16,6 +16,12 @@ warps each, all with loads under way."""
 GEMM_PROGRAMS = 264
 """The same for few rows: two programs a multiprocessor."""
 MAX_SHARES = 16
+FP8_TOKENS = 16
+"""Up to so many rows FP8 weights are multiplied by activations as they are: the weight's bytes take the time anyway."""
+FP8_COLUMNS = 16
+"""Rows of FP8 are filled up to a multiple of so many elements."""
+ALIGNMENT = 256
+"""Bytes; parts of a workspace start at multiples of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +73,32 @@ def gemm_tiles(tokens: int, rows: int, width: int) -> Tiles:
     if tokens > _SPLIT_UP_TO:
         return tiles
     return _split(tiles, -(-rows // tiles.block_n), width, GEMM_PROGRAMS, least=4)
+
+
+def product_workspace(kind: str, rows: int, width: int, tokens: int, *, fp8_products: bool) -> int:
+    """Bytes that a product of `tokens` rows with an int4, int8 or fp8 weight needs beside its operands: partial sums of
+    shares and, where both sides are multiplied as FP8, activations in that form. Not monotone in `tokens`."""
+    if not tokens or kind == "dense":
+        return 0
+    if tokens > 1:
+        tiles = gemm_tiles(tokens, rows, width)
+    else:
+        tiles = (int4_gemv_tiles if kind == "int4" else bytes_gemv_tiles)(rows, width)
+    total = 0 if tiles.shares == 1 else aligned(4 * tiles.shares * tokens * rows)
+    if kind == "fp8" and fp8_products and tokens > FP8_TOKENS:
+        total += aligned(tokens * -(-width // FP8_COLUMNS) * FP8_COLUMNS) + aligned(4 * tokens)
+    return total
+
+
+def largest_workspace(kind: str, rows: int, width: int, tokens: int, *, fp8_products: bool = True) -> int:
+    """The most that `product_workspace` says for 1 … tokens rows: within one kind of tile it grows with the rows."""
+    steps = {min(step, tokens) for step in (1, 16, 32, 64, tokens)}
+    return max(product_workspace(kind, rows, width, step, fp8_products=fp8_products) for step in steps)
+
+
+def aligned(size: int) -> int:
+    """Parts of a workspace start at multiples of `ALIGNMENT`."""
+    return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 def _split(tiles: Tiles, programs: int, width: int, wanted: int, least: int) -> Tiles:
