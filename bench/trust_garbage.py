@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import re
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ PATIENCE = 20.0
 DRIP = 0.25
 MOST_READ = 4096
 """Bytes of an answer that are looked at."""
+CONTENT_LENGTH = re.compile(rb"^content-length: *(\d+)", re.M | re.I)
 
 
 @dataclass
@@ -72,16 +74,28 @@ async def send_bad(
             sending = asyncio.create_task(_send(writer, bad, numbers))
             try:
                 line = await reader.readline()
-                rest = await reader.read(MOST_READ) if line else b""
+                rest = await _rest(reader) if line else b""
             finally:
                 sending.cancel()
                 await asyncio.gather(sending, return_exceptions=True)
         words = line.split()
         return int(words[1]) if len(words) > 1 and words[1].isdigit() else None, rest.decode(errors="replace")
-    except (OSError, TimeoutError, ValueError):
+    except (OSError, TimeoutError, ValueError, asyncio.LimitOverrunError):
         return None, ""
     finally:
         writer.close()
+
+
+async def _rest(reader: asyncio.StreamReader) -> bytes:
+    """What follows an answer's first line, its body as far as it says how long that is."""
+    try:
+        head = await reader.readuntil(b"\r\n\r\n")
+        length = CONTENT_LENGTH.search(head)
+        return head + (await reader.readexactly(min(int(length[1]), MOST_READ)) if length else b"")
+    except asyncio.IncompleteReadError as cut:
+        return cut.partial
+    except OSError:  # the connection was reset behind it
+        return b""
 
 
 async def _send(writer: asyncio.StreamWriter, bad: Bad, numbers: random.Random) -> None:

@@ -1,14 +1,8 @@
 """The CUDA back-end's sampling draws what the definition draws: on the card, or in Triton's interpreter."""
 
-import os
-
 import numpy as np
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
-
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -1,13 +1,8 @@
 """Steps that are submitted to a CUDA executable say what executed ones say, on the card or in Triton's interpreter."""
 
-import os
-
 import numpy as np
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
 
 from kvarn.backends import InputBatch, KvCacheSpec, StepLimits
 from kvarn.backends.ahead import AheadExecutable
