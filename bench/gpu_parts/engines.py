@@ -37,7 +37,7 @@ def engine(model: InMemoryModel, device: torch.device, sizes: Sizes) -> Iterator
         backend="cuda",
         cuda=settings(device, sizes, "bf16"),
         cache=CacheConfig(
-            block_size=BLOCK_SIZE, num_blocks=streams.count * -(-length // BLOCK_SIZE), dtype=sizes.dtype,
+            block_size=BLOCK_SIZE, num_blocks=streams.count * -(-length // BLOCK_SIZE), dtype=sizes.kv_type,
             enable_prefix_caching=False,
         ),
         scheduler=SchedulerConfig(streams.count, max(streams.count, min(MOST_TOKENS, streams.count * streams.prompt))),

@@ -94,4 +94,5 @@ def random_weight(form: str, outputs: int, inputs: int, dtype: str, device: torc
     nibbles = torch.randint(16, (outputs, inputs), dtype=torch.uint8, device=device)
     groups = -(-inputs // CHUNK) * CHUNK // GROUP
     scales = (torch.rand(outputs, groups, device=device) + 0.5) * (size / 4.6)
-    return Int4(pack_nibbles(nibbles), scales.to(torch.float16), None, GROUP, inputs)
+    offsets = -7.5 * scales
+    return Int4(pack_nibbles(nibbles), scales.to(torch.float16), offsets.to(torch.float16), GROUP, inputs)

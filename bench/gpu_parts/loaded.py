@@ -50,9 +50,9 @@ FORMS = {
     "bf16": Form("dense", 2.0),
     "int8": Form("int8", 1.0, 4),
     "fp8": Form("fp8", 1.0, 4),
-    "int4": Form("int4", 0.5 + 2 / 128),
+    "int4": Form("int4", 0.5 + 4 / 128),
 }
-"""By the names of the tables. int4: a 16-bit scale for 128, as most checkpoints have it."""
+"""By the names of the tables. int4: a 16-bit scale and offset for 128, as most checkpoints have it."""
 
 
 class _Chooses(Protocol):

@@ -1,4 +1,4 @@
-"""A step's attention over a paged cache of random keys and values, whose blocks lie anywhere, as after hours of serving."""
+"""A step's attention over a paged cache of random keys and values, its blocks anywhere, as after hours of serving."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from gpu_parts.shapes import Heads
-from kvarn.backends.cuda.kernels.attention import attention
-from kvarn.backends.cuda.kernels.attention_plan import AttentionPlan, AttentionWorkspace
+from kvarn.backends.cuda.kernels.attention import AttentionWorkspace, attention
+from kvarn.backends.cuda.kernels.attention_plan import AttentionPlan
 from kvarn.backends.cuda.kernels.kv_write import LayerKv
 
 BLOCK_SIZE = 16
@@ -35,11 +35,19 @@ class PagedStep:
 
     def run(self) -> torch.Tensor:
         """Launches kvarn's kernels; the result is valid until the next call."""
+        return self._run(self.out, self.workspace)
+
+    def run_allocating(self) -> torch.Tensor:
+        """The same with memory of its own, as those have to whom a result is returned."""
+        longest = int(self.seq_lens.max())
+        return self._run(torch.empty_like(self.out), _workspace(self.plan, self.heads, longest, self.out.device))
+
+    def _run(self, out: torch.Tensor, workspace: AttentionWorkspace) -> torch.Tensor:
         attention(
-            self.q, self.kv, self.query_start, self.seq_lens, self.tables, self.plan, self.workspace,
-            block_size=BLOCK_SIZE, scale=self.heads.dim**-0.5, out=self.out,
+            self.q, self.kv, self.query_start, self.seq_lens, self.tables, self.plan, workspace,
+            block_size=BLOCK_SIZE, scale=self.heads.dim**-0.5, out=out,
         )  # fmt: skip
-        return self.out
+        return out
 
     @property
     def cache_bytes(self) -> int:
@@ -89,6 +97,7 @@ def make_step(
         tables[sequence, : own.numel()] = own
     query_start = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
     rows, kind = (int(query_start[-1]), heads.query, heads.dim), getattr(torch, dtype)
+    cut = AttentionPlan(len(spans), rows[0], int(counts.max()))
     return PagedStep(
         heads=heads,
         q=torch.randn(rows, device=device).to(kind),
@@ -97,9 +106,13 @@ def make_step(
         query_start=torch.from_numpy(query_start).to(device),
         seq_lens=torch.from_numpy(lengths).to(device),
         tables=tables.to(device),
-        plan=AttentionPlan.of(query_start),
-        workspace=AttentionWorkspace.empty(len(spans), heads.query, heads.dim, int(lengths.max()), str(device)),
+        plan=cut,
+        workspace=_workspace(cut, heads, int(lengths.max()), device),
     )
+
+
+def _workspace(cut: AttentionPlan, heads: Heads, longest: int, device: torch.device) -> AttentionWorkspace:
+    return AttentionWorkspace.empty(cut.sequences, heads.query, heads.dim, longest, device)
 
 
 def _random_cache(slots: int, heads: Heads, kv_type: str, device: torch.device) -> LayerKv:
@@ -112,12 +125,13 @@ def fill_randomly(cache: LayerKv) -> None:
     """Normal keys and values, as the cache's type has them. In place."""
     for stored, scales in ((cache.keys, cache.key_scales), (cache.values, cache.value_scales)):
         step = max(1, FILLED_AT_ONCE // stored[0].numel())
-        for part, part_scales in zip(stored.split(step), [None] * len(stored) if scales is None else scales.split(step)):
-            drawn = torch.randn(part.shape, device=part.device)
-            if part_scales is not None:
-                part_scales.copy_(drawn.abs().amax(-1) / INT8_MOST)
-                drawn = (drawn / part_scales[..., None]).round_()
-            part.copy_(drawn.to(part.dtype))
+        for first in range(0, stored.shape[0], step):
+            part = slice(first, first + step)
+            drawn = torch.randn(stored[part].shape, device=stored.device)
+            if scales is not None:
+                scales[part] = drawn.abs().amax(-1) / INT8_MOST
+                drawn = (drawn / scales[part][..., None]).round_()
+            stored[part] = drawn.to(stored.dtype)
 
 
 

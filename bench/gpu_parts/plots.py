@@ -51,7 +51,7 @@ def _attention(points: Sequence[dict[str, Any]], machine: str) -> Any:
 
 
 def _decode(points: Sequence[dict[str, Any]], machine: str) -> Any:
-    """Tokens a second by batch, a panel for each model; hollow and dashed without graphs, dotted what the card could."""
+    """Tokens a second by batch, a panel for each model; hollow and dashed without graphs, dotted: the card's limit."""
     models = _named(points, "model")
     figure, panels = figures.pyplot().subplots(1, len(models), figsize=(4.6 * len(models), 3.9), squeeze=False)
     for panel, model in zip(panels[0], models, strict=True):

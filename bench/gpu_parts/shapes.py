@@ -71,7 +71,10 @@ class Sizes:
     models: dict[str, dict[str, Any]]
     """config.json by name. The first is the one that bounds are given for."""
     weights: tuple[str, ...]
+    kv_type: str
+    """Of the cache where nothing else is said: the default of `kvarn serve`."""
     kv_types: tuple[str, ...]
+    """Others that decode is timed with."""
     decode_batches: tuple[int, ...]
     decode_context: int
     """Tokens of each sequence whose next one is timed."""
@@ -99,6 +102,7 @@ class Sizes:
 FULL = Sizes(
     models={"Llama-3-8B": LLAMA_3_8B, "Qwen2.5-1.5B": QWEN_1_5B},
     weights=("bf16", "int8", "fp8", "int4"),
+    kv_type="float16",
     kv_types=("int8", "fp8_e4m3"),
     decode_batches=(1, 16, 64, 256),
     decode_context=512,
@@ -119,6 +123,7 @@ FULL = Sizes(
 SMALL = Sizes(
     models={"tiny": TINY},
     weights=("bf16", "int8", "fp8", "int4"),
+    kv_type="float16",
     kv_types=("int8", "fp8_e4m3"),
     decode_batches=(1, 2),
     decode_context=18,

@@ -40,7 +40,7 @@ def measure_steps(results: Results, clock: Clock, sizes: Sizes, limits: Limits, 
         model = random_model(settings, str(clock.device))
         singles: dict[str, float] = {}
         for weights in sizes.weights:
-            setting = Setting(name, weights, sizes.dtype)
+            setting = Setting(name, weights, sizes.kv_type)
             with results.attempt("+".join(sorted(only)), f"{setting}: load"):
                 _measure_one(results, clock, sizes, limits, model, setting, singles, only)
             release()

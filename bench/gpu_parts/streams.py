@@ -61,9 +61,11 @@ def _kvarn(
 
         _rate(results, clock, sizes, name, KVARN, run, model.config.vocab_size, rates)
     logits = None
-    with results.attempt("streams", f"{name}, {KVARN}: logits"):
-        with load(model, clock.device, sizes, weights="bf16", kv_type=sizes.dtype) as loaded:
-            logits = loaded.logits(prompts_of(sizes, model.config.vocab_size, 0)[0])
+    with (
+        results.attempt("streams", f"{name}, {KVARN}: logits"),
+        load(model, clock.device, sizes, weights="bf16", kv_type=sizes.kv_type) as loaded,
+    ):
+        logits = loaded.logits(prompts_of(sizes, model.config.vocab_size, 0)[0])
     return logits
 
 
