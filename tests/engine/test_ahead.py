@@ -116,11 +116,36 @@ def test_what_needs_the_host_waits_and_the_others_go_on(engines):
     assert executable.num_fed >= 15
 
 
-def test_an_idle_engine_has_nothing_under_way(engines):
-    _, ahead, executable = engines()
-    run_core(ahead, [request("a", PROMPTS[0])])
+class Remembering(Wrapper):
+    """A sampler that knows whom it knows."""
+
+    known = frozenset()
+
+    def add(self, sequence):
+        self.inner.add(sequence)
+        type(self).known |= {sequence.sequence_id}
+
+    def remove(self, sequence_id):
+        self.inner.remove(sequence_id)
+        type(self).known -= {sequence_id}
+
+
+@pytest.mark.parametrize("end", [{"max_tokens": 8}, {"ignore_eos": False, "logit_bias": {EOS: 100.0}}])
+def test_an_idle_engine_has_nothing_under_way_and_knows_nobody(engines, end):
+    _, ahead, executable = engines(wrap_sampler=Remembering)
+    run_core(ahead, [request("a", PROMPTS[0], **end)])
     assert executable.under_way == 0
     assert not ahead.has_work()
+    assert not Remembering.known
+
+
+def test_what_is_under_way_is_forgotten_on_close(engines):
+    _, ahead, executable = engines()
+    ahead.add(request("a", PROMPTS[0]))
+    ahead.step()
+    assert executable.under_way == 1
+    ahead.close()
+    assert executable.under_way == 0
 
 
 class _Driver:

@@ -78,8 +78,11 @@ class OneAhead(WithTenants):
         super().books_agree()
 
     def teardown(self):
-        while hasattr(self, "scheduler") and (self.scheduler.has_work() or self.under_way):
-            self.one_step()
+        if hasattr(self, "scheduler"):
+            for _ in range(200 + 140 * len(self.sequences)):
+                if self.scheduler.has_work() or self.under_way:
+                    self.one_step()
+            assert not self.under_way
         super().teardown()
 
 
