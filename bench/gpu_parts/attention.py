@@ -1,4 +1,4 @@
-"""Attention by itself: a prompt's against naive attention and torch's flash, over N; a decode step's by what it reads."""
+"""Attention by itself: a prompt's against naive attention and torch's flash, over N; a decode step's by its bytes."""
 
 from __future__ import annotations
 
@@ -86,9 +86,7 @@ def _one_length(results: Results, clock: Clock, sizes: Sizes, length: int) -> di
     return measured
 
 
-def _prefill_row(
-    results: Results, heads: Heads, limits: Limits, length: int, measured: dict[str, Measured]
-) -> None:
+def _prefill_row(results: Results, heads: Heads, limits: Limits, length: int, measured: dict[str, Measured]) -> None:
     ours, torchs = measured[OURS].timing, measured[FLASH].timing
     rate = prefill_flops(heads, length) / ours.median
     naive_s = measured[NAIVE].timing.median if NAIVE in measured else None

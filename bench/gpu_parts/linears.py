@@ -73,9 +73,7 @@ def _layer(clock: Clock, sizes: Sizes, form: str, rows: int) -> Layer:
     return Layer(seconds, num_bytes, flops, max(errors))
 
 
-def _product(
-    x: torch.Tensor, weights: list[Weight], out: torch.Tensor, work: torch.Tensor
-) -> Callable[[int], object]:
+def _product(x: torch.Tensor, weights: list[Weight], out: torch.Tensor, work: torch.Tensor) -> Callable[[int], object]:
     return lambda i: linear(x, weights[i % len(weights)], None, out, work)
 
 

@@ -180,9 +180,7 @@ def plan(model: InMemoryModel, device: torch.device, sizes: Sizes, *, weights: s
 
 
 @contextmanager
-def load(
-    model: InMemoryModel, device: torch.device, sizes: Sizes, *, weights: str, kv_type: str
-) -> Iterator[Loaded]:
+def load(model: InMemoryModel, device: torch.device, sizes: Sizes, *, weights: str, kv_type: str) -> Iterator[Loaded]:
     """The model on the device, for as long as the `with` lasts. weights: a name of `FORMS`."""
     kv, limits = room(sizes, kv_type)
     executable = CudaBackend(settings(device, sizes, weights)).load(model.program, model, kv, limits)

@@ -132,6 +132,3 @@ def fill_randomly(cache: LayerKv) -> None:
                 scales[part] = drawn.abs().amax(-1) / INT8_MOST
                 drawn = (drawn / scales[part][..., None]).round_()
             stored[part] = drawn.to(stored.dtype)
-
-
-

@@ -122,9 +122,7 @@ def _decode(
     return row, timing
 
 
-def _prefill(
-    results: Results, clock: Clock, limits: Limits, loaded: Loaded, setting: Setting, length: int
-) -> Row:
+def _prefill(results: Results, clock: Clock, limits: Limits, loaded: Loaded, setting: Setting, length: int) -> Row:
     """A step that computes a prompt, with logits of its last token."""
     timing = clock.time(loaded.prefill(length))
     cost = loaded.cost(StepShape.prefill(length))

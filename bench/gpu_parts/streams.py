@@ -34,7 +34,9 @@ def measure_streams(results: Results, clock: Clock, sizes: Sizes) -> None:
     for name, settings in sizes.models.items():
         model = random_model(settings, str(clock.device))
         rates: dict[str, float] = {}
-        logits = _kvarn(results, clock, sizes, name, model, rates)
+        _kvarn(results, clock, sizes, name, model, rates)
+        release()
+        logits = _logits(results, clock, sizes, name, model)
         release()
         _transformers(results, clock, sizes, name, model, settings, rates, logits)
         release()
@@ -51,8 +53,7 @@ def prompts_of(sizes: Sizes, vocab_size: int, seed: int) -> Prompts:
 
 def _kvarn(
     results: Results, clock: Clock, sizes: Sizes, name: str, model: InMemoryModel, rates: dict[str, float]
-) -> torch.Tensor | None:
-    """Returns the logits behind the first prompt."""
+) -> None:
     with results.attempt("streams", f"{name}, {KVARN}"), engine(model, clock.device, sizes) as llm:
         sampling = SamplingParams(temperature=0.0, max_tokens=sizes.streams.output, ignore_eos=True)
 
@@ -60,13 +61,16 @@ def _kvarn(
             return sum(len(answer.token_ids) for answer in llm.generate(prompts, sampling))
 
         _rate(results, clock, sizes, name, KVARN, run, model.config.vocab_size, rates)
-    logits = None
+
+
+def _logits(results: Results, clock: Clock, sizes: Sizes, name: str, model: InMemoryModel) -> torch.Tensor | None:
+    """kvarn's, behind the first prompt."""
     with (
         results.attempt("streams", f"{name}, {KVARN}: logits"),
         load(model, clock.device, sizes, weights="bf16", kv_type=sizes.kv_type) as loaded,
     ):
-        logits = loaded.logits(prompts_of(sizes, model.config.vocab_size, 0)[0])
-    return logits
+        return loaded.logits(prompts_of(sizes, model.config.vocab_size, 0)[0])
+    return None
 
 
 def _transformers(
