@@ -28,12 +28,12 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from gpu_parts.apart import run_apart
+from gpu_parts.bench import Bench
 from gpu_parts.limits import Limits, measure_limits
 from gpu_parts.results import Results, Row, table
 from gpu_parts.shapes import FULL, SMALL, Sizes
@@ -72,37 +72,25 @@ def machine(device: str) -> dict[str, Any]:
     return found
 
 
-def attention(results: Results, clock: Clock, sizes: Sizes, limits: Limits, only: frozenset[str]) -> None:
-    del only
-    from gpu_parts.attention import measure_attention
+def measure(bench: Bench, group: tuple[str, ...]) -> None:
+    """The parts of a group. Only what they need is imported: a kernel that cannot be imported fails its part alone."""
+    match group[0]:
+        case "attention":
+            from gpu_parts.attention import measure_attention
 
-    measure_attention(results, clock, sizes, limits)
+            measure_attention(bench)
+        case "linears":
+            from gpu_parts.linears import measure_linears
 
+            measure_linears(bench)
+        case "streams":
+            from gpu_parts.streams import measure_streams
 
-def linears(results: Results, clock: Clock, sizes: Sizes, limits: Limits, only: frozenset[str]) -> None:
-    del only
-    from gpu_parts.linears import measure_linears
+            measure_streams(bench)
+        case _:
+            from gpu_parts.steps import measure_steps
 
-    measure_linears(results, clock, sizes, limits)
-
-
-def steps(results: Results, clock: Clock, sizes: Sizes, limits: Limits, only: frozenset[str]) -> None:
-    from gpu_parts.steps import measure_steps
-
-    measure_steps(results, clock, sizes, limits, only)
-
-
-def streams(results: Results, clock: Clock, sizes: Sizes, limits: Limits, only: frozenset[str]) -> None:
-    del limits, only
-    from gpu_parts.streams import measure_streams
-
-    measure_streams(results, clock, sizes)
-
-
-MEASURE: dict[str, Callable[[Results, Clock, Sizes, Limits, frozenset[str]], None]] = {
-    "attention": attention, "linears": linears, "decode": steps, "streams": streams,
-}  # fmt: skip
-"""By the first name of a group. Each imports what it needs: a kernel that cannot be imported fails its part alone."""
+            measure_steps(bench, frozenset(group))
 
 
 def groups(only: frozenset[str]) -> list[tuple[str, ...]]:
@@ -118,10 +106,10 @@ def run_here(results: Results, clock: Clock, sizes: Sizes, only: frozenset[str],
             limits = measure_limits(results, clock, sizes.copy_mib, sizes.matmul)
     if limits is None:
         return
+    bench = Bench(results, clock, sizes, limits)
     for group in groups(only):
-        first = next(together[0] for together in TOGETHER if group[0] in together)
         with results.part(",".join(group)):
-            MEASURE[first](results, clock, sizes, limits, frozenset(group))
+            measure(bench, group)
 
 
 def run_all_apart(results: Results, only: frozenset[str], passed: list[str], seconds: float) -> None:

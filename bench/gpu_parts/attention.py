@@ -11,12 +11,13 @@ import torch
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from gpu_parts.bench import Bench
 from gpu_parts.checks import relative_error
-from gpu_parts.limits import GB, TERA, Limits
+from gpu_parts.limits import GB, TERA
 from gpu_parts.paged import PagedStep, make_step
-from gpu_parts.results import Results, Row, Wanted
-from gpu_parts.shapes import Heads, Sizes
-from gpu_parts.timing import Clock, Peak, Timing
+from gpu_parts.results import Row, Wanted
+from gpu_parts.shapes import Heads
+from gpu_parts.timing import Peak, Timing
 
 OURS, FLASH, NAIVE = "kvarn", "torch SDPA (flash)", "naive"
 LEAST_JUDGED = 2048
@@ -39,34 +40,35 @@ class Measured:
     peak: int | None
 
 
-def measure_attention(results: Results, clock: Clock, sizes: Sizes, limits: Limits) -> None:
+def measure_attention(bench: Bench) -> None:
     """Both tables and the points of the plot."""
-    _prefill(results, clock, sizes, limits)
-    for kv_type in (sizes.kv_type, *sizes.kv_types):
-        for sequences, context in sizes.decode_attention:
+    _prefill(bench)
+    for kv_type in (bench.sizes.kv_type, *bench.sizes.kv_types):
+        for sequences, context in bench.sizes.decode_attention:
             what = f"decode, {sequences} x {context} tokens, {kv_type} KV"
-            with results.attempt("attention", what):
-                _decode(results, clock, sizes, limits, kv_type, sequences, context, what)
+            with bench.results.attempt("attention", what):
+                bench.add(_decode(bench, kv_type, sequences, context, what))
 
 
-def _prefill(results: Results, clock: Clock, sizes: Sizes, limits: Limits) -> None:
+def _prefill(bench: Bench) -> None:
     peaks: dict[str, dict[int, int]] = {OURS: {}, FLASH: {}, NAIVE: {}}
-    for length in sizes.attention_lengths:
-        with results.attempt("attention", f"prefill {length}"):
-            measured = _one_length(results, clock, sizes, length)
+    for length in bench.sizes.attention_lengths:
+        with bench.results.attempt("attention", f"prefill {length}"):
+            measured = _one_length(bench, length)
             for way, one in measured.items():
                 if one.peak is not None:
                     peaks[way][length] = one.peak
-            _prefill_row(results, sizes.heads, limits, length, measured)
-    if not clock.cuda:
-        results.add(Row("attention", "memory over N", skipped="a CPU's allocator does not say its peak"))
+            bench.add(_prefill_row(bench, length, measured))
+    if not bench.clock.cuda:
+        bench.add(Row("attention", "memory over N", skipped="a CPU's allocator does not say its peak"))
         return
     for way, wanted in ((OURS, LINEAR), (NAIVE, SQUARE)):
-        with results.attempt("attention", f"memory over N, {way}"):
-            _growth_row(results, way, peaks[way], wanted)
+        with bench.results.attempt("attention", f"memory over N, {way}"):
+            bench.add(_growth_row(way, peaks[way], wanted))
 
 
-def _one_length(results: Results, clock: Clock, sizes: Sizes, length: int) -> dict[str, Measured]:
+def _one_length(bench: Bench, length: int) -> dict[str, Measured]:
+    sizes, clock = bench.sizes, bench.clock
     step = make_step(sizes.heads, sizes.dtype, sizes.kv_type, ((length, length),), clock.device)
     q, k, v = step.dense()
     expected = flash(q, k, v)
@@ -82,39 +84,37 @@ def _one_length(results: Results, clock: Clock, sizes: Sizes, length: int) -> di
             step.run_allocating() if way == OURS else run()
         timing = clock.time(lambda _i, run=run: run())
         measured[way] = Measured(timing, peak.num_bytes)
-        results.point("attention_prefill", way=way, tokens=length, seconds=timing.median, peak_bytes=peak.num_bytes)
+        bench.results.point(
+            "attention_prefill", way=way, tokens=length, seconds=timing.median, peak_bytes=peak.num_bytes
+        )
     return measured
 
 
-def _prefill_row(results: Results, heads: Heads, limits: Limits, length: int, measured: dict[str, Measured]) -> None:
+def _prefill_row(bench: Bench, length: int, measured: dict[str, Measured]) -> Row:
     ours, torchs = measured[OURS].timing, measured[FLASH].timing
-    rate = prefill_flops(heads, length) / ours.median
+    rate = prefill_flops(bench.sizes.heads, length) / ours.median
     naive_s = measured[NAIVE].timing.median if NAIVE in measured else None
-    results.add(
-        Row(
-            "attention", f"prefill {length} tokens", rate / TERA, "TFLOP/s", rate / limits.bf16_flops, "bf16 peak",
-            judged="of flash SDPA's speed", figure=torchs.median / ours.median,
-            wanted=SPEED if length >= LEAST_JUDGED else None,
-            detail={"kvarn": ours.as_json(), "flash_s": torchs.median, "naive_s": naive_s},
-        )
+    return Row(
+        "attention", f"prefill {length} tokens", rate / TERA, "TFLOP/s", rate / bench.limits.bf16_flops, "bf16 peak",
+        judged="of flash SDPA's speed", figure=torchs.median / ours.median,
+        wanted=SPEED if length >= LEAST_JUDGED else None,
+        detail={"kvarn": ours.as_json(), "flash_s": torchs.median, "naive_s": naive_s},
     )  # fmt: skip
 
 
-def _growth_row(results: Results, way: str, peaks: dict[int, int], wanted: Wanted) -> None:
+def _growth_row(way: str, peaks: dict[int, int], wanted: Wanted) -> Row:
     """The exponent of the last doubling."""
     longest = max(length for length in peaks if length // 2 in peaks)
     exponent = math.log2(peaks[longest] / peaks[longest // 2])
-    results.add(
-        Row(
-            "attention", f"memory of {way} at {longest}", peaks[longest] / MIB, "MiB",
-            judged="grows with N to the power", figure=exponent, wanted=wanted, detail={"peak_bytes": peaks},
-        )
+    return Row(
+        "attention", f"memory of {way} at {longest}", peaks[longest] / MIB, "MiB",
+        judged="grows with N to the power", figure=exponent, wanted=wanted, detail={"peak_bytes": peaks},
     )  # fmt: skip
 
 
-def _decode(
-    results: Results, clock: Clock, sizes: Sizes, limits: Limits, kv_type: str, sequences: int, context: int, what: str
-) -> None:
+def _decode(bench: Bench, kv_type: str, sequences: int, context: int, what: str) -> Row:
+    sizes, clock = bench.sizes, bench.clock
+
     def new() -> PagedStep:
         return make_step(sizes.heads, sizes.dtype, kv_type, ((1, context),) * sequences, clock.device)
 
@@ -125,13 +125,12 @@ def _decode(
     steps = [first, *(new() for _ in range(clock.sets(first.cache_bytes) - 1))]
     timing = clock.time_kernel(lambda i: steps[i % len(steps)].run(), len(steps))
     rate = first.cache_bytes / timing.median
+    share = rate / bench.limits.copy_bytes
     judged = kv_type == sizes.kv_type and sequences >= LEAST_SEQUENCES
-    results.add(
-        Row(
-            "attention", what, rate / GB, "GB/s", rate / limits.copy_bytes, "copy bandwidth",
-            judged="of copy bandwidth", figure=rate / limits.copy_bytes, wanted=BANDWIDTH if judged else None,
-            detail={"kvarn": timing.as_json(), "bytes": first.cache_bytes, "error": error},
-        )
+    return Row(
+        "attention", what, rate / GB, "GB/s", share, "copy bandwidth",
+        judged="of copy bandwidth", figure=share, wanted=BANDWIDTH if judged else None,
+        detail={"kvarn": timing.as_json(), "bytes": first.cache_bytes, "error": error},
     )  # fmt: skip
 
 

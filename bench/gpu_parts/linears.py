@@ -7,11 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
+from gpu_parts.bench import Bench
 from gpu_parts.checks import relative_error
-from gpu_parts.limits import Limits
-from gpu_parts.results import Results, Row
-from gpu_parts.shapes import Sizes
-from gpu_parts.timing import Clock
+from gpu_parts.results import Row
 from kvarn.backends.cuda.kernels.linear import linear, workspace_bytes
 from kvarn.backends.cuda.packing import Dense, Fp8, Int4, Int8, Weight, dequantize, pack_nibbles, pad_columns
 
@@ -32,18 +30,18 @@ class Layer:
     error: float
 
 
-def measure_linears(results: Results, clock: Clock, sizes: Sizes, limits: Limits) -> None:
+def measure_linears(bench: Bench) -> None:
     """A row for each form and number of rows."""
-    for rows in sizes.linear_rows:
+    for rows in bench.sizes.linear_rows:
         plain: float | None = None
-        for form in sizes.weights:
+        for form in bench.sizes.weights:
             what = f"a layer's matrices, {form}, {rows} row" + ("s" if rows > 1 else "")
-            with results.attempt("linears", what):
-                layer = _layer(clock, sizes, form, rows)
+            with bench.results.attempt("linears", what):
+                layer = _layer(bench, form, rows)
                 plain = layer.seconds if form == "bf16" else plain
-                floor, of = limits.floor(layer.num_bytes, layer.flops)
-                results.point("linears", form=form, rows=rows, seconds=layer.seconds)
-                results.add(
+                floor, of = bench.limits.floor(layer.num_bytes, layer.flops)
+                bench.results.point("linears", form=form, rows=rows, seconds=layer.seconds)
+                bench.add(
                     Row(
                         "linears", what, 1e6 * layer.seconds, "us", floor / layer.seconds, of,
                         detail={"bytes": layer.num_bytes, "flops": layer.flops, "error": layer.error,
@@ -52,7 +50,8 @@ def measure_linears(results: Results, clock: Clock, sizes: Sizes, limits: Limits
                 )  # fmt: skip
 
 
-def _layer(clock: Clock, sizes: Sizes, form: str, rows: int) -> Layer:
+def _layer(bench: Bench, form: str, rows: int) -> Layer:
+    sizes, clock = bench.sizes, bench.clock
     seconds, num_bytes, flops, errors = 0.0, 0, 0, []
     for outputs, inputs in sizes.linears:
         weight = random_weight(form, outputs, inputs, sizes.dtype, clock.device)

@@ -6,16 +6,18 @@ import logging
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from gpu_parts.bench import Bench
 from gpu_parts.engines import engine
 from gpu_parts.loaded import load
 from gpu_parts.random_models import random_model, transformers_model
-from gpu_parts.results import Results, Row, Wanted, release
+from gpu_parts.results import Row, Wanted, release
 from gpu_parts.shapes import Sizes, Streams
-from gpu_parts.timing import Clock
 from kvarn.models.in_memory import InMemoryModel
 from kvarn.request import SamplingParams
 
@@ -29,75 +31,114 @@ Run = Callable[[Prompts], int]
 """Answers all prompts and returns the number of tokens said."""
 
 
-def measure_streams(results: Results, clock: Clock, sizes: Sizes) -> None:
+def measure_streams(bench: Bench) -> None:
     """Each model: greedy answers of one length to prompts of one length, the engines one after the other."""
-    for name, settings in sizes.models.items():
-        model = random_model(settings, str(clock.device))
-        rates: dict[str, float] = {}
-        _kvarn(results, clock, sizes, name, model, rates)
+    for name, settings in bench.sizes.models.items():
+        race = Race(bench, name, random_model(settings, bench.device), settings)
+        _kvarn(race)
         release()
-        logits = _logits(results, clock, sizes, name, model)
+        logits = _logits(race)
         release()
-        _transformers(results, clock, sizes, name, model, settings, rates, logits)
+        _transformers(race, logits)
         release()
-        _compare(results, sizes, name, rates)
+        _compare(race)
 
 
-def prompts_of(sizes: Sizes, vocab_size: int, seed: int) -> Prompts:
-    """Random ones: other ones for each seed, so that no engine finds what it has computed before."""
-    generator = torch.Generator().manual_seed(seed)
-    shape = (sizes.streams.count, sizes.streams.prompt)
-    ids: Prompts = torch.randint(3, vocab_size, shape, generator=generator).tolist()
-    return ids
+@dataclass(frozen=True, slots=True)
+class Race:
+    """Engines on the weights of one model."""
+
+    bench: Bench
+    name: str
+    model: InMemoryModel
+    settings: dict[str, Any]
+    rates: dict[str, float] = field(default_factory=dict)
+    """Tokens a second, by engine."""
+
+    def prompts(self, seed: int) -> Prompts:
+        """Random ones: other ones for each seed, so that no engine finds what it has computed before."""
+        generator = torch.Generator().manual_seed(seed)
+        shape = (self.bench.sizes.streams.count, self.bench.sizes.streams.prompt)
+        ids: Prompts = torch.randint(3, self.model.config.vocab_size, shape, generator=generator).tolist()
+        return ids
+
+    def run(self, engine_name: str, run: Run) -> None:
+        """Tokens a second: the median of some rounds after one that compiles and warms up."""
+        clock, streams = self.bench.clock, self.bench.sizes.streams
+        found = []
+        for number in range(1 + (ROUNDS if clock.cuda else 1)):
+            prompts = self.prompts(number)
+            clock.synchronize()
+            started = time.perf_counter()
+            tokens = run(prompts)
+            clock.synchronize()
+            seconds = time.perf_counter() - started
+            if tokens != streams.count * streams.output:
+                raise RuntimeError(f"{tokens} tokens came, not {streams.count * streams.output}")
+            if number:
+                found.append(tokens / seconds)
+        self.rates[engine_name] = rate = statistics.median(found)
+        self.bench.results.point("streams", model=self.name, engine=engine_name, rate=rate, count=streams.count)
+        self.bench.add(Row("streams", f"{self.name}, {engine_name}", rate, "tokens/s", detail={"rounds": found}))
+
+    def attempt(self, what: str) -> AbstractContextManager[None]:
+        """See `Results.attempt`."""
+        return self.bench.results.attempt("streams", f"{self.name}, {what}")
 
 
-def _kvarn(
-    results: Results, clock: Clock, sizes: Sizes, name: str, model: InMemoryModel, rates: dict[str, float]
-) -> None:
-    with results.attempt("streams", f"{name}, {KVARN}"), engine(model, clock.device, sizes) as llm:
+def _kvarn(race: Race) -> None:
+    sizes = race.bench.sizes
+    with race.attempt(KVARN), engine(race.model, race.bench.clock.device, sizes) as llm:
         sampling = SamplingParams(temperature=0.0, max_tokens=sizes.streams.output, ignore_eos=True)
-
-        def run(prompts: Prompts) -> int:
-            return sum(len(answer.token_ids) for answer in llm.generate(prompts, sampling))
-
-        _rate(results, clock, sizes, name, KVARN, run, model.config.vocab_size, rates)
+        race.run(KVARN, lambda prompts: sum(len(answer.token_ids) for answer in llm.generate(prompts, sampling)))
 
 
-def _logits(results: Results, clock: Clock, sizes: Sizes, name: str, model: InMemoryModel) -> torch.Tensor | None:
+def _logits(race: Race) -> torch.Tensor | None:
     """kvarn's, behind the first prompt."""
+    sizes = race.bench.sizes
     with (
-        results.attempt("streams", f"{name}, {KVARN}: logits"),
-        load(model, clock.device, sizes, weights="bf16", kv_type=sizes.kv_type) as loaded,
+        race.attempt(f"{KVARN}: logits"),
+        load(race.model, race.bench.clock.device, sizes, weights="bf16", kv_type=sizes.kv_type) as loaded,
     ):
-        return loaded.logits(prompts_of(sizes, model.config.vocab_size, 0)[0])
+        return loaded.logits(race.prompts(0)[0])
     return None
 
 
-def _transformers(
-    results: Results,
-    clock: Clock,
-    sizes: Sizes,
-    name: str,
-    model: InMemoryModel,
-    settings: dict[str, Any],
-    rates: dict[str, float],
-    logits: torch.Tensor | None,
-) -> None:
-    with results.attempt("streams", f"{name}, transformers: load"):
-        twin = transformers_model(model, settings, str(clock.device), getattr(torch, sizes.dtype))
-        vocab = model.config.vocab_size
+def _transformers(race: Race, logits: torch.Tensor | None) -> None:
+    sizes = race.bench.sizes
+    with race.attempt("transformers: load"):
+        twin = transformers_model(race.model, race.settings, race.bench.device, getattr(torch, sizes.dtype))
         if logits is not None:
-            with results.attempt("streams", f"{name}: the same logits"):
-                _same_logits(results, name, twin, prompts_of(sizes, vocab, 0)[0], logits)
-        with results.attempt("streams", f"{name}, {CONTINUOUS}"):
+            with race.attempt("the same logits"):
+                race.bench.add(_same_logits(race, twin, logits))
+        with race.attempt(CONTINUOUS):
             run, end = continuous(twin, sizes)
             try:
-                _rate(results, clock, sizes, name, CONTINUOUS, run, vocab, rates)
+                race.run(CONTINUOUS, run)
             finally:
                 end()
         release()
-        with results.attempt("streams", f"{name}, {STATIC}"):
-            _rate(results, clock, sizes, name, STATIC, static(twin, sizes.streams), vocab, rates)
+        with race.attempt(STATIC):
+            race.run(STATIC, static(twin, sizes.streams))
+
+
+def _same_logits(race: Race, twin: Any, logits: torch.Tensor) -> Row:
+    theirs = twin(torch.tensor([race.prompts(0)[0]], device=twin.device)).logits[0, -1].double().cpu()
+    error = float((logits.double() - theirs).norm() / theirs.norm())
+    return Row("streams", f"{race.name}: logits against transformers'", error, "of their size",
+               judged="off by", figure=error, wanted=ALIKE)  # fmt: skip
+
+
+def _compare(race: Race) -> None:
+    """The first model's ratio to continuous batching is judged."""
+    for other in (CONTINUOUS, STATIC):
+        what = f"{race.name}: {KVARN} against {other}"
+        if KVARN not in race.rates or other not in race.rates:
+            race.bench.add(Row("streams", what, failed="one of the two was not measured"))
+            continue
+        ratio = race.rates[KVARN] / race.rates[other]
+        wanted = SPEED if other == CONTINUOUS and race.bench.is_first(race.name) else None
+        race.bench.add(Row("streams", what, ratio, "times", judged="times as many tokens", figure=ratio, wanted=wanted))
 
 
 def static(twin: Any, streams: Streams) -> Run:
@@ -145,56 +186,3 @@ def continuous(twin: Any, sizes: Sizes) -> tuple[Run, Callable[[], None]]:
         twin.set_attn_implementation(before)
 
     return run, end
-
-
-def _rate(
-    results: Results,
-    clock: Clock,
-    sizes: Sizes,
-    name: str,
-    engine_name: str,
-    run: Run,
-    vocab_size: int,
-    rates: dict[str, float],
-) -> None:
-    """Tokens a second: the median of some rounds after one that compiles and warms up."""
-    streams = sizes.streams
-    found = []
-    for number in range(1 + (ROUNDS if clock.cuda else 1)):
-        prompts = prompts_of(sizes, vocab_size, number)
-        clock.synchronize()
-        started = time.perf_counter()
-        tokens = run(prompts)
-        clock.synchronize()
-        seconds = time.perf_counter() - started
-        if tokens != streams.count * streams.output:
-            raise RuntimeError(f"{tokens} tokens came, not {streams.count * streams.output}")
-        if number:
-            found.append(tokens / seconds)
-    rates[engine_name] = statistics.median(found)
-    results.point("streams", model=name, engine=engine_name, rate=rates[engine_name], count=streams.count)
-    results.add(Row("streams", f"{name}, {engine_name}", rates[engine_name], "tokens/s", detail={"rounds": found}))
-
-
-def _same_logits(results: Results, name: str, twin: Any, prompt: list[int], logits: torch.Tensor) -> None:
-    theirs = twin(torch.tensor([prompt], device=twin.device)).logits[0, -1].double().cpu()
-    error = float((logits.double() - theirs).norm() / theirs.norm())
-    results.add(
-        Row("streams", f"{name}: logits against transformers'", error, "of their size",
-            judged="off by", figure=error, wanted=ALIKE)
-    )  # fmt: skip
-
-
-def _compare(results: Results, sizes: Sizes, name: str, rates: dict[str, float]) -> None:
-    """The first model's ratio to continuous batching is judged."""
-    for other in (CONTINUOUS, STATIC):
-        what = f"{name}: {KVARN} against {other}"
-        if KVARN not in rates or other not in rates:
-            results.add(Row("streams", what, failed="one of the two was not measured"))
-            continue
-        ratio = rates[KVARN] / rates[other]
-        judged = other == CONTINUOUS and name == next(iter(sizes.models))
-        results.add(
-            Row("streams", what, ratio, "times", judged="times as many tokens", figure=ratio,
-                wanted=SPEED if judged else None)
-        )  # fmt: skip
