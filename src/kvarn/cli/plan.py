@@ -123,7 +123,10 @@ def _served(
     from kvarn.planning import Available, plan_memory
     from kvarn.spec import open_heads
 
-    available = backend_memory(config) if memory is None else Available(memory, "--memory")
+    try:
+        available = backend_memory(config) if memory is None else Available(memory, "--memory")
+    except ConfigError as error:
+        raise ConfigError(f"{error}; or say what memory to plan for: --memory 80GiB") from None
     heads = open_heads(config.speculative, program)
 
     def uses(kv: KvCacheSpec, limits: StepLimits) -> MemoryUse:

@@ -76,8 +76,9 @@ class CudaExecutable:
         weights = WeightLoader(program, source, config, self._forms).load(lowered, known or Weights())
         tables = {table: rotary_table(table, limits.max_model_len, device) for table in rotary_tables(program)}
         scratch = torch.empty(scratch_bytes(program, lowered, self._forms, limits), dtype=torch.uint8, device=device)
+        cache = KvStore(program.kv_groups, kv, device)
         self._parts: Parts | None = Parts(
-            program, weights, KvStore(program, kv, device), kv.block_size, tables, scratch, limits.max_model_len
+            program, weights, cache, kv.block_size, tables, scratch, limits.max_model_len
         )
         inputs = {name: program.buffer(name).width for name in program.inputs}
         largest = StepLayout.largest(program, kv, limits)

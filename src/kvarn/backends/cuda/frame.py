@@ -19,6 +19,11 @@ class Frame:
         self._rows = {Rows.TOKENS: 0, Rows.OUTPUTS: 0}
         self._views: dict[View, torch.Tensor] = {}
 
+    @property
+    def nbytes(self) -> int:
+        """Of the memory."""
+        return self._arena.numel()
+
     def begin(self, tokens: int, outputs: int) -> None:
         """Says how many rows the views of the next step have."""
         rows = {Rows.TOKENS: tokens, Rows.OUTPUTS: outputs}

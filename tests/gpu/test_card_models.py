@@ -1,0 +1,99 @@
+"""Whole tiny models: the CUDA back-end says what the reference back-end says."""
+
+import numpy as np
+import pytest
+from card_models import assert_near, card, load, run
+from op_programs import ragged
+
+from kvarn.backends import StepLimits
+from kvarn.backends.reference import ReferenceBackend
+from kvarn.backends.trees import with_trees
+from kvarn.tensors import DType
+from kvarn.testing.models import SETTINGS, tiny_model
+
+SMALL = {"num_hidden_layers": 1, "vocab_size": 300}
+IDS = [int(token) for token in np.random.default_rng(7).integers(0, 256, 60)]
+TABLES = [[5, 2, 7], [1, 6, 0]]
+
+
+def both(device, model, steps, kv="float32", share=1e-5, **settings):
+    """Runs the same steps on both back-ends and compares each."""
+    executables = [load(backend, model, kv) for backend in (card(device, **settings), ReferenceBackend())]
+    for parts, tables, more in steps:
+        got, wanted = (run(executable, parts, tables, **more) for executable in executables)
+        assert_near(got, wanted, share)
+    for executable in executables:
+        executable.close()
+
+
+RAGGED = [
+    ([(IDS[:20], 0), (IDS[20:37], 0)], TABLES, {}),
+    ([(IDS[20:21], 20), (IDS[37:56], 17)], TABLES, {}),
+    ([(IDS[21:22], 21)], TABLES[:1], {}),
+]
+"""Two prompts in scattered blocks; a decode beside a chunk, past the tiny models' window of 24; a decode alone."""
+
+
+@pytest.mark.parametrize("family", SETTINGS)
+def test_every_family(device, family):
+    both(device, tiny_model(family, num_hidden_layers=2), RAGGED)
+
+
+@pytest.mark.parametrize("kv", ["float16", "int8"])
+def test_stored_types_of_the_cache(device, kv):
+    both(device, tiny_model("qwen3", **SMALL), RAGGED, kv=kv, share=2e-2 if kv == "int8" else 2e-3)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_types_that_are_computed_in(device, dtype):
+    """Eight bits of fraction, or eleven."""
+    both(device, tiny_model("llama", **SMALL), RAGGED[:2], share=4e-2 if dtype == "bfloat16" else 6e-3, dtype=dtype)
+
+
+@pytest.mark.parametrize("stored", [DType.Q4_0, DType.Q4_1, DType.Q5_1, DType.Q8_0, DType.Q4_K, DType.Q6_K])
+def test_quantized_files_keep_their_values(device, stored):
+    wide = {"hidden_size": 256, "intermediate_size": 256} if stored.block_size > 32 else {}
+    both(device, tiny_model("llama", dtype=stored, **SMALL, **wide), RAGGED[1:], weights="stored")
+
+
+@pytest.mark.parametrize(("form", "share"), [("int8", 0.05), ("fp8", 0.15), ("int4", 0.4)])
+def test_forms_that_lose_something_lose_little(device, form, share):
+    both(device, tiny_model("llama", **SMALL), RAGGED[1:], weights=form, share=share)
+
+
+def test_trees_of_drafts(device):
+    """Branches behind known tokens, across a window's end, beside a decode."""
+    model = tiny_model("mistral", **SMALL)
+    executables = [load(backend, model) for backend in (card(device), ReferenceBackend())]
+    for executable in executables:
+        run(executable, [(IDS[:22], 0), (IDS[:5], 0)], TABLES)
+    plain = ragged([(IDS[22:32], 22), (IDS[5:6], 5)], tables=TABLES)
+    batch = with_trees(plain, [(-1, 0, -1, 1, 2, 2, 3, 0), ()])
+    got, wanted = (executable.execute(batch)["logits"].copy() for executable in executables)
+    assert_near(got, wanted)
+    for executable in executables:
+        executable.close()
+
+
+def test_outputs_by_name(device):
+    """Those asked for at load come without asking; others cost a plan of their own, and change nothing."""
+    model = tiny_model("gemma3_text", **SMALL)
+    names = sorted({buffer.name for buffer in model.program.buffers} - {"logits"})
+    limits = StepLimits(16, 2, 64, 14, outputs=("x",))
+    ours, reference = (load(backend, model, limits=limits) for backend in (card(device), ReferenceBackend()))
+    batch = ragged([(IDS[:9], 0)], outputs=[3, 8])
+    plain = {name: values.copy() for name, values in ours.execute(batch).items()}
+    assert set(plain) == {"logits", "x"}
+    got, wanted = ours.execute(batch, names), reference.execute(batch, names)
+    assert set(got) == {"logits", *names}
+    for name in wanted:
+        assert_near(got[name], wanted[name])
+    for name in plain:
+        np.testing.assert_array_equal(plain[name], got[name])
+    with pytest.raises(ValueError, match="no buffer 'z'"):
+        ours.execute(batch, ["z"])
+
+
+def test_a_step_may_need_no_logits(device):
+    model = tiny_model("qwen3", **SMALL)
+    both(device, model, [([(IDS[:9], 0)], TABLES[:1], {"outputs": []}), ([(IDS[9:10], 9)], TABLES[:1], {})])
