@@ -34,7 +34,7 @@ def measure_linears(bench: Bench) -> None:
     """A row for each form and number of rows."""
     for rows in bench.sizes.linear_rows:
         plain: float | None = None
-        for form in bench.sizes.weights:
+        for form in bench.sizes.linear_forms:
             what = f"a layer's matrices, {form}, {rows} row" + ("s" if rows > 1 else "")
             with bench.results.attempt("linears", what):
                 layer = _layer(bench, form, rows)

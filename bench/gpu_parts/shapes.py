@@ -34,11 +34,11 @@ QWEN_1_5B: dict[str, Any] = {
 TINY: dict[str, Any] = {
     "model_type": "llama",
     "vocab_size": 259,
-    "hidden_size": 64,
-    "intermediate_size": 128,
+    "hidden_size": 32,
+    "intermediate_size": 64,
     "num_hidden_layers": 1,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
     "max_position_embeddings": 128,
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
     "rms_norm_eps": 1e-5,
@@ -87,6 +87,7 @@ class Sizes:
     """(sequences, tokens of context)."""
     int4_group: int
     """Weights that share a scale."""
+    linear_forms: tuple[str, ...]
     linears: tuple[tuple[int, int], ...]
     """(output, input) widths."""
     linear_rows: tuple[int, ...]
@@ -112,6 +113,7 @@ FULL = Sizes(
     naive_most=8192,
     decode_attention=((1, 8192), (16, 8192), (64, 8192)),
     int4_group=128,
+    linear_forms=("bf16", "int8", "fp8", "int4"),
     linears=((6144, 4096), (4096, 4096), (14336, 4096), (4096, 14336)),
     linear_rows=(1, 16, 64, 256, 2048),
     copy_mib=(1024, 4096),
@@ -122,22 +124,23 @@ FULL = Sizes(
 )
 SMALL = Sizes(
     models={"tiny": TINY},
-    weights=("bf16", "int8", "fp8", "int4"),
+    weights=("bf16", "int4"),
     kv_type="float16",
     kv_types=("int8", "fp8_e4m3"),
-    decode_batches=(1, 2),
-    decode_context=18,
-    prefill_lengths=(8,),
-    heads=Heads(4, 2, 32),
+    decode_batches=(1,),
+    decode_context=4,
+    prefill_lengths=(4,),
+    heads=Heads(2, 1, 16),
     attention_lengths=(16, 32),
     naive_most=16,
     decode_attention=((2, 32),),
     int4_group=32,
+    linear_forms=("bf16", "int8", "fp8", "int4"),
     linears=((64, 64),),
-    linear_rows=(1, 16),
+    linear_rows=(1, 3),
     copy_mib=(1,),
     matmul=(64,),
-    streams=Streams(2, 8, 4),
+    streams=Streams(2, 4, 3),
     continuous={"num_blocks": 4, "max_batch_tokens": 64},
     dtype="float16",
 )

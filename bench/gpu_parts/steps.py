@@ -66,8 +66,9 @@ def _measure_one(bench: Bench, model: InMemoryModel, setting: Setting, only: fro
             for length in sizes.prefill_lengths:
                 with bench.results.attempt("prefill", f"{setting}, {length} tokens"):
                     bench.add(_prefill(bench, loaded, setting, length))
-        if "memory" in only:
+        if "memory" in only and "prefill" not in only:
             loaded.prefill(max(sizes.prefill_lengths))(0)
+        if "memory" in only and "decode" not in only:
             loaded.decode(max(sizes.decode_batches), sizes.decode_context, graphs=True)(0)
     if "memory" in only:
         bench.add(_memory_row(setting, planned, peak.num_bytes))
@@ -155,7 +156,7 @@ def _int4_row(name: str, alone: dict[str, float], *, judged: bool) -> Row:
 def _kv_types(bench: Bench) -> None:
     """Decode over quantized keys and values: the first model, bf16 weights, the second largest batch."""
     name, settings = next(iter(bench.sizes.models.items()))
-    batch, context = sorted(bench.sizes.decode_batches)[-2], bench.sizes.decode_context
+    batch, context = sorted(bench.sizes.decode_batches)[-2:][0], bench.sizes.decode_context
     model = random_model(settings, bench.device)
     for kv_type in bench.sizes.kv_types:
         what = f"{name} bf16, {batch} at once, {kv_type} KV"

@@ -13,6 +13,8 @@ L2_TIMES = 4
 """Inputs that are rotated take so many times the last cache together."""
 SMALLEST_ROTATION = 256 << 20
 MOST_SETS = 64
+WARM_CALLS, WARM_SECONDS = 3, 0.05
+LEAST_CALLS, MOST_CALLS, TIMED_SECONDS = 7, 200, 0.4
 GRAPH_CALLS = 20
 """Calls in a captured graph: their launches cost the host nothing, which matters below about 0.1 ms each."""
 
@@ -35,14 +37,12 @@ class Timing:
 
 
 class Clock:
-    """Times calls on one device. quick: a few calls only, where nothing but that it runs is of interest."""
+    """Times calls on one device. quick: one call, cold, where nothing but that it runs is of interest."""
 
     def __init__(self, device: str, *, quick: bool = False) -> None:
         self.device = torch.device(device)
         self.cuda = self.device.type == "cuda"
-        self._warm, self._total = (0.0, 0.0) if quick else (0.05, 0.4)
-        self._least, self._most = (1, 2) if quick else (7, 200)
-        self._least_warm = 0 if quick else 3
+        self.quick = quick
 
     def sets(self, set_bytes: int) -> int:
         """How many copies of inputs of so many bytes must be rotated so that the cache holds none of them."""
@@ -59,8 +59,10 @@ class Clock:
 
     def time(self, run: Callable[[int], object]) -> Timing:
         """Of run(i), i counting up: for choosing one of several sets of inputs."""
-        each = self._warm_up(run)
-        calls = max(self._least, min(self._most, int(self._total / max(each, 1e-7))))
+        calls = 1
+        if not self.quick:
+            each = self._warm_up(run)
+            calls = max(LEAST_CALLS, min(MOST_CALLS, int(TIMED_SECONDS / max(each, 1e-7))))
         if not self.cuda:
             return _timing([_host_seconds(run, i) for i in range(calls)], captured=False)
         begins = [torch.cuda.Event(enable_timing=True) for _ in range(calls)]
@@ -92,7 +94,7 @@ class Clock:
 
     def _warm_up(self, run: Callable[[int], object]) -> float:
         """Compiles and warms up. Returns about what a call takes."""
-        for i in range(self._least_warm):
+        for i in range(WARM_CALLS):
             run(i)
         self.synchronize()
         started, done = time.perf_counter(), 0
@@ -101,7 +103,7 @@ class Clock:
             done += 1
             self.synchronize()
             spent = time.perf_counter() - started
-            if spent >= self._warm or done >= self._most:
+            if spent >= WARM_SECONDS or done >= MOST_CALLS:
                 return spent / done
 
 
