@@ -29,21 +29,28 @@ def _named(points: Sequence[dict[str, Any]], key: str) -> list[str]:
     return list(dict.fromkeys(point[key] for point in points))
 
 
+def _logarithmic(panel: Any, places: Sequence[int]) -> None:
+    """Both axes, the x axis with a tick at each place, in plain numbers."""
+    panel.set_xscale("log", base=2)
+    panel.set_yscale("log")
+    ticks = sorted(set(places))
+    panel.set_xticks(ticks, [f"{tick // 1024}k" if tick % 1024 == 0 else str(tick) for tick in ticks])
+    panel.grid(alpha=0.25)
+
+
 def _attention(points: Sequence[dict[str, Any]], machine: str) -> Any:
     """Time and memory over N, both logarithmic: a slope of 2 is N²."""
     with_memory = any(point["peak_bytes"] for point in points)
     figure, panels = figures.pyplot().subplots(1, 2 if with_memory else 1, figsize=(9, 3.8), squeeze=False)
     quantities = [("seconds", 1e3, "ms"), ("peak_bytes", 1 / MIB, "MiB beyond the inputs")]
     for panel, (key, scale, label) in zip(panels[0], quantities, strict=False):
-        for way, colour, marker in zip(_named(points, "way"), COLOURS, MARKERS, strict=False):
+        for number, way in enumerate(_named(points, "way")):
             own = [point for point in points if point["way"] == way and point[key]]
-            panel.plot([p["tokens"] for p in own], [p[key] * scale for p in own], color=colour, marker=marker,
-                       markersize=4, label=way)  # fmt: skip
-        panel.set_xscale("log", base=2)
-        panel.set_yscale("log")
+            panel.plot([p["tokens"] for p in own], [p[key] * scale for p in own], color=COLOURS[number],
+                       marker=MARKERS[number], markersize=4, label=way, zorder=9 - number)  # fmt: skip
+        _logarithmic(panel, [point["tokens"] for point in points])
         panel.set_xlabel("tokens of the prompt (N)")
         panel.set_ylabel(label)
-        panel.grid(alpha=0.25)
     panels[0][0].legend(frameon=False)
     figure.suptitle(f"Attention of a prompt over its length, {machine}", fontsize=10)
     figure.tight_layout()
@@ -67,12 +74,10 @@ def _decode(points: Sequence[dict[str, Any]], machine: str) -> Any:
         roof = [p for p in points if p["model"] == model and p["weights"] == points[0]["weights"] and p["graphs"]]
         panel.plot([p["batch"] for p in roof], [p["batch"] / p["floor_seconds"] for p in roof], color="black",
                    linestyle=":", label=f"limit of the card, {points[0]['weights']}")  # fmt: skip
-        panel.set_xscale("log", base=2)
-        panel.set_yscale("log")
+        _logarithmic(panel, [point["batch"] for point in points])
         panel.set_title(model, fontsize=9)
         panel.set_xlabel("sequences in a step")
         panel.set_ylabel("tokens a second")
-        panel.grid(alpha=0.25)
     panels[0][0].legend(frameon=False, fontsize=7)
     figure.suptitle(f"Decode, {machine}", fontsize=10)
     figure.tight_layout()
@@ -90,7 +95,7 @@ def _streams(points: Sequence[dict[str, Any]], machine: str) -> Any:
         bars = panel.barh(names, rates, color=colours)
         panel.bar_label(bars, [f"{rate:,.0f}" for rate in rates], padding=3)
         panel.invert_yaxis()
-        panel.margins(x=0.18)
+        panel.margins(x=0.3)
         panel.set_title(f"{model}, {own[0]['count']} streams", fontsize=9)
         panel.set_xlabel("tokens a second")
     figure.suptitle(f"Throughput on the same weights, {machine}", fontsize=10)
