@@ -21,7 +21,7 @@ from kvarn.testing.models import tiny_model
 
 ONE = {"num_hidden_layers": 1}
 BLOCKS = 6
-KINDS = ["float16", "float32", "int8"]
+KINDS = ["float16", "bfloat16", "float32", "int8", "fp8_e4m3"]
 
 
 def store(device, kv):

@@ -9,15 +9,16 @@ from typer.testing import CliRunner
 
 from kvarn.backends.cuda import check_device
 from kvarn.cli import app
-from kvarn.cli.options import on_device
-from kvarn.config import CudaConfig, EngineConfig
+from kvarn.cli.options import chosen_device
+from kvarn.config import CacheConfig, CudaConfig, EngineConfig
 from kvarn.engine import make_backend
 from kvarn.errors import ConfigError
 from kvarn.testing import write_tiny_gguf
 
 
 def chosen(device="cuda", dtype=None, weights=None):
-    return on_device(EngineConfig(), device, dtype, weights)
+    backend, cuda = chosen_device(device, dtype, weights)
+    return EngineConfig(backend=backend, cuda=cuda)
 
 
 def test_what_options_come_to():
@@ -78,6 +79,14 @@ def test_a_card_is_planned_for_where_there_is_none(tmp_path):
     table = CliRunner().invoke(app, plan[:-1]).output
     assert "weights, packed for a GPU" in table
     assert "256.0 MiB  --memory" in table
+
+
+def test_types_of_the_cache_are_those_of_the_device():
+    assert EngineConfig(backend="cuda", cache=CacheConfig(dtype="fp8_e4m3")).cache.dtype == "fp8_e4m3"
+    with pytest.raises(ConfigError, match=r"kv_cache_dtype must be one of .* on a CPU, not 'fp8_e4m3'"):
+        EngineConfig(cache=CacheConfig(dtype="fp8_e4m3"))
+    with pytest.raises(ConfigError, match=r"kv_cache_dtype must be one of .* on a GPU, not 'int4'"):
+        EngineConfig(backend="cuda", cache=CacheConfig(dtype="int4"))
 
 
 def test_settings_check_themselves():

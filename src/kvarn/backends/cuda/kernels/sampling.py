@@ -28,17 +28,18 @@ _MORE_THAN_ONE = tl.constexpr(0x3F800001)
 """The bits of the least float32 above 1, which is the largest weight."""
 
 
-def add_biases(logits: torch.Tensor, biases: torch.Tensor, *, block: int = 256) -> None:
-    """Adds to single logits, in place.
+def adjust(
+    logits: torch.Tensor, rows: torch.Tensor, edits: torch.Tensor, before: torch.Tensor, *, block: int = 256
+) -> None:
+    """Adds biases to the logits and takes penalties off them, in place (see `RowRules`).
 
-    logits: float32[R, vocab]. biases: int32[B, 3], the words of `BIAS`, no logit twice. Raises ValueError for logits of
-    another type, which would round the sums.
+    logits: float32[R, vocab]. rows: int32[R, `WORDS`], the words of `ROW`. edits: int32[E, 4], those of `EDIT`. before:
+    int32, the tokens of the step before. Raises ValueError for logits of another type, which would round the sums.
     """
     if logits.dtype != torch.float32:
         raise ValueError(f"biases are added to float32, not to {logits.dtype}")
-    count = biases.shape[0]
-    if count:
-        _add_biases[(triton.cdiv(count, block),)](logits, logits.stride(0), biases, count, BLOCK=block)
+    if logits.shape[0]:
+        _adjust[(logits.shape[0],)](logits, logits.stride(0), rows, edits, before, BLOCK=block)
 
 
 def sample(
@@ -53,7 +54,7 @@ def sample(
 ) -> None:
     """Chooses a token from each row: greedy ones the likeliest, others one draw by the random number of their position.
 
-    logits: float32 or bfloat16 [R, vocab], biases added. rows: int32[R, `WORDS`], the words of `ROW`. masks:
+    logits: float32 or bfloat16 [R, vocab], after `adjust`. rows: int32[R, `WORDS`], the words of `ROW`. masks:
     int32[M, ceil(vocab / 32)], those of `RowRules.masks`; not read where M is 1. out: int32[R], written: the token, the
     lowest id among equals, or `NOTHING_LEFT` or `NOT_FINITE`. Equal to what `kvarn.sampling` says up to rounding:
     weights are float32, their sums float64.
@@ -85,14 +86,41 @@ def _feed(token_ids, previous, ids, count, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _add_biases(logits, stride, biases, count, BLOCK: tl.constexpr):
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < count
-    row = tl.load(biases + at * 3, inside, 0)
-    token = tl.load(biases + at * 3 + 1, inside, 0)
-    bias = tl.load(biases + at * 3 + 2, inside, 0).to(tl.float32, bitcast=True)
-    place = logits + row.to(tl.int64) * stride + token
-    tl.store(place, tl.load(place, inside, 0.0) + bias, inside)
+def _penalized(x, seen, count, repetition, presence, frequency):
+    x = tl.where(seen > 0, tl.where(x > 0, x / repetition, x * repetition), x)
+    return tl.where(count > 0, x - (frequency * count.to(tl.float32) + presence), x)
+
+
+@triton.jit
+def _adjust(logits, stride, rows, edits, before, BLOCK: tl.constexpr):
+    program = tl.program_id(0)
+    words = rows + program * _WORDS
+    row = logits + program.to(tl.int64) * stride
+    repetition = tl.load(words + 10).to(tl.float32, bitcast=True)
+    presence = tl.load(words + 11).to(tl.float32, bitcast=True)
+    frequency = tl.load(words + 12).to(tl.float32, bitcast=True)
+    edits += tl.load(words + 13).to(tl.int64) * 4
+    number = tl.load(words + 14)
+    pending = tl.load(words + 15)
+    last = tl.load(before + pending, pending >= 0, -1)
+    start = number * 0
+    known = number * 0
+    while start < number:
+        at = start + tl.arange(0, BLOCK)
+        inside = at < number
+        token = tl.load(edits + at * 4, inside, 0)
+        bias = tl.load(edits + at * 4 + 1, inside, 0).to(tl.float32, bitcast=True)
+        again = (inside & (token == last)).to(tl.int32)
+        seen = tl.load(edits + at * 4 + 2, inside, 0) + again
+        count = tl.load(edits + at * 4 + 3, inside, 0) + again
+        x = tl.load(row + token, inside, 0.0) + bias
+        tl.store(row + token, _penalized(x, seen, count, repetition, presence, frequency), inside)
+        known += tl.sum(again, 0)
+        start += BLOCK
+    first = (last >= 0) & (known == 0)
+    x = tl.load(row + last, first, 0.0)
+    one = known + 1
+    tl.store(row + last, _penalized(x, one, one, repetition, presence, frequency), first)
 
 
 @triton.jit
