@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from kvarn.engine import LLM
 
 ROOT = Path(__file__).resolve().parents[2]
-MOST_TOKENS = 2048
+MOST_TOKENS = 8192
 """Of a step: prompts are computed in chunks beside the answers that are under way."""
 
 
