@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
+import sys
 import time
 import traceback
 from collections.abc import Iterator
@@ -113,6 +115,7 @@ class Results:
     def point(self, curve: str, **values: Any) -> None:
         """One more point for a plot."""
         self.curves.setdefault(curve, []).append(values)
+        self.write()
 
     @contextmanager
     def attempt(self, part: str, what: str) -> Iterator[None]:
@@ -174,13 +177,12 @@ class Results:
 
 def release() -> None:
     """Gives back what a part that failed held on the card, so that the next one has it."""
-    import gc
-
-    import torch
-
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    if "torch" in sys.modules:
+        import torch
+
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 def number(value: float | None) -> str:

@@ -50,10 +50,9 @@ def test_a_part_that_crashes_leaves_what_it_measured(part, tmp_path):
 def test_a_part_that_hangs_is_ended(part, tmp_path):
     results = Results({}, tmp_path)
     started = time.monotonic()
-    run_apart(results, part("time.sleep(60)"), "decode", [], 3)
-    assert time.monotonic() - started < 30
-    assert [row.mark for row in results.rows] == ["", "failed"]
-    assert "3 s" in results.rows[1].failed
+    run_apart(results, part("time.sleep(60)"), "decode", [], 1)
+    assert time.monotonic() - started < 50
+    assert results.rows[-1].mark == "failed" and "1 s" in results.rows[-1].failed
 
 
 def test_a_part_that_ends_well_is_all_there_is(part, tmp_path):
