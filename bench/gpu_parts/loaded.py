@@ -31,6 +31,8 @@ from kvarn.step import NewSequence
 BLOCK_SIZE = 16
 UNDER_WAY = 2
 """Steps begun before the oldest one's tokens are read: as the engine does it."""
+COPIED_AT_ONCE = 64
+"""Blocks."""
 WARM_STEPS = 8
 """More than are launched one by one before a graph is recorded."""
 Step = Callable[[int], object]
@@ -159,7 +161,11 @@ class Loaded:
         if self._filled == batch * per:
             return
         self._launch(self._prompt(context))
-        self._executable.copy_blocks([(block % per, block) for block in range(per, batch * per)])
+        for first in range(
+            per, batch * per, COPIED_AT_ONCE
+        ):  # what a copy holds meanwhile must not be what is measured
+            blocks = range(first, min(first + COPIED_AT_ONCE, batch * per))
+            self._executable.copy_blocks([(block % per, block) for block in blocks])
         self._filled = batch * per
 
 
