@@ -116,6 +116,8 @@ def test_a_penalty_is_for_the_token_that_is_pending_too():
         rules = rules_of([params], [1], said=said, pending=[pending])
         assert drawn(logits, rules).tolist() == [expected]
         assert choose(logits, rules, BEFORE).tolist() == [expected]
+    once = rules_of([SamplingParams(temperature=0.0, presence_penalty=0.75)], [1], said=(40,), pending=[0])
+    assert drawn(logits, once).tolist() == [40], "not taken off twice"
 
 
 @pytest.mark.parametrize("step", [0, 1.0])

@@ -38,11 +38,11 @@ def quantize_rows_kernel(x, codes, scales, width, columns, x_stride, BLOCK: tl.c
         largest = tl.maximum(largest, tl.abs(tl.load(x + m * x_stride + k, mask=k < width, other=0.0).to(tl.float32)))
     scale = tl.max(largest, axis=0) / LARGEST
     tl.store(scales + m, scale)
+    divisor = tl.where(scale > 0, scale, 1.0)
     for start in range(0, columns, BLOCK):
         k = start + tl.arange(0, BLOCK)
         values = tl.load(x + m * x_stride + k, mask=k < width, other=0.0).to(tl.float32)
-        scaled = tl.where(scale > 0, values / scale, 0.0)
-        limited = tl.minimum(tl.maximum(scaled, -LARGEST), LARGEST)
+        limited = tl.minimum(tl.maximum(values / divisor, -LARGEST), LARGEST)
         tl.store(codes + m * columns + k, e4m3_codes(limited), mask=k < columns)
 
 
@@ -54,20 +54,22 @@ def fp8_gemm_kernel(
 ):  # fmt: skip
     """out[share, m, n] = token_scales[m] * scales[n] * sum over the share's inputs of codes[m] * packed[n] (+ bias).
 
-    The card's own sums of products of FP8 keep few bits: each block of BLOCK_K is summed from zero and added in float32.
+    The card's own sums of products of FP8 keep few bits: each BLOCK_K / 2 products are summed from zero and added in float32.
     """
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    left_rows = codes + m[:, None].to(tl.int64) * columns
+    right_rows = packed + n[:, None].to(tl.int64) * columns
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     first = tl.program_id(2) * share_width
     for start in range(first, tl.minimum(first + share_width, columns), BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         inside = k[None, :] < columns
-        left = tl.load(codes + m[:, None].to(tl.int64) * columns + k[None, :], mask=(m[:, None] < tokens) & inside, other=0)
-        right = tl.load(packed + n[:, None].to(tl.int64) * columns + k[None, :], mask=(n[:, None] < rows) & inside, other=0)
+        left = tl.load(left_rows + k[None, :], mask=(m[:, None] < tokens) & inside, other=0)
+        right = tl.load(right_rows + k[None, :], mask=(n[:, None] < rows) & inside, other=0)
         left = left.to(tl.float8e4nv, bitcast=True)
-        right = right.to(tl.float8e4nv, bitcast=True)
-        acc = tl.dot(left, tl.trans(right), acc, max_num_imprecise_acc=BLOCK_K // 2)
+        right = tl.trans(right.to(tl.float8e4nv, bitcast=True))
+        acc = tl.dot(left, right, acc, max_num_imprecise_acc=BLOCK_K // 2)
     acc *= tl.load(token_scales + m, mask=m < tokens, other=0.0)[:, None]
     acc *= tl.load(scales + n, mask=n < rows, other=0.0)[None, :]
     store_tile(acc, bias, out, m, n, tokens, rows, out_stride, BIAS)
