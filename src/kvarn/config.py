@@ -36,7 +36,8 @@ class CacheConfig:
     """Tokens in a block; a multiple of 16."""
     dtype: str = "float16"
     """Stored type of keys and values: one of `CACHE_TYPES`, or of `CARD_CACHE_TYPES` on a GPU. int8 halves
-    float16's cache and loses a little, int4 takes a third of it and loses more: `kvarn eval kv-cache` measures how much."""
+    float16's cache and loses a little, int4 takes a third of it and loses more: `kvarn eval kv-cache` measures how
+    much."""
     kv_cache_bytes: int | None = None
     num_blocks: int | None = None
     """Exact number of blocks; overrides kv_cache_bytes (tests, benchmarks)."""
@@ -233,12 +234,13 @@ class CudaConfig:
     weight_group: int = 32
     """Of int4: 32, 64 or 128."""
     device: str = "cuda"
-    """A device as torch names it: cuda is the first card, cuda:1 the second."""
+    """cuda: the first card that CUDA_VISIBLE_DEVICES lists; cpu: Triton's interpreter, for tests."""
 
     def __post_init__(self) -> None:
         _check(self.dtype in COMPUTE_TYPES, "dtype", self.dtype, f"one of {', '.join(COMPUTE_TYPES)}")
         _check(self.weights in WEIGHT_FORMS, "weights", self.weights, f"one of {', '.join(WEIGHT_FORMS)}")
         _check(self.weight_group in (32, 64, 128), "weight_group", self.weight_group, "32, 64 or 128")
+        _check(self.device in ("cuda", "cpu"), "device", self.device, "cuda or cpu")
 
 
 @dataclass(frozen=True, slots=True)
