@@ -1,8 +1,8 @@
 """Repairs of Triton's interpreter (3.6), which tests on the CPU run kernels in.
 
 It multiplies bfloat16 matrices as the integers that hold their bits, and rounds to narrow floats without carrying into
-the exponent: torch does both here, which rounds to nearest, ties to even, as cards do. And it takes arrays of one element
-for the bounds of a loop, which NumPy no longer converts to integers.
+the exponent: torch does both here, which rounds to nearest, ties to even, as cards do. And it takes arrays of one
+element for the bounds of a loop, which NumPy no longer converts to integers.
 """
 
 from __future__ import annotations
