@@ -32,7 +32,7 @@ BLOCK_SIZE = 16
 UNDER_WAY = 2
 """Steps begun before the oldest one's tokens are read: as the engine does it."""
 COPIED_AT_ONCE = 64
-"""Blocks."""
+"""Blocks: what a copy holds meanwhile must not be the most that is held."""
 WARM_STEPS = 8
 """More than are launched one by one before a graph is recorded."""
 Step = Callable[[int], object]
@@ -161,9 +161,7 @@ class Loaded:
         if self._filled == batch * per:
             return
         self._launch(self._prompt(context))
-        for first in range(
-            per, batch * per, COPIED_AT_ONCE
-        ):  # what a copy holds meanwhile must not be what is measured
+        for first in range(per, batch * per, COPIED_AT_ONCE):
             blocks = range(first, min(first + COPIED_AT_ONCE, batch * per))
             self._executable.copy_blocks([(block % per, block) for block in blocks])
         self._filled = batch * per
