@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -26,6 +27,8 @@ ALIKE = Wanted(most=0.1)
 """Of the logits' difference to transformers', as a share of their size: two roundings of bf16 through all layers."""
 ROUNDS = 3
 KVARN, STATIC, CONTINUOUS = "kvarn", "transformers, static cache, compiled", "transformers, continuous batching"
+FASTER = ("flash_attn", "kernels")
+"""Packages that transformers takes flash attention from for continuous batching; without them it is SDPA over a mask."""
 Prompts = list[list[int]]
 Run = Callable[[Prompts], int]
 """Answers all prompts and returns the number of tokens said."""
@@ -62,8 +65,8 @@ class Race:
         ids: Prompts = torch.randint(3, self.model.config.vocab_size, shape, generator=generator).tolist()
         return ids
 
-    def run(self, engine_name: str, run: Run) -> None:
-        """Tokens a second: the median of some rounds after one that compiles and warms up."""
+    def run(self, engine_name: str, run: Run, **detail: Any) -> None:
+        """Tokens a second: the median of some rounds after one that compiles and warms up. detail: for its row."""
         clock, streams = self.bench.clock, self.bench.sizes.streams
         found = []
         for number in range(1 if clock.quick else 1 + ROUNDS):
@@ -79,7 +82,9 @@ class Race:
                 found.append(tokens / seconds)
         self.rates[engine_name] = rate = statistics.median(found)
         self.bench.results.point("streams", model=self.name, engine=engine_name, rate=rate, count=streams.count)
-        self.bench.add(Row("streams", f"{self.name}, {engine_name}", rate, "tokens/s", detail={"rounds": found}))
+        self.bench.add(
+            Row("streams", f"{self.name}, {engine_name}", rate, "tokens/s", detail={**detail, "rounds": found})
+        )
 
     def attempt(self, what: str) -> AbstractContextManager[None]:
         """See `Results.attempt`."""
@@ -114,7 +119,7 @@ def _transformers(race: Race, logits: torch.Tensor | None) -> None:
         with race.attempt(CONTINUOUS):
             run, end = continuous(twin, sizes)
             try:
-                race.run(CONTINUOUS, run)
+                race.run(CONTINUOUS, run, **{name: find_spec(name) is not None for name in FASTER})
             finally:
                 end()
         release()
