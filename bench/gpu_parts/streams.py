@@ -28,7 +28,7 @@ ALIKE = Wanted(most=0.1)
 ROUNDS = 3
 KVARN, STATIC, CONTINUOUS = "kvarn", "transformers, static cache, compiled", "transformers, continuous batching"
 FASTER = ("flash_attn", "kernels")
-"""Packages that transformers takes flash attention from for continuous batching; without them it is SDPA over a mask."""
+"""Packages that continuous batching takes flash attention from; without them it is SDPA over a mask."""
 Prompts = list[list[int]]
 Run = Callable[[Prompts], int]
 """Answers all prompts and returns the number of tokens said."""
@@ -119,12 +119,19 @@ def _transformers(race: Race, logits: torch.Tensor | None) -> None:
         with race.attempt(CONTINUOUS):
             run, end = continuous(twin, sizes)
             try:
-                race.run(CONTINUOUS, run, **{name: find_spec(name) is not None for name in FASTER})
+                race.run(CONTINUOUS, run, **_installed())
             finally:
                 end()
         release()
         with race.attempt(STATIC):
-            race.run(STATIC, static(twin, sizes.streams))
+            race.run(STATIC, static(twin, sizes.streams), **_installed())
+
+
+def _installed() -> dict[str, Any]:
+    """What transformers had to run on."""
+    import transformers
+
+    return {"transformers": transformers.__version__, **{name: find_spec(name) is not None for name in FASTER}}
 
 
 def _same_logits(race: Race, twin: Any, logits: torch.Tensor) -> Row:
