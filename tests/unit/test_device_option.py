@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from kvarn.backends.cuda import check_device
-from kvarn.cli import app
+from kvarn.cli.app import app
 from kvarn.cli.options import chosen_device
 from kvarn.config import CacheConfig, CudaConfig, EngineConfig
 from kvarn.engine import make_backend
@@ -32,8 +32,8 @@ def test_what_options_come_to():
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"device": "cpu", "dtype": "float16"}, "--dtype is for --device cuda"),
-        ({"device": "cpu", "weights": "int4"}, "--weights is for --device cuda"),
+        ({"device": "cpu", "dtype": "float16"}, "--dtype is for a GPU"),
+        ({"device": "cpu", "weights": "int4"}, "--weights is for a GPU"),
         ({"device": "cuda:1"}, "--device must be cpu or cuda, not 'cuda:1'; of several GPUs CUDA_VISIBLE_DEVICES"),
         ({"dtype": "half"}, "dtype must be one of bfloat16, float16, float32, not 'half'"),
         ({"weights": "int3"}, "weights must be one of stored, dense, int8, int4, fp8, not 'int3'"),

@@ -105,7 +105,7 @@ def chosen_device(device: str, dtype: str | None, weights: str | None) -> tuple[
     if device == "cpu":
         for option, value in (("dtype", dtype), ("weights", weights)):
             if value is not None:
-                raise ConfigError(f"--{option} is for --device cuda; on a CPU weights stay as the file has them")
+                raise ConfigError(f"--{option} is for a GPU; on a CPU weights stay as the file has them")
         return "cpu", CudaConfig()
     if device != "cuda":
         raise ConfigError(
