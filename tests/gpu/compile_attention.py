@@ -1,4 +1,4 @@
-"""Compiles attention and the KV write for sm_90, a line of JSON for each kernel; a process of its own (see compiled.py)."""
+"""Compiles attention and the KV write for sm_90: a line of JSON for each kernel. A process of its own (compiled.py)."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from kvarn.backends.cuda.kernels.attention_plan import (
 )
 
 MIXED = [(1, 5), (21, 40), (1, 300), (3, 280), (17, 17)]
-"""A short decode, a prompt's chunk behind known tokens, a decode and drafts that are split, and a prompt's beginning."""
+"""A decode, a prompt's chunk behind known tokens, a decode and drafts that are split, and a prompt's beginning."""
 TREE = [-1, 0, 0, -1, 2, 3]
 TOLERANCES = {"float32": 3e-6, "float16": 2e-3, "bfloat16": 1.5e-2}
 

@@ -73,6 +73,6 @@ def test_a_type_that_the_card_does_not_have_is_refused_by_name():
 
 
 def test_vectors_of_another_size_are_refused(device):
+    kv = LayerKv.empty(32, 2, 24, 12, "float16", device)
     with pytest.raises(ValueError, match="2 vectors of 20 elements a token do not fit"):
-        kv = LayerKv.empty(32, 2, 24, 12, "float16", device)
         kv_write(torch.ones(4, 2, 20), torch.ones(4, 2, 12), torch.arange(4), kv)
