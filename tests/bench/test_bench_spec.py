@@ -131,9 +131,10 @@ def test_what_is_counted_is_what_the_engine_counts(model, method, batch):
 @pytest.mark.parametrize(("right", "ended", "refused"), [(1, False, 1), (1, True, 0), (3, False, 0)])
 def test_a_draft_cut_short_by_the_answers_end_is_not_refused(right, ended, refused):
     part = ScheduledSequence(1, (5,), 9, ((0,),), True, draft=(1, 2, 3), parents=(-1, 0, 1))
-    log = spec_lane._Log(SchedulerOutput(0, (part,)), 0.5, {1: (3, right, ended)})
+    log = spec_lane._Log(SchedulerOutput(0, (part,)), 0.5, {1: (3, right, ended, True)})
     tally = Lane(NGRAM, None, log)._count(right + 1, 0.1)
     assert (tally.draft_tokens, tally.accepted, tally.refused) == (3, right, refused)
+    assert (tally.copied_tokens, tally.copied_accepted, tally.copied_refused) == (3, right, refused)
     assert (tally.guessed, tally.rows, tally.turns) == (3, 4, 1)
 
 
