@@ -24,7 +24,6 @@ def machine(control, **settings):
 def test_both_sources_bring_more_than_either():
     text = {"found": 0.5, "copied": (0.85, 0.9), "computed": (0.75, 0.8)}
     slowdowns = {control: machine(control, **text).run(6000).slowdown for control in ("copies", "computed", "both")}
-    # The copying controller's machine has no drafter where nothing is found.
     assert slowdowns["both"] < 0.93 * min(slowdowns["copies"], slowdowns["computed"])
 
 
@@ -47,13 +46,13 @@ def test_what_costs_nothing_goes_on_when_the_drafter_is_in_debt():
     assert made.asked < 300
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     control=st.sampled_from(list(CONTROLS)),
     batch=st.sampled_from([1, 4, 16]),
     growth=st.lists(st.floats(1.02, 2.0), min_size=6, max_size=6),
     guess=st.floats(0.02, 1.5),
-    read=st.floats(0.001, 0.2),
+    read=st.floats(0.3, 3),
     rates=st.tuples(*[st.floats(0, 0.98)] * 4),
     found=st.floats(0, 1),
     prompt=st.integers(1, 1500),
@@ -63,16 +62,20 @@ def test_what_costs_nothing_goes_on_when_the_drafter_is_in_debt():
 def test_no_controller_loses_whatever_steps_cost_and_guesses_are_worth(
     control, batch, growth, guess, read, rates, found, prompt, answer, seed
 ):
-    """guess, read: of a step. After 3,000 tokens of each sequence it has taken at most 1 / 0.97 of the time."""
+    """guess: of a step. read: against what the growth of steps and the time of a guess let expect of a token.
+
+    After 2,000 tokens (8,000 of a batch) it has taken at most 1 / 0.97 of the time.
+    """
     rows = [0.01]
     for factor in growth:
         rows.append(rows[-1] * factor)
+    read *= guess * (rows[-1] - rows[-2]) / 32
     computed, copied = sorted(rates[:2]), sorted(rates[2:])
     made = machine(
-        control, batch=batch, rows=rows, guess=guess * 0.01, read=read * 0.01, computed=computed, copied=copied,
+        control, batch=batch, rows=rows, guess=guess * 0.01, read=read, computed=computed, copied=copied,
         found=found, prompt=(1, prompt), answer=answer, seed=seed,
     )  # fmt: skip
-    assert made.run(3000 * batch).slowdown <= MOST_SLOWDOWN
+    assert made.run(2000 * min(batch, 4)).slowdown <= MOST_SLOWDOWN
 
 
 @pytest.mark.parametrize("control", list(CONTROLS))

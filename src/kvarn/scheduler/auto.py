@@ -123,12 +123,15 @@ class AutoSpeculation:
     steps without guesses only.
     """
 
+    num_accounts = 1
+    """Sources of guesses, of which each has one."""
+
     def __init__(self, most: int, cost: StepCost) -> None:
         """most: guesses for a sequence at most. cost: predicts steps, as a start."""
         self.most = most
         self._times = RowTimes(cost)
-        self._account = Account()
-        self._accounts = [self._account]
+        self._accounts = [Account(1 / self.num_accounts) for _ in range(self.num_accounts)]
+        self._account = self._accounts[0]
         self._said = 0
         """Tokens of the step that is being booked."""
         self._aside = 0.0

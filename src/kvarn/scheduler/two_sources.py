@@ -25,13 +25,13 @@ class TwoSources(CostlySpeculation):
     """
 
     computed_kind = MOST_KINDS
+    num_accounts = 2
 
     def __init__(self, most: int, most_copies: int, cost: StepCost) -> None:
         """most, most_copies: guesses for a sequence at most, by their source. cost: predicts steps, as a start."""
         super().__init__(most, cost)
         self._most_copies = most_copies
-        self._of_copies = Account()
-        self._accounts.append(self._of_copies)
+        self._of_copies = self._accounts[1]
         self._computed_verified = False
         """Whether guesses that were computed are verified in this step."""
         self._plain = True
@@ -68,9 +68,10 @@ class TwoSources(CostlySpeculation):
 
     def _least(self, sequence: Sequence, count: int) -> int:
         """The length of the shortest copies that are worth what the other drafter is asked for; above `count`: none."""
-        prospect, computed = self._prospect, self._computed(sequence)
+        computed = self._computed(sequence)
+        prospect = self._now if self._now.depth else self._hoped
         gain = sum(computed.gain(level) for level in range(self._asked))
-        worth = prospect.saved(gain, self._asked) - prospect.guess * self._asked
+        worth = prospect.worth(gain, self._asked) - prospect.guess * self._asked
         for kind in range(MOST_KINDS):
             longest = count if kind == MOST_KINDS - 1 else min(count, (kind + 1) * LENGTHS_TOGETHER)
             if _most_saved(prospect, self._known(sequence, kind), longest) >= worth:
@@ -89,5 +90,5 @@ def _most_saved(prospect: Prospect, known: Acceptance, longest: int) -> float:
     best = gain = 0.0
     for level in range(longest):
         gain += known.gain(level)
-        best = max(best, prospect.saved(gain, level + 1))
+        best = max(best, prospect.worth(gain, level + 1))
     return best
