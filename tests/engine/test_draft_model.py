@@ -147,6 +147,29 @@ def test_what_was_copied_is_read_with_the_next_guess_and_not_before(monkeypatch)
     core.close()
 
 
+def test_a_long_copy_is_not_read_as_long_as_it_goes_on(monkeypatch):
+    """However much there is to read by then."""
+    said = answers(["one two three "], sampling={"max_tokens": 90})[0]["0"]
+    copied, reads = [], []
+
+    def guess(drafter, sequence_id, count):
+        known = len(drafter._texts[sequence_id].tokens) - 14
+        copied.append(known)
+        return tuple(said[known : known + count]) if len(copied) <= 10 else ()
+
+    monkeypatch.setattr(NgramDrafter, "_guess", guess)
+    core = tiny_engine(**PLAIN, speculative=BOTH, draft=shared_model("llama", 0)).core
+    model = core._runner._drafter._other
+    run = model._run
+    monkeypatch.setattr(model, "_run", lambda steps: reads.append(len(copied)) or run(steps))
+    assert tokens_of(run_core(core, [request("a", "one two three ", max_tokens=90)])["a"]) == said
+    stats = core.stats()
+    assert stats.accepted_copies == stats.copied_tokens == 60
+    assert min(reads) > 10, "nothing is read before there is nothing to copy"
+    assert stats.accepted_tokens == stats.draft_tokens > 70
+    core.close()
+
+
 def test_blocks_that_a_second_tier_brings_back_are_read_again(tmp_path, monkeypatch):
     monkeypatch.setattr("kvarn.engine.tier.measure_move", lambda executable, file: MoveSeconds(0.0, 0.0))
     settings = {"num_blocks": 12, "kv_offload_bytes": 1 << 20, "kv_offload_dir": str(tmp_path), "identity": "tiny"}
