@@ -12,6 +12,9 @@ from dataclasses import dataclass
 
 from kvarn.request import Pooling, SamplingParams, TokenLogprob
 
+PENDING = -1
+"""In place of a token that the step before samples, whose result is not there yet."""
+
 
 @dataclass(frozen=True, slots=True)
 class PromptTargets:
@@ -30,7 +33,7 @@ class ScheduledSequence:
     sequence_id: int
     """Unique until the engine is reset."""
     token_ids: tuple[int, ...]
-    """The tokens whose KV is computed in this step."""
+    """The tokens whose KV is computed in this step. The last may be `PENDING`."""
     start: int
     """Position of token_ids[0]; equals the sequence's num_computed_tokens."""
     block_tables: tuple[tuple[int, ...], ...]
@@ -172,12 +175,15 @@ class DraftTokens:
 
 @dataclass(frozen=True, slots=True)
 class FailedSequence:
-    """A sequence that cannot go on for what its request asks; `message` is for who sent it."""
+    """A sequence that cannot go on; the others do.
+
+    message: for who sent its request, where a parameter is at fault; else for the log.
+    """
 
     sequence_id: int
     message: str
     field: str = "grammar"
-    """The parameter at fault."""
+    """The parameter at fault; "" where none is."""
 
 
 @dataclass(frozen=True, slots=True)

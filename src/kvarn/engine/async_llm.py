@@ -62,9 +62,21 @@ class AsyncLLM(EngineFront):
         """Whether a step has failed and the engine is being brought back; requests wait meanwhile."""
         return self._loop.is_restarting
 
+    @property
+    def busy_seconds(self) -> float:
+        """For how long the engine has been at the step that it is in; 0 while there is nothing to do. Never waits."""
+        return self._loop.busy_seconds
+
     def check(self, request: Request) -> None:
         """Raises RequestError, naming field and limit, for a request this engine can never run."""
         self._loop.check(request)
+
+    def check_room(self) -> None:
+        """Raises QueueFullError where `generate` would for any request, so that nobody makes one ready for nothing.
+
+        It is counted as a rejection, as that of a request is.
+        """
+        self._loop.check_room()
 
     def resolve(self, request: Request) -> Request:
         """The same with token ids in place of texts (`bad_words`), for callers to whom `generate` must return soon."""

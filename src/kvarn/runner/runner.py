@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import time
+from collections import deque
+from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvarn.backends import Executable, StepLimits
 from kvarn.draft_tree import chain, path
+from kvarn.errors import RequestError
 from kvarn.grammar import GrammarMasks, StepMasks
+from kvarn.request import SamplingParams
+from kvarn.runner.ahead import Ahead, NeverAhead
 from kvarn.runner.batch import BatchBuilder
 from kvarn.runner.block_file import BlockFile
 from kvarn.runner.block_mover import BlockMover
@@ -18,7 +25,27 @@ from kvarn.runner.guide import guided
 from kvarn.runner.pooler import NullPooler, Pooler
 from kvarn.runner.prompt_logprobs import take_prompts
 from kvarn.sampling import Draft, Sampler, TokenMasks
-from kvarn.step import DraftTokens, FailedSequence, SampledToken, ScheduledSequence, SchedulerOutput, StepOutput
+from kvarn.step import (
+    DraftTokens,
+    FailedSequence,
+    NewSequence,
+    SampledToken,
+    ScheduledSequence,
+    SchedulerOutput,
+    StepOutput,
+)  # fmt: skip
+
+logger = logging.getLogger(__name__)
+
+
+class _Begun(NamedTuple):
+    """What came of all that comes before the program."""
+
+    refused: list[FailedSequence]
+    loaded: tuple[int, ...]
+    moved: float
+    """Seconds that saves and loads took."""
+    prepare_seconds: float
 
 
 class Runner:
@@ -39,12 +66,14 @@ class Runner:
         drafter: Drafter | None = None,
         grammars: GrammarMasks | None = None,
         pooler: Pooler | None = None,
+        ahead: Ahead | None = None,
     ) -> None:
         """limits: those the executable was loaded with. logits: the program's output buffer.
 
         block_file: where blocks are saved and loaded, owned from now on; None: a step must not ask for that.
         drafter: who proposes drafts; None: nobody. grammars: of the sequences that have one, owned from now on; None:
-        no sequence may have one. pooler: makes embeddings; None: no sequence may be one.
+        no sequence may have one. pooler: makes embeddings; None: no sequence may be one. ahead: begins steps on an
+        executable that can be ahead of its caller, with no drafter; None: all steps are executed.
         """
         self._blocks = BlockMover(executable, block_file)
         self._executable = executable
@@ -52,6 +81,7 @@ class Runner:
         self._drafter = drafter or NullDrafter()
         self.grammars = grammars or GrammarMasks()
         self.pooler = pooler or NullPooler()
+        self._ahead = ahead or NeverAhead()
         self._drawn: dict[int, Proposal] = {}
         """The last proposals that were drawn from probabilities, by sequence."""
         self._num_groups = len(executable.program.kv_groups)
@@ -59,38 +89,25 @@ class Runner:
         self._block_size = block_size
         self._logits = logits
         self._known: set[int] = set()
+        self._refused: deque[list[FailedSequence]] = deque()
+        """By the steps that were submitted and not collected."""
 
     def execute(self, scheduled: SchedulerOutput) -> StepOutput:
         """Runs a step: forgets who finished, moves blocks, runs the program, samples, lets the next tokens be guessed.
 
-        A step may be empty.
+        A step may be empty. All steps that were submitted must be collected.
         """
-        self._blocks.save(scheduled.block_saves)
-        for sequence_id in scheduled.finished:
-            self._known.discard(sequence_id)
-            self._remove(sequence_id)
-        for new in scheduled.new:
-            self._sampler.add(new)
-            self._drafter.add(new)
-            self.grammars.add(new)
-            self.pooler.add(new)
-            self._known.add(new.sequence_id)
-        if scheduled.block_copies:
-            self._executable.copy_blocks(scheduled.block_copies)
-        loaded = self._blocks.load(scheduled.block_loads)
-        moved = self._blocks.take_seconds()
-        started = time.perf_counter()
-        computed = self._drafter.prepare(scheduled)
-        prepare_seconds = time.perf_counter() - started if computed else 0.0
+        scheduled = self._ahead.known(scheduled)
+        begun = self._begin(scheduled)
         if not scheduled.sequences:
-            return StepOutput(scheduled.step, (), loaded, moved, prepare_seconds=prepare_seconds)
+            return StepOutput(scheduled.step, (), begun.loaded, begun.moved, prepare_seconds=begun.prepare_seconds)
         parts = [s for s in scheduled.sequences if s.sample]
         pending = self.grammars.begin(parts)
         values = self._executable.execute(self._batches.build(scheduled.sequences), self._drafter.buffers)
         masks = None if pending is None else self.grammars.finish(pending)
         pooled = self.pooler.take(scheduled, values)
         values, prompts = take_prompts(values, self._logits, scheduled.sequences, self._sampler)
-        sampled, failed = self._sample(values[self._logits], parts, masks)
+        sampled, failed = self._sample(values[self._logits], parts, masks, begun.refused)
         started = time.perf_counter()
         proposals = guided(self.grammars, scheduled, self._drafter.propose(scheduled, sampled, values))
         asked = any(part.num_drafts_wanted or part.num_copies_wanted for part in scheduled.sequences)
@@ -98,15 +115,56 @@ class Runner:
         self._drawn = {p.sequence_id: p for p in proposals if p.probabilities is not None}
         drafts = tuple(_tokens(p) for p in proposals if p.token_ids)
         return StepOutput(
-            scheduled.step, tuple(sampled), loaded, moved, drafts, draft_seconds, prepare_seconds, tuple(failed),
-            prompts, pooled,
+            scheduled.step, tuple(sampled), begun.loaded, begun.moved, drafts, draft_seconds, begun.prepare_seconds,
+            tuple(failed), prompts, pooled,
         )  # fmt: skip
 
+    def submits(self, scheduled: SchedulerOutput) -> bool:
+        """Whether the step may be submitted, rather than executed."""
+        return self._ahead.takes(scheduled)
+
+    def submit(self, scheduled: SchedulerOutput) -> None:
+        """Begins a step, which may have tokens that are `PENDING`. Two at most are not collected."""
+        begun = self._begin(scheduled)
+        self._ahead.submit(scheduled, self._batches.build(scheduled.sequences))
+        self._refused.append(begun.refused)
+
+    def collect(self) -> StepOutput:
+        """What the oldest submitted step produced, as `execute` would say."""
+        scheduled, sampled = self._ahead.collect()
+        kept, failed = _without_failed(sampled, self._refused.popleft())
+        return StepOutput(scheduled.step, tuple(kept), failed=tuple(failed))
+
+    def discard(self) -> None:
+        """Forgets what was submitted and not collected."""
+        self._refused.clear()
+        self._ahead.discard()
+
+    def _begin(self, scheduled: SchedulerOutput) -> _Begun:
+        """All that comes before the program."""
+        self._blocks.save(scheduled.block_saves)
+        for sequence_id in scheduled.finished:
+            self._known.discard(sequence_id)
+            self._remove(sequence_id)
+        refused = [failure for new in scheduled.new if (failure := self._add(new)) is not None]
+        if scheduled.block_copies:
+            self._executable.copy_blocks(scheduled.block_copies)
+        loaded = self._blocks.load(scheduled.block_loads)
+        moved = self._blocks.take_seconds()
+        started = time.perf_counter()
+        computed = self._drafter.prepare(scheduled)
+        return _Begun(refused, loaded, moved, time.perf_counter() - started if computed else 0.0)
+
     def _sample(
-        self, logits: NDArray[np.float32], parts: list[ScheduledSequence], masks: StepMasks | None
+        self,
+        logits: NDArray[np.float32],
+        parts: list[ScheduledSequence],
+        masks: StepMasks | None,
+        refused: list[FailedSequence],
     ) -> tuple[list[SampledToken], list[FailedSequence]]:
+        """What the parts say, and all sequences that fail in this step, those that were refused among them."""
         if not parts:
-            return [], []
+            return [], refused
         ids, positions = [s.sequence_id for s in parts], [s.end for s in parts]
         given = () if masks is None else (TokenMasks(masks.bits, masks.rows),)
         if logits.shape[0] == len(parts):
@@ -114,11 +172,7 @@ class Runner:
         else:
             sampled = self._sampler.verify(logits, ids, positions, [self._draft(s) for s in parts], *given)
             self._move_accepted(parts, sampled)
-        failed = [] if masks is None else masks.failed
-        lost = {failure.sequence_id for failure in failed}
-        failed += [_nothing_left(token) for token in sampled if token.token_id < 0 and token.sequence_id not in lost]
-        lost.update(failure.sequence_id for failure in failed)
-        kept = [token for token in sampled if token.sequence_id not in lost] if lost else sampled
+        kept, failed = _without_failed(sampled, refused if masks is None else refused + masks.failed)
         if masks is not None:
             self.grammars.advance(kept)
         return kept, failed
@@ -152,11 +206,34 @@ class Runner:
         assert drawn.token_ids[:count] == part.draft, "a draft is a beginning of what was proposed last"
         return Draft(part.draft, drawn.probabilities[:count], part.parents)
 
+    def _add(self, new: NewSequence) -> FailedSequence | None:
+        """Takes a sequence in. Where that fails, why: it is a plain one then until the scheduler takes it back."""
+        self._known.add(new.sequence_id)
+        try:
+            self._take_in(new)
+            return None
+        except Exception as error:
+            self._remove(new.sequence_id)
+            plain = SamplingParams(temperature=0.0, max_tokens=new.sampling.max_tokens)
+            self._take_in(replace(new, sampling=plain, stop_token_ids=(), pooling=None))
+            if isinstance(error, RequestError):
+                return FailedSequence(new.sequence_id, str(error), error.field or "")
+            logger.exception("sequence %d could not be taken in", new.sequence_id)
+            return FailedSequence(new.sequence_id, f"it could not be taken in: {type(error).__name__}", "")
+
+    def _take_in(self, new: NewSequence) -> None:
+        self._sampler.add(new)
+        self._drafter.add(new)
+        self.grammars.add(new)
+        self.pooler.add(new)
+        self._ahead.add(new)
+
     def _remove(self, sequence_id: int) -> None:
         self._sampler.remove(sequence_id)
         self._drafter.remove(sequence_id)
         self.grammars.remove(sequence_id)
         self.pooler.remove(sequence_id)
+        self._ahead.remove(sequence_id)
 
     def forget_moved(self) -> None:
         """Empties the second tier."""
@@ -164,6 +241,7 @@ class Runner:
 
     def reset(self) -> None:
         """Forgets all sequences, then runs one token to see that the program still runs. Raises what that raises."""
+        self.discard()
         for sequence_id in self._known:
             self._remove(sequence_id)
         self._known.clear()
@@ -177,6 +255,16 @@ class Runner:
         self._executable.close()
         self._blocks.close()
         self.grammars.close()
+
+
+def _without_failed(
+    sampled: list[SampledToken], failed: list[FailedSequence]
+) -> tuple[list[SampledToken], list[FailedSequence]]:
+    """The tokens of sequences that go on, and the others: that had failed before, or have nothing left to say."""
+    lost = {failure.sequence_id for failure in failed}
+    more = [_nothing_left(token) for token in sampled if token.token_id < 0 and token.sequence_id not in lost]
+    lost.update(failure.sequence_id for failure in more)
+    return [token for token in sampled if token.sequence_id not in lost] if lost else sampled, failed + more
 
 
 def _nothing_left(token: SampledToken) -> FailedSequence:

@@ -24,6 +24,9 @@ from kvarn.server.refusals import Refusals, limit_names
 from kvarn.server.sse import unless_disconnected
 
 WORKERS = 2
+"""Threads of each kind."""
+LONG_BODY = 64 << 10
+"""Bytes beyond which a body is read, and its prompt is made, by threads of their own."""
 T = TypeVar("T")
 
 
@@ -39,8 +42,12 @@ class Served:
 class ServerState:
     """Before `open` everybody is refused: the first model is loading. Neither models nor engines are owned."""
 
-    def __init__(self, limits: ServerLimits, models: ModelPool[HostedModel]) -> None:
+    def __init__(
+        self, limits: ServerLimits, models: ModelPool[HostedModel], *, watchdog_seconds: float = 0.0
+    ) -> None:
+        """watchdog_seconds: beyond which an engine that is in one step hangs; 0: none ever does."""
         self.limits = limits
+        self._watchdog_seconds = watchdog_seconds
         self.bodies = BodyReader(limits)
         self.refusals = Refusals(limit_names())
         self.models = models
@@ -49,6 +56,7 @@ class ServerState:
         self.created = int(time.time())
         self._is_open = False
         self._workers = ThreadPoolExecutor(WORKERS, thread_name_prefix="kvarn-server")
+        self._long_workers = ThreadPoolExecutor(WORKERS, thread_name_prefix="kvarn-server-long")
 
     def open(self) -> None:
         """From now on requests are answered; models that are not in memory are loaded for them."""
@@ -63,9 +71,19 @@ class ServerState:
         if not self._is_open:
             raise ApiError(503, "the model is loading", code="loading", headers={"Retry-After": RETRY_SECONDS})
 
+    def check_alive(self) -> None:
+        """Raises ApiError 503 where an engine hangs, so that nothing but a new process helps."""
+        most = self._watchdog_seconds
+        for name, llm in self.engines() if most else ():
+            seconds = llm.busy_seconds
+            if seconds > most:
+                message = f"the engine of {name} has been in one step for {seconds:.0f} s, more than {most:g}"
+                raise ApiError(503, f"{message} (--watchdog-seconds)", code="engine_stuck")
+
     def check_ready(self) -> None:
         """Raises ApiError 503 with the reason where no requests should be sent here."""
         retry = {"Retry-After": RETRY_SECONDS}
+        self.check_alive()
         if self.door.is_closed:
             raise ApiError(503, "the server is draining", code="draining", headers=retry)
         self.ready()
@@ -98,6 +116,16 @@ class ServerState:
         """Takes requests again."""
         self.door.open()
 
-    async def in_thread(self, work: Callable[[], T]) -> T:
-        """Runs what may take long (reading a large body, tokenizing it) beside the event loop."""
-        return await asyncio.get_running_loop().run_in_executor(self._workers, work)
+    def check_room(self) -> None:
+        """Raises QueueFullError where no request gets in, whatever it is: there is one model, and its queue is full."""
+        engines = self.engines()
+        if len(engines) == len(self.models.statuses()) == 1:
+            engines[0][1].check_room()
+
+    async def in_thread(self, work: Callable[[], T], size: int) -> T:
+        """Runs what may take long (making a prompt, its tokens) beside the event loop.
+
+        size: bytes of the body that it is about. Long ones wait for each other only, so that they hold up no others.
+        """
+        workers = self._long_workers if size > LONG_BODY else self._workers
+        return await asyncio.get_running_loop().run_in_executor(workers, work)
