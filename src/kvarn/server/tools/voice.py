@@ -66,7 +66,8 @@ class Voice:
         if self._reader is None:
             return [*said, text] if text else said
         said += self._reader.take(text)
-        return said + self._reader.finish() if ended else said
+        said += self._reader.finish() if ended else []
+        return said
 
     @property
     def is_thinking(self) -> bool:
