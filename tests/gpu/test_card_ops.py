@@ -124,19 +124,17 @@ def test_rotations(device, tokens, heads, pairs, rest, style, in_place, dtype, s
     assert_near(out, wanted, dtype)
 
 
-@pytest.mark.parametrize("style", ["halves", "interleaved"])
-@pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.float8_e4m3fn],
-                         ids=str)  # fmt: skip
-@pytest.mark.parametrize("rest", [0, 3])
-def test_rotating_while_writing_is_rotating_and_writing(device, style, stored, rest):
+@pytest.mark.parametrize(("style", "rest"), [("halves", 0), ("interleaved", 3)])
+@pytest.mark.parametrize("stored", [torch.float16, torch.int8, torch.float8_e4m3fn], ids=str)
+def test_rotating_while_writing_is_rotating_and_writing(device, style, rest, stored):
     """To the bit; queries on the way, or none; a row that fills up the batch is written nowhere."""
-    pairs, heads, kv_heads, tokens = 5, 4, 2, 6
+    pairs, heads, kv_heads, tokens = 5, 4, 2, 3
     key_dim, value_dim = 2 * pairs + rest, 7
     _, turned = rotation(device, pairs, style)
     whole = rows(1, (tokens, (heads + kv_heads) * key_dim + kv_heads * value_dim), torch.bfloat16, device)
     q, k, v = whole.split([heads * key_dim, kv_heads * key_dim, kv_heads * value_dim], dim=1)
-    positions = torch.tensor([3, 4, 5, 0, 63, 1], dtype=torch.int32, device=device)
-    slots = torch.tensor([[0, 4], [0, 9], [0, 1], [0, 0], [0, 7], [0, -1]], device=device)[:, 1]
+    positions = torch.tensor([3, 63, 1], dtype=torch.int32, device=device)
+    slots = torch.tensor([[0, 4], [0, 9], [0, -1]], device=device)[:, 1]
 
     def cache():
         shapes = ((12, kv_heads, key_dim), (12, kv_heads, value_dim))

@@ -34,7 +34,7 @@ def kinds(launches):
 
 
 def test_a_layer_of_llama_is_nine_launches():
-    """Norm with the residual, q with k and v, rotation with the write, attention, o; norm, gate with up, gating, down."""
+    """Norm with residual, q with k and v, rotation with the write, attention, o; norm, gate with up, gating, down."""
     two, three = (lowered(program(num_hidden_layers=n)).launches for n in (2, 3))
     assert kinds(three) - kinds(two) == Counter(Norm=2, Linear=4, Rope=1, Attention=1, Gated=1)
 

@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from kvarn.backends.cuda import check_device
-from kvarn.cli import app
+from kvarn.cli.app import app
 from kvarn.cli.options import chosen_device
 from kvarn.config import CacheConfig, CudaConfig, EngineConfig
 from kvarn.engine import make_backend
@@ -24,7 +24,7 @@ def chosen(device="cuda", dtype=None, weights=None):
 def test_what_options_come_to():
     assert chosen("cpu") == EngineConfig()
     assert chosen() == EngineConfig(backend="cuda")
-    assert chosen("cuda:1", "float16", "int8").cuda == CudaConfig("float16", "int8", device="cuda:1")
+    assert chosen("cuda", "float16", "int8").cuda == CudaConfig("float16", "int8")
     assert chosen(weights="int4:128").cuda == CudaConfig(weights="int4", weight_group=128)
     assert make_backend("cuda", cuda=chosen(weights="fp8").cuda).config.weights == "fp8"
 
@@ -32,9 +32,9 @@ def test_what_options_come_to():
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"device": "cpu", "dtype": "float16"}, "--dtype is for --device cuda"),
-        ({"device": "cpu", "weights": "int4"}, "--weights is for --device cuda"),
-        ({"device": "gpu"}, "--device must be cpu, cuda or cuda:N, not 'gpu'"),
+        ({"device": "cpu", "dtype": "float16"}, "--dtype is for a GPU"),
+        ({"device": "cpu", "weights": "int4"}, "--weights is for a GPU"),
+        ({"device": "cuda:1"}, "--device must be cpu or cuda, not 'cuda:1'; of several GPUs CUDA_VISIBLE_DEVICES"),
         ({"dtype": "half"}, "dtype must be one of bfloat16, float16, float32, not 'half'"),
         ({"weights": "int3"}, "weights must be one of stored, dense, int8, int4, fp8, not 'int3'"),
         ({"weights": "int4:48"}, "weight_group must be 32, 64 or 128, not 48"),

@@ -30,7 +30,9 @@ Seed = Annotated[int | None, typer.Option(help="Same seed, same answer.")]
 Threads = Annotated[int, typer.Option(help="Compute threads; 0: one for each physical core.")]
 GPU = "On a GPU (--device cuda)"
 """A group of options in the help."""
-Device = Annotated[str, typer.Option(help="cpu; cuda: an NVIDIA GPU, cuda:1 the second one; needs kvarn[cuda].")]
+Device = Annotated[
+    str, typer.Option(help="cpu, or cuda: an NVIDIA GPU, the first that CUDA_VISIBLE_DEVICES lists; needs kvarn[cuda].")
+]
 ComputeType = Annotated[
     str | None,
     typer.Option("--dtype", help="What is computed in: bfloat16 (default), float16 or float32.", rich_help_panel=GPU),
@@ -103,11 +105,13 @@ def chosen_device(device: str, dtype: str | None, weights: str | None) -> tuple[
     if device == "cpu":
         for option, value in (("dtype", dtype), ("weights", weights)):
             if value is not None:
-                raise ConfigError(f"--{option} is for --device cuda; on a CPU weights stay as the file has them")
+                raise ConfigError(f"--{option} is for a GPU; on a CPU weights stay as the file has them")
         return "cpu", CudaConfig()
-    if not re.fullmatch(r"cuda(:[0-9]{1,3})?", device):
-        raise ConfigError(f"--device must be cpu, cuda or cuda:N, not {device[:40]!r}")
-    cuda = CudaConfig(device=device)
+    if device != "cuda":
+        raise ConfigError(
+            f"--device must be cpu or cuda, not {device[:40]!r}; of several GPUs CUDA_VISIBLE_DEVICES chooses one"
+        )
+    cuda = CudaConfig()
     if dtype is not None:
         cuda = dataclasses.replace(cuda, dtype=dtype)
     if weights is not None:

@@ -52,7 +52,9 @@ def command(
         int | None, typer.Option(help="Tokens of the longest sequence; default: what the model was made for.")
     ] = None,
     batch: Annotated[int, typer.Option(help="Sequences at the same time.")] = 1,
-    kv_dtype: Annotated[str, typer.Option(help="KV cache type: float16, bfloat16, float32, int8, int4 or fp8_e4m3.")] = "float16",
+    kv_dtype: Annotated[
+        str, typer.Option(help="KV cache type: float16, bfloat16, float32, int8, int4 or fp8_e4m3.")
+    ] = "float16",
     dtype: Annotated[
         str | None,
         typer.Option(
@@ -145,7 +147,7 @@ def _served(
 def _draft_uses(program: Program, config: EngineConfig) -> Iterator[Uses | None]:
     """What a draft model would take; None where the settings name none."""
     chosen = config.speculative
-    if chosen is None or chosen.method != "draft":
+    if chosen is None or chosen.source != "draft":
         yield None
         return
     from kvarn.engine.load import open_draft
