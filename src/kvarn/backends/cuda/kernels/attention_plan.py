@@ -74,11 +74,6 @@ class AttentionPlan:
         return self.max_query > SHORT_QUERIES
 
     @property
-    def short(self) -> bool:
-        """Whether there may be short ones."""
-        return not self.long or self.sequences > 1
-
-    @property
     def short_rows(self) -> int:
         """Rows of a short sequence that have programs of their own; beside a prompt it is hardly ever more than one."""
         return 1 if self.long else self.max_query
