@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 
 from kvarn.errors import ConfigError
-from kvarn.kv_types import CACHE_TYPES
+from kvarn.kv_types import CACHE_TYPES, CARD_CACHE_TYPES
 
 LOOKED_UP_FIRST = "ngram+"
 """Before a method: it is asked where nothing is found in prompt and output."""
@@ -40,8 +40,9 @@ class CacheConfig:
     block_size: int = 16
     """Tokens in a block; a multiple of 16."""
     dtype: str = "float16"
-    """Stored type of keys and values: one of `CACHE_TYPES`. int8 halves float16's cache and loses a little, int4
-    takes a third of it and loses more: `kvarn eval kv-cache` measures how much."""
+    """Stored type of keys and values: one of `CACHE_TYPES`, or of `CARD_CACHE_TYPES` on a GPU. int8 halves
+    float16's cache and loses a little, int4 takes a third of it and loses more: `kvarn eval kv-cache` measures how
+    much."""
     kv_cache_bytes: int | None = None
     num_blocks: int | None = None
     """Exact number of blocks; overrides kv_cache_bytes (tests, benchmarks)."""
@@ -64,7 +65,6 @@ class CacheConfig:
 
     def __post_init__(self) -> None:
         _check(self.block_size >= 16 and self.block_size % 16 == 0, "block_size", self.block_size, "a multiple of 16")
-        _check(self.dtype in CACHE_TYPES, "kv_cache_dtype", self.dtype, f"one of {', '.join(CACHE_TYPES)}")
         shared = self.enable_prefix_caching or not (self.shared_prefixes or self.shared_system_prompts)
         _check(shared, "enable_prefix_caching", False, "true where there are shared prefixes")
         _check(self.kv_offload_bytes >= 0, "kv_offload_bytes", self.kv_offload_bytes, "at least 0")
@@ -257,12 +257,13 @@ class CudaConfig:
     weight_group: int = 32
     """Of int4: 32, 64 or 128."""
     device: str = "cuda"
-    """A device as torch names it: cuda is the first card, cuda:1 the second."""
+    """cuda: the first card that CUDA_VISIBLE_DEVICES lists; cpu: Triton's interpreter, for tests."""
 
     def __post_init__(self) -> None:
         _check(self.dtype in COMPUTE_TYPES, "dtype", self.dtype, f"one of {', '.join(COMPUTE_TYPES)}")
         _check(self.weights in WEIGHT_FORMS, "weights", self.weights, f"one of {', '.join(WEIGHT_FORMS)}")
         _check(self.weight_group in (32, 64, 128), "weight_group", self.weight_group, "32, 64 or 128")
+        _check(self.device in ("cuda", "cpu"), "device", self.device, "cuda or cpu")
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,6 +291,9 @@ class EngineConfig:
                self.packed_cache_bytes, "at least 0")  # fmt: skip
         _check(self.max_model_len is None or self.max_model_len >= 1, "max_model_len", self.max_model_len, "at least 1")
         _check(self.backend in BACKENDS, "backend", self.backend, f"one of {', '.join(BACKENDS)}")
+        kinds = CARD_CACHE_TYPES if self.backend == "cuda" else CACHE_TYPES
+        must = f"one of {', '.join(kinds)} on {'a GPU' if self.backend == 'cuda' else 'a CPU'}"
+        _check(self.cache.dtype in kinds, "kv_cache_dtype", self.cache.dtype, must)
         _check(0 <= self.threads <= 1024, "threads", self.threads, "between 0 and 1024")
         waits = all(0 <= delay < math.inf for delay in self.restart_delays)
         _check(waits, "restart_delays", self.restart_delays, "seconds of at least 0")

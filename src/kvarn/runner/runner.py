@@ -168,7 +168,7 @@ class Runner:
         ids, positions = [s.sequence_id for s in parts], [s.end for s in parts]
         given = () if masks is None else (TokenMasks(masks.bits, masks.rows),)
         if logits.shape[0] == len(parts):
-            sampled = self._sampler.sample(logits, ids, positions, *given)
+            sampled = self._ahead.rechosen(self._sampler.sample(logits, ids, positions, *given), logits, parts)
         else:
             sampled = self._sampler.verify(logits, ids, positions, [self._draft(s) for s in parts], *given)
             self._move_accepted(parts, sampled)
