@@ -186,7 +186,7 @@ def test_two_sources_have_the_exact_distribution(monkeypatch):
         return (likeliest(tuple(drafter._texts[sequence_id].tokens)),) if sequence_id % 2 else ()
 
     monkeypatch.setattr(NgramDrafter, "_guess", guess)
-    counts = third_tokens(monkeypatch, model, nearly("llama", 0, 0.15), params, 200, method="ngram+draft")
+    counts = third_tokens(monkeypatch, model, nearly("llama", 0, 0.15), params, 100, method="ngram+draft")
     executable.close()
     statistic, freedom = chi_square(counts, expected / expected.sum())
     assert statistic < quantile(freedom)
