@@ -11,7 +11,6 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import assert_never
 
-from kvarn.backends.cpu.dataflow import Value, analyse
 from kvarn.backends.cpu.stages import (
     ActivationStage,
     AddStage,
@@ -34,6 +33,7 @@ from kvarn.backends.cpu.stages import (
     StageList,
 )
 from kvarn.program import Program, RopeTable, Rows, ops
+from kvarn.program.dataflow import Value, analyse
 from kvarn.tensors import DType
 
 GROUP = 32

@@ -1,0 +1,179 @@
+"""A loaded program on the card: weights, cache, activations, and the calls of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kvarn.backends.base import InputBatch, KvCacheSpec, MemoryUse, StepLimits
+from kvarn.backends.checks import check_batch
+from kvarn.backends.cuda.bind import Call, Parts, bind
+from kvarn.backends.cuda.cache import KvStore
+from kvarn.backends.cuda.forms import WeightForm
+from kvarn.backends.cuda.frame import Frame
+from kvarn.backends.cuda.inputs import StepBuffers, StepTensors
+from kvarn.backends.cuda.launches import View
+from kvarn.backends.cuda.lower import lower
+from kvarn.backends.cuda.memory import assign, memory_use, rotary_tables
+from kvarn.backends.cuda.step_layout import StepLayout
+from kvarn.backends.cuda.weights import TORCH_DTYPES, WeightLoader, Weights
+from kvarn.errors import EngineError
+from kvarn.program import Program, RopeTable
+from kvarn.tensors import TensorSource
+
+MAX_PLANS = 4
+"""Plans kept beside the main one: each set of extra outputs has its own, with activations of its own."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The calls of a step in order, and where its outputs are afterwards."""
+
+    calls: tuple[Call, ...]
+    frame: Frame
+    outputs: dict[str, View]
+
+
+class CudaExecutable:
+    """See `kvarn.backends.base.Executable`. Owns all of its memory on the device; one caller at a time.
+
+    `launch` is for those who go on on the card: it takes tensors there and leaves logits there.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        source: TensorSource,
+        kv: KvCacheSpec,
+        limits: StepLimits,
+        *,
+        device: torch.device,
+        dtype: str,
+        form: WeightForm,
+        known: Weights | None = None,
+        shared: Collection[str] = (),
+    ) -> None:
+        """known: weights that another executable holds, those of the names `shared`. Raises ConfigError,
+        UnsupportedModelError, and ModelFileError from the source."""
+        self.program = program
+        self.kv = kv
+        self.limits = limits
+        self.device = device
+        self.dtype = dtype
+        self._form = form
+        self._shared = frozenset(shared)
+        lowered = lower(program, limits.outputs, self._shared)
+        weights = WeightLoader(program, source, dtype, form, device).load(lowered, known or Weights())
+        tables = {table: rotary_table(table, limits.max_model_len, device) for table in rotary_tables(program)}
+        self._parts: Parts | None = Parts(program, weights, KvStore(program, kv, device), kv.block_size, tables)
+        inputs = {name: program.buffer(name).width for name in program.inputs}
+        self.step_buffers = StepBuffers(StepLayout.largest(program, kv, limits), inputs, device)
+        self._main: Plan | None = self._build(())
+        self._variants: dict[tuple[str, ...], Plan] = {}
+
+    def execute(self, batch: InputBatch, outputs: Sequence[str] = ()) -> Mapping[str, NDArray[np.float32]]:
+        """Runs one step and waits for it (see `Executable`)."""
+        plan = self._plan(tuple(sorted(set(outputs) - {self.program.output, *self.limits.outputs})))
+        check_batch(batch, self.program, self.kv, self.limits)
+        self._run(plan, self.step_buffers.fill(batch))
+        return {name: plan.frame.at(view).float().cpu().numpy() for name, view in plan.outputs.items()}
+
+    def launch(self, step: StepTensors) -> torch.Tensor:
+        """Queues one step on the current stream, and does not wait: float32 (R, vocab) on the device, until the next one.
+
+        Nothing is checked; who calls it vouches for what `execute` would check. Allocates nothing of its own, so that
+        it can be captured in a graph; the kernels' first calls for a size may compile.
+        """
+        plan = self._plan(())
+        self._run(plan, step)
+        return plan.frame.at(plan.outputs[self.program.output])
+
+    def output(self, name: str) -> torch.Tensor:
+        """On the device, one of `StepLimits.outputs` or the logits, as the last `launch` left it."""
+        plan = self._plan(())
+        return plan.frame.at(plan.outputs[name])
+
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copies whole KV blocks (source, destination), in order. Raises ValueError."""
+        self._open().cache.copy_blocks(pairs)
+
+    def move_slots(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copies keys and values from slot to slot in all layers (see `Executable`). Raises ValueError."""
+        self._open().cache.move_slots(pairs)
+
+    def commit(self) -> int:
+        """Nothing is left to back: memory on the card is there when it is allocated."""
+        return 0
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one KV block."""
+        return self._open().cache.block_bytes
+
+    def read_block(self, block: int, out: NDArray[np.uint8]) -> None:
+        """Copies a block's keys and values to uint8[block_bytes] on the host. Raises ValueError."""
+        self._open().cache.read_block(block, out)
+
+    def write_block(self, block: int, data: NDArray[np.uint8]) -> None:
+        """Sets a block to what `read_block` gave. Raises ValueError."""
+        self._open().cache.write_block(block, data)
+
+    def shared_weights(self, names: Collection[str]) -> Weights:
+        """Weights for another executable, which holds them as long as it needs them."""
+        return self._open().weights.only(names)
+
+    def memory(self) -> MemoryUse:
+        """Bytes held, but for extra outputs' plans."""
+        return memory_use(self.program, self.kv, self.limits, self.dtype, self._form, self._shared)
+
+    def close(self) -> None:
+        """Gives the memory back to the card. Idempotent."""
+        self._parts = None
+        self._main = None
+        self._variants.clear()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _open(self) -> Parts:
+        if self._parts is None:
+            raise EngineError("the executable is closed")
+        return self._parts
+
+    def _plan(self, outputs: tuple[str, ...]) -> Plan:
+        if self._main is None:
+            raise EngineError("the executable is closed")
+        if not outputs:
+            return self._main
+        if outputs not in self._variants:
+            for name in outputs:
+                try:
+                    self.program.buffer(name)
+                except KeyError:
+                    raise ValueError(f"the program has no buffer {name!r}") from None
+            if len(self._variants) >= MAX_PLANS:
+                self._variants.pop(next(iter(self._variants)))
+            self._variants[outputs] = self._build(outputs)
+        return self._variants[outputs]
+
+    def _build(self, outputs: tuple[str, ...]) -> Plan:
+        lowered = lower(self.program, (*self.limits.outputs, *outputs), self._shared)
+        frame = Frame(assign(lowered, self.limits, self.dtype), TORCH_DTYPES[self.dtype], self.device)
+        parts = self._open()
+        return Plan(tuple(bind(launch, parts, frame) for launch in lowered.launches), frame, lowered.outputs)
+
+    def _run(self, plan: Plan, step: StepTensors) -> None:
+        plan.frame.begin(step.num_tokens, step.num_outputs)
+        with torch.inference_mode():
+            for call in plan.calls:
+                call(step)
+
+
+def rotary_table(table: RopeTable, positions: int, device: torch.device) -> torch.Tensor:
+    """Cosines and sines of positions 0, 1, …: float32 (positions, 2, pairs), computed in float64."""
+    angles = np.arange(positions, dtype=np.float64)[:, None] * np.asarray(table.inv_freq)[None, :]
+    both = np.stack([np.cos(angles), np.sin(angles)], axis=1) * table.attention_factor
+    return torch.from_numpy(both.astype(np.float32)).to(device)

@@ -1,0 +1,125 @@
+"""Where activations are, and what everything takes on the card: exact, computed without torch and without a card."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+from kvarn.backends.base import KvCacheSpec, MemoryUse, StepLimits
+from kvarn.backends.cuda.forms import DTYPE_BYTES, WeightForm, matrix_bytes
+from kvarn.backends.cuda.launches import Lowered, Place, places
+from kvarn.backends.cuda.lower import lower
+from kvarn.backends.cuda.step_layout import StepLayout
+from kvarn.kv_types import KV_TYPES
+from kvarn.program import Program, Rope, RopeTable, Rows
+
+ALIGNMENT = 512
+"""Of places and tensors: what torch's allocator rounds sizes up to."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Offsets of all places in one allocation of `nbytes`; places whose lifetimes do not meet share bytes."""
+
+    offsets: Mapping[Place, int]
+    nbytes: int
+
+
+def assign(lowered: Lowered, limits: StepLimits, dtype: str) -> Layout:
+    """Gives every place an offset: first fit, launch by launch. Places of outputs live to the end."""
+    last = {place: index for index, launch in enumerate(lowered.launches) for place in places(launch)}
+    last.update(dict.fromkeys((view.place for view in lowered.outputs.values()), len(lowered.launches)))
+    offsets: dict[Place, int] = {}
+    live: dict[Place, int] = {}
+    top = ALIGNMENT
+    for index, launch in enumerate(lowered.launches):
+        for place in places(launch):
+            if place in offsets:
+                continue
+            size = _place_bytes(place, limits, dtype)
+            offset = _gap(sorted((offsets[p], _place_bytes(p, limits, dtype)) for p in live), size)
+            offsets[place], live[place] = offset, last[place]
+            top = max(top, offset + size)
+        live = {place: end for place, end in live.items() if end > index}
+    return Layout(offsets, top)
+
+
+def memory_use(
+    program: Program,
+    kv: KvCacheSpec,
+    limits: StepLimits,
+    dtype: str,
+    form: WeightForm,
+    shared: Collection[str] = (),
+) -> MemoryUse:
+    """What `CudaBackend.load` will allocate on the card, to the byte. shared: weights that another executable holds."""
+    lowered = lower(program, limits.outputs, shared)
+    return MemoryUse(
+        weights=weight_bytes(program, lowered, dtype, form, shared),
+        tables=sum(table_bytes(table, limits.max_model_len) for table in rotary_tables(program)),
+        kv_cache=kv_cache_bytes(program, kv),
+        activations=assign(lowered, limits, dtype).nbytes + step_bytes(program, kv, limits),
+    )
+
+
+def weight_bytes(
+    program: Program, lowered: Lowered, dtype: str, form: WeightForm, shared: Collection[str] = ()
+) -> int:
+    """Bytes of the program's weights as kernels hold them, each tensor rounded up as the allocator does."""
+
+    def rows(names: tuple[str, ...]) -> int:
+        return sum(program.weight(name).shape[0] for name in names)
+
+    held = set(shared)
+    total = 0
+    for names in lowered.matrices:
+        if not held & set(names) and names[0] not in lowered.others:
+            total += matrix_bytes(form, rows(names), program.weight(names[0]).shape[1], dtype, aligned)
+    for names in lowered.biases:
+        if not held & set(names):
+            total += aligned(rows(names) * DTYPE_BYTES[dtype])
+    for name, of_norm in lowered.others.items():
+        if name not in held:
+            total += aligned(program.weight(name).num_elements * (4 if of_norm else DTYPE_BYTES[dtype]))
+    return total
+
+
+def step_bytes(program: Program, kv: KvCacheSpec, limits: StepLimits) -> int:
+    """Bytes of the arrays of a step, and of the rows that the caller gives."""
+    inputs = sum(4 * limits.max_num_tokens * program.buffer(name).width for name in program.inputs)
+    return aligned(StepLayout.largest(program, kv, limits).nbytes) + aligned(inputs)
+
+
+def kv_cache_bytes(program: Program, kv: KvCacheSpec) -> int:
+    """Bytes of the KV cache."""
+    return program.kv_groups.block_bytes(KV_TYPES[kv.dtype], kv.block_size) * kv.num_blocks
+
+
+def table_bytes(table: RopeTable, positions: int) -> int:
+    """Bytes of sines and cosines of so many positions, float32."""
+    return aligned(positions * table.rotary_dim * 4)
+
+
+def rotary_tables(program: Program) -> set[RopeTable]:
+    """The rotary tables that a program needs."""
+    return {op.table for op in program.ops if isinstance(op, Rope)}
+
+
+def aligned(size: int) -> int:
+    """A size as the allocator gives it."""
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def _place_bytes(place: Place, limits: StepLimits, dtype: str) -> int:
+    rows = limits.max_num_tokens if place.rows is Rows.TOKENS else limits.max_num_outputs
+    return aligned(rows * place.width * (4 if place.float32 else DTYPE_BYTES[dtype]))
+
+
+def _gap(taken: list[tuple[int, int]], size: int) -> int:
+    """The lowest offset where `size` bytes fit between (offset, size) spans in ascending order."""
+    offset = 0
+    for start, length in taken:
+        if start - offset >= size:
+            break
+        offset = max(offset, start + length)
+    return offset
