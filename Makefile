@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 MODEL ?= smollm2-135m-instruct
 PORT ?= 8000
+TEST_PROCESSES ?= 2
 PIP_INSTALL = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 NATIVE := $(shell find native -type f)
@@ -34,7 +35,7 @@ chat: $(VENV)/.kvarn  ## Talk with a small model in the terminal (MODEL=…)
 	$(VENV)/bin/kvarn chat $(MODEL)
 
 test: $(VENV)/.kvarn-dev  ## All tests, the end-to-end ones on the real SmolLM2 among them
-	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+	$(VENV)/bin/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 check: $(VENV)/.kvarn-dev  ## Lint, types, import contracts
 	$(VENV)/bin/ruff check

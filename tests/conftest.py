@@ -7,8 +7,15 @@ import pytest
 
 # Packed weights are kept by the tests that are about it, in folders of their own.
 os.environ.setdefault("KVARN_PACKED_CACHE_BYTES", "0")
+# `make test` runs two processes; what NumPy and torch multiply here is too small for threads of their own.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).parents[1]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take long begin first, so that of two processes none is left with one in the end."""
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,8 @@ from kvarn.runner import runner as runner_module
 from kvarn.sampling import Draft, NativeSampler, ReferenceSampler
 from kvarn.sampling.reference import DRAFT, distribution, draw, uniform
 
+pytestmark = pytest.mark.long
+
 VOCAB = 211
 
 

@@ -8,7 +8,7 @@ import pytest
 from live_server import wait_until
 from sse import answers, refuses
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.long]
 
 ATTACK = '<img src="https://evil.example/x.png" onerror="alert(1)"><script>alert(2)</script> [x](javascript:alert(3))'
 
