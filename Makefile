@@ -42,11 +42,11 @@ check: $(VENV)/.kvarn-dev  ## Lint, types, import contracts
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 
-sanitize: $(VENV)/.kvarn-dev  ## Native kernels under ASan and UBSan
-	$(VENV)/bin/python tests/native/sanitize.py
+sanitize:  ## Native kernels under ASan and UBSan (needs cmake)
+	$(PYTHON) tests/native/sanitize.py
 
-instructions: $(VENV)/.kvarn-dev  ## Instruction counts of the hot kernels against the record (needs valgrind)
-	$(VENV)/bin/python tests/native/instructions.py
+instructions:  ## Instruction counts of the hot kernels against the record (needs cmake, valgrind)
+	$(PYTHON) tests/native/instructions.py
 
 bench: $(VENV)/.kvarn  ## Speed of MODEL and its share of what the machine can do
 	$(VENV)/bin/kvarn pull $(MODEL)
