@@ -166,12 +166,15 @@ class DraftTokens:
 
 @dataclass(frozen=True, slots=True)
 class FailedSequence:
-    """A sequence that cannot go on for what its request asks; `message` is for who sent it."""
+    """A sequence that cannot go on; the others do.
+
+    message: for who sent its request, where a parameter is at fault; else for the log.
+    """
 
     sequence_id: int
     message: str
     field: str = "grammar"
-    """The parameter at fault."""
+    """The parameter at fault; "" where none is."""
 
 
 @dataclass(frozen=True, slots=True)

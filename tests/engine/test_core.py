@@ -7,7 +7,7 @@ import pytest
 from tiny_engine import EOS, Script, Wrapper, handmade_engine, request, run_core, text_of, tokens_of
 
 from kvarn.engine.events import RequestFailed
-from kvarn.errors import QueueFullError, RequestError
+from kvarn.errors import EngineError, QueueFullError, RequestError
 from kvarn.request import FinishReason, Request, RequestOutput, SamplingParams
 from kvarn.scheduler import MeasuredCost
 from kvarn.testing import byte_tokenizer
@@ -271,3 +271,43 @@ def test_what_moving_blocks_took_is_not_learned_as_what_steps_take(make_core):
     run_core(core, [request("a", "Hi", max_tokens=3)])
     assert len(learned) >= 3
     assert set(learned) == {3 - 0.25}
+
+
+class Picky(Wrapper):
+    """A sampler that cannot take sequences of one temperature in."""
+
+    def __init__(self, inner, error) -> None:
+        super().__init__(inner)
+        self.error = error
+
+    def add(self, sequence):
+        if sequence.sampling.temperature == 0.5:
+            raise self.error
+        self.inner.add(sequence)
+
+
+@pytest.mark.parametrize("error", [ValueError("secret detail"), RequestError("no such bias", field="logit_bias")])
+@pytest.mark.parametrize("long", [False, True])
+def test_a_sequence_that_cannot_be_taken_in_fails_alone(error, long):
+    def run(*requests):
+        core = handmade_engine(wrap_sampler=lambda sampler: Picky(sampler, error)).core
+        events = []
+        for each in requests:
+            core.add(each)
+        while core.has_work():
+            events += core.step()
+        free = core.stats().free_blocks == core.stats().num_blocks
+        core.close()
+        assert free
+        failed = {event.request_id: event.error for event in events if isinstance(event, RequestFailed)}
+        return failed, tokens_of([event for event in events if event.request_id == "good"])
+
+    good, bad = request("good", "abc"), request("bad", "x" * (150 if long else 1), temperature=0.5)
+    failed, beside = run(bad, good)
+    assert (beside, list(failed)) == (run(good)[1], ["bad"])
+    if isinstance(error, RequestError):
+        assert (str(failed["bad"]), failed["bad"].field) == ("no such bias", "logit_bias")
+    else:
+        assert isinstance(failed["bad"], EngineError)
+        assert "error id" in str(failed["bad"])
+        assert "secret" not in str(failed["bad"])

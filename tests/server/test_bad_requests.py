@@ -1,6 +1,7 @@
 """Whatever a client sends, it gets an answer in OpenAI's shape that names the field; never a 5xx."""
 
 import json
+import socket
 import threading
 
 import httpx
@@ -283,6 +284,26 @@ def test_a_full_queue_is_429_with_retry_after():
                 assert queued.getresponse().status == 200
             assert running.getresponse().status == 200
         assert httpx.post(url + COMPLETIONS, json=body).status_code == 200
+
+
+def test_a_full_queue_is_told_before_the_body_is_waited_for():
+    body = {"prompt": "a", "max_tokens": 5, "ignore_eos": True}
+    head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n"
+    with (
+        gated_llm(max_num_seqs=1, max_num_queued_requests=1) as (llm, gate),
+        serving(llm) as url,
+        posted(url, COMPLETIONS, body),
+    ):
+        gate.stand_in_step(2)
+        with posted(url, COMPLETIONS, body):
+            wait_until(lambda: llm.stats().queued == 1)
+            before = llm.stats().rejections["queued_requests"]
+            host, port = url.removeprefix("http://").split(":")
+            with socket.create_connection((host, int(port)), timeout=PATIENCE) as connection:
+                connection.sendall(head.encode())
+                assert connection.recv(100).startswith(b"HTTP/1.1 429 ")
+            assert llm.stats().rejections["queued_requests"] == before + 1
+            gate.open()
 
 
 def test_prompts_that_do_not_all_fit_the_queue_leave_nothing_behind():

@@ -57,6 +57,17 @@ def test_requests_a_minute(llm, path):
         assert counts(url)["requests_per_minute"] == 1
 
 
+def test_how_long_a_model_stays_is_for_keys_that_may_say_it(llm, path):
+    key, other = add_key(path, "ann", keep_alive=True), add_key(path, "bob")
+    with serving(llm, keys=KeyRing(("plain",), path)) as url:
+        assert [post(url, each, keep_alive="10m").status_code for each in (key, "plain")] == [200, 200]
+        refused = post(url, other, keep_alive=0)
+        check_shape(refused, 403)
+        assert refused.json()["error"]["param"] == "keep_alive"
+        assert "keep_alive = true in the keys file" in refused.json()["error"]["message"]
+        assert post(url, other).status_code == 200
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_tokens_a_minute_are_taken_ahead_and_settled_when_they_are_known(llm, path, stream):
     key = add_key(path, "ann", tokens_per_minute=100)

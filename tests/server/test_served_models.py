@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import gc
+import weakref
 
 import httpx
 import pytest
@@ -173,3 +175,20 @@ def test_a_model_that_needs_more_than_a_share_may_have_all(specs):
 def test_one_model_alone_plans_for_itself(specs):
     shared = share_out(specs[:1], None)
     assert (shared.num_bytes, shared.rooms, shared.plans, shared.specs) == (None, {}, {}, specs[:1])
+
+
+def test_collections_leave_out_what_is_loaded_and_find_what_an_unloaded_model_has_left(specs):
+    async def swap():
+        loader = EngineLoader(specs, {})
+        first = await loader.load("one")
+        assert gc.get_freeze_count() > 10_000
+        first.itself = first
+        left = weakref.ref(first)
+        await first.close()
+        del first
+        second = await loader.load("two")
+        assert left() is None
+        assert gc.get_freeze_count() > 10_000
+        await second.close()
+
+    asyncio.run(swap())

@@ -27,12 +27,13 @@ def path(request, tmp_path):
 
 def test_what_is_added_is_good_until_it_is_removed(path):
     ann = add_key(path, "ann", tenant="team ü", priority=-5, requests_per_minute=60, tokens_per_minute=1000)
-    bob = add_key(path, "bob", max_concurrency=3, cache_salt='quote " and \\ and 💧')
+    bob = add_key(path, "bob", max_concurrency=3, cache_salt='quote " and \\ and 💧', keep_alive=True)
     keys = read_keys(path)
     first, second = keys.find(ann), keys.find(bob)
     assert (first.name, first.tenant, first.priority) == ("ann", "team ü", -5)
     assert (first.requests_per_minute, first.tokens_per_minute, first.max_concurrency) == (60, 1000, None)
     assert (second.tenant, second.cache_salt, second.max_concurrency) == ("bob", 'quote " and \\ and 💧', 3)
+    assert (first.keep_alive, second.keep_alive) == (False, True)
     assert keys.find(ann + "x") is None
     assert ann not in path.read_text()
     assert digest(keys.salt, ann) == first.digest
@@ -118,6 +119,7 @@ WRONG = [
     (changed("keys", "ann", "priority", to="high"), "keys.ann.priority must be a whole number"),
     (changed("keys", "ann", "priority", to=1.5), "keys.ann.priority must be a whole number"),
     (changed("keys", "ann", "max_concurrency", to=True), "keys.ann.max_concurrency must be a whole number"),
+    (changed("keys", "ann", "keep_alive", to=1), "keys.ann.keep_alive must be true or false"),
     (changed("keys", "ann", "tokens_per_minute", to=0), "keys.ann: tokens_per_minute must be between 1"),
     (changed("keys", "ann", "tenant", to=5), "keys.ann.tenant must be a text"),
     (changed("keys", "ann", "tenant", to="a\u0007"), "keys.ann: tenant must be at most 64 printable"),

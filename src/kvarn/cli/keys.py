@@ -49,6 +49,9 @@ def add(
     cache_salt: Annotated[
         str | None, typer.Option(help="That of requests without one: splits a tenant's cached prefixes.")
     ] = None,
+    keep_alive: Annotated[
+        bool, typer.Option("--keep-alive", help="Its requests may say how long their model stays in memory.")
+    ] = False,
 ) -> None:
     """Make a key, and print it: it is kept nowhere. The file is made where it is not there."""
     from kvarn.server.keys.file import add_key
@@ -60,6 +63,7 @@ def add(
         "tokens_per_minute": tokens_per_minute,
         "max_concurrency": max_concurrency,
         "cache_salt": cache_salt,
+        "keep_alive": keep_alive or None,
     }
     given = {field: value for field, value in limits.items() if value is not None}
     typer.echo(add_key(keys_file, name, **given))

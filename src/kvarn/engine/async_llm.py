@@ -66,6 +66,13 @@ class AsyncLLM(EngineFront):
         """Raises RequestError, naming field and limit, for a request this engine can never run."""
         self._loop.check(request)
 
+    def check_room(self) -> None:
+        """Raises QueueFullError where `generate` would for any request, so that nobody makes one ready for nothing.
+
+        It is counted as a rejection, as that of a request is.
+        """
+        self._loop.check_room()
+
     def resolve(self, request: Request) -> Request:
         """The same with token ids in place of texts (`bad_words`), for callers to whom `generate` must return soon."""
         return self._loop.resolve(request)

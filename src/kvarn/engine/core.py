@@ -13,12 +13,12 @@ from typing import Any
 from kvarn.engine.events import EngineStats, Event, RequestFailed, join_parts
 from kvarn.engine.meter import Meter
 from kvarn.engine.output import RequestText
-from kvarn.errors import EngineError, RequestError
+from kvarn.errors import EngineError, KvarnError, RequestError
 from kvarn.grammar import CompiledGrammar, GrammarCompiler, GrammarStats
 from kvarn.request import FinishReason, Request, RequestOutput, SequenceOutput
 from kvarn.runner import Runner
 from kvarn.scheduler import MeasuredCost, NullObserver, Observer, Scheduler, Sequence, StepShape, StepTimes
-from kvarn.step import SampledToken, SchedulerOutput, StepOutput
+from kvarn.step import FailedSequence, SampledToken, SchedulerOutput, StepOutput
 from kvarn.text import Tokenizer, token_sequences
 
 logger = logging.getLogger(__name__)
@@ -353,8 +353,16 @@ class EngineCore:
                 if sequence.field == "grammar":
                     self.grammars.forget(self._compiled[request_id].grammar)
                 self._forget(request_id, FinishReason.ERROR)
-                failed.append(RequestFailed(request_id, RequestError(sequence.message, field=sequence.field)))
+                failed.append(RequestFailed(request_id, self._reason(request_id, sequence)))
         return failed
+
+    @staticmethod
+    def _reason(request_id: str, sequence: FailedSequence) -> KvarnError:
+        if sequence.field:
+            return RequestError(sequence.message, field=sequence.field)
+        error_id = new_error_id()
+        logger.error("request %s failed (error id %s): %s", request_id, error_id, sequence.message)
+        return EngineError(f"the request failed in the engine (error id {error_id})")
 
     def _count(self, sampled: list[tuple[Sequence, SampledToken]]) -> None:
         counters = self._counters

@@ -133,6 +133,11 @@ class EngineLoop:
                 self._commands.append(lambda: self._add(request, arrived, compiled))
             self._wake.notify()
 
+    def check_room(self) -> None:
+        """Raises QueueFullError where `submit` would for the shortest prompt, and counts it as a rejection as well."""
+        with self._wake:
+            self._check_queue(1)
+
     def resolve(self, request: Request) -> Request:
         """See `EngineCore.resolve`. Takes long where there are many texts; `submit` finds nothing left to do then."""
         return self._core.resolve(request)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import time
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvarn.backends import Executable, StepLimits
 from kvarn.draft_tree import chain, path
+from kvarn.errors import RequestError
 from kvarn.grammar import GrammarMasks, StepMasks
+from kvarn.request import SamplingParams
 from kvarn.runner.batch import BatchBuilder
 from kvarn.runner.block_file import BlockFile
 from kvarn.runner.block_mover import BlockMover
@@ -18,7 +22,17 @@ from kvarn.runner.guide import guided
 from kvarn.runner.pooler import NullPooler, Pooler
 from kvarn.runner.prompt_logprobs import take_prompts
 from kvarn.sampling import Draft, Sampler, TokenMasks
-from kvarn.step import DraftTokens, FailedSequence, SampledToken, ScheduledSequence, SchedulerOutput, StepOutput
+from kvarn.step import (
+    DraftTokens,
+    FailedSequence,
+    NewSequence,
+    SampledToken,
+    ScheduledSequence,
+    SchedulerOutput,
+    StepOutput,
+)  # fmt: skip
+
+logger = logging.getLogger(__name__)
 
 
 class Runner:
@@ -69,12 +83,7 @@ class Runner:
         for sequence_id in scheduled.finished:
             self._known.discard(sequence_id)
             self._remove(sequence_id)
-        for new in scheduled.new:
-            self._sampler.add(new)
-            self._drafter.add(new)
-            self.grammars.add(new)
-            self.pooler.add(new)
-            self._known.add(new.sequence_id)
+        refused = [failure for new in scheduled.new if (failure := self._add(new)) is not None]
         if scheduled.block_copies:
             self._executable.copy_blocks(scheduled.block_copies)
         loaded = self._blocks.load(scheduled.block_loads)
@@ -90,7 +99,7 @@ class Runner:
         masks = None if pending is None else self.grammars.finish(pending)
         pooled = self.pooler.take(scheduled, values)
         values, prompts = take_prompts(values, self._logits, scheduled.sequences, self._sampler)
-        sampled, failed = self._sample(values[self._logits], parts, masks)
+        sampled, failed = self._sample(values[self._logits], parts, masks, refused)
         started = time.perf_counter()
         proposals = guided(self.grammars, scheduled, self._drafter.propose(scheduled, sampled, values))
         asked = any(part.num_drafts_wanted for part in scheduled.sequences)
@@ -103,10 +112,15 @@ class Runner:
         )  # fmt: skip
 
     def _sample(
-        self, logits: NDArray[np.float32], parts: list[ScheduledSequence], masks: StepMasks | None
+        self,
+        logits: NDArray[np.float32],
+        parts: list[ScheduledSequence],
+        masks: StepMasks | None,
+        refused: list[FailedSequence],
     ) -> tuple[list[SampledToken], list[FailedSequence]]:
+        """What the parts say, and all sequences that fail in this step, those that were refused among them."""
         if not parts:
-            return [], []
+            return [], refused
         ids, positions = [s.sequence_id for s in parts], [s.end for s in parts]
         given = () if masks is None else (TokenMasks(masks.bits, masks.rows),)
         if logits.shape[0] == len(parts):
@@ -114,7 +128,7 @@ class Runner:
         else:
             sampled = self._sampler.verify(logits, ids, positions, [self._draft(s) for s in parts], *given)
             self._move_accepted(parts, sampled)
-        failed = [] if masks is None else masks.failed
+        failed = refused if masks is None else refused + masks.failed
         lost = {failure.sequence_id for failure in failed}
         failed += [_nothing_left(token) for token in sampled if token.token_id < 0 and token.sequence_id not in lost]
         lost.update(failure.sequence_id for failure in failed)
@@ -151,6 +165,27 @@ class Runner:
             return Draft(part.draft, parents=part.parents)
         assert drawn.token_ids[:count] == part.draft, "a draft is a beginning of what was proposed last"
         return Draft(part.draft, drawn.probabilities[:count], part.parents)
+
+    def _add(self, new: NewSequence) -> FailedSequence | None:
+        """Takes a sequence in. Where that fails, why: it is a plain one then until the scheduler takes it back."""
+        self._known.add(new.sequence_id)
+        try:
+            self._take_in(new)
+            return None
+        except Exception as error:
+            self._remove(new.sequence_id)
+            plain = SamplingParams(temperature=0.0, max_tokens=new.sampling.max_tokens)
+            self._take_in(replace(new, sampling=plain, stop_token_ids=(), pooling=None))
+            if isinstance(error, RequestError):
+                return FailedSequence(new.sequence_id, str(error), error.field or "")
+            logger.exception("sequence %d could not be taken in", new.sequence_id)
+            return FailedSequence(new.sequence_id, f"it could not be taken in: {type(error).__name__}", "")
+
+    def _take_in(self, new: NewSequence) -> None:
+        self._sampler.add(new)
+        self._drafter.add(new)
+        self.grammars.add(new)
+        self.pooler.add(new)
 
     def _remove(self, sequence_id: int) -> None:
         self._sampler.remove(sequence_id)

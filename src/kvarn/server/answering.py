@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable
-from typing import Any, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
@@ -11,6 +11,7 @@ from fastapi.responses import JSONResponse, Response
 from kvarn.server.body import check_entries, parse
 from kvarn.server.caller import Caller
 from kvarn.server.dialects import dialect_of
+from kvarn.server.keys.account import Visit
 from kvarn.server.protocol import AnswerRequest, ModelRequest
 from kvarn.server.record import RequestRecord
 from kvarn.server.sse import EventStream, unless_disconnected
@@ -32,7 +33,18 @@ class Reply(WholeReply, Protocol):
 
 
 Body = TypeVar("Body", bound=ModelRequest)
+R = TypeVar("R", bound=WholeReply)
 AnswerBody = TypeVar("AnswerBody", bound=AnswerRequest)
+SHORT_BODY = 8 << 10
+"""Bytes up to which a body is read in the event loop: handing it to a thread and back would take longer."""
+
+
+class _Received(NamedTuple, Generic[Body]):
+    """size: bytes of the body."""
+
+    body: Body
+    served: Served
+    size: int
 
 
 async def answered(
@@ -45,10 +57,7 @@ async def answered(
 
     understand: checks what is asked and makes its reply, in a thread, as it may take long. Raises ApiError.
     """
-    state.ready()  # before the body is waited for
-    caller = Caller.of(request)
-    body, served = await _received(request, state, body_model)
-    reply = await state.in_thread(lambda: understand(body, served, caller))
+    body, reply = await _understood(request, state, body_model, understand)
     if body.stream:
         beginning = EventStream.begin(reply.stream(), dialect_of(request.url.path))
         return await unless_disconnected(request.receive, beginning)
@@ -62,11 +71,20 @@ async def answered_whole(
     understand: Callable[[Body, Served, Caller], WholeReply],
 ) -> Response:
     """The same for answers that are never streamed."""
-    state.ready()
-    caller = Caller.of(request)
-    body, served = await _received(request, state, body_model)
-    reply = await state.in_thread(lambda: understand(body, served, caller))
+    _, reply = await _understood(request, state, body_model, understand)
     return JSONResponse(await unless_disconnected(request.receive, reply.whole()))
+
+
+async def _understood(
+    request: Request, state: ServerState, body_model: type[Body], understand: Callable[[Body, Served, Caller], R]
+) -> tuple[Body, R]:
+    """The body, and the reply that will be made. Who cannot get in is refused before the work is done."""
+    state.ready()
+    state.check_room()
+    caller = Caller.of(request)
+    body, served, size = await _received(request, state, body_model)
+    served.llm.check_room()
+    return body, await state.in_thread(lambda: understand(body, served, caller), size)
 
 
 async def computed(
@@ -74,15 +92,22 @@ async def computed(
 ) -> Response:
     """Reads the body, finds its model, and answers with what `work` makes of them, in a thread, without the engine."""
     state.ready()
-    body, served = await _received(request, state, body_model)
-    return JSONResponse(await state.in_thread(lambda: work(body, served)))
+    body, served, size = await _received(request, state, body_model)
+    return JSONResponse(await state.in_thread(lambda: work(body, served), size))
 
 
-async def _received(request: Request, state: ServerState, body_model: type[Body]) -> tuple[Body, Served]:
+async def _received(request: Request, state: ServerState, body_model: type[Body]) -> _Received[Body]:
     async with state.bodies.read(request) as data:
-        body = await state.in_thread(lambda: parse(body_model, data))
+        size = len(data)
+        if size <= SHORT_BODY:
+            body = parse(body_model, data)
+        else:
+            body = await state.in_thread(lambda: parse(body_model, data), size)
     check_entries(body, state.limits)
+    if body.keep_alive is not None:
+        visit: Visit = request.state.visit
+        visit.account.check_keep_alive()
     served = await state.served(body.model, request, body.keep_alive)
     record: RequestRecord = request.state.record
     record.model = served.name
-    return body, served
+    return _Received(body, served, size)

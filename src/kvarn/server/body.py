@@ -7,7 +7,7 @@ import gc
 import json
 import threading
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -30,6 +30,8 @@ KINDS = {
     "model_type": "an object",
 }
 """What pydantic's error types say was wanted."""
+MANY_BYTES = 64 << 10
+"""Of a body that may hold so much that collections while it is read cost more than the reading."""
 SHOWN = 40
 """Characters of a wrong value that a message repeats."""
 
@@ -150,7 +152,7 @@ def _collector_paused() -> Iterator[None]:
 
 def _json_object(body: bytes) -> dict[str, Any]:
     try:
-        with _collector_paused():
+        with _collector_paused() if len(body) > MANY_BYTES else nullcontext():
             value = json.loads(body, parse_constant=_no_constant)
     except RecursionError:
         raise _not_json("it is nested too deep") from None

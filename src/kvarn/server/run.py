@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -33,6 +34,9 @@ from kvarn.server.state import ServerState
 from kvarn.server.watching import HttpWatcher
 
 logger = logging.getLogger("kvarn.server")
+SWITCH_SECONDS = 0.001
+"""For which a thread may keep the interpreter while the event loop waits for it; Python's own 0.005 is as long as half
+a step, and a request changes threads several times."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +116,7 @@ def serve(
     observer: told of every decision and step of the engines, in their threads. watchers: of every request.
     """
     told = told or Told()
+    sys.setswitchinterval(SWITCH_SECONDS)
     access, admin = options.access, options.admin
     listener = listen(options.host, options.port)
     admin_listener = None if admin.port is None else listen(admin.host, admin.port, "--admin-port")

@@ -24,6 +24,9 @@ from kvarn.server.refusals import Refusals, limit_names
 from kvarn.server.sse import unless_disconnected
 
 WORKERS = 2
+"""Threads of each kind."""
+LONG_BODY = 64 << 10
+"""Bytes beyond which a body is read, and its prompt is made, by threads of their own."""
 T = TypeVar("T")
 
 
@@ -49,6 +52,7 @@ class ServerState:
         self.created = int(time.time())
         self._is_open = False
         self._workers = ThreadPoolExecutor(WORKERS, thread_name_prefix="kvarn-server")
+        self._long_workers = ThreadPoolExecutor(WORKERS, thread_name_prefix="kvarn-server-long")
 
     def open(self) -> None:
         """From now on requests are answered; models that are not in memory are loaded for them."""
@@ -98,6 +102,16 @@ class ServerState:
         """Takes requests again."""
         self.door.open()
 
-    async def in_thread(self, work: Callable[[], T]) -> T:
-        """Runs what may take long (reading a large body, tokenizing it) beside the event loop."""
-        return await asyncio.get_running_loop().run_in_executor(self._workers, work)
+    def check_room(self) -> None:
+        """Raises QueueFullError where no request gets in, whatever it is: there is one model, and its queue is full."""
+        engines = self.engines()
+        if len(engines) == len(self.models.statuses()) == 1:
+            engines[0][1].check_room()
+
+    async def in_thread(self, work: Callable[[], T], size: int) -> T:
+        """Runs what may take long (making a prompt, its tokens) beside the event loop.
+
+        size: bytes of the body that it is about. Long ones wait for each other only, so that they hold up no others.
+        """
+        workers = self._long_workers if size > LONG_BODY else self._workers
+        return await asyncio.get_running_loop().run_in_executor(workers, work)

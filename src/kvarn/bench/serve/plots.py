@@ -59,11 +59,11 @@ def sweep(title: Sequence[str], found: Sweep, slo: Slo, unit: str) -> Any:
     axes[0].set_ylim(0)
     axes[0].legend(frameon=False)
     for ax, name, label in ((axes[1], "ttft", "time to first token, ms"), (axes[2], "itl", "between tokens, ms")):
-        _percentile_lines(ax, curve, name)
-        ax.set_ylabel(label)
-        if name in slo.limits:
+        if name in slo.limits:  # before the axis gets its limits, so that the line is within them
             ax.axhline(1e3 * slo.limits[name], color=LIMIT, linestyle=":", linewidth=1.2)
             ax.text(loads[0], 1e3 * slo.limits[name], "SLO", color=LIMIT, fontsize=8, va="bottom")
+        _percentile_lines(ax, curve, name)
+        ax.set_ylabel(label)
     axes[2].legend(frameon=False)
     for ax in axes:
         ax.set_xlabel(unit)

@@ -105,6 +105,12 @@ class Account:
             raise ApiError(400, message, param="priority", code="invalid_value")
         return self.key.priority if asked is None else asked
 
+    def check_keep_alive(self) -> None:
+        """Raises ApiError 403 where the key's requests may not say how long a model stays."""
+        if not self.key.keep_alive:
+            message = "keep_alive is not for this key: it needs keep_alive = true in the keys file"
+            raise ApiError(403, message, param="keep_alive", code="not_allowed")
+
     def headers(self) -> list[tuple[bytes, bytes]]:
         """What is left of the rates, under OpenAI's names; none where the key has no rates."""
         found: dict[str, object] = {}
@@ -142,7 +148,7 @@ def _too_many(says: str, wait: float) -> ApiError:
     return ApiError(429, message, code="rate_limit_exceeded", headers={"Retry-After": str(seconds)})
 
 
-OPEN = Key("anybody", b"")
+OPEN = Key("anybody", b"", keep_alive=True)
 """Where no keys are set all requests are of this one."""
 
 

@@ -11,6 +11,7 @@
     tokens_per_minute = 200000
     max_concurrency = 16
     cache_salt = "…"
+    keep_alive = true
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from kvarn.server.keys.records import DIGEST_BYTES, MAX_KEYS, SALT_BYTES, Key, K
 VERSION = 1
 MAX_FILE_BYTES = 4 << 20
 TEXTS, NUMBERS = ("tenant", "cache_salt"), ("priority", "requests_per_minute", "tokens_per_minute", "max_concurrency")
+RIGHTS = ("keep_alive",)
 _HEX = re.compile(r"(?:[0-9a-f]{2})+")
 
 
@@ -102,14 +104,17 @@ def _fields(value: Any, what: str, known: set[str]) -> dict[str, Any]:
 
 def _key(name: str, value: Any) -> Key:
     what = f"keys.{name[:80]}"
-    fields = _fields(value, what, {"digest", *TEXTS, *NUMBERS})
+    fields = _fields(value, what, {"digest", *TEXTS, *NUMBERS, *RIGHTS})
     for field in fields.keys() & {*TEXTS}:
         if not isinstance(fields[field], str):
             raise ConfigError(f"{what}.{field} must be a text")
     for field in fields.keys() & {*NUMBERS}:
         if type(fields[field]) is not int:
             raise ConfigError(f"{what}.{field} must be a whole number")
-    given = {field: fields[field] for field in (*TEXTS, *NUMBERS) if field in fields}
+    for field in fields.keys() & {*RIGHTS}:
+        if type(fields[field]) is not bool:
+            raise ConfigError(f"{what}.{field} must be true or false")
+    given = {field: fields[field] for field in (*TEXTS, *NUMBERS, *RIGHTS) if field in fields}
     try:
         return Key(name, _bytes("digest", fields.get("digest"), DIGEST_BYTES), **given)
     except ConfigError as error:

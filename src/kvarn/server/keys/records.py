@@ -61,6 +61,8 @@ class Key:
     """Of prompts and answers together."""
     max_concurrency: int | None = None
     """Requests at the same time."""
+    keep_alive: bool = False
+    """Whether its requests may say how long their model stays in memory, for others too: 0 unloads it."""
 
     def __post_init__(self) -> None:
         if not NAME.fullmatch(self.name):
@@ -107,7 +109,7 @@ class KeySet:
 
 
 def plain_keys(keys: tuple[str, ...]) -> KeySet:
-    """Keys that are given as they are (`--api-key`): no limits, each a tenant.
+    """Keys that are given as they are (`--api-key`): no limits, all rights, each a tenant.
 
     The tenant is named by a digest of the key, so that it is the same when the server is started again with its keys in
     another order. Raises ConfigError for a key that is empty, too long, not printable ASCII, or given twice; never
@@ -123,5 +125,5 @@ def plain_keys(keys: tuple[str, ...]) -> KeySet:
         if key in keys[: number - 1]:
             raise ConfigError(f"api_key number {number} is given twice")
         tenant = hmac.new(key.encode(), b"kvarn tenant", hashlib.sha256).digest()[:8].hex()
-        made.append(Key(f"api-key-{number}", digest(salt, key), tenant=tenant))
+        made.append(Key(f"api-key-{number}", digest(salt, key), tenant=tenant, keep_alive=True))
     return KeySet(salt, tuple(made))

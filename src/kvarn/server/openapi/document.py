@@ -13,6 +13,7 @@ from kvarn.server.openapi.operations import OPERATIONS, Operation
 
 REF = "#/components/schemas/{model}"
 BODY_ERRORS = {
+    "403": "The API key does not allow what is asked for.",
     "400": "The body is no JSON, or a parameter is wrong, unknown or not supported; the message names it.",
     "413": "The body is too large.",
     "415": "The body is not application/json.",
