@@ -16,6 +16,11 @@ MAX_SPECULATIVE_TOKENS = 128
 RESTART_DELAYS = (0.0, 0.1, 0.3, 1.0, 2.0)
 POLICIES = ("fcfs", "priority", "fair")
 """Orders in which requests are served; `kvarn.scheduler` says what each is."""
+BACKENDS = ("cpu", "cuda", "reference")
+COMPUTE_TYPES = ("bfloat16", "float16", "float32")
+"""Types that a GPU may compute activations in."""
+WEIGHT_FORMS = ("stored", "dense", "int8", "int4", "fp8")
+"""Forms of matrices on a GPU; `CudaConfig` says what each is."""
 
 
 def _check(ok: bool, name: str, value: object, must: str) -> None:
@@ -217,13 +222,36 @@ class GrammarConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class CudaConfig:
+    """Of the back-end for NVIDIA GPUs alone."""
+
+    dtype: str = "bfloat16"
+    """What activations are computed in: one of `COMPUTE_TYPES`."""
+    weights: str = "stored"
+    """stored: matrices that the file has quantized stay so, without loss; others are of the dtype. dense: all are of
+    the dtype. int8, fp8 (E4M3): a byte for an element, a scale for a row. int4: four bits, a scale and an offset for
+    weight_group elements. Tables of embeddings are of the dtype in all of these."""
+    weight_group: int = 32
+    """Of int4: 32, 64 or 128."""
+    device: str = "cuda"
+    """A device as torch names it: cuda is the first card, cuda:1 the second."""
+
+    def __post_init__(self) -> None:
+        _check(self.dtype in COMPUTE_TYPES, "dtype", self.dtype, f"one of {', '.join(COMPUTE_TYPES)}")
+        _check(self.weights in WEIGHT_FORMS, "weights", self.weights, f"one of {', '.join(WEIGHT_FORMS)}")
+        _check(self.weight_group in (32, 64, 128), "weight_group", self.weight_group, "32, 64 or 128")
+
+
+@dataclass(frozen=True, slots=True)
 class EngineConfig:
     """Everything an engine needs beside the model. threads 0: one for each physical core the process may use."""
 
     max_model_len: int | None = None
     """Longest prompt + output; None: what the model was trained for, or what fits."""
     backend: str = "cpu"
+    """One of `BACKENDS`."""
     threads: int = 0
+    cuda: CudaConfig = field(default_factory=CudaConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     speculative: SpeculativeConfig | None = None
@@ -238,7 +266,7 @@ class EngineConfig:
         _check(self.packed_cache_bytes is None or self.packed_cache_bytes >= 0, "packed_cache_bytes",
                self.packed_cache_bytes, "at least 0")  # fmt: skip
         _check(self.max_model_len is None or self.max_model_len >= 1, "max_model_len", self.max_model_len, "at least 1")
-        _check(self.backend in ("cpu", "reference"), "backend", self.backend, "cpu or reference")
+        _check(self.backend in BACKENDS, "backend", self.backend, f"one of {', '.join(BACKENDS)}")
         _check(0 <= self.threads <= 1024, "threads", self.threads, "between 0 and 1024")
         waits = all(0 <= delay < math.inf for delay in self.restart_delays)
         _check(waits, "restart_delays", self.restart_delays, "seconds of at least 0")

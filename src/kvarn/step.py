@@ -12,6 +12,9 @@ from dataclasses import dataclass
 
 from kvarn.request import Pooling, SamplingParams, TokenLogprob
 
+PENDING = -1
+"""In place of a token that the step before samples, whose result is not there yet."""
+
 
 @dataclass(frozen=True, slots=True)
 class PromptTargets:
@@ -30,7 +33,7 @@ class ScheduledSequence:
     sequence_id: int
     """Unique until the engine is reset."""
     token_ids: tuple[int, ...]
-    """The tokens whose KV is computed in this step."""
+    """The tokens whose KV is computed in this step. The last may be `PENDING`."""
     start: int
     """Position of token_ids[0]; equals the sequence's num_computed_tokens."""
     block_tables: tuple[tuple[int, ...], ...]

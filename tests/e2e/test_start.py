@@ -43,12 +43,12 @@ def test_memory_is_what_the_plan_says(smollm2_path, tmp_path):
         [sys.executable, "-m", "kvarn", "plan", str(smollm2_path), "--json"], check=True, capture_output=True, text=True
     )
     planned = json.loads(plan.stdout)
-    bound = planned["cpu_weight_bytes"] + BLOCKS * 16 * planned["kv_bytes_per_token"] + SLACK
+    bound = planned["packed_weight_bytes"] + BLOCKS * 16 * planned["kv_bytes_per_token"] + SLACK
     without = start(smollm2_path, tmp_path, KVARN_PACKED_CACHE_BYTES="0")
     assert not (tmp_path / "packed").exists()
     first = start(smollm2_path, tmp_path, KVARN_PACKED_CACHE_BYTES="1000000000")
     (file,) = (tmp_path / "packed").iterdir()
-    assert planned["cpu_weight_bytes"] <= file.stat().st_size <= planned["cpu_weight_bytes"] * 1.02
+    assert planned["packed_weight_bytes"] <= file.stat().st_size <= planned["packed_weight_bytes"] * 1.02
     second = start(smollm2_path, tmp_path, KVARN_PACKED_CACHE_BYTES="1000000000")
     assert max(without["resident"], first["resident"], second["resident"]) <= bound
     assert without["text"] == first["text"] == second["text"]

@@ -278,6 +278,17 @@ def test_work_for_idle_times_that_fails_is_not_tried_again():
     assert len(tries) == 1
 
 
+def test_work_for_idle_times_is_asked_for_again_after_a_step():
+    asked = []
+
+    async def test(llm, gate):
+        await until(lambda: bool(asked))
+        await read(llm.generate(request("a", "hello")))
+        await until(lambda: len(asked) >= 2)
+
+    with_llm(test, idle=lambda: bool(asked.append(1)))
+
+
 def test_close_fails_what_runs_and_is_idempotent():
     async def test(llm, gate):
         gate.hold()

@@ -261,13 +261,10 @@ def test_what_moving_blocks_took_is_not_learned_as_what_steps_take(make_core):
         def observe(self, shape, seconds):
             learned.append(seconds)
 
-    class Moving(Wrapper):
-        def execute(self, scheduled):
-            return replace(self.inner.execute(scheduled), move_seconds=0.25)
-
     ticks = itertools.count()
     core = make_core(cost=Listening(), clock=lambda: next(ticks))
-    core._runner = Moving(core._runner)
+    execute = core._runner.execute
+    core._runner.execute = lambda step: replace(execute(step), move_seconds=0.25)
     run_core(core, [request("a", "Hi", max_tokens=3)])
     assert len(learned) >= 3
     assert set(learned) == {3 - 0.25}

@@ -207,7 +207,7 @@ def test_its_memory_is_planned_and_refused_where_it_does_not_fit(monkeypatch):
     assert both.drafter.activations == held.activations + loaded._probabilities.nbytes
     assert (both.drafter.weights, both.drafter.kv_cache) == (held.weights, held.kv_cache)
     engine.core.close()
-    monkeypatch.setattr("kvarn.engine.load.available_memory", lambda: Available(alone.total + 1000, "a test"))
+    monkeypatch.setattr("kvarn.engine.backends.available_memory", lambda: Available(alone.total + 1000, "a test"))
     settings = {**PLAIN, "memory_utilization": 1.0}
     tiny_engine(**settings).core.close()
     with pytest.raises(CapacityError, match=r"takes 1\.1 MiB of weights.*at least 1\.5 MiB must be available"):

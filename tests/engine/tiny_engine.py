@@ -139,11 +139,13 @@ def handmade_engine(
     restart_delays=(0.0, 0.01),
     idle=lambda: False,
     embeddings=False,
+    ahead=lambda executable, vocab_size: None,
     **scheduling,
 ) -> LoadedEngine:
     """An engine put together part by part, so that a test can get between them. scheduling: of `SchedulerConfig`.
 
-    model: instead of a tiny one of `family` and `stored`.
+    ahead: makes what begins steps on the wrapped executable; None: nothing does. model: instead of a tiny one of
+    `family` and `stored`.
     """
     model = model or shared_model(family, 0, stored)
     config = EngineConfig(
@@ -163,7 +165,9 @@ def handmade_engine(
     sampler = wrap_sampler(NativeSampler(model.program.vocab_size))
     drafter = wrap_drafter(make_drafter(speculative))
     pooler = HiddenStatePooler(model.program, model.weights) if embeddings else None
-    runner = Runner(wrap_executable(executable), sampler, limits, block_size, drafter=drafter, pooler=pooler)
+    wrapped = wrap_executable(executable)
+    begins = ahead(wrapped, model.program.vocab_size)
+    runner = Runner(wrapped, sampler, limits, block_size, drafter=drafter, pooler=pooler, ahead=begins)
 
     def new_scheduler():
         pool = BlockPool(num_blocks, block_size, model.program.kv_groups.windows)

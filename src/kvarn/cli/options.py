@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,7 +15,7 @@ from kvarn.errors import ConfigError
 from kvarn.request import SamplingParams
 
 if TYPE_CHECKING:
-    from kvarn.config import SpeculativeConfig
+    from kvarn.config import EngineConfig, SpeculativeConfig
     from kvarn.engine import LLM
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
@@ -27,6 +28,22 @@ TopK = Annotated[int, typer.Option(help="Sample from this many most likely token
 MinP = Annotated[float, typer.Option(help="Drop tokens below this share of the most likely one's probability.")]
 Seed = Annotated[int | None, typer.Option(help="Same seed, same answer.")]
 Threads = Annotated[int, typer.Option(help="Compute threads; 0: one for each physical core.")]
+GPU = "On a GPU (--device cuda)"
+"""A group of options in the help."""
+Device = Annotated[str, typer.Option(help="cpu; cuda: an NVIDIA GPU, cuda:1 the second one; needs kvarn[cuda].")]
+ComputeType = Annotated[
+    str | None,
+    typer.Option("--dtype", help="What is computed in: bfloat16 (default), float16 or float32.", rich_help_panel=GPU),
+]
+WeightForm = Annotated[
+    str | None,
+    typer.Option(
+        "--weights",
+        help="stored (default): matrices that the file has quantized stay so, others are of --dtype; dense: all are; "
+        "int8, fp8: one byte an element; int4 or int4:32, int4:64, int4:128: half a byte, a scale for so many.",
+        rich_help_panel=GPU,
+    ),
+]
 MaxModelLen = Annotated[int | None, typer.Option(help="Longest prompt and answer together, in tokens.")]
 
 MemoryUtilization = Annotated[float, typer.Option(help="Share of the available memory that may be taken.")]
@@ -78,6 +95,28 @@ def optional_size(option: str, text: str | None) -> int | None:
     return None if text is None else size_option(option, text)
 
 
+def on_device(config: EngineConfig, device: str, dtype: str | None, weights: str | None) -> EngineConfig:
+    """The settings with what --device, --dtype and --weights say. Raises ConfigError naming the option."""
+    from kvarn.config import CudaConfig
+
+    if device == "cpu":
+        for option, value in (("dtype", dtype), ("weights", weights)):
+            if value is not None:
+                raise ConfigError(f"--{option} is for --device cuda; on a CPU weights stay as the file has them")
+        return config
+    if not re.fullmatch(r"cuda(:[0-9]{1,3})?", device):
+        raise ConfigError(f"--device must be cpu, cuda or cuda:N, not {device[:40]!r}")
+    cuda = CudaConfig(device=device)
+    if dtype is not None:
+        cuda = dataclasses.replace(cuda, dtype=dtype)
+    if weights is not None:
+        form, colon, group = weights.partition(":")
+        if colon and (form != "int4" or not re.fullmatch(r"[0-9]{1,4}", group)):
+            raise ConfigError(f"--weights must be stored, dense, int8, int4, int4:GROUP or fp8, not {weights[:40]!r}")
+        cuda = dataclasses.replace(cuda, weights=form, weight_group=int(group) if colon else cuda.weight_group)
+    return dataclasses.replace(config, backend="cuda", cuda=cuda)
+
+
 def sampling_params(
     max_tokens: int, temperature: float, top_p: float, top_k: int, min_p: float, seed: int | None
 ) -> SamplingParams:
@@ -103,10 +142,12 @@ def load_llm(
     max_num_seqs: int,
     quiet: bool,
     packed_cache_bytes: int | None = None,
-    backend: str = "cpu",
+    device: str = "cpu",
+    dtype: str | None = None,
+    weights: str | None = None,
     speculative: SpeculativeConfig | None = None,
 ) -> LLM:
-    """Pulls the model where needed (with a progress bar on a terminal) and loads it."""
+    """Pulls the model where needed (with a progress bar on a terminal) and loads it. See `on_device`."""
     from kvarn.cli.progress import resolve_with_progress
     from kvarn.config import EngineConfig, SchedulerConfig
     from kvarn.engine import LLM
@@ -116,10 +157,10 @@ def load_llm(
         max_model_len=max_model_len,
         threads=threads,
         scheduler=SchedulerConfig(max_num_seqs=max_num_seqs),
-        backend=backend,
         packed_cache_bytes=packed_cache_bytes,
         speculative=speculative,
     )
+    config = on_device(config, device, dtype, weights)
     # A vocabulary is some 100,000 objects that live to the end: collections while they are made find nothing.
     gc.disable()
     try:

@@ -11,14 +11,24 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvarn.cli.options import KvCacheBytes, KvOffloadBytes, MemoryUtilization, Threads, optional_size, size_option
+from kvarn.cli.options import (
+    Device,
+    KvCacheBytes,
+    KvOffloadBytes,
+    MemoryUtilization,
+    Threads,
+    WeightForm,
+    on_device,
+    optional_size,
+    size_option,
+)
 from kvarn.cli.speculative import Speculative, speculative_config
 from kvarn.config import CacheConfig, EngineConfig, SchedulerConfig
 from kvarn.errors import CapacityError, ConfigError
 from kvarn.kv_types import CACHE_TYPES
 
 if TYPE_CHECKING:
-    from kvarn.backends import KvCacheSpec, MemoryUse, StepLimits
+    from kvarn.backends import Backend, KvCacheSpec, MemoryUse, StepLimits
     from kvarn.models import ModelConfig
     from kvarn.planning import MemoryPlan, Plan, Uses
     from kvarn.program import Program
@@ -30,6 +40,7 @@ Examples:
   kvarn plan config.json --max-model-len 8192 --batch 32      a config alone is enough
   kvarn plan model.gguf --batch 16 --kv-dtype float32 --json
   kvarn plan model.gguf --memory 4GiB --max-num-seqs 16       would `kvarn serve` start there, and with what cache?
+  kvarn plan config.json --device cuda --weights int4 --memory 24GiB --max-num-seqs 32    on a GPU, here or elsewhere
   kvarn plan smollm2-135m-instruct --program                  the program itself, op by op
 """
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -46,7 +57,8 @@ def command(
         str | None,
         typer.Option(
             help="Type of the weights where only a config is given: float32, float16 "
-            "or bfloat16; default: what the config says."
+            "or bfloat16; default: what the config says. With --device cuda: what is computed in, and what weights are "
+            "that are not quantized; default: bfloat16."
         ),
     ] = None,
     prefill: Annotated[int | None, typer.Option(help="Length of the prompt whose prefill is counted.")] = None,
@@ -56,58 +68,62 @@ def command(
     kv_offload_bytes: KvOffloadBytes = "0",
     memory_utilization: MemoryUtilization = 0.8,
     memory: Annotated[
-        str | None, typer.Option(help="Memory to serve in, as 16GiB; default: what this machine has now.")
+        str | None, typer.Option(help="Memory to serve in, as 16GiB; default: what this machine, or its GPU, has now.")
     ] = None,
     threads: Threads = 0,
+    device: Device = "cpu",
+    weights: WeightForm = None,
     speculative: Speculative = None,
     program: Annotated[bool, typer.Option("--program", help="Print the program, op by op, and nothing else.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Say what a model takes: weights, KV cache, activations, and the cost of its steps."""
+    from kvarn.engine import engine_backend
     from kvarn.planning import plan
 
-    config, parsed, dtypes = _read(model, dtype)
+    settings = EngineConfig(
+        max_model_len=max_model_len,
+        threads=threads,
+        cache=CacheConfig(
+            dtype=kv_dtype if kv_dtype in CACHE_TYPES else "float16",
+            kv_cache_bytes=optional_size("kv-cache-bytes", kv_cache_bytes),
+            memory_utilization=memory_utilization,
+            kv_offload_bytes=size_option("kv-offload-bytes", kv_offload_bytes),
+        ),
+        scheduler=SchedulerConfig(max_num_seqs, max_num_batched_tokens),
+        speculative=speculative_config(speculative),
+    )
+    on_gpu = device != "cpu"
+    settings = on_device(settings, device, dtype if on_gpu else None, weights)
+    config, parsed, dtypes = _read(model, None if on_gpu else dtype)
     if program:
         from kvarn.program.listing import listing
 
         print(listing(parsed))
         return
     prompt = min(512, parsed.max_positions) if prefill is None else prefill
-    result = plan(parsed, dtypes, batch=batch, max_model_len=max_model_len, kv_dtype=kv_dtype, prefill_tokens=prompt)
-    served = _served(
-        parsed,
-        dtypes,
-        EngineConfig(
-            max_model_len=max_model_len,
-            threads=threads,
-            cache=CacheConfig(
-                dtype=kv_dtype if kv_dtype in CACHE_TYPES else "float16",
-                kv_cache_bytes=optional_size("kv-cache-bytes", kv_cache_bytes),
-                memory_utilization=memory_utilization,
-                kv_offload_bytes=size_option("kv-offload-bytes", kv_offload_bytes),
-            ),
-            scheduler=SchedulerConfig(max_num_seqs, max_num_batched_tokens),
-            speculative=speculative_config(speculative),
-        ),
-        optional_size("memory", memory),
-    )
+    backend = engine_backend(settings)
+    result = plan(
+        parsed, dtypes, batch=batch, max_model_len=max_model_len, kv_dtype=kv_dtype, prefill_tokens=prompt,
+        backend=backend if on_gpu else None,
+    )  # fmt: skip
+    served = _served(parsed, dtypes, settings, backend, optional_size("memory", memory))
     if as_json:
         print(json.dumps({"model": model, "family": config.family, **dataclasses.asdict(result), **_json(served)}))
     else:
-        _print(model, config, result)
+        _print(model, config, result, "a GPU" if on_gpu else "the CPU")
         _print_served(served)
 
 
 def _served(
-    program: Program, dtypes: Mapping[str, DType], config: EngineConfig, memory: int | None
+    program: Program, dtypes: Mapping[str, DType], config: EngineConfig, backend: Backend, memory: int | None
 ) -> MemoryPlan | CapacityError:
     """What `kvarn serve` would take with these settings, or why it would refuse."""
-    from kvarn.backends.cpu import CpuBackend
-    from kvarn.planning import Available, available_memory, plan_memory
+    from kvarn.engine import backend_memory
+    from kvarn.planning import Available, plan_memory
     from kvarn.spec import open_heads
 
-    backend = CpuBackend(threads=config.threads)
-    available = available_memory() if memory is None else Available(memory, "--memory")
+    available = backend_memory(config) if memory is None else Available(memory, "--memory")
     heads = open_heads(config.speculative, program)
 
     def uses(kv: KvCacheSpec, limits: StepLimits) -> MemoryUse:
@@ -192,7 +208,7 @@ def _size(num_bytes: int) -> str:
     return f"{num_bytes:,} B"
 
 
-def _print(model: str, config: ModelConfig, p: Plan) -> None:
+def _print(model: str, config: ModelConfig, p: Plan, device: str) -> None:
     shared = p.kv_bytes_per_token_without_grouping // p.kv_bytes_per_token
     heads = f"{config.num_heads} query heads, {config.num_kv_heads} KV head{'s' if config.num_kv_heads > 1 else ''}"
     saving = f"{heads}: {shared}× smaller than with a KV head each" if shared > 1 else f"{heads}"
@@ -200,7 +216,7 @@ def _print(model: str, config: ModelConfig, p: Plan) -> None:
     rows = [
         ("parameters", f"{p.parameters:,}"),
         ("weights, as stored", _size(p.weight_bytes)),
-        ("weights, packed for the CPU", _size(p.cpu_weight_bytes)),
+        (f"weights, packed for {device}", _size(p.packed_weight_bytes)),
         ("KV cache, a token", f"{_size(p.kv_bytes_per_token)}  {saving}"),
         (f"KV cache, a sequence of {p.max_model_len:,}", _size(p.kv_bytes_per_sequence)),
     ]
@@ -208,7 +224,7 @@ def _print(model: str, config: ModelConfig, p: Plan) -> None:
         rows.append(("  of it kept, with its sliding windows", _size(p.kv_bytes_per_sequence_needed)))
     rows += [
         (f"KV cache, {p.batch} such sequence{'s' if p.batch > 1 else ''}", f"{_size(p.kv_bytes_total)}  {p.kv_dtype}"),
-        ("activations on the CPU", _size(p.activation_bytes)),
+        (f"activations on {device}", _size(p.activation_bytes)),
         ("in total", _size(p.total_bytes)),
         ("cache outgrows weights", f"from {p.outgrow_tokens:,} tokens: batch {p.batch} × length {per_batch:,}"),
     ]

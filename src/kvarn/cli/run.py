@@ -13,6 +13,8 @@ import typer
 
 from kvarn.cli.options import (
     DEFAULT_MODEL,
+    ComputeType,
+    Device,
     MaxModelLen,
     MaxTokens,
     MinP,
@@ -22,6 +24,7 @@ from kvarn.cli.options import (
     Threads,
     TopK,
     TopP,
+    WeightForm,
     load_llm,
     sampling_params,
     within,
@@ -63,6 +66,9 @@ def command(
     min_p: MinP = 0.0,
     seed: Seed = None,
     threads: Threads = 0,
+    device: Device = "cpu",
+    dtype: ComputeType = None,
+    weights: WeightForm = None,
     max_model_len: MaxModelLen = None,
     packed_cache_bytes: PackedCacheBytes = None,
     speculative: Speculative = None,
@@ -80,6 +86,9 @@ def command(
     llm = load_llm(
         model,
         threads=threads,
+        device=device,
+        dtype=dtype,
+        weights=weights,
         max_model_len=max_model_len,
         max_num_seqs=1,
         packed_cache_bytes=packed_cache_bytes,

@@ -15,12 +15,16 @@ from kvarn.cli.groups import options_from
 from kvarn.cli.options import (
     DEFAULT_MODEL,
     CommitMemory,
+    ComputeType,
+    Device,
     KvCacheBytes,
     KvOffloadBytes,
     MaxModelLen,
     MemoryUtilization,
     PackedCacheBytes,
     Threads,
+    WeightForm,
+    on_device,
     optional_size,
     read_text,
     size_option,
@@ -44,6 +48,7 @@ Examples:
   kvarn serve qwen2.5-coder-0.5b-instruct --port 9000 --max-num-seqs 16
   kvarn serve model.gguf --max-model-len 4096 --kv-cache-bytes 2GiB
   kvarn serve --speculative 'method=ngram,k=auto'
+  kvarn serve model.gguf --device cuda --max-num-seqs 256 --max-num-batched-tokens 8192
   kvarn serve smollm2-135m-instruct coder=qwen2.5-coder-0.5b-instruct,max-model-len=8192 --idle-unload 10m
   kvarn serve --host 0.0.0.0 --policy fair --api-key KEY-OF-ANN --api-key KEY-OF-BOB --itl-target-ms 50
 \b
@@ -166,6 +171,9 @@ def command(
     ] = None,
     memory_utilization: MemoryUtilization = 0.8,
     threads: Threads = 0,
+    device: Device = "cpu",
+    dtype: ComputeType = None,
+    weights: WeightForm = None,
     packed_cache_bytes: PackedCacheBytes = None,
     speculative: Speculative = None,
     max_grammar_bytes: Annotated[int, typer.Option(help="Largest schema, regex or grammar.")] = 256 << 10,
@@ -203,6 +211,13 @@ def command(
         float,
         typer.Option(help="After SIGTERM or Ctrl-C, for requests in flight to finish; a second signal ends at once."),
     ] = 30.0,
+    watchdog_seconds: Annotated[
+        float,
+        typer.Option(
+            help="An engine that is in one step for longer hangs: /health/live answers 503, so that what runs the "
+            "server starts it again. 0: never. Longer than any step: 30 or more."
+        ),
+    ] = 0.0,
     lazy: Annotated[bool, typer.Option("--lazy", help="Load the first model, too, only when it is asked for.")] = False,
     memory_budget: Annotated[
         str | None,
@@ -266,6 +281,7 @@ def command(
             ttft_slo_ms=ttft_slo_ms,
         ),
     )
+    config = on_device(config, device, dtype, weights)
     keys = (*(api_key or ()), *_keys_of(os.environ.get("KVARN_API_KEYS", "")))
     specs = parse_models(models or [DEFAULT_MODEL], config, served_model_name)
     keep = math.inf if idle_unload is None else duration_option("idle_unload", idle_unload)
@@ -283,6 +299,7 @@ def command(
         optional_size("memory-budget", memory_budget),
         PoolLimits(max_waiting_for_load, load_timeout, keep),
         _pooling(pooling),
+        watchdog_seconds,
     )
     start = _Start(options)
     told = Told(start.listening, start.budget, start.plan, start.ready)

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from kvarn.engine.backends import backend_memory, engine_backend, make_backend
 from kvarn.engine.core import EngineCore
 from kvarn.engine.events import EngineStats
 from kvarn.engine.llm import LLM, Choice, Completion
-from kvarn.engine.load import LoadedEngine, LoadTimes, build_engine, load_engine, make_backend, model_name, plan_engine
+from kvarn.engine.load import LoadedEngine, LoadTimes, build_engine, load_engine, model_name, plan_engine
 
 if TYPE_CHECKING:
     from kvarn.engine.async_llm import AsyncLLM, RequestStream
 
 __all__ = [
     "LLM", "AsyncLLM", "Choice", "Completion", "EngineCore", "EngineStats", "LoadTimes", "LoadedEngine",
-    "RequestStream", "build_engine", "load_engine", "make_backend", "model_name", "plan_engine",
+    "RequestStream", "backend_memory", "build_engine", "engine_backend", "load_engine", "make_backend", "model_name",
+    "plan_engine",
 ]  # fmt: skip
 
 

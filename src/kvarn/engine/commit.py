@@ -23,10 +23,12 @@ class MemoryCommit:
         self._executable = executable
         self._spare = spare_bytes
         self._available = available
+        self._left = True
 
     def piece(self) -> bool:
         """Commits a few MB; False where nothing is left to do. The caller has the executable to itself."""
-        if self._available().num_bytes < self._spare:
+        if self._left and self._available().num_bytes < self._spare:
             logger.info("memory is short: the rest of the KV cache is taken as it is used")
-            return False
-        return self._executable.commit() > 0
+            self._left = False
+        self._left = self._left and self._executable.commit() > 0
+        return self._left

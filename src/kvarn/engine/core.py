@@ -13,6 +13,7 @@ from typing import Any
 from kvarn.engine.events import EngineStats, Event, RequestFailed, join_parts
 from kvarn.engine.meter import Meter
 from kvarn.engine.output import RequestText
+from kvarn.engine.steps import Steps
 from kvarn.errors import EngineError, KvarnError, RequestError
 from kvarn.grammar import CompiledGrammar, GrammarCompiler, GrammarStats
 from kvarn.request import FinishReason, Request, RequestOutput, SequenceOutput
@@ -90,7 +91,8 @@ class EngineCore:
         cost: learns from every step that succeeds, scheduling and texts included, but not what moving blocks and
         guessing took.
         observer: told of every step, with times of `clock` in seconds; `new_scheduler` tells it of the rest.
-        idle: something of milliseconds that may be done while there is no work; False where nothing is left of it.
+        idle: something of milliseconds that may be done while there is no work; False where nothing is left of it, at
+        least until another step was taken.
         on_close: called after the runner is closed (the model's files, from which a back-end may still read).
         """
         self._runner = runner
@@ -110,6 +112,7 @@ class EngineCore:
         self._cost = cost or MeasuredCost()
         self._observer = observer or NullObserver()
         self._clock = clock
+        self._steps = Steps(runner, clock, self.meter.scheduled)
         self._idle = idle
         self._closed = False
 
@@ -194,17 +197,17 @@ class EngineCore:
 
     def has_work(self) -> bool:
         """Whether `step` has anything to do."""
-        return self._scheduler.has_work()
+        return self._scheduler.has_work() or self._steps.under_way
 
     def idle(self) -> bool:
-        """Does a piece of what can be done while there is no work; False where nothing is left to do.
+        """Does a piece of what can be done while there is no work; False where nothing is left to do for now.
 
         Raises what that raises, as `step` does.
         """
         return self._idle()
 
     def step(self) -> list[Event]:
-        """Runs one step; returns what each request gained by it.
+        """Runs one step; returns what each request gained by it. The next one may be under way then.
 
         Raises what the runner raises: then nothing is known of the state, and only `reset` and `close` may follow.
         """
@@ -215,15 +218,12 @@ class EngineCore:
             raise
 
     def _step(self) -> list[Event]:
-        began = self._clock()
-        scheduled = self._scheduler.schedule()
-        decided = self._clock()
-        self.meter.scheduled(scheduled, began)
-        result = self._runner.execute(scheduled)
-        executed = self._clock()
-        events = self._book(scheduled, result, executed)
-        times = StepTimes(began, decided, executed, self._clock())
-        shape, seconds = StepShape.of(scheduled), times.ended - times.began - result.aside_seconds
+        step = self._steps.take(self._scheduler)
+        scheduled, result = step.scheduled, step.result
+        events = self._book(scheduled, result, step.executed)
+        times = StepTimes(step.began, step.decided, step.executed, self._clock())
+        ended = times.executed if step.overlaps else times.ended
+        shape, seconds = StepShape.of(scheduled), ended - times.began - result.aside_seconds
         self._cost.observe(shape, seconds)
         self._scheduler.drafting.control.timed(shape, seconds)
         self._observer.stepped(scheduled, times)
@@ -305,6 +305,7 @@ class EngineCore:
         self._observer.reset()
         scheduler, counters = self._new_scheduler(), self._counters.plus(self._scheduler)
         self._scheduler, self._counters = scheduler, counters
+        self._steps.forget()
         self._runner.reset()
 
     def close(self) -> None:
@@ -318,6 +319,7 @@ class EngineCore:
         self._on_close()
 
     def _spill(self) -> None:
+        self._steps.forget()
         scheduled = self._scheduler.spill()
         if scheduled.block_saves:
             try:

@@ -50,6 +50,8 @@ class EngineStats:
     failed_steps: int = 0
     restarts: int = 0
     """Times that the engine began anew after a failure."""
+    busy_seconds: float = 0.0
+    """For which the engine has been at what it does now: a step, mostly; 0 while there is nothing to do."""
     prefix_queries: int = 0
     """Tokens looked up in the prefix cache: those of each sequence when it is admitted, again after a preemption."""
     prefix_hits: int = 0

@@ -12,22 +12,23 @@ from typing import TYPE_CHECKING
 
 from kvarn import __version__, _native
 from kvarn.backends import Backend, Executable, KvCacheSpec, MemoryUse, StepLimits
-from kvarn.backends.cpu import CpuBackend, CpuExecutable, PackedSlot
+from kvarn.backends.ahead import AheadExecutable
+from kvarn.backends.cpu import CpuExecutable, PackedSlot
 from kvarn.cache import BlockPool, NullPrefixCache, RadixPrefixCache
 from kvarn.config import CacheConfig, EngineConfig
+from kvarn.engine.backends import backend_memory, engine_backend
 from kvarn.engine.commit import MemoryCommit
 from kvarn.engine.core import EngineCore
 from kvarn.engine.loadable import LoadableModel, stored_types
 from kvarn.engine.prefixes import shared_prefixes
 from kvarn.engine.tier import open_tier
-from kvarn.errors import ConfigError
 from kvarn.grammar import GrammarCompiler, GrammarMasks, GrammarVocabulary
 from kvarn.kv_types import KV_TYPES
 from kvarn.models import Model, ModelConfig, load_model
 from kvarn.planning import Available, MemoryPlan, Uses, available_memory, plan_memory
 from kvarn.program import Program
-from kvarn.runner import Drafter, HiddenStatePooler, MoveSeconds, Runner
-from kvarn.sampling import NativeSampler, Sampler
+from kvarn.runner import Ahead, Drafter, HiddenStatePooler, MoveSeconds, Runner, StepsAhead
+from kvarn.sampling import NativeSampler, RuleBook, Sampler
 from kvarn.scheduler import MeasuredCost, MoveCost, Observer, Scheduler, make_scheduler
 from kvarn.spec import make_drafter, open_heads
 from kvarn.text import Tokenizer, load_spellings, load_tokenizer, spellings
@@ -65,17 +66,6 @@ class LoadedEngine:
     """Both None where the engine was put together by hand."""
     move_seconds: MoveSeconds | None = None
     """What moving a block, of one KV group, to and from the second tier takes; None where there is none."""
-
-
-def make_backend(name: str, threads: int = 0, packed: PackedSlot | None = None) -> Backend:
-    """The back-end of that name. threads and packed: see `CpuBackend`. Raises ConfigError."""
-    if name == "cpu":
-        return CpuBackend(threads=threads, packed=packed)
-    if name == "reference":
-        from kvarn.backends.reference import ReferenceBackend
-
-        return ReferenceBackend()
-    raise ConfigError(f"backend must be cpu or reference, not {name!r}")
 
 
 OnPlan = Callable[[MemoryPlan], None]
@@ -136,7 +126,7 @@ def plan_engine(name_or_path: str, config: EngineConfig, available: Available) -
         model = load_model(files, config.max_model_len)
         draft = open_draft(config)
         heads = open_heads(config.speculative, model.program, model.weights)
-        return engine_memory(model, config, make_backend(config.backend, config.threads), available, draft, heads)
+        return engine_memory(model, config, engine_backend(config), available, draft, heads)
     finally:
         if draft is not None:
             draft.close()
@@ -157,7 +147,7 @@ def open_draft(config: EngineConfig) -> DraftModel | None:
         model = load_model(files, config.max_model_len)
         vocab = config.speculative.draft_vocab
         packed = _packed_slot(files, model, config, f"draft_vocab={vocab}" if vocab else "")
-        backend = make_backend(config.backend, config.threads, packed)
+        backend = engine_backend(config, packed)
         return DraftModel(model, load_spellings(files), backend, model_name(name), files.close, vocab)
     except BaseException:
         files.close()
@@ -220,11 +210,11 @@ def build_engine(
     Raises CapacityError before any weight is read.
     """
     program = model.program
-    backend = make_backend(config.backend, config.threads, packed)
+    backend = engine_backend(config, packed)
     heads = open_heads(config.speculative, program, model.weights)
     if draft is not None:
         draft.check(program, spellings(tokenizer.vocabulary), name, config.max_model_len)
-    memory = engine_memory(model, config, backend, available or available_memory(), draft, heads)
+    memory = engine_memory(model, config, backend, available or backend_memory(config), draft, heads)
     shared = shared_prefixes(tokenizer, config.cache, memory.num_blocks, memory.windows)
     on_plan(memory)
     limits = memory.limits if heads is None else heads.target_limits(memory.limits)
@@ -257,6 +247,7 @@ def build_engine(
         ),
         grammars=GrammarMasks(grammars.find, program.vocab_size, ends),
         pooler=HiddenStatePooler(program, model.weights),
+        ahead=None if config.speculative or new_drafter else _ahead(executable),
     )  # fmt: skip
 
     def close() -> None:
@@ -306,8 +297,17 @@ def _pool_of(executable: Executable) -> Callable[[], _native.Pool | None]:
     return lambda: executable.pool if isinstance(executable, CpuExecutable) else None
 
 
+def _ahead(executable: Executable) -> Ahead | None:
+    """What begins steps before their inputs are known here, where the back-end can; a drafter wants to know them."""
+    if not isinstance(executable, AheadExecutable):
+        return None
+    return StepsAhead(executable, RuleBook(executable.program.vocab_size))
+
+
 def _idle_work(cache: CacheConfig, memory: MemoryPlan, executable: Executable) -> Callable[[], bool]:
     """What the engine does while it has no work."""
+    if isinstance(executable, AheadExecutable):
+        return executable.prepare
     if not cache.commit_memory:
         return lambda: False
     spare = memory.available.num_bytes - memory.budget

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from kvarn.backends import KvCacheSpec, MemoryUse, StepLimits
-from kvarn.backends.cpu import memory_use
+from kvarn.backends import Backend, KvCacheSpec, MemoryUse, StepLimits
+from kvarn.backends.cpu import CpuBackend
 from kvarn.cache import Windows
 from kvarn.errors import ConfigError
 from kvarn.kv_types import CACHE_TYPES, KV_TYPES, KvType
@@ -49,9 +49,9 @@ class Plan:
     max_model_len: int
     kv_dtype: str
     activation_bytes: int
-    """Of the CPU back-end, for the largest step."""
-    cpu_weight_bytes: int
-    """The weights as the CPU back-end packs them."""
+    """Of the back-end, for the largest step."""
+    packed_weight_bytes: int
+    """The weights as the back-end holds them."""
     outgrow_tokens: int
     """Tokens (batch times length) from which the cache is larger than the weights."""
     prefill_tokens: int
@@ -74,11 +74,12 @@ def plan(
     kv_dtype: str = "float16",
     prefill_tokens: int = 512,
     max_num_batched_tokens: int = 512,
-    threads: int = 1,
+    backend: Backend | None = None,
 ) -> Plan:
     """The plan of a program whose weights are stored as `dtypes` says (by weight name).
 
-    max_model_len None: what the model was made for. Raises ConfigError naming the setting that is out of range.
+    max_model_len None: what the model was made for. backend: None: the CPU's with one thread. Raises ConfigError naming
+    the setting that is out of range.
     """
     length = program.max_positions if max_model_len is None else max_model_len
     for name, value, most in (
@@ -100,7 +101,8 @@ def plan(
         layer.bytes_per_token(kv) * min(length, groups.windows[group] or length)
         for layer, (group, _) in zip(program.kv_layers, groups.places, strict=True)
     )
-    cpu = _cpu_memory(program, dtypes, kv_dtype, length, batch, max_num_batched_tokens, threads)
+    limits = StepLimits(max(max_num_batched_tokens, batch), batch, length)
+    use = _memory(backend or CpuBackend(threads=1), program, dtypes, kv_dtype, limits)
 
     def cost(shape: StepShape) -> StepCost:
         counts = total(count_step(program, shape, sizes.__getitem__, kv))
@@ -120,8 +122,8 @@ def plan(
         batch=batch,
         max_model_len=length,
         kv_dtype=kv_dtype,
-        activation_bytes=cpu.activations,
-        cpu_weight_bytes=cpu.weights,
+        activation_bytes=use.activations,
+        packed_weight_bytes=use.weights,
         outgrow_tokens=weight_bytes // per_token + 1,
         prefill_tokens=prefill_tokens,
         prefill=cost(StepShape.prefill(prefill_tokens)),
@@ -142,15 +144,8 @@ def _ungrouped_bytes(program: Program, kv: KvType) -> int:
     return sum(layer.bytes_per_token(kv) // layer.heads * heads[i] for i, layer in enumerate(program.kv_layers))
 
 
-def _cpu_memory(
-    program: Program,
-    dtypes: Mapping[str, DType],
-    kv_dtype: str,
-    length: int,
-    batch: int,
-    tokens: int,
-    threads: int,
+def _memory(
+    backend: Backend, program: Program, dtypes: Mapping[str, DType], kv_dtype: str, limits: StepLimits
 ) -> MemoryUse:
-    limits = StepLimits(max(tokens, batch), batch, length)
-    held = kv_dtype if kv_dtype in CACHE_TYPES else "float16"  # activations of types that the CPU does not have
-    return memory_use(program, dtypes, KvCacheSpec(1, BLOCK_SIZE, held), limits, threads)
+    held = kv_dtype if kv_dtype in CACHE_TYPES else "float16"  # activations beside a cache that no back-end has
+    return backend.memory_use(program, dtypes, KvCacheSpec(1, BLOCK_SIZE, held), limits)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +16,7 @@ from kvarn.draft_tree import chain, path
 from kvarn.errors import RequestError
 from kvarn.grammar import GrammarMasks, StepMasks
 from kvarn.request import SamplingParams
+from kvarn.runner.ahead import Ahead, NeverAhead
 from kvarn.runner.batch import BatchBuilder
 from kvarn.runner.block_file import BlockFile
 from kvarn.runner.block_mover import BlockMover
@@ -35,6 +38,16 @@ from kvarn.step import (
 logger = logging.getLogger(__name__)
 
 
+class _Begun(NamedTuple):
+    """What came of all that comes before the program."""
+
+    refused: list[FailedSequence]
+    loaded: tuple[int, ...]
+    moved: float
+    """Seconds that saves and loads took."""
+    prepare_seconds: float
+
+
 class Runner:
     """One loaded program with its sampler. Knows of sequences only what a step says; the sampler keeps the rest.
 
@@ -53,12 +66,14 @@ class Runner:
         drafter: Drafter | None = None,
         grammars: GrammarMasks | None = None,
         pooler: Pooler | None = None,
+        ahead: Ahead | None = None,
     ) -> None:
         """limits: those the executable was loaded with. logits: the program's output buffer.
 
         block_file: where blocks are saved and loaded, owned from now on; None: a step must not ask for that.
         drafter: who proposes drafts; None: nobody. grammars: of the sequences that have one, owned from now on; None:
-        no sequence may have one. pooler: makes embeddings; None: no sequence may be one.
+        no sequence may have one. pooler: makes embeddings; None: no sequence may be one. ahead: begins steps on an
+        executable that can be ahead of its caller, with no drafter; None: all steps are executed.
         """
         self._blocks = BlockMover(executable, block_file)
         self._executable = executable
@@ -66,6 +81,7 @@ class Runner:
         self._drafter = drafter or NullDrafter()
         self.grammars = grammars or GrammarMasks()
         self.pooler = pooler or NullPooler()
+        self._ahead = ahead or NeverAhead()
         self._drawn: dict[int, Proposal] = {}
         """The last proposals that were drawn from probabilities, by sequence."""
         self._num_groups = len(executable.program.kv_groups)
@@ -73,12 +89,59 @@ class Runner:
         self._block_size = block_size
         self._logits = logits
         self._known: set[int] = set()
+        self._refused: deque[list[FailedSequence]] = deque()
+        """By the steps that were submitted and not collected."""
 
     def execute(self, scheduled: SchedulerOutput) -> StepOutput:
         """Runs a step: forgets who finished, moves blocks, runs the program, samples, lets the next tokens be guessed.
 
-        A step may be empty.
+        A step may be empty. All steps that were submitted must be collected.
         """
+        scheduled = self._ahead.known(scheduled)
+        begun = self._begin(scheduled)
+        if not scheduled.sequences:
+            return StepOutput(scheduled.step, (), begun.loaded, begun.moved, prepare_seconds=begun.prepare_seconds)
+        parts = [s for s in scheduled.sequences if s.sample]
+        pending = self.grammars.begin(parts)
+        values = self._executable.execute(self._batches.build(scheduled.sequences), self._drafter.buffers)
+        masks = None if pending is None else self.grammars.finish(pending)
+        pooled = self.pooler.take(scheduled, values)
+        values, prompts = take_prompts(values, self._logits, scheduled.sequences, self._sampler)
+        sampled, failed = self._sample(values[self._logits], parts, masks, begun.refused)
+        started = time.perf_counter()
+        proposals = guided(self.grammars, scheduled, self._drafter.propose(scheduled, sampled, values))
+        asked = any(part.num_drafts_wanted for part in scheduled.sequences)
+        draft_seconds = time.perf_counter() - started if asked else 0.0
+        self._drawn = {p.sequence_id: p for p in proposals if p.probabilities is not None}
+        drafts = tuple(_tokens(p) for p in proposals if p.token_ids)
+        return StepOutput(
+            scheduled.step, tuple(sampled), begun.loaded, begun.moved, drafts, draft_seconds, begun.prepare_seconds,
+            tuple(failed), prompts, pooled,
+        )  # fmt: skip
+
+    def submits(self, scheduled: SchedulerOutput) -> bool:
+        """Whether the step may be submitted, rather than executed."""
+        return self._ahead.takes(scheduled)
+
+    def submit(self, scheduled: SchedulerOutput) -> None:
+        """Begins a step, which may have tokens that are `PENDING`. Two at most are not collected."""
+        begun = self._begin(scheduled)
+        self._ahead.submit(scheduled, self._batches.build(scheduled.sequences))
+        self._refused.append(begun.refused)
+
+    def collect(self) -> StepOutput:
+        """What the oldest submitted step produced, as `execute` would say."""
+        scheduled, sampled = self._ahead.collect()
+        kept, failed = _without_failed(sampled, self._refused.popleft())
+        return StepOutput(scheduled.step, tuple(kept), failed=tuple(failed))
+
+    def discard(self) -> None:
+        """Forgets what was submitted and not collected."""
+        self._refused.clear()
+        self._ahead.discard()
+
+    def _begin(self, scheduled: SchedulerOutput) -> _Begun:
+        """All that comes before the program."""
         self._blocks.save(scheduled.block_saves)
         for sequence_id in scheduled.finished:
             self._known.discard(sequence_id)
@@ -90,26 +153,7 @@ class Runner:
         moved = self._blocks.take_seconds()
         started = time.perf_counter()
         computed = self._drafter.prepare(scheduled)
-        prepare_seconds = time.perf_counter() - started if computed else 0.0
-        if not scheduled.sequences:
-            return StepOutput(scheduled.step, (), loaded, moved, prepare_seconds=prepare_seconds)
-        parts = [s for s in scheduled.sequences if s.sample]
-        pending = self.grammars.begin(parts)
-        values = self._executable.execute(self._batches.build(scheduled.sequences), self._drafter.buffers)
-        masks = None if pending is None else self.grammars.finish(pending)
-        pooled = self.pooler.take(scheduled, values)
-        values, prompts = take_prompts(values, self._logits, scheduled.sequences, self._sampler)
-        sampled, failed = self._sample(values[self._logits], parts, masks, refused)
-        started = time.perf_counter()
-        proposals = guided(self.grammars, scheduled, self._drafter.propose(scheduled, sampled, values))
-        asked = any(part.num_drafts_wanted for part in scheduled.sequences)
-        draft_seconds = time.perf_counter() - started if asked else 0.0
-        self._drawn = {p.sequence_id: p for p in proposals if p.probabilities is not None}
-        drafts = tuple(_tokens(p) for p in proposals if p.token_ids)
-        return StepOutput(
-            scheduled.step, tuple(sampled), loaded, moved, drafts, draft_seconds, prepare_seconds, tuple(failed),
-            prompts, pooled,
-        )  # fmt: skip
+        return _Begun(refused, loaded, moved, time.perf_counter() - started if computed else 0.0)
 
     def _sample(
         self,
@@ -128,11 +172,7 @@ class Runner:
         else:
             sampled = self._sampler.verify(logits, ids, positions, [self._draft(s) for s in parts], *given)
             self._move_accepted(parts, sampled)
-        failed = refused if masks is None else refused + masks.failed
-        lost = {failure.sequence_id for failure in failed}
-        failed += [_nothing_left(token) for token in sampled if token.token_id < 0 and token.sequence_id not in lost]
-        lost.update(failure.sequence_id for failure in failed)
-        kept = [token for token in sampled if token.sequence_id not in lost] if lost else sampled
+        kept, failed = _without_failed(sampled, refused if masks is None else refused + masks.failed)
         if masks is not None:
             self.grammars.advance(kept)
         return kept, failed
@@ -186,12 +226,14 @@ class Runner:
         self._drafter.add(new)
         self.grammars.add(new)
         self.pooler.add(new)
+        self._ahead.add(new)
 
     def _remove(self, sequence_id: int) -> None:
         self._sampler.remove(sequence_id)
         self._drafter.remove(sequence_id)
         self.grammars.remove(sequence_id)
         self.pooler.remove(sequence_id)
+        self._ahead.remove(sequence_id)
 
     def forget_moved(self) -> None:
         """Empties the second tier."""
@@ -199,6 +241,7 @@ class Runner:
 
     def reset(self) -> None:
         """Forgets all sequences, then runs one token to see that the program still runs. Raises what that raises."""
+        self.discard()
         for sequence_id in self._known:
             self._remove(sequence_id)
         self._known.clear()
@@ -212,6 +255,16 @@ class Runner:
         self._executable.close()
         self._blocks.close()
         self.grammars.close()
+
+
+def _without_failed(
+    sampled: list[SampledToken], failed: list[FailedSequence]
+) -> tuple[list[SampledToken], list[FailedSequence]]:
+    """The tokens of sequences that go on, and the others: that had failed before, or have nothing left to say."""
+    lost = {failure.sequence_id for failure in failed}
+    more = [_nothing_left(token) for token in sampled if token.token_id < 0 and token.sequence_id not in lost]
+    lost.update(failure.sequence_id for failure in more)
+    return [token for token in sampled if token.sequence_id not in lost] if lost else sampled, failed + more
 
 
 def _nothing_left(token: SampledToken) -> FailedSequence:

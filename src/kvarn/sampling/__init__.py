@@ -3,5 +3,6 @@
 from kvarn.sampling.base import Draft, Sampler, TokenMasks
 from kvarn.sampling.native import NativeSampler
 from kvarn.sampling.reference import ReferenceSampler
+from kvarn.sampling.rules import RuleBook
 
-__all__ = ["Draft", "NativeSampler", "ReferenceSampler", "Sampler", "TokenMasks"]
+__all__ = ["Draft", "NativeSampler", "ReferenceSampler", "RuleBook", "Sampler", "TokenMasks"]

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from kvarn.backends.row_rules import NOT_FINITE, NOTHING_LEFT, RowRules
 from kvarn.draft_tree import child
 from kvarn.request import SamplingParams, TokenLogprob
 from kvarn.sampling.base import (
@@ -267,3 +268,28 @@ def _logprob(row: Floats, token: int, count: int) -> TokenLogprob:
     order = np.lexsort((np.arange(len(row)), -row))[:count]
     top = tuple((int(i), float(logprobs[i])) for i in order)
     return TokenLogprob(token, float(logprobs[token]), int((row > row[token]).sum()) + 1, top)
+
+
+def choose(logits: NDArray[np.float32], rules: RowRules) -> NDArray[np.int32]:
+    """What a back-end that samples by itself says to logits (R, vocab): int32[R], each a token, `NOTHING_LEFT` or
+    `NOT_FINITE`."""
+    x = logits.astype(np.float64)
+    np.add.at(x, (rules.biases["row"], rules.biases["token"]), rules.biases["bias"])
+    return np.array([_choose_row(*row, rules.masks) for row in zip(x, rules.rows, strict=True)], np.int32)
+
+
+def _choose_row(x: Floats, row: np.void, masks: NDArray[np.uint32]) -> int:
+    if not np.isfinite(x.max()):
+        return NOT_FINITE
+    p = SamplingParams(
+        temperature=float(row["temperature"]),
+        top_p=float(row["top_p"]),
+        min_p=float(row["min_p"]),
+        top_k=int(row["top_k"]),
+    )
+    x = adjusted_logits(x, p, (), Counter(), (), masks[row["mask"]])
+    if not np.isfinite(x.max()):
+        return NOTHING_LEFT
+    if p.greedy:
+        return int(x.argmax())
+    return draw(distribution(x, p), uniform(int(row["seed"]), int(row["stream"]), int(row["position"])))

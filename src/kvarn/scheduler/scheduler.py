@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 from kvarn.cache import BlockPool, PrefixCache, new_tables
 from kvarn.config import SchedulerConfig
@@ -23,7 +23,7 @@ from kvarn.scheduler.reuse import PrefixReuse
 from kvarn.scheduler.sequence import Sequence
 from kvarn.scheduler.speculation import NoSpeculation, Speculation
 from kvarn.scheduler.steady import SteadySteps
-from kvarn.step import SampledToken, ScheduledSequence, SchedulerOutput, StepOutput
+from kvarn.step import PENDING, SampledToken, ScheduledSequence, SchedulerOutput, StepOutput
 
 
 class Scheduler:
@@ -49,6 +49,9 @@ class Scheduler:
 
     A sequence may have a draft, tokens that were guessed to come next (`Drafting`). They are computed after its last
     token; those that are sampled in their places are gained in the same step, the others are forgotten.
+
+    The next step may be scheduled before what came of one is known (`assume`), if back-ends compute steps in order: KV
+    that a step is about to write is as good as written for whoever comes after it.
     """
 
     def __init__(
@@ -94,8 +97,11 @@ class Scheduler:
         self._groups: dict[str, Group] = {}
         self._sequences: dict[int, Sequence] = {}
         self._finished_ids: list[int] = []
+        self._assumed: list[Sequence] = []
+        """Sequences whose last token is `PENDING`."""
         self.backlog = Backlog()
         self._step = 0
+        self._assumed_step = 0
         self._next_sequence_id = itertools.count()
         self._next_arrival = itertools.count()
 
@@ -194,10 +200,11 @@ class Scheduler:
     def schedule(self) -> SchedulerOutput:
         """Decides the next step and takes the blocks it writes. Follow it by `update` with what came of it."""
         self._step += 1
-        for sequence in self._running.values():
+        running = self._going_on()
+        for sequence in running:
             self.reuse.catch_up(sequence)
-        decodes = self.drafting.decodes(self._running.values(), self._budget)
-        step = StepAssembly(self._budget.open(decodes), deque(sorted(self._running.values(), key=self._key)))
+        decodes = self.drafting.decodes(running, self._budget)
+        step = StepAssembly(self._budget.open(decodes), deque(sorted(running, key=self._key)))
         self._schedule_running(step)
         self._admit_waiting(step)
         step.copies += self.drafting.put(step.sequences, self._running)
@@ -207,6 +214,24 @@ class Scheduler:
         return SchedulerOutput(
             self._step, tuple(step.sequences), tuple(step.new), finished, tuple(step.copies), *self.reuse.end_step()
         )
+
+    def assume(self, scheduled: SchedulerOutput) -> None:
+        """Books what a step computes before its result is there, so that the next one can be scheduled at once.
+
+        It must be the last that was scheduled, sample from known probabilities only (no drafts) and load nothing. Each
+        token that it samples is `PENDING` until `update` is called for it, which must come before the next `assume`.
+        Sequences that end by their length are not in the next step; those that end otherwise are, for nothing: its
+        `update` passes over them, so that what it computes for them is never taken for known.
+        """
+        assert not self._assumed, "the step before the last has no result yet"
+        for part in scheduled.sequences:
+            sequence = self._sequences.get(part.sequence_id)
+            if sequence is not None:
+                self._computed(part, sequence)
+                if part.sample:
+                    sequence.token_ids.append(PENDING)
+                    self._assumed.append(sequence)
+        self._assumed_step = scheduled.step
 
     def spill(self) -> SchedulerOutput:
         """A step that computes nothing, but saves what the prefix cache holds to its second tier. For the end."""
@@ -231,18 +256,19 @@ class Scheduler:
             raise ValueError(f"the result of step {result.step} for step {scheduled.step}")
         for load, count in zip(scheduled.block_loads, result.loaded, strict=True):
             self.reuse.book_load(load, count, self._sequences.get(load.sequence_id))
-        for part in scheduled.sequences:
-            sequence = self._sequences.get(part.sequence_id)
-            if sequence is not None:
-                self.reuse.computed(sequence, part.end)
-                sequence.num_prompt_logprobs += part.num_prompt_logits
-                self._release_forks(sequence)
+        if scheduled.step == self._assumed_step:
+            self._forget_pending()
+        else:
+            for part in scheduled.sequences:
+                sequence = self._sequences.get(part.sequence_id)
+                if sequence is not None:
+                    self._computed(part, sequence)
         sampled: list[tuple[Sequence, SampledToken]] = []
         for token in result.sampled:
             sequence = self._sequences.get(token.sequence_id)
             if sequence is None:
                 continue
-            if sequence.num_computed_tokens < len(sequence.token_ids):
+            if sampled and sampled[-1][0] is sequence:
                 # The token before was a guess, and right: its KV was computed in this step.
                 self.reuse.computed(sequence, sequence.num_tokens)
             sequence.token_ids.append(token.token_id)
@@ -393,6 +419,23 @@ class Scheduler:
         if not group.started:
             group.started = True
             self.backlog.remove(sequence.num_prompt_tokens)
+
+    def _going_on(self) -> Collection[Sequence]:
+        """Running sequences but for those that end with a token that is pending."""
+        if not self._assumed:
+            return self._running.values()
+        return [sequence for sequence in self._running.values() if sequence.num_tokens < sequence.max_length]
+
+    def _computed(self, part: ScheduledSequence, sequence: Sequence) -> None:
+        """Books the known tokens that a sequence computes in a step."""
+        self.reuse.computed(sequence, part.end)
+        sequence.num_prompt_logprobs += part.num_prompt_logits
+        self._release_forks(sequence)
+
+    def _forget_pending(self) -> None:
+        for sequence in self._assumed:
+            sequence.token_ids.pop()
+        self._assumed = []
 
     def _put(self, step: StepAssembly, sequence: Sequence, count: int) -> None:
         """Gives the sequence `count` tokens of the step; its blocks are known to be available."""

@@ -70,6 +70,7 @@ GAUGES: tuple[tuple[str, str, _Read], ...] = (
     ("num_tokens_queued", "Prompt tokens of the requests that have not begun.", lambda s: s.queued_tokens),
     ("kv_cache_usage_perc", "Share of the KV cache's blocks that sequences hold, 0 to 1.", _usage),
     ("prefix_cache_blocks", "Blocks that only the prefix cache holds.", lambda s: s.cached_blocks),
+    ("engine_busy_seconds", "Since the engine began its step; 0 while it has none.", lambda s: s.busy_seconds),
 )
 COUNTERS: tuple[tuple[str, str, _Read], ...] = (
     ("prompt_tokens", "Prompt tokens computed, or found in the prefix cache.", lambda s: s.prompt_tokens),

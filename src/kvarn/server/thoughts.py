@@ -93,6 +93,21 @@ def effort_variables(body: ChatCompletionRequest, tokenizer: Tokenizer) -> dict[
     return {switch: effort != "none"}
 
 
+def thinking_switch(tokenizer: Tokenizer, thinks: bool | None, *, tools: bool) -> dict[str, Any]:
+    """What the template is given so that the model thinks, or does not; nothing where it lets nobody say that.
+
+    thinks: None: as it likes. Raises ApiError for a model that is to think and cannot.
+    """
+    template = tokenizer.chat_template
+    if thinks and (template is None or END not in template.source):
+        message = "thinking must be absent or of type disabled: this model does not think before it answers"
+        raise ApiError(400, message, param="thinking", code="unsupported_parameter")
+    if thinks is None or template is None:
+        return {}
+    known = template.variables(tools=tools)
+    return {name: thinks for name in SWITCHES if name in known}
+
+
 def _opening(body: ChatCompletionRequest, tokenizer: Tokenizer, prompt: Sequence[int]) -> Opening:
     if body.continue_final_message:
         said = body.messages[-1].get("content")
@@ -131,6 +146,11 @@ class ThoughtReader:
         self._held = ""
         self._strip = False
         """Whether white space at the beginning of what comes is left out."""
+
+    @property
+    def is_thinking(self) -> bool:
+        """Whether the model is in its thoughts."""
+        return self._opening is Opening.INSIDE
 
     def take(self, text: str, *, ended: bool) -> tuple[str, str]:
         """(thoughts, answer) that a piece of text adds. ended: it is the last one."""

@@ -3,7 +3,7 @@
 Importing this loads neither torch nor Triton: plans are made without them.
 """
 
-from kvarn.backends.cuda.backend import CudaBackend, check_device
-from kvarn.backends.cuda.forms import DTYPE_BYTES, FORMS, WeightForm
+from kvarn.backends.cuda.backend import CudaBackend
+from kvarn.backends.cuda.card import card_memory, check_device
 
-__all__ = ["DTYPE_BYTES", "FORMS", "CudaBackend", "WeightForm", "check_device"]
+__all__ = ["CudaBackend", "card_memory", "check_device"]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from kvarn.backends.base import Executable, KvCacheSpec, MemoryUse, StepLimits
-from kvarn.backends.cuda.forms import DTYPE_BYTES, WeightForm
+from kvarn.backends.cuda.card import check_device
 from kvarn.backends.cuda.memory import memory_use
+from kvarn.config import CudaConfig
 from kvarn.errors import ConfigError
 from kvarn.program import PositionEmbed, Program
 from kvarn.tensors import DType, TensorSource
@@ -15,25 +17,22 @@ from kvarn.tensors import DType, TensorSource
 if TYPE_CHECKING:
     from kvarn.backends.cuda.executable import CudaExecutable
 
-INSTALL = "install PyTorch and Triton for your driver: pip install 'kvarn[cuda]'"
+CUBLAS_BYTES = 32 << 20
+"""The workspace that torch gives cuBLAS on a Hopper card, the largest of any."""
 
 
 class CudaBackend:
     """Runs programs on an NVIDIA GPU. Stateless; needs torch only to load.
 
-    dtype: what activations are computed in, one of bfloat16, float16, float32. form: of the matrices that activations
-    are multiplied with; tables of embeddings are of the dtype. device: "cuda", "cuda:1", …; "cpu" with Triton's
-    interpreter, for tests. Raises ConfigError.
+    config.device may be "cpu", with Triton's interpreter, for tests. graphs: whether decode steps are recorded in CUDA
+    graphs.
     """
 
     name = "cuda"
 
-    def __init__(self, dtype: str = "bfloat16", form: WeightForm | None = None, device: str = "cuda") -> None:
-        if dtype not in DTYPE_BYTES:
-            raise ConfigError(f"dtype must be one of {', '.join(DTYPE_BYTES)}, not {dtype!r}")
-        self.dtype = dtype
-        self.form = form or WeightForm("dense")
-        self.device = device
+    def __init__(self, config: CudaConfig, *, graphs: bool = True) -> None:
+        self.config = config
+        self.graphs = graphs
 
     def memory_use(
         self,
@@ -44,9 +43,10 @@ class CudaBackend:
         *,
         shared: Collection[str] = (),
     ) -> MemoryUse:
-        """What `load` will allocate on the card, to the byte; CUDA's own context and cuBLAS's workspace come on top."""
-        del dtypes
-        return memory_use(program, kv, limits, self.dtype, self.form, shared)
+        """What `load` and the first steps will allocate on the card. CUDA's own context is not counted."""
+        use = memory_use(program, dtypes, kv, limits, self.config, shared)
+        workspace = CUBLAS_BYTES if self.config.device.startswith("cuda") else 0
+        return replace(use, activations=use.activations + workspace)
 
     def load(
         self,
@@ -63,9 +63,7 @@ class CudaBackend:
         Raises ConfigError for settings and where torch, Triton or a card is missing, ModelFileError from the source.
         """
         _check(program, limits)
-        check_device(self.device)
-        import torch
-
+        check_device(self.config.device)
         from kvarn.backends.cuda.executable import CudaExecutable
 
         known = None
@@ -74,21 +72,8 @@ class CudaBackend:
                 raise TypeError("beside must be an executable of this back-end")
             known = beside.shared_weights(shared)
         return CudaExecutable(
-            program, weights, kv, limits,
-            device=torch.device(self.device), dtype=self.dtype, form=self.form, known=known, shared=shared,
-        )  # fmt: skip
-
-
-def check_device(device: str) -> None:
-    """Raises ConfigError, with what to do, where torch, Triton or the card is missing."""
-    try:
-        import torch
-        import triton  # noqa: F401
-    except ImportError as error:
-        raise ConfigError(f"device {device} needs {error.name}, which is not installed; {INSTALL}") from None
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        reason = "torch was built without CUDA" if torch.version.cuda is None else "torch finds no NVIDIA driver or card"
-        raise ConfigError(f"device {device}: {reason}; see what `nvidia-smi` says, and {INSTALL}")
+            program, weights, kv, limits, self.config, known=known, shared=shared, graphs=self.graphs
+        )
 
 
 def _check(program: Program, limits: StepLimits) -> None:

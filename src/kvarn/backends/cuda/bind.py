@@ -12,10 +12,11 @@ from kvarn.backends.cuda.cache import KvStore
 from kvarn.backends.cuda.frame import Frame
 from kvarn.backends.cuda.inputs import StepTensors
 from kvarn.backends.cuda.kernels.activation import activation, gated_activation
+from kvarn.backends.cuda.kernels.attention import AttentionWorkspace, attention
+from kvarn.backends.cuda.kernels.attention_plan import AttentionPlan, workspace_elements
 from kvarn.backends.cuda.kernels.embed import embed, position_embed
 from kvarn.backends.cuda.kernels.kv_write import kv_write
 from kvarn.backends.cuda.kernels.linear import linear
-from kvarn.backends.cuda.kernels.naive import naive_paged_attention
 from kvarn.backends.cuda.kernels.norm import norm
 from kvarn.backends.cuda.kernels.rope import Rotation, rope, rope_kv_write
 from kvarn.backends.cuda.launches import (
@@ -49,6 +50,9 @@ class Parts:
     block_size: int
     tables: Mapping[RopeTable, torch.Tensor]
     """float32 (positions, 2, pairs)."""
+    scratch: torch.Tensor
+    """uint8, for whatever a kernel needs while it runs."""
+    max_model_len: int
 
 
 def bind(launch: Launch, parts: Parts, frame: Frame) -> Call:
@@ -68,7 +72,7 @@ def bind(launch: Launch, parts: Parts, frame: Frame) -> Call:
         case LinearLaunch():
             matrix = parts.weights.matrices[launch.weights]
             bias = vectors[launch.biases] if launch.biases else None
-            return lambda _step: linear(at(launch.x), matrix, bias, at(launch.out))
+            return lambda _step: linear(at(launch.x), matrix, bias, at(launch.out), parts.scratch)
         case RopeLaunch():
             return _rope(launch, parts, frame)
         case AttentionLaunch():
@@ -114,8 +118,7 @@ def _rope(launch: RopeLaunch, parts: Parts, frame: Frame) -> Call:
     if rotation is None:
 
         def write(step: StepTensors) -> None:
-            keys, values = at(k).unflatten(1, (layer.heads, layer.key_dim)), at(v).unflatten(1, (layer.heads, -1))
-            kv_write(keys, values, step.slot_mapping[:, group], kv)
+            kv_write(_heads(at(k), layer.heads), _heads(at(v), layer.heads), step.slot_mapping[:, group], kv)
 
         return write
     return lambda step: rope_kv_write(
@@ -126,14 +129,20 @@ def _rope(launch: RopeLaunch, parts: Parts, frame: Frame) -> Call:
 
 def _attention(launch: AttentionLaunch, parts: Parts, frame: Frame) -> Call:
     kv, group = parts.cache.layer(launch.layer), parts.program.kv_groups.places[launch.layer][0]
+    layer = parts.program.kv_layers[launch.layer]
+    floats = parts.scratch[: parts.scratch.numel() // 4 * 4].view(torch.float32)
 
     def call(step: StepTensors) -> None:
-        q = frame.at(launch.q).unflatten(1, (launch.heads, launch.head_dim))
-        out = frame.at(launch.out).unflatten(1, (launch.heads, -1))
-        # The attention kernels plug in here.
-        naive_paged_attention(
-            q, kv, step, group, parts.block_size, out,
-            scale=launch.scale, window=launch.window, softcap=launch.softcap,
+        sequences = step.seq_lens.shape[0]
+        mixed, stats = workspace_elements(sequences, launch.heads, layer.value_dim, parts.max_model_len)
+        parents = step.tree_parents
+        attention(
+            _heads(frame.at(launch.q), launch.heads), kv, step.query_start, step.seq_lens, step.block_tables[:, group],
+            AttentionPlan(sequences, step.num_tokens, step.max_query),
+            AttentionWorkspace(floats[:mixed], floats[mixed : mixed + stats]),
+            block_size=parts.block_size, scale=launch.scale, window=launch.window, softcap=launch.softcap,
+            out=_heads(frame.at(launch.out), launch.heads),
+            tree=None if parents is None else (parents, step.positions),
         )  # fmt: skip
 
     return call
@@ -145,7 +154,7 @@ def _logits(launch: LogitsLaunch, parts: Parts, frame: Frame) -> Call:
 
     def call(_step: StepTensors) -> None:
         out = frame.at(launch.out)
-        linear(frame.at(launch.x), matrix, None, out)
+        linear(frame.at(launch.x), matrix, None, out, parts.scratch)
         if launch.scale != 1.0:
             out.mul_(launch.scale)
         if bias is not None:
@@ -154,3 +163,8 @@ def _logits(launch: LogitsLaunch, parts: Parts, frame: Frame) -> Call:
             out.div_(launch.softcap).tanh_().mul_(launch.softcap)
 
     return call
+
+
+def _heads(rows: torch.Tensor, heads: int) -> torch.Tensor:
+    """(rows, heads * dim) as (rows, heads, dim), without a copy."""
+    return rows.view(rows.shape[0], heads, rows.shape[1] // heads)

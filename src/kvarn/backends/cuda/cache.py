@@ -13,6 +13,7 @@ from kvarn.backends.checks import check_moves
 from kvarn.backends.cuda.kernels.kv_write import LayerKv, kv_torch_dtype
 from kvarn.program import KvLayer, Program
 
+
 class KvStore:
     """Owns the cache. Layers whose vectors have the same shapes are one tensor, so that blocks move in few launches.
 

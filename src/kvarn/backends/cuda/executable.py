@@ -11,18 +11,22 @@ from numpy.typing import NDArray
 
 from kvarn.backends.base import InputBatch, KvCacheSpec, MemoryUse, StepLimits
 from kvarn.backends.checks import check_batch
+from kvarn.backends.cuda.ahead import StepsOnCard
 from kvarn.backends.cuda.bind import Call, Parts, bind
 from kvarn.backends.cuda.cache import KvStore
-from kvarn.backends.cuda.forms import WeightForm
 from kvarn.backends.cuda.frame import Frame
+from kvarn.backends.cuda.graphs import CudaRecorder, StepGraphs
 from kvarn.backends.cuda.inputs import StepBuffers, StepTensors
 from kvarn.backends.cuda.launches import View
 from kvarn.backends.cuda.lower import lower
-from kvarn.backends.cuda.memory import assign, memory_use, rotary_tables
+from kvarn.backends.cuda.memory import assign, matrix_forms, memory_use, rotary_tables
+from kvarn.backends.cuda.scratch import scratch_bytes
 from kvarn.backends.cuda.step_layout import StepLayout
 from kvarn.backends.cuda.weights import TORCH_DTYPES, WeightLoader, Weights
+from kvarn.backends.row_rules import RowRules
+from kvarn.config import CudaConfig
 from kvarn.errors import EngineError
-from kvarn.program import Program, RopeTable
+from kvarn.program import Program, RopeTable, Rows
 from kvarn.tensors import TensorSource
 
 MAX_PLANS = 4
@@ -41,7 +45,8 @@ class Plan:
 class CudaExecutable:
     """See `kvarn.backends.base.Executable`. Owns all of its memory on the device; one caller at a time.
 
-    `launch` is for those who go on on the card: it takes tensors there and leaves logits there.
+    `launch` is for those who go on on the card: it takes tensors there and leaves logits there. `submit` and `collect`
+    are `AheadExecutable`'s: they choose tokens there, too, and replay graphs of decode steps where there are such.
     """
 
     def __init__(
@@ -50,40 +55,57 @@ class CudaExecutable:
         source: TensorSource,
         kv: KvCacheSpec,
         limits: StepLimits,
+        config: CudaConfig,
         *,
-        device: torch.device,
-        dtype: str,
-        form: WeightForm,
         known: Weights | None = None,
         shared: Collection[str] = (),
+        graphs: bool = True,
     ) -> None:
-        """known: weights that another executable holds, those of the names `shared`. Raises ConfigError,
-        UnsupportedModelError, and ModelFileError from the source."""
+        """known: weights that another executable holds, those of the names `shared`. graphs: whether any are recorded;
+        only on a card. Raises ConfigError, UnsupportedModelError, and ModelFileError from the source."""
         self.program = program
         self.kv = kv
         self.limits = limits
-        self.device = device
-        self.dtype = dtype
-        self._form = form
-        self._shared = frozenset(shared)
-        lowered = lower(program, limits.outputs, self._shared)
-        weights = WeightLoader(program, source, dtype, form, device).load(lowered, known or Weights())
+        self.config = config
+        self.device = device = torch.device(config.device)
+        own = (weight.name for weight in program.weights if weight.name not in shared)
+        dtypes = {name: source.tensor(name).dtype for name in own}
+        self._memory = memory_use(program, dtypes, kv, limits, config, shared)
+        self._forms = matrix_forms(program, dtypes, config, shared)
+        lowered = lower(program, self._forms, limits.outputs)
+        weights = WeightLoader(program, source, config, self._forms).load(lowered, known or Weights())
         tables = {table: rotary_table(table, limits.max_model_len, device) for table in rotary_tables(program)}
-        self._parts: Parts | None = Parts(program, weights, KvStore(program, kv, device), kv.block_size, tables)
+        scratch = torch.empty(scratch_bytes(program, lowered, self._forms, limits), dtype=torch.uint8, device=device)
+        self._parts: Parts | None = Parts(
+            program, weights, KvStore(program, kv, device), kv.block_size, tables, scratch, limits.max_model_len
+        )
         inputs = {name: program.buffer(name).width for name in program.inputs}
-        self.step_buffers = StepBuffers(StepLayout.largest(program, kv, limits), inputs, device)
+        largest = StepLayout.largest(program, kv, limits)
+        self.step_buffers = StepBuffers(largest, inputs, device)
         self._main: Plan | None = self._build(())
         self._variants: dict[tuple[str, ...], Plan] = {}
+        recorder = CudaRecorder(device) if graphs and device.type == "cuda" else None
+        self._graphs = StepGraphs(self.launch, self.step_buffers, largest, limits, recorder, kv.block_size)
+        self._on_card = StepsOnCard(self._graphs, self._check, limits.max_num_outputs, device)
 
     def execute(self, batch: InputBatch, outputs: Sequence[str] = ()) -> Mapping[str, NDArray[np.float32]]:
         """Runs one step and waits for it (see `Executable`)."""
         plan = self._plan(tuple(sorted(set(outputs) - {self.program.output, *self.limits.outputs})))
-        check_batch(batch, self.program, self.kv, self.limits)
-        self._run(plan, self.step_buffers.fill(batch))
-        return {name: plan.frame.at(view).float().cpu().numpy() for name, view in plan.outputs.items()}
+        self._check(batch)
+        if plan is self._main:
+            laid_out = self._graphs.lay_out(batch)
+            self._graphs.run(laid_out)
+            step = laid_out.step
+        else:
+            step = self.step_buffers.fill(batch)
+            self._run(plan, step)
+        plan.frame.begin(step.num_tokens, step.num_outputs)  # which a replay does not say
+        rows = {Rows.TOKENS: batch.num_tokens, Rows.OUTPUTS: int(batch.output_rows.size)}
+        found = ((name, plan.frame.at(view)[: rows[view.place.rows]]) for name, view in plan.outputs.items())
+        return {name: values.float().cpu().numpy() for name, values in found}
 
     def launch(self, step: StepTensors) -> torch.Tensor:
-        """Queues one step on the current stream, and does not wait: float32 (R, vocab) on the device, until the next one.
+        """Queues one step on the current stream; does not wait. Logits, float32 (R, vocab), there till the next.
 
         Nothing is checked; who calls it vouches for what `execute` would check. Allocates nothing of its own, so that
         it can be captured in a graph; the kernels' first calls for a size may compile.
@@ -96,6 +118,22 @@ class CudaExecutable:
         """On the device, one of `StepLimits.outputs` or the logits, as the last `launch` left it."""
         plan = self._plan(())
         return plan.frame.at(plan.outputs[name])
+
+    def submit(self, batch: InputBatch, rules: RowRules, previous: NDArray[np.int32]) -> None:
+        """See `AheadExecutable.submit`."""
+        self._on_card.submit(batch, rules, previous)
+
+    def collect(self) -> NDArray[np.int32]:
+        """See `AheadExecutable.collect`."""
+        return self._on_card.collect()
+
+    def discard(self) -> None:
+        """See `AheadExecutable.discard`."""
+        self._on_card.discard()
+
+    def prepare(self) -> bool:
+        """See `AheadExecutable.prepare`: records a graph."""
+        return self._graphs.prepare()
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copies whole KV blocks (source, destination), in order. Raises ValueError."""
@@ -128,15 +166,23 @@ class CudaExecutable:
 
     def memory(self) -> MemoryUse:
         """Bytes held, but for extra outputs' plans."""
-        return memory_use(self.program, self.kv, self.limits, self.dtype, self._form, self._shared)
+        return self._memory
 
     def close(self) -> None:
         """Gives the memory back to the card. Idempotent."""
+        self._on_card.discard()
+        self._graphs.forget()
         self._parts = None
         self._main = None
         self._variants.clear()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def _check(self, batch: InputBatch) -> None:
+        check_batch(batch, self.program, self.kv, self.limits)
+        most = self.limits.max_num_outputs
+        if batch.output_rows.size > most:
+            raise ValueError(f"{batch.output_rows.size} rows with logits, at most {most} are allowed")
 
     def _open(self) -> Parts:
         if self._parts is None:
@@ -160,8 +206,9 @@ class CudaExecutable:
         return self._variants[outputs]
 
     def _build(self, outputs: tuple[str, ...]) -> Plan:
-        lowered = lower(self.program, (*self.limits.outputs, *outputs), self._shared)
-        frame = Frame(assign(lowered, self.limits, self.dtype), TORCH_DTYPES[self.dtype], self.device)
+        lowered = lower(self.program, self._forms, (*self.limits.outputs, *outputs))
+        dtype = self.config.dtype
+        frame = Frame(assign(lowered, self.limits, dtype), TORCH_DTYPES[dtype], self.device)
         parts = self._open()
         return Plan(tuple(bind(launch, parts, frame) for launch in lowered.launches), frame, lowered.outputs)
 

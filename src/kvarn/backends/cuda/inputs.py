@@ -72,7 +72,7 @@ class StepBuffers:
         self._hosts = [
             torch.zeros(largest.nbytes, dtype=torch.uint8, pin_memory=pinned) for _ in range(HOST_BUFFERS)
         ]
-        self._copied = [torch.cuda.Event() if pinned else None for _ in range(HOST_BUFFERS)]
+        self._copied = [_event() if pinned else None for _ in range(HOST_BUFFERS)]
         self._turn = 0
         rows = torch.zeros(largest.tokens * sum(inputs.values()), dtype=torch.float32, device=device)
         sizes = [largest.tokens * width for width in inputs.values()]
@@ -100,7 +100,8 @@ class StepBuffers:
             copied.record()
         for name, rows in batch.inputs.items():
             self._inputs[name][: len(rows)].copy_(torch.from_numpy(np.ascontiguousarray(rows)))
-        return self.views(layout, int(np.diff(batch.query_start).max()), int(batch.seq_lens.max()))
+        max_query, max_context = np.diff(batch.query_start).max(initial=0), batch.seq_lens.max(initial=0)
+        return self.views(layout, int(max_query), int(max_context))
 
     def views(self, layout: StepLayout, max_query: int, max_context: int) -> StepTensors:
         """The arrays as they lie there now. max_query, max_context: see `StepTensors`."""
@@ -111,6 +112,10 @@ class StepBuffers:
             arrays[name] = self._device[offset : offset + count].view(dtype).view(shape)
         inputs = {name: rows[: layout.tokens] for name, rows in self._inputs.items()}
         return StepTensors(**arrays, max_query=max_query, max_context=max_context, inputs=inputs)
+
+
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event()  # type: ignore[no-untyped-call]
 
 
 def _pack(batch: InputBatch, layout: StepLayout, host: np.ndarray) -> None:

@@ -6,10 +6,10 @@ gate and up); rotations with the writing of keys and values. What one op alone r
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import assert_never
 
+from kvarn.backends.cuda.forms import MatrixForm
 from kvarn.backends.cuda.launches import (
     ActivationLaunch,
     AddLaunch,
@@ -30,27 +30,25 @@ from kvarn.backends.cuda.launches import (
 )
 from kvarn.program import Program, ops
 from kvarn.program.dataflow import Value, analyse
-from kvarn.program.program import weights_read
 
 
-def lower(program: Program, wanted: Collection[str] = (), shared: Collection[str] = ()) -> Lowered:
+def lower(program: Program, forms: Mapping[str, MatrixForm], wanted: Collection[str] = ()) -> Lowered:
     """The launches of a program whose buffers `wanted` are returned beside its output. Pure.
 
-    shared: weights that another executable holds, one by one. Raises KeyError where `wanted` names no buffer.
+    forms: of the weights that may be one matrix with others of the same form. Raises KeyError where `wanted` names no
+    buffer.
     """
     for name in wanted:
         program.buffer(name)
-    return _Lowering(program, wanted, shared).run()
+    return _Lowering(program, forms, wanted).run()
 
 
 class _Lowering:
-    def __init__(self, program: Program, wanted: Collection[str], shared: Collection[str]) -> None:
+    def __init__(self, program: Program, forms: Mapping[str, MatrixForm], wanted: Collection[str]) -> None:
         self._program = program
+        self._forms = forms
         self._flow = analyse(program, wanted)
         self._rows = {buffer.name: buffer.rows for buffer in program.buffers}
-        uses = Counter(name for op in program.ops for name in weights_read(op))
-        self._single = {name for name, count in uses.items() if count > 1} | set(shared)
-        """Weights that stand alone, since more than one op or program reads them."""
         self._views: dict[Value, View] = {}
         self._done: set[int] = set()
         self._launches: list[Launch] = []
@@ -168,7 +166,8 @@ class _Lowering:
             isinstance(other, ops.Linear)
             and self._flow.read[index][0] is self._flow.read[first][0]
             and (other.bias is None) == (op.bias is None)
-            and not {op.weight, other.weight} & self._single
+            and op.weight in self._forms
+            and self._forms[op.weight] == self._forms.get(other.weight)
         )
 
     def _linear(self, index: int) -> ops.Linear:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from kvarn.backends.base import KvCacheSpec, MemoryUse, StepLimits
-from kvarn.backends.cuda.forms import DTYPE_BYTES, WeightForm, matrix_bytes
+from kvarn.backends.cuda.forms import DENSE, DTYPE_BYTES, MatrixForm, form_of, matrix_bytes
 from kvarn.backends.cuda.launches import Lowered, Place, places
 from kvarn.backends.cuda.lower import lower
+from kvarn.backends.cuda.scratch import scratch_bytes
 from kvarn.backends.cuda.step_layout import StepLayout
+from kvarn.config import CudaConfig
 from kvarn.kv_types import KV_TYPES
-from kvarn.program import Program, Rope, RopeTable, Rows
+from kvarn.program import Program, Rope, RopeTable, Rows, ops
+from kvarn.program.program import weights_read
+from kvarn.tensors import DType
 
 ALIGNMENT = 512
 """Of places and tensors: what torch's allocator rounds sizes up to."""
@@ -46,24 +51,40 @@ def assign(lowered: Lowered, limits: StepLimits, dtype: str) -> Layout:
 
 def memory_use(
     program: Program,
+    dtypes: Mapping[str, DType],
     kv: KvCacheSpec,
     limits: StepLimits,
-    dtype: str,
-    form: WeightForm,
+    config: CudaConfig,
     shared: Collection[str] = (),
 ) -> MemoryUse:
-    """What `CudaBackend.load` will allocate on the card, to the byte. shared: weights that another executable holds."""
-    lowered = lower(program, limits.outputs, shared)
+    """What an executable allocates on the card, to the byte. dtypes: how weights are stored, by name. shared: those
+    that another executable holds."""
+    forms = matrix_forms(program, dtypes, config, shared)
+    lowered = lower(program, forms, limits.outputs)
     return MemoryUse(
-        weights=weight_bytes(program, lowered, dtype, form, shared),
+        weights=weight_bytes(program, lowered, forms, config.dtype, shared),
         tables=sum(table_bytes(table, limits.max_model_len) for table in rotary_tables(program)),
         kv_cache=kv_cache_bytes(program, kv),
-        activations=assign(lowered, limits, dtype).nbytes + step_bytes(program, kv, limits),
+        activations=assign(lowered, limits, config.dtype).nbytes
+        + aligned(scratch_bytes(program, lowered, forms, limits))
+        + step_bytes(program, kv, limits),
     )
 
 
+def matrix_forms(
+    program: Program, dtypes: Mapping[str, DType], config: CudaConfig, shared: Collection[str] = ()
+) -> dict[str, MatrixForm]:
+    """The form of each weight that may be one matrix with others: what one linear alone reads, and is held here."""
+    uses = Counter(name for op in program.ops for name in weights_read(op))
+    return {
+        op.weight: form_of(dtypes[op.weight], config)
+        for op in program.ops
+        if isinstance(op, ops.Linear | ops.Logits) and uses[op.weight] == 1 and op.weight not in shared
+    }
+
+
 def weight_bytes(
-    program: Program, lowered: Lowered, dtype: str, form: WeightForm, shared: Collection[str] = ()
+    program: Program, lowered: Lowered, forms: Mapping[str, MatrixForm], dtype: str, shared: Collection[str] = ()
 ) -> int:
     """Bytes of the program's weights as kernels hold them, each tensor rounded up as the allocator does."""
 
@@ -74,6 +95,7 @@ def weight_bytes(
     total = 0
     for names in lowered.matrices:
         if not held & set(names) and names[0] not in lowered.others:
+            form = forms.get(names[0], DENSE)
             total += matrix_bytes(form, rows(names), program.weight(names[0]).shape[1], dtype, aligned)
     for names in lowered.biases:
         if not held & set(names):

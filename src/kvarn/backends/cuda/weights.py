@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 import torch
 
-from kvarn.backends.cuda.forms import WeightForm
+from kvarn.backends.cuda.forms import DENSE, STORED, MatrixForm
 from kvarn.backends.cuda.launches import Lowered
-from kvarn.backends.cuda.packing import Dense, Weight
+from kvarn.backends.cuda.packing import Dense, Weight, stack_rows
+from kvarn.backends.cuda.quantize import from_stored, quantize_fp8, quantize_int4, quantize_int8
+from kvarn.config import CudaConfig
 from kvarn.errors import UnsupportedModelError
 from kvarn.program import Program
 from kvarn.program import Weight as Parameter
@@ -20,6 +22,7 @@ from kvarn.tensors.dequantize import dequantize as stored_values
 RELEASE_BYTES = 64 << 20
 ROWS_AT_ONCE = 4096
 """Rows of a stored matrix that are float32 on the host at a time."""
+HOST = torch.device("cpu")
 TORCH_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -46,13 +49,18 @@ class WeightLoader:
     """Reads weights from their source; of the source little more than a matrix is in memory at a time."""
 
     def __init__(
-        self, program: Program, source: TensorSource, dtype: str, form: WeightForm, device: torch.device
+        self,
+        program: Program,
+        source: TensorSource,
+        config: CudaConfig,
+        forms: Mapping[str, MatrixForm],
     ) -> None:
         self._program = program
         self._source = source
-        self._dtype = TORCH_DTYPES[dtype]
-        self._form = form
-        self._device = device
+        self._dtype = TORCH_DTYPES[config.dtype]
+        self._stored = config.weights == "stored"
+        self._forms = forms
+        self._device = torch.device(config.device)
         self._unreleased = 0
 
     def load(self, lowered: Lowered, known: Weights) -> Weights:
@@ -71,8 +79,30 @@ class WeightLoader:
         return found
 
     def _matrix(self, names: Sequence[str]) -> Weight:
-        # int8, int4 and fp8 are packed from the stored tensors here.
-        return Dense(self._dense(names, self._dtype))
+        """One matrix of all, in the form that they have in common. It is put together on the host, so that nothing but
+        what stays is ever on the card."""
+        form = self._forms.get(names[0], DENSE)
+        if form.kind == "dense":
+            return Dense(self._dense(names, self._dtype))
+        parts: list[Weight] = []
+        for name in names:
+            tensor = self._tensor(self._program.weight(name))
+            parts.extend(self._packed(part, form) for part in _row_parts(tensor))
+            self._note_read(tensor)
+        return _moved(parts[0] if len(parts) == 1 else stack_rows(parts), self._device)
+
+    def _packed(self, part: Tensor, form: MatrixForm) -> Weight:
+        if STORED.get(part.dtype) == form and self._stored:
+            return from_stored(part, self._dtype, HOST)
+        values = _on_host(part)
+        match form.kind:
+            case "int4":
+                assert form.group is not None
+                return quantize_int4(values, form.group)
+            case "int8":
+                return quantize_int8(values)
+            case _:
+                return quantize_fp8(values)
 
     def _dense(self, names: Sequence[str], dtype: torch.dtype) -> torch.Tensor:
         """The rows of all, one below the other, in one tensor on the device."""
@@ -82,11 +112,9 @@ class WeightLoader:
         start = 0
         for parameter in parameters:
             tensor = self._tensor(parameter)
-            for first in range(0, tensor.shape[0], ROWS_AT_ONCE):
-                count = min(ROWS_AT_ONCE, tensor.shape[0] - first)
-                part = tensor if count == tensor.shape[0] else tensor.row_slice(first, first + count)
-                out[start : start + count].copy_(_on_host(part).to(dtype))
-                start += count
+            for part in _row_parts(tensor):
+                out[start : start + part.shape[0]].copy_(_on_host(part).to(dtype))
+                start += part.shape[0]
             self._note_read(tensor)
         return out
 
@@ -103,6 +131,22 @@ class WeightLoader:
         if self._unreleased >= RELEASE_BYTES:
             self._source.release()
             self._unreleased = 0
+
+
+def _row_parts(tensor: Tensor) -> Iterator[Tensor]:
+    """The rows of a tensor, so many at a time."""
+    rows = tensor.shape[0]
+    if len(tensor.shape) == 1 or rows <= ROWS_AT_ONCE:
+        yield tensor
+        return
+    for first in range(0, rows, ROWS_AT_ONCE):
+        yield tensor.row_slice(first, min(rows, first + ROWS_AT_ONCE))
+
+
+def _moved(weight: Weight, device: torch.device) -> Weight:
+    """The same on another device."""
+    tensors = ((field.name, getattr(weight, field.name)) for field in fields(weight))
+    return replace(weight, **{name: value.to(device) for name, value in tensors if isinstance(value, torch.Tensor)})
 
 
 def _on_host(tensor: Tensor) -> torch.Tensor:

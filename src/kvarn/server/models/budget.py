@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from kvarn.config import EngineConfig
-from kvarn.engine import plan_engine
+from kvarn.engine import backend_memory, plan_engine
 from kvarn.errors import CapacityError
-from kvarn.planning import Available, MemoryPlan, available_memory
+from kvarn.planning import Available, MemoryPlan
 from kvarn.planning.sizes import size_text
 from kvarn.server.models.hosted import ModelSpec
 from kvarn.server.models.pooled import PooledModel
@@ -44,17 +44,19 @@ def share_out(
     wanted: int | None,
     *,
     plan: Planner = plan_engine,
-    available: Callable[[], Available] = available_memory,
+    available: Callable[[], Available] | None = None,
 ) -> Budget:
     """Plans each model within an equal share of the budget, so that all are in memory together. One that does not fit a
     share, or could not have its longest sequences there, may take the whole budget: others go while it is in memory.
 
-    wanted: the budget's bytes; None: what memory_utilization leaves of the memory there is now.
+    wanted: the budget's bytes; None: what memory_utilization leaves of the memory there is now. available: says how
+    much that is; None: the memory of the back-end that the first model's settings name, which all have.
     Raises CapacityError with the numbers where the budget exceeds the memory, or a model the budget.
     """
     if wanted is None and len(specs) == 1:
         return Budget(tuple(specs), None, {}, {})
-    whole = _whole(wanted, specs[0].engine.cache.memory_utilization, available())
+    now = backend_memory(specs[0].engine) if available is None else available()
+    whole = _whole(wanted, specs[0].engine.cache.memory_utilization, now)
     share = Available(whole.num_bytes // len(specs), f"{whole.source}, shared by {len(specs)} models")
     planned = [_within(spec) for spec in specs]
     rooms, plans = dict[str, Available](), dict[str, MemoryPlan]()

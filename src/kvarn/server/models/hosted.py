@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from kvarn.config import EngineConfig
-from kvarn.engine import AsyncLLM
+from kvarn.engine import AsyncLLM, backend_memory
 from kvarn.errors import CapacityError
-from kvarn.planning import Available, MemoryPlan, available_memory
+from kvarn.planning import Available, MemoryPlan
 from kvarn.planning.sizes import size_text
 from kvarn.scheduler import Observer
 from kvarn.server.models.pool import ModelPool
@@ -96,11 +96,12 @@ class EngineLoader:
         *,
         on_plan: OnPlan = lambda _name, _plan: None,
         observer: Observer | None = None,
-        available: Callable[[], Available] = available_memory,
+        available: Callable[[], Available] | None = None,
     ) -> None:
         """rooms: memory by model name; a model that is not in it may have what the machine has when it is loaded.
         on_plan: told of each plan before weights are read, in another thread. observer: of all engines. available: what
-        the machine has when a model is loaded, where others may have taken of it since it was planned.
+        there is when a model is loaded, where others may have taken of it since it was planned; None: see
+        `backend_memory`.
         """
         self._specs = {spec.name: spec for spec in specs}
         self._rooms = rooms
@@ -115,7 +116,7 @@ class EngineLoader:
 
     def _load(self, spec: ModelSpec) -> HostedModel:
         def planned(plan: MemoryPlan) -> None:
-            self._check(plan)
+            self._check(spec, plan)
             self._on_plan(spec.name, plan)
 
         started = time.perf_counter()
@@ -141,9 +142,9 @@ class EngineLoader:
         self._has_loaded = True
         gc.freeze()
 
-    def _check(self, plan: MemoryPlan) -> None:
+    def _check(self, spec: ModelSpec, plan: MemoryPlan) -> None:
         """Raises CapacityError where the machine has not now what the plan takes."""
-        now = self._available()
+        now = backend_memory(spec.engine) if self._available is None else self._available()
         if plan.total > now.num_bytes:
             have = f"{size_text(now.num_bytes)} are available now ({now.source})"
             raise CapacityError(f"it takes {size_text(plan.total)}, but {have}")

@@ -65,8 +65,9 @@ def store_vectors(x, pointers, scale_pointers, row_mask, mask, SCALED: tl.conste
     stored: tl.constexpr = pointers.dtype.element_ty
     if SCALED:
         largest = tl.max(tl.abs(x), axis=1)
-        scale = tl.div_rn(largest, 127.0)
-        inverse = tl.where(scale > 1e-38, tl.div_rn(127.0, tl.maximum(largest, 1e-38)), 0.0)
+        most = tl.full(largest.shape, 127.0, tl.float32)
+        scale = tl.div_rn(largest, most)
+        inverse = tl.where(scale > 1.2e-38, tl.div_rn(most, tl.maximum(largest, 1.2e-38)), 0.0)
         # Adding 1.5 * 2²³ leaves no room for a fraction: rounds to nearest, ties to even.
         codes = (x * inverse[:, None] + 12582912.0) - 12582912.0
         tl.store(scale_pointers, scale, mask=row_mask)

@@ -59,7 +59,8 @@ def naive_paged_attention(
         blocks = step.block_tables[sequence, group].long()[places // block_size]
         keys, values = _read(kv, blocks * block_size + places % block_size)
         visible = _visible(step, begin, end, length, places, window)
-        out[begin:end] = naive_attention(q[begin:end], keys, values, visible, scale=scale, softcap=softcap).to(out.dtype)
+        mixed = naive_attention(q[begin:end], keys, values, visible, scale=scale, softcap=softcap)
+        out[begin:end] = mixed.to(out.dtype)
 
 
 def _read(kv: LayerKv, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,0 +1,37 @@
+"""Whether there is a card that runs what this back-end makes, and what memory it has. torch is imported when asked."""
+
+from __future__ import annotations
+
+from kvarn.errors import ConfigError
+
+INSTALL = "pip install 'kvarn[cuda]' installs PyTorch and Triton"
+
+
+def check_device(device: str) -> None:
+    """Raises ConfigError, with the next step, where torch, Triton or the card is missing."""
+    try:
+        import torch
+        import triton  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(f"device {device} needs {error.name}, which is not installed: {INSTALL}") from None
+    if not device.startswith("cuda"):
+        return
+    if torch.version.cuda is None:
+        raise ConfigError(
+            f"device {device} needs PyTorch with CUDA, but {torch.__version__} is built without: install one for your "
+            "driver from https://pytorch.org/get-started"
+        )
+    if not torch.cuda.is_available():
+        raise ConfigError(f"device {device}: PyTorch finds no NVIDIA driver or card; `nvidia-smi` says what is there")
+    number, count = torch.device(device).index or 0, torch.cuda.device_count()
+    if number >= count:
+        raise ConfigError(f"device {device}: this machine has {count}, the last one is cuda:{count - 1}")
+
+
+def card_memory(device: str) -> tuple[int, str]:
+    """Bytes that are free on the card, and which card it is. Raises ConfigError as `check_device` does."""
+    check_device(device)
+    import torch
+
+    free, _ = torch.cuda.mem_get_info(device)
+    return free, f"free on {device}, {torch.cuda.get_device_name(device)}"

@@ -1,0 +1,44 @@
+"""Which back-end runs an engine, and the memory that it is planned for."""
+
+from __future__ import annotations
+
+from kvarn.backends import Backend
+from kvarn.backends.cpu import CpuBackend, PackedSlot
+from kvarn.config import BACKENDS, CudaConfig, EngineConfig
+from kvarn.errors import ConfigError
+from kvarn.planning import Available, available_memory
+
+
+def make_backend(
+    name: str, threads: int = 0, packed: PackedSlot | None = None, cuda: CudaConfig | None = None
+) -> Backend:
+    """The back-end of that name. threads and packed: see `CpuBackend`. Raises ConfigError."""
+    match name:
+        case "cpu":
+            return CpuBackend(threads=threads, packed=packed)
+        case "cuda":
+            from kvarn.backends.cuda import CudaBackend
+
+            return CudaBackend(cuda or CudaConfig())
+        case "reference":
+            from kvarn.backends.reference import ReferenceBackend
+
+            return ReferenceBackend()
+    raise ConfigError(f"backend must be one of {', '.join(BACKENDS)}, not {name!r}")
+
+
+def engine_backend(config: EngineConfig, packed: PackedSlot | None = None) -> Backend:
+    """The back-end that the settings ask for. Raises ConfigError."""
+    return make_backend(config.backend, config.threads, packed, config.cuda)
+
+
+def backend_memory(config: EngineConfig) -> Available:
+    """The memory that the settings' back-end takes its own from, as of now: the machine's, or a card's.
+
+    Raises ConfigError where there is no such card.
+    """
+    if config.backend != "cuda":
+        return available_memory()
+    from kvarn.backends.cuda import card_memory
+
+    return Available(*card_memory(config.cuda.device))
