@@ -12,6 +12,10 @@ os.environ.setdefault("KVARN_PACKED_CACHE_BYTES", "0")
 # `make test` runs two processes; what NumPy and torch multiply here is too small for threads of their own.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# Without a card Triton's kernels run in its interpreter, which must be known before anything imports Triton.
+if not any(Path(file).exists() for file in ("/dev/nvidiactl", "/proc/driver/nvidia/version")):
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 ROOT = Path(__file__).parents[1]
 
 
