@@ -212,6 +212,13 @@ def command(
         float,
         typer.Option(help="After SIGTERM or Ctrl-C, for requests in flight to finish; a second signal ends at once."),
     ] = 30.0,
+    watchdog_seconds: Annotated[
+        float,
+        typer.Option(
+            help="An engine that is in one step for longer hangs: /health/live answers 503, so that what runs the "
+            "server starts it again. 0: never. Longer than any step: 30 or more."
+        ),
+    ] = 0.0,
     lazy: Annotated[bool, typer.Option("--lazy", help="Load the first model, too, only when it is asked for.")] = False,
     memory_budget: Annotated[
         str | None,
@@ -295,6 +302,7 @@ def command(
         optional_size("memory-budget", memory_budget),
         PoolLimits(max_waiting_for_load, load_timeout, keep),
         _pooling(pooling),
+        watchdog_seconds,
     )
     start = _Start(options)
     told = Told(start.listening, start.budget, start.plan, start.ready)

@@ -47,15 +47,21 @@ class _Edits:
         """The record of a token, made where there is none."""
         place = self._places.setdefault(token, len(self._places))
         if place == len(self._records):
-            self._records = np.concatenate([self._records, np.zeros(place, EDIT)])
+            self._records = np.concatenate([self._records, np.zeros(max(place, 16), EDIT)])
         record: np.void = self._records[place]
         record["token"] = token
         return record
 
     def see(self, tokens: Iterable[int]) -> None:
-        """Prompt or output have these."""
-        for token in tokens:
+        """The prompt has these. Of many tokens at once, since prompts are long."""
+        different = set(tokens)
+        for token in different & self._places.keys():
             self.of(token)["seen"] = 1
+        size, fresh = len(self._places), sorted(different - self._places.keys())
+        more = np.zeros(len(fresh), EDIT)
+        more["token"], more["seen"] = fresh, 1
+        self._records = np.concatenate([self.records, more])
+        self._places.update(zip(fresh, range(size, size + len(fresh)), strict=True))
 
 
 class _Rules:

@@ -44,7 +44,7 @@ class Shape:
 
 
 class Arrays(NamedTuple):
-    """A step's arrays and a layer's cache, as kernels take them. What a kernel's `Shape` has no use for is any tensor."""
+    """A step's arrays and a layer's cache, as kernels take them. What a `Shape` has no use for may be any tensor."""
 
     key_cache: torch.Tensor
     value_cache: torch.Tensor
@@ -182,8 +182,8 @@ def walk(
     state: float32 (peak [M], total [M], mixed [M, block_value]): the largest logit so far, in powers of two, the sum of
     weights, and the weighted sum of values, both relative to it. q: [M, block_key]. rows, places, int32[M]: of each
     query. known: tokens of the sequence that are no drafts. inner: what a dot product is multiplied with before the cap
-    (with a cap); factor: what after it, log2(e) in it. MASKED: whether some rows do not see some of these keys; the range
-    may then end within a tile. Without, all rows see all keys, and the range is whole tiles.
+    (with a cap); factor: what after it, log2(e) in it. MASKED: whether some rows do not see some of these keys; the
+    range may then end within a tile. Without, all rows see all keys, and the range is whole tiles.
     """
     peak, total, mixed = state
     mixing: tl.constexpr = SHAPE.mixing

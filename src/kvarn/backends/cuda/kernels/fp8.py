@@ -1,4 +1,4 @@
-"""FP8 E4M3 times FP8 E4M3 on tensor cores (Micikevicius et al. 2022): both sides with one scale a row, sums in float32."""
+"""FP8 E4M3 times FP8 E4M3 on tensor cores (Micikevicius et al. 2022); one scale a row on both sides, float32 sums."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ LARGEST = tl.constexpr(448.0)
 def e4m3_codes(x):
     """float32 of magnitude up to 448 to the codes of the nearest e4m3, ties to even, as uint8. By bits: any card can.
 
-    From 2^-6 on, 20 bits of the fraction are rounded away and the exponent loses 127 - 7. Below, numbers are multiples of
-    2^-9, which is the last bit of a float near 2^14.
+    From 2^-6 on, 20 bits of the fraction are rounded away and the exponent loses 127 - 7. Below, numbers are multiples
+    of 2^-9, which is the last bit of a float near 2^14.
     """
     bits = x.to(tl.int32, bitcast=True)
     size = bits & 0x7FFFFFFF
@@ -38,11 +38,11 @@ def quantize_rows_kernel(x, codes, scales, width, columns, x_stride, BLOCK: tl.c
         largest = tl.maximum(largest, tl.abs(tl.load(x + m * x_stride + k, mask=k < width, other=0.0).to(tl.float32)))
     scale = tl.max(largest, axis=0) / LARGEST
     tl.store(scales + m, scale)
+    divisor = tl.where(scale > 0, scale, 1.0)
     for start in range(0, columns, BLOCK):
         k = start + tl.arange(0, BLOCK)
         values = tl.load(x + m * x_stride + k, mask=k < width, other=0.0).to(tl.float32)
-        scaled = tl.where(scale > 0, values / scale, 0.0)
-        limited = tl.minimum(tl.maximum(scaled, -LARGEST), LARGEST)
+        limited = tl.minimum(tl.maximum(values / divisor, -LARGEST), LARGEST)
         tl.store(codes + m * columns + k, e4m3_codes(limited), mask=k < columns)
 
 
@@ -54,26 +54,32 @@ def fp8_gemm_kernel(
 ):  # fmt: skip
     """out[share, m, n] = token_scales[m] * scales[n] * sum over the share's inputs of codes[m] * packed[n] (+ bias).
 
-    The card's own sums of products of FP8 keep few bits: each block of BLOCK_K is summed from zero and added in float32.
+    The card's own sums of products of FP8 keep few bits: each BLOCK_K / 2 products are summed from zero, and such sums
+    are added in float32.
     """
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    left_rows = codes + m[:, None].to(tl.int64) * columns
+    right_rows = packed + n[:, None].to(tl.int64) * columns
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     first = tl.program_id(2) * share_width
     for start in range(first, tl.minimum(first + share_width, columns), BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         inside = k[None, :] < columns
-        left = tl.load(codes + m[:, None].to(tl.int64) * columns + k[None, :], mask=(m[:, None] < tokens) & inside, other=0)
-        right = tl.load(packed + n[:, None].to(tl.int64) * columns + k[None, :], mask=(n[:, None] < rows) & inside, other=0)
+        left = tl.load(left_rows + k[None, :], mask=(m[:, None] < tokens) & inside, other=0)
+        right = tl.load(right_rows + k[None, :], mask=(n[:, None] < rows) & inside, other=0)
         left = left.to(tl.float8e4nv, bitcast=True)
-        right = right.to(tl.float8e4nv, bitcast=True)
-        acc = tl.dot(left, tl.trans(right), acc, max_num_imprecise_acc=BLOCK_K // 2)
+        right = tl.trans(right.to(tl.float8e4nv, bitcast=True))
+        acc = tl.dot(left, right, acc, max_num_imprecise_acc=BLOCK_K // 2)
     acc *= tl.load(token_scales + m, mask=m < tokens, other=0.0)[:, None]
     acc *= tl.load(scales + n, mask=n < rows, other=0.0)[None, :]
     store_tile(acc, bias, out, m, n, tokens, rows, out_stride, BIAS)
 
 
 def quantize_rows(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> None:
-    """Rows to e4m3. x: (M, K), any stride between rows; codes: uint8 (M, columns), columns >= K; scales: float32 (M,)."""
+    """Rows to e4m3. x: (M, K), any stride between rows; codes: uint8 (M, columns), columns >= K; scales: float32 (M,).
+
+    The columns of codes past K become zero.
+    """
     tokens, width = x.shape
     quantize_rows_kernel[(tokens,)](x, codes, scales, width, codes.shape[1], x.stride(0), BLOCK=2048, num_warps=8)
