@@ -1,4 +1,4 @@
-"""Compiles what steps of tiny models launch (see `compiled.py`): `python compile_steps.py` prints a line for each kernel."""
+"""Compiles what steps of tiny models launch (see `compiled.py`): prints a line for each kernel."""
 
 from compiled import compiling
 from op_programs import groups_of, ragged
