@@ -8,6 +8,10 @@ import pytest
 # Packed weights are kept by the tests that are about it, in folders of their own.
 os.environ.setdefault("KVARN_PACKED_CACHE_BYTES", "0")
 
+# Without a card Triton's kernels run in its interpreter, which must be known before anything imports Triton.
+if not any(Path(file).exists() for file in ("/dev/nvidiactl", "/proc/driver/nvidia/version")):
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 ROOT = Path(__file__).parents[1]
 
 

@@ -47,6 +47,7 @@ KV_TYPES: Mapping[str, KvType] = {
         KvType("float16", 16),
         KvType("bfloat16", 16),
         KvType("int8", 8, scale_bytes=4),
+        KvType("fp8_e4m3", 8),
         KvType(
             "int4",
             4,
@@ -59,9 +60,11 @@ KV_TYPES: Mapping[str, KvType] = {
 }
 """All of them by name.
 
-int8 is symmetric, with a float32 scale for each vector. int4 has a float16 scale and a float16 minimum for each group
+int8 is symmetric, with a float32 scale for each vector. fp8_e4m3 is E4M3 (Micikevicius et al. 2022) without one. int4 has a float16 scale and a float16 minimum for each group
 of 32; keys are rotated and stored as differences from a float16 key for every 16 tokens: `backends/reference/int4.py`.
 """
 
 CACHE_TYPES = ("float16", "float32", "int8", "int4")
-"""What a cache can be made of; other types are for planning."""
+"""What a cache can be made of in a machine's memory; others are for cards, and for planning."""
+CARD_CACHE_TYPES = ("float16", "bfloat16", "float32", "int8", "fp8_e4m3")
+"""What a cache can be made of on a GPU."""

@@ -46,7 +46,7 @@ class AheadOnCpu(Wrapper):
             logits = values["logits"].copy()
             if number in self.poison:
                 logits[0] = np.nan
-            self._last = choose(logits, rules)
+            self._last = choose(logits, rules, self._last)
             self._chosen.append(self._last)
 
         self._begin(run)

@@ -63,9 +63,11 @@ def test_the_same_is_said_and_hardly_a_step_waits(engines, late):
         request("drawn", PROMPTS[1], max_tokens=20, temperature=1.0, seed=3, top_p=0.9, top_k=40),
         request("three", PROMPTS[2], max_tokens=9, temperature=0.8, seed=1, n=3),
         request("biased", PROMPTS[3], max_tokens=7, logit_bias={65: 3.0}, bad_words=((101,),)),
+        request("penalized", PROMPTS[1], max_tokens=20, frequency_penalty=1.0, repetition_penalty=1.3),
+        request("least", PROMPTS[3], max_tokens=6, min_tokens=3, stop_token_ids=tuple(range(0, 256, 2))),
     ]
     assert said(run_core(ahead, requests)) == said(run_core(waits, requests))
-    assert executable.num_fed > 50
+    assert executable.num_fed > 70
     assert executable.most_under_way == 2
     assert executable.num_executed == 0
     assert ahead.stats().free_blocks == ahead.stats().num_blocks
@@ -103,9 +105,10 @@ def test_what_needs_the_host_waits_and_the_others_go_on(engines):
     waits, ahead, executable = engines()
     requests = [
         request("plain", PROMPTS[0], max_tokens=30),
-        request("penalized", PROMPTS[1], max_tokens=6, frequency_penalty=1.0),
+        request("penalized", PROMPTS[1], max_tokens=30, frequency_penalty=1.0, repetition_penalty=1.2),
         request("told", PROMPTS[2], max_tokens=6, logprobs=2),
-        request("least", PROMPTS[3], max_tokens=6, min_tokens=3, stop_token_ids=(65,)),
+        request("least", PROMPTS[3], max_tokens=20, min_tokens=9, stop_token_ids=tuple(range(0, 256, 5))),
+        request("words", PROMPTS[3], max_tokens=3, bad_words=((65, 66),)),
         request("asked", PROMPTS[3], max_tokens=3, prompt_logprobs=1),
     ]
     both = [run_core(core, requests) for core in (ahead, waits)]
@@ -182,7 +185,10 @@ REQUESTS = st.fixed_dictionaries(
         "seed": st.integers(0, 3),
         "n": st.sampled_from([1, 1, 2]),
         "stop_token_ids": st.sampled_from([(), tuple(range(97, 123))]),
-        "presence_penalty": st.sampled_from([0.0, 0.0, 0.0, 0.5]),
+        "presence_penalty": st.sampled_from([0.0, 0.0, 0.5]),
+        "repetition_penalty": st.sampled_from([1.0, 1.0, 1.2]),
+        "min_tokens": st.just(0) | st.just(1),
+        "logprobs": st.sampled_from([None, None, None, 0]),
     }
 )
 PLANS = st.lists(

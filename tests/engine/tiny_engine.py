@@ -7,7 +7,7 @@ import numpy as np
 
 from kvarn.backends import KvCacheSpec, StepLimits
 from kvarn.cache import BlockPool, NullPrefixCache, RadixPrefixCache
-from kvarn.config import CacheConfig, EngineConfig, SchedulerConfig
+from kvarn.config import CacheConfig, CudaConfig, EngineConfig, SchedulerConfig
 from kvarn.engine import EngineCore, LoadedEngine, build_engine, make_backend
 from kvarn.engine.draft import DraftModel
 from kvarn.kv_types import KV_TYPES
@@ -63,6 +63,7 @@ def tiny_engine(
     speculative=None,
     model=None,
     draft=None,
+    cuda=None,
     **cache,
 ):
     """model: instead of one of `family` and `seed`. draft: what guesses, with method draft. cache: more of
@@ -74,6 +75,7 @@ def tiny_engine(
         cache=CacheConfig(block_size=block_size, num_blocks=num_blocks, dtype=dtype, **cache),
         scheduler=SchedulerConfig(max_num_seqs, max_num_batched_tokens, max_num_queued_requests, **(scheduling or {})),
         speculative=speculative,
+        cuda=cuda or CudaConfig(),
     )
     model = model or shared_model(family, seed)
     if draft is not None:

@@ -1,4 +1,4 @@
-"""Compiles what a call launches, for sm_90 and without a card: `python compiled.py CASES` prints a line for each kernel.
+"""Compiles what a call launches, for sm_90 and without a card, and says what the compiler made of it.
 
 The interpreter takes more than the compiler does, so a kernel that only it accepts must not pass. A process of its own:
 whether kernels are interpreted is decided where they are defined.

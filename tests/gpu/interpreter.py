@@ -1,8 +1,11 @@
 """Repairs of Triton's interpreter (3.6), which tests on the CPU run kernels in.
 
 It multiplies bfloat16 matrices as the integers that hold their bits, and rounds to narrow floats without carrying into
-the exponent: torch does both here, which rounds to nearest, ties to even, as cards do. And it takes arrays of one element
-for the bounds of a loop, which NumPy no longer converts to integers.
+the exponent: torch does both here, which rounds to nearest, ties to even, as cards do. And it takes arrays of one
+element for the bounds of a loop, which NumPy no longer converts to integers.
+
+It also replaces the language by its own anew in every call of one device function by another, which takes most of its
+time: here once a launch, for each module.
 """
 
 from __future__ import annotations
@@ -60,6 +63,20 @@ def repair() -> None:
         plain_patch(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
+    launch, patched = interpreter.GridExecutor.__call__, set[int]()
+
+    def call_grid(self: Any, *args: Any, **kwargs: Any) -> None:
+        patched.clear()
+        launch(self, *args, **kwargs)
+
+    def call_function(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if id(self.fn.__globals__) not in patched:
+            interpreter._patch_lang(self.fn)
+            patched.add(id(self.fn.__globals__))
+        return self.rewrite()(*args, **kwargs)
+
+    interpreter.GridExecutor.__call__ = call_grid
+    interpreter.InterpretedFunction.__call__ = call_function
     interpreter._patch_lang_tensor = patch_tensor
     interpreter._convert_float = convert_float
     builder.create_dot = create_dot

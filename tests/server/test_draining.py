@@ -168,6 +168,28 @@ def test_an_engine_that_fails_is_back_at_once():
         assert llm.stats().restarts == 1
 
 
+def test_an_engine_that_hangs_is_told_by_liveness_where_that_is_wanted():
+    body = {**BODY, "stream": True}
+    with (
+        gated_llm() as (llm, gate),
+        serving(llm, watchdog_seconds=0.2) as watched,
+        serving(llm) as url,
+        posted(url, COMPLETIONS, body) as connection,
+    ):
+        gate.stand_in_step(3)
+        wait_until(lambda: probe(watched, "/health/live") == (503, "engine_stuck"))
+        assert probe(watched, "/health/ready") == (503, "engine_stuck")
+        assert "in one step for" in httpx.get(f"{watched}/health/live").json()["error"]["message"]
+        assert probe(url, "/health/live") == (200, None)
+        name, busy = next(line.split() for line in httpx.get(f"{url}/metrics").text.splitlines()
+                          if line.startswith("kvarn:engine_busy_seconds{"))  # fmt: skip
+        assert float(busy) > 0.2, name
+        gate.open()
+        assert list(events_of(connection))[-1] == "[DONE]"
+        wait_until(lambda: probe(watched, "/health/live") == (200, None))
+        wait_until(lambda: llm.busy_seconds == 0)
+
+
 def test_an_engine_that_does_not_come_back_is_told_by_readiness():
     with gated_llm(wrap=Broken) as (llm, gate), serving(llm) as url:
         gate.inner.failures = 10

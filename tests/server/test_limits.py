@@ -36,7 +36,7 @@ def counts(url):
 
 SMALL = ServerLimits(
     max_header_bytes=4096, max_url_bytes=200, max_body_bytes=3000, max_messages=2, max_tools=1, max_prompts=2,
-    max_prompt_tokens=50, max_output_tokens=20, max_n=2, max_stop_strings=2, max_logit_bias=2,
+    max_prompt_tokens=50, max_output_tokens=20, max_n=2, max_stop_strings=2, max_logit_bias=2, max_values=200,
 )  # fmt: skip
 
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
@@ -49,6 +49,10 @@ ASKS = [
     ("max_logit_bias", CHAT, {"messages": [HELLO], "logit_bias": {"1": 1, "2": 1, "3": 1}}, "logit_bias"),
     ("max_output_tokens", CHAT, {"messages": [HELLO], "max_tokens": 21}, "max_tokens"),
     ("max_output_tokens", COMPLETIONS, {"prompt": "a", "max_tokens": 21}, "max_tokens"),
+    ("max_values", CHAT, {"messages": [HELLO], "chat_template_kwargs": {"a": {"b": [[0] * 60] * 4}}},
+     "chat_template_kwargs"),
+    ("max_values", CHAT, {"messages": [HELLO], "tools": [{**TOOL, "more": [0] * 200}]}, "tools"),
+    ("max_values", "/v1/responses", {"input": [{"role": "user", "content": [{}] * 200}]}, "input"),
     ("max_prompt_tokens", COMPLETIONS, {"prompt": "x" * 51}, "prompt"),
     ("max_prompt_tokens", COMPLETIONS, {"prompt": [5] * 51}, "prompt"),
     ("max_prompts", COMPLETIONS, {"prompt": ["a", "b", "c"]}, "prompt"),
@@ -206,6 +210,22 @@ def test_an_answer_that_takes_too_long_is_ended(stream):
     with gated_llm() as (llm, gate), serving(llm, limits=limits) as url, posted(url, COMPLETIONS, body) as connection:
         gate.stand_in_step(1)
         wait_until(lambda: counts(url)["request_timeout"] == 1)  # though the engine stands still
+        response = connection.getresponse()
+        assert response.status == 504
+        assert json.loads(response.read())["error"]["code"] == "request_timeout"
+        gate.open()
+        wait_until(lambda: llm.stats().free_blocks == llm.stats().num_blocks)
+
+
+def test_embeddings_that_take_too_long_are_ended():
+    limits, body = ServerLimits(request_timeout=0.3), {"input": ["a", "b"]}
+    with (
+        gated_llm(embeddings=True) as (llm, gate),
+        serving(llm, limits=limits) as url,
+        posted(url, "/v1/embeddings", body) as connection,
+    ):
+        gate.stand_in_step(1)
+        wait_until(lambda: counts(url)["request_timeout"] == 1)
         response = connection.getresponse()
         assert response.status == 504
         assert json.loads(response.read())["error"]["code"] == "request_timeout"

@@ -71,6 +71,26 @@ def test_a_stream_says_the_same(client):
     assert events[0].response.id == last.id
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_logprobs_are_those_of_a_chat(client, stream):
+    chat = client.chat.completions.create(
+        model="tiny", messages=[{"role": "user", "content": "Hello!"}], max_tokens=16, temperature=0, logprobs=True,
+        top_logprobs=2,
+    )  # fmt: skip
+    wanted = [entry.model_dump() for entry in chat.choices[0].logprobs.content]
+    options = {"include": ["message.output_text.logprobs"], "top_logprobs": 2}
+    if stream:
+        events = list(ask(client, stream=True, **options))
+        response = events[-1].response
+        deltas = [entry for e in events if e.type == "response.output_text.delta" for entry in e.logprobs]
+        assert [(e.token, e.logprob) for e in deltas] == [(w["token"], w["logprob"]) for w in wanted[: len(deltas)]]
+    else:
+        response = ask(client, **options)
+    assert [entry.model_dump() for entry in response.output[0].content[0].logprobs] == wanted
+    assert response.top_logprobs == 2
+    assert ask(client).output[0].content[0].logprobs == []
+
+
 def test_the_clients_own_reading_of_a_stream(client):
     with client.responses.stream(model="tiny", input="Hello!", temperature=0, max_output_tokens=16) as stream:
         text = "".join(event.delta for event in stream if event.type == "response.output_text.delta")
@@ -144,8 +164,12 @@ BAD = [
     ({"store": True}, "store"),
     ({"background": True}, "background"),
     ({"conversation": "conv_1"}, "conversation"),
-    ({"include": ["message.output_text.logprobs"]}, "include"),
-    ({"reasoning": {"effort": "high"}}, "reasoning"),
+    ({"include": ["file_search_call.results"]}, "include"),
+    ({"top_logprobs": 50}, "top_logprobs"),
+    ({"reasoning": {"effort": "high"}}, "reasoning.effort"),
+    ({"reasoning": {"summary": "auto"}}, "reasoning.summary"),
+    ({"input": [{"type": "reasoning", "summary": [], "content": [{"type": "text", "text": "x"}]}]},
+     "input[0].content[0].type"),
     ({"max_output_tokens": 0}, "max_output_tokens"),
     ({"max_output_tokens": 10**9}, "max_output_tokens"),
     ({"temperature": -1}, "temperature"),

@@ -4,6 +4,8 @@ import asyncio
 import contextlib
 import json
 
+import anthropic
+import httpx
 import openai
 import pytest
 from live_server import serving
@@ -80,6 +82,67 @@ def test_whole_and_streamed(case):
         message = ask(client).choices[0].message
         assert (message.reasoning_content, message.reasoning, message.content) == (thoughts, thoughts, content)
         assert streamed(client) == (thoughts, content)
+
+
+def output(response):
+    """(thoughts, answer) of a response."""
+    parts = {item.type: item.content[0].text for item in response.output}
+    return parts.get("reasoning"), parts.get("message", "")
+
+
+SPENT = (24, 0, 9, 8, 0, 0, 10, 18, 3)
+"""Tokens of the cases' thoughts, each a byte: from the `>` of their begin to that of their end, or the end of all."""
+
+
+@pytest.mark.parametrize("case", range(len(CASES)))
+def test_items_of_responses(case):
+    template, text, thoughts, content = CASES[case]
+    with saying(text, template) as client:
+        whole = client.responses.create(model="handmade", input="Hi")
+        assert output(whole) == (thoughts, content)
+        assert whole.usage.output_tokens_details.reasoning_tokens == SPENT[case]
+        events = list(client.responses.create(model="handmade", input="Hi", stream=True))
+        assert output(events[-1].response) == (thoughts, content)
+        assert events[-1].response.usage.output_tokens_details.reasoning_tokens == SPENT[case]
+        said = "".join(event.delta for event in events if event.type == "response.reasoning_text.delta")
+        assert said == (thoughts or "")
+        assert [event.sequence_number for event in events] == list(range(len(events)))
+        again = [item.model_dump() for item in whole.output]
+        assert client.responses.create(model="handmade", input=[*again, {"role": "user", "content": "And?"}]).output
+
+
+@pytest.mark.parametrize("case", range(len(CASES)))
+def test_blocks_of_messages(case):
+    template, text, thoughts, content = CASES[case]
+    given = {"model": "handmade", "max_tokens": 300, "messages": MESSAGES}
+    with saying(text, template) as client, anthropic.Anthropic(
+        base_url=str(client.base_url).removesuffix("/v1/"), api_key="none", max_retries=0
+    ) as claude:
+        for kind in ({"type": "enabled", "budget_tokens": 1024}, {"type": "adaptive"}):
+            whole = claude.messages.create(**given, thinking=kind)
+            blocks = {block.type: block.model_dump()[block.type] for block in whole.content}
+            assert (blocks.get("thinking"), blocks.get("text", "")) == (thoughts, content)
+            with claude.messages.stream(**given, thinking=kind) as stream:
+                streamed = stream.get_final_message()
+            assert [b.model_dump() for b in streamed.content] == [b.model_dump() for b in whole.content]
+        more = [{"role": "assistant", "content": [b.model_dump(exclude_none=True) for b in whole.content]}, *MESSAGES]
+        if whole.content:
+            assert claude.messages.create(**{**given, "messages": [*MESSAGES, *more]}).content is not None
+        for unasked in ({}, {"thinking": {"type": "enabled", "budget_tokens": 1024, "display": "omitted"}}):
+            answer = claude.messages.create(**given, **unasked)
+            assert "".join(block.text for block in answer.content) == content
+
+
+def test_a_model_is_told_to_think_or_not_in_messages():
+    with saying("<think>x</think>y") as client:
+        url = f"{str(client.base_url).removesuffix('/v1/')}/v1/messages"
+        body = {"max_tokens": 100, "messages": MESSAGES}
+        answer = httpx.post(url, json={**body, "thinking": {"type": "disabled"}}).json()
+        assert answer["content"] == [{"type": "text", "text": "<think>x</think>y"}], "the prompt closed its thoughts"
+        for wrong, param in (({"type": "deep"}, "thinking.type"), ({"type": "enabled", "budget_tokens": "x"},
+                             "thinking.budget_tokens"), ({"type": "enabled", "more": 1}, "thinking.more")):  # fmt: skip
+            refused = httpx.post(url, json={**body, "thinking": wrong})
+            assert (refused.status_code, param in refused.json()["error"]["message"]) == (400, True)
 
 
 def test_thoughts_that_nobody_wants_are_not_told():

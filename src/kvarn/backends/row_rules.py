@@ -17,28 +17,34 @@ ROW = np.dtype(
         ("position", "<i8"),
         ("stream", "<u4"),
         ("mask", "<i4"),
+        ("repetition", "<f4"),
+        ("presence", "<f4"),
+        ("frequency", "<f4"),
+        ("first_edit", "<i4"),
+        ("num_edits", "<i4"),
+        ("pending", "<i4"),
     ]
 )
 """One row of logits, `WORDS` words of 32 bits. temperature: 0: greedy. top_k: at most 0: off. seed, stream, position:
-key and counter of the random number. mask: the row of `RowRules.masks`."""
+key and counter of the random number. mask: the row of `RowRules.masks`. repetition, presence, frequency: penalties.
+first_edit, num_edits: its part of `RowRules.edits`. pending: where among the tokens of the step before the one is that
+the sequence said last, which its edits do not know of; -1: they know of all, or there are no penalties."""
 WORDS = ROW.itemsize // 4
-BIAS = np.dtype([("row", "<i4"), ("token", "<i4"), ("bias", "<f4")])
-"""What is added to one logit."""
+EDIT = np.dtype([("token", "<i4"), ("bias", "<f4"), ("seen", "<i4"), ("count", "<i4")])
+"""What is known of one token. bias: added to its logit. seen: 1 where prompt or output have it, else 0. count: times
+that the output has it."""
 NOTHING_LEFT, NOT_FINITE = -1, -2
 """In place of a token id: the rules leave none; the logits hold NaN or infinity."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RowRules:
-    """The rules of R rows, in `SamplingParams`' order: biases, masks, temperature, min_p, top_k, top_p.
+    """The rules of R rows, in `SamplingParams`' order: biases, masks, penalties, temperature, min_p, top_k, top_p.
 
     rows: `ROW`[R]. masks: uint32[M, ceil(vocab / 32)], bit i of word w set: token 32 w + i is allowed; the first, which
-    is always there, allows all. biases: `BIAS`[B], no token of a row twice.
-
-    There are no penalties, nor whatever else depends on what a sequence has said: a row's rules are known before the
-    token is that it follows.
+    is always there, allows all. edits: `EDIT`[E], no token of a row twice.
     """
 
     rows: NDArray[np.void]
     masks: NDArray[np.uint32]
-    biases: NDArray[np.void]
+    edits: NDArray[np.void]

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from kvarn.cli.eval_structured import STRUCTURED_EPILOG, structured_command
-from kvarn.cli.options import ModelArgument, Threads
+from kvarn.cli.options import ComputeType, ModelArgument, Threads, WeightForm, chosen_device
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure a model's quality.")
 
@@ -23,6 +23,7 @@ Examples:
   kvarn eval perplexity smollm2-135m-instruct --text wiki.test.raw
   kvarn eval perplexity model.gguf --text wiki.test.raw --context 512 --chunks 40 --json
   kvarn eval perplexity model.gguf --text book.txt --backend reference --chunks 2
+  kvarn eval perplexity model.gguf --text book.txt --backend cuda --weights int4
 """
 
 
@@ -44,9 +45,13 @@ def perplexity_command(
     text: Text,
     context: Context = 512,
     chunks: ChunkCount = None,
-    backend: Annotated[str, typer.Option(help="cpu, or reference (plain NumPy, slow, exact weights).")] = "cpu",
-    kv_dtype: Annotated[str, typer.Option(help="KV cache type: float16, float32, int8 or int4.")] = "float16",
+    backend: Annotated[str, typer.Option(help="cpu, cuda, or reference (plain NumPy, slow, exact weights).")] = "cpu",
+    kv_dtype: Annotated[
+        str, typer.Option(help="KV cache type: float16, float32, int8 or int4; of cuda bfloat16 and fp8_e4m3, no int4.")
+    ] = "float16",
     threads: Threads = 0,
+    dtype: ComputeType = None,
+    weights: WeightForm = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Perplexity of a text: how well the model predicts it (lower is better).
@@ -58,13 +63,15 @@ def perplexity_command(
     from kvarn.errors import ConfigError
     from kvarn.eval.perplexity import perplexity
     from kvarn.eval.session import open_session
-    from kvarn.kv_types import CACHE_TYPES
+    from kvarn.kv_types import CACHE_TYPES, CARD_CACHE_TYPES
 
     content = _read(text)
-    if kv_dtype not in CACHE_TYPES:
-        raise ConfigError(f"kv-dtype must be one of {', '.join(CACHE_TYPES)}, not {kv_dtype!r}")
+    _, cuda = chosen_device("cuda" if backend == "cuda" else "cpu", dtype, weights)
+    kinds = CARD_CACHE_TYPES if backend == "cuda" else CACHE_TYPES
+    if kv_dtype not in kinds:
+        raise ConfigError(f"kv-dtype must be one of {', '.join(kinds)}, not {kv_dtype!r}")
     path = resolve_with_progress(model, quiet=as_json or not sys.stderr.isatty())
-    opened = open_session(path, context=context, backend=backend, threads=threads, kv_dtype=kv_dtype)
+    opened = open_session(path, context=context, backend=backend, threads=threads, kv_dtype=kv_dtype, cuda=cuda)
     with opened as session, work_bar("chunks") as progress:
         result = perplexity(session, content, chunks=chunks, progress=progress)
     if as_json:

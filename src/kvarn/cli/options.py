@@ -15,7 +15,7 @@ from kvarn.errors import ConfigError
 from kvarn.request import SamplingParams
 
 if TYPE_CHECKING:
-    from kvarn.config import EngineConfig, SpeculativeConfig
+    from kvarn.config import CudaConfig, SpeculativeConfig
     from kvarn.engine import LLM
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
@@ -30,7 +30,9 @@ Seed = Annotated[int | None, typer.Option(help="Same seed, same answer.")]
 Threads = Annotated[int, typer.Option(help="Compute threads; 0: one for each physical core.")]
 GPU = "On a GPU (--device cuda)"
 """A group of options in the help."""
-Device = Annotated[str, typer.Option(help="cpu; cuda: an NVIDIA GPU, cuda:1 the second one; needs kvarn[cuda].")]
+Device = Annotated[
+    str, typer.Option(help="cpu, or cuda: an NVIDIA GPU, the first that CUDA_VISIBLE_DEVICES lists; needs kvarn[cuda].")
+]
 ComputeType = Annotated[
     str | None,
     typer.Option("--dtype", help="What is computed in: bfloat16 (default), float16 or float32.", rich_help_panel=GPU),
@@ -95,18 +97,21 @@ def optional_size(option: str, text: str | None) -> int | None:
     return None if text is None else size_option(option, text)
 
 
-def on_device(config: EngineConfig, device: str, dtype: str | None, weights: str | None) -> EngineConfig:
-    """The settings with what --device, --dtype and --weights say. Raises ConfigError naming the option."""
+def chosen_device(device: str, dtype: str | None, weights: str | None) -> tuple[str, CudaConfig]:
+    """The back-end that --device names, with what --dtype and --weights say of it. Raises ConfigError naming the
+    option."""
     from kvarn.config import CudaConfig
 
     if device == "cpu":
         for option, value in (("dtype", dtype), ("weights", weights)):
             if value is not None:
-                raise ConfigError(f"--{option} is for --device cuda; on a CPU weights stay as the file has them")
-        return config
-    if not re.fullmatch(r"cuda(:[0-9]{1,3})?", device):
-        raise ConfigError(f"--device must be cpu, cuda or cuda:N, not {device[:40]!r}")
-    cuda = CudaConfig(device=device)
+                raise ConfigError(f"--{option} is for a GPU; on a CPU weights stay as the file has them")
+        return "cpu", CudaConfig()
+    if device != "cuda":
+        raise ConfigError(
+            f"--device must be cpu or cuda, not {device[:40]!r}; of several GPUs CUDA_VISIBLE_DEVICES chooses one"
+        )
+    cuda = CudaConfig()
     if dtype is not None:
         cuda = dataclasses.replace(cuda, dtype=dtype)
     if weights is not None:
@@ -114,7 +119,7 @@ def on_device(config: EngineConfig, device: str, dtype: str | None, weights: str
         if colon and (form != "int4" or not re.fullmatch(r"[0-9]{1,4}", group)):
             raise ConfigError(f"--weights must be stored, dense, int8, int4, int4:GROUP or fp8, not {weights[:40]!r}")
         cuda = dataclasses.replace(cuda, weights=form, weight_group=int(group) if colon else cuda.weight_group)
-    return dataclasses.replace(config, backend="cuda", cuda=cuda)
+    return "cuda", cuda
 
 
 def sampling_params(
@@ -147,20 +152,22 @@ def load_llm(
     weights: str | None = None,
     speculative: SpeculativeConfig | None = None,
 ) -> LLM:
-    """Pulls the model where needed (with a progress bar on a terminal) and loads it. See `on_device`."""
+    """Pulls the model where needed (with a progress bar on a terminal) and loads it. See `chosen_device`."""
     from kvarn.cli.progress import resolve_with_progress
     from kvarn.config import EngineConfig, SchedulerConfig
     from kvarn.engine import LLM
 
     path = resolve_with_progress(model, quiet=quiet or not sys.stderr.isatty())
+    backend, cuda = chosen_device(device, dtype, weights)
     config = EngineConfig(
         max_model_len=max_model_len,
+        backend=backend,
         threads=threads,
+        cuda=cuda,
         scheduler=SchedulerConfig(max_num_seqs=max_num_seqs),
         packed_cache_bytes=packed_cache_bytes,
         speculative=speculative,
     )
-    config = on_device(config, device, dtype, weights)
     # A vocabulary is some 100,000 objects that live to the end: collections while they are made find nothing.
     gc.disable()
     try:

@@ -18,14 +18,14 @@ from kvarn.cli.options import (
     MemoryUtilization,
     Threads,
     WeightForm,
-    on_device,
+    chosen_device,
     optional_size,
     size_option,
 )
 from kvarn.cli.speculative import Speculative, speculative_config
 from kvarn.config import CacheConfig, EngineConfig, SchedulerConfig
 from kvarn.errors import CapacityError, ConfigError
-from kvarn.kv_types import CACHE_TYPES
+from kvarn.kv_types import CACHE_TYPES, CARD_CACHE_TYPES
 
 if TYPE_CHECKING:
     from kvarn.backends import Backend, KvCacheSpec, MemoryUse, StepLimits
@@ -52,7 +52,9 @@ def command(
         int | None, typer.Option(help="Tokens of the longest sequence; default: what the model was made for.")
     ] = None,
     batch: Annotated[int, typer.Option(help="Sequences at the same time.")] = 1,
-    kv_dtype: Annotated[str, typer.Option(help="KV cache type: float16, bfloat16, float32, int8 or int4.")] = "float16",
+    kv_dtype: Annotated[
+        str, typer.Option(help="KV cache type: float16, bfloat16, float32, int8, int4 or fp8_e4m3.")
+    ] = "float16",
     dtype: Annotated[
         str | None,
         typer.Option(
@@ -81,11 +83,15 @@ def command(
     from kvarn.engine import engine_backend
     from kvarn.planning import plan
 
+    on_gpu = device != "cpu"
+    backend_name, cuda = chosen_device(device, dtype if on_gpu else None, weights)
     settings = EngineConfig(
         max_model_len=max_model_len,
+        backend=backend_name,
         threads=threads,
+        cuda=cuda,
         cache=CacheConfig(
-            dtype=kv_dtype if kv_dtype in CACHE_TYPES else "float16",
+            dtype=kv_dtype if kv_dtype in (CARD_CACHE_TYPES if on_gpu else CACHE_TYPES) else "float16",
             kv_cache_bytes=optional_size("kv-cache-bytes", kv_cache_bytes),
             memory_utilization=memory_utilization,
             kv_offload_bytes=size_option("kv-offload-bytes", kv_offload_bytes),
@@ -93,8 +99,6 @@ def command(
         scheduler=SchedulerConfig(max_num_seqs, max_num_batched_tokens),
         speculative=speculative_config(speculative),
     )
-    on_gpu = device != "cpu"
-    settings = on_device(settings, device, dtype if on_gpu else None, weights)
     config, parsed, dtypes = _read(model, None if on_gpu else dtype)
     if program:
         from kvarn.program.listing import listing
@@ -123,7 +127,10 @@ def _served(
     from kvarn.planning import Available, plan_memory
     from kvarn.spec import open_heads
 
-    available = backend_memory(config) if memory is None else Available(memory, "--memory")
+    try:
+        available = backend_memory(config) if memory is None else Available(memory, "--memory")
+    except ConfigError as error:
+        raise ConfigError(f"{error}; or say what memory to plan for: --memory 80GiB") from None
     heads = open_heads(config.speculative, program)
 
     def uses(kv: KvCacheSpec, limits: StepLimits) -> MemoryUse:
@@ -140,7 +147,7 @@ def _served(
 def _draft_uses(program: Program, config: EngineConfig) -> Iterator[Uses | None]:
     """What a draft model would take; None where the settings name none."""
     chosen = config.speculative
-    if chosen is None or chosen.method != "draft":
+    if chosen is None or chosen.source != "draft":
         yield None
         return
     from kvarn.engine.load import open_draft

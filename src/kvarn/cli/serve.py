@@ -24,7 +24,7 @@ from kvarn.cli.options import (
     PackedCacheBytes,
     Threads,
     WeightForm,
-    on_device,
+    chosen_device,
     optional_size,
     read_text,
     size_option,
@@ -156,7 +156,8 @@ def command(
     commit_memory: CommitMemory = True,
     kv_cache_dtype: Annotated[
         str,
-        typer.Option(help="Type of cached keys and values: float16, float32, int8 (half the bytes) or int4 (a third)."),
+        typer.Option(help="Type of cached keys and values: float16, float32, int8 (half the bytes) or int4 (a "
+            "third); on a GPU float16, bfloat16, float32, int8 or fp8_e4m3."),
     ] = "float16",
     prefix_cache: Annotated[
         bool, typer.Option(help="Keep what was computed for requests that begin with the same tokens.")
@@ -211,6 +212,13 @@ def command(
         float,
         typer.Option(help="After SIGTERM or Ctrl-C, for requests in flight to finish; a second signal ends at once."),
     ] = 30.0,
+    watchdog_seconds: Annotated[
+        float,
+        typer.Option(
+            help="An engine that is in one step for longer hangs: /health/live answers 503, so that what runs the "
+            "server starts it again. 0: never. Longer than any step: 30 or more."
+        ),
+    ] = 0.0,
     lazy: Annotated[bool, typer.Option("--lazy", help="Load the first model, too, only when it is asked for.")] = False,
     memory_budget: Annotated[
         str | None,
@@ -245,9 +253,12 @@ def command(
     from kvarn.server.otlp import exported_spans
 
     system_prompts = tuple(read_text(path, "--shared-system-prompt") for path in shared_system_prompt or ())
+    backend, cuda = chosen_device(device, dtype, weights)
     config = EngineConfig(
         max_model_len=max_model_len,
+        backend=backend,
         threads=threads,
+        cuda=cuda,
         packed_cache_bytes=packed_cache_bytes,
         speculative=speculative_config(speculative),
         grammar=GrammarConfig(
@@ -274,7 +285,6 @@ def command(
             ttft_slo_ms=ttft_slo_ms,
         ),
     )
-    config = on_device(config, device, dtype, weights)
     keys = (*(api_key or ()), *_keys_of(os.environ.get("KVARN_API_KEYS", "")))
     specs = parse_models(models or [DEFAULT_MODEL], config, served_model_name)
     keep = math.inf if idle_unload is None else duration_option("idle_unload", idle_unload)
@@ -292,6 +302,7 @@ def command(
         optional_size("memory-budget", memory_budget),
         PoolLimits(max_waiting_for_load, load_timeout, keep),
         _pooling(pooling),
+        watchdog_seconds,
     )
     start = _Start(options)
     told = Told(start.listening, start.budget, start.plan, start.ready)

@@ -62,6 +62,11 @@ class AsyncLLM(EngineFront):
         """Whether a step has failed and the engine is being brought back; requests wait meanwhile."""
         return self._loop.is_restarting
 
+    @property
+    def busy_seconds(self) -> float:
+        """For how long the engine has been at the step that it is in; 0 while there is nothing to do. Never waits."""
+        return self._loop.busy_seconds
+
     def check(self, request: Request) -> None:
         """Raises RequestError, naming field and limit, for a request this engine can never run."""
         self._loop.check(request)

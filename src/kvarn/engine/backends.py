@@ -37,7 +37,7 @@ def backend_memory(config: EngineConfig) -> Available:
 
     Raises ConfigError where there is no such card.
     """
-    if config.backend != "cuda":
+    if config.backend != "cuda" or config.cuda.device == "cpu":
         return available_memory()
     from kvarn.backends.cuda import card_memory
 

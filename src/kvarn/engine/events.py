@@ -50,6 +50,8 @@ class EngineStats:
     failed_steps: int = 0
     restarts: int = 0
     """Times that the engine began anew after a failure."""
+    busy_seconds: float = 0.0
+    """For which the engine has been at what it does now: a step, mostly; 0 while there is nothing to do."""
     prefix_queries: int = 0
     """Tokens looked up in the prefix cache: those of each sequence when it is admitted, again after a preemption."""
     prefix_hits: int = 0
@@ -68,6 +70,10 @@ class EngineStats:
     """Those of them that became output."""
     accepted_by_position: tuple[int, ...] = ()
     """The same by how far ahead they were guessed, the next token at 0."""
+    copied_tokens: int = 0
+    """Of draft_tokens those that were looked up in what was known, not computed."""
+    accepted_copies: int = 0
+    """Of accepted_tokens the same."""
     draft_seconds: float = 0.0
     """Spent on proposing drafts."""
     grammars_compiled: int = 0

@@ -79,6 +79,8 @@ class EngineLoop:
         self._restarting = False
         self._restarts = 0
         self._has_idle_work = True
+        self._busy_since: float | None = None
+        """Since when it is at what it does now; None while it sleeps."""
         self._idle_failed = False
         self._end: EngineError | None = None
         self._closing = False
@@ -195,6 +197,7 @@ class EngineLoop:
             waiting=stats.waiting + submitted,
             rejections=rejections,
             restarts=self._restarts,
+            busy_seconds=self.busy_seconds,
             ended=self._core.meter.ended,
             histograms=self._core.meter.snapshot(),
         )
@@ -221,6 +224,15 @@ class EngineLoop:
     def failure(self) -> EngineError | None:
         """Why the loop takes no requests; None while it does."""
         return self._end
+
+    @property
+    def busy_seconds(self) -> float:
+        """For how long the thread has been at what it does now, a step mostly; 0 while it sleeps or has ended.
+
+        Takes no lock: it is for who suspects that the thread never comes back.
+        """
+        since = self._busy_since
+        return 0.0 if since is None or self._end is not None else time.monotonic() - since
 
     @property
     def is_restarting(self) -> bool:
@@ -290,7 +302,9 @@ class EngineLoop:
             pass  # a request waits for one piece at most
         with self._wake:
             while self._is_idle():
+                self._busy_since = None
                 self._wake.wait()
+            self._busy_since = time.monotonic()
             if self._closing:
                 return False
             commands, self._commands = self._commands, deque()
@@ -301,6 +315,7 @@ class EngineLoop:
     def _idle(self) -> bool:
         """Does a piece of what can be done beside requests; False where nothing is left, or where it failed."""
         if self._has_idle_work and not self._idle_failed:
+            self._busy_since = time.monotonic()
             try:
                 self._has_idle_work = self._core.idle()
             except Exception:
@@ -349,6 +364,7 @@ class EngineLoop:
             self._publish([output])
 
     def _step(self) -> None:
+        self._busy_since = time.monotonic()
         self._has_idle_work = True  # there may be something new to do
         try:
             events = self._core.step()
@@ -370,8 +386,10 @@ class EngineLoop:
         began = time.perf_counter()
         for number, delay in enumerate(self._restart_delays, 1):
             with self._wake:
+                self._busy_since = None
                 if self._wake.wait_for(lambda: self._closing, delay):
                     raise _StoppedError("the engine was closed")
+                self._busy_since = time.monotonic()
             try:
                 self._core.reset()
             except BaseException:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvarn.backends import Executable, InputBatch, KvCacheSpec, StepLimits
+from kvarn.config import CudaConfig
 from kvarn.engine import make_backend
 from kvarn.errors import ConfigError
 from kvarn.models import Model, load_model
@@ -52,9 +53,16 @@ class EvalSession:
 
 @contextmanager
 def open_session(
-    path: Path, *, context: int, backend: str = "cpu", threads: int = 0, kv_dtype: str = "float16"
+    path: Path,
+    *,
+    context: int,
+    backend: str = "cpu",
+    threads: int = 0,
+    kv_dtype: str = "float16",
+    cuda: CudaConfig | None = None,
 ) -> Iterator[EvalSession]:
-    """Loads the model at `path` for sequences of up to `context` tokens and closes it afterwards."""
+    """Loads the model at `path` for sequences of up to `context` tokens and closes it afterwards. cuda: of that
+    back-end, see `CudaConfig`."""
     chunk = min(64, context)
     with open_model(path) as files:
         model = load_model(files)
@@ -62,7 +70,7 @@ def open_session(
             raise ConfigError(f"context must be at most {model.config.max_positions} for this model, not {context}")
         blocks = (context + BLOCK_SIZE - 1) // BLOCK_SIZE * len(model.program.kv_groups)
         cache = KvCacheSpec(blocks, BLOCK_SIZE, kv_dtype)
-        executable = make_backend(backend, threads).load(
+        executable = make_backend(backend, threads, cuda=cuda).load(
             model.program, model.weights, cache, StepLimits(chunk, chunk, context)
         )
         try:

@@ -107,9 +107,9 @@ def plan_memory(
     """Sizes the cache within the available memory, of which the engine takes its share.
 
     Where neither blocks nor bytes are given, there is room for as many of the longest sequences as may run at once,
-    but no more than 4 GiB (or one sequence), and no more than fits. Where max_model_len is not given it is what the
-    model was made for, or the longest that fits. Raises CapacityError with the numbers and the nearest setting that
-    fits, ConfigError where max_model_len exceeds what the model was made for.
+    but no more than fits, and in a machine's own memory no more than 4 GiB (or one sequence). Where max_model_len is
+    not given it is what the model was made for, or the longest that fits. Raises CapacityError with the numbers and the
+    nearest setting that fits, ConfigError where max_model_len exceeds what the model was made for.
 
     drafter: of a draft model beside it, whose cache has as many blocks; None: there is none.
     """
@@ -227,8 +227,10 @@ class _Planner:
 
     def _default_blocks(self, length: int) -> int:
         alone, each = sequence_blocks(self._groups, length, self._chunk)
-        modest = max(alone, DEFAULT_CACHE_BYTES // self._block_bytes)
-        return min(self._fitting(length), modest, alone + each * (self._config.scheduler.max_num_seqs - 1))
+        wanted = min(self._fitting(length), alone + each * (self._config.scheduler.max_num_seqs - 1))
+        if self._config.backend == "cuda":  # nobody else makes use of a card's memory meanwhile
+            return wanted
+        return min(wanted, max(alone, DEFAULT_CACHE_BYTES // self._block_bytes))
 
     def _asked_blocks(self, length: int) -> int | None:
         """The number of blocks that the settings ask for. Raises CapacityError where it does not fit."""

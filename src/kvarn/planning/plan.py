@@ -147,5 +147,6 @@ def _ungrouped_bytes(program: Program, kv: KvType) -> int:
 def _memory(
     backend: Backend, program: Program, dtypes: Mapping[str, DType], kv_dtype: str, limits: StepLimits
 ) -> MemoryUse:
-    held = kv_dtype if kv_dtype in CACHE_TYPES else "float16"  # activations beside a cache that no back-end has
+    # Activations beside a cache that the back-end does not have are those beside another one.
+    held = kv_dtype if kv_dtype in CACHE_TYPES else "float16"
     return backend.memory_use(program, dtypes, KvCacheSpec(1, BLOCK_SIZE, held), limits)

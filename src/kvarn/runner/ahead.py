@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kvarn.backends import InputBatch
 from kvarn.backends.ahead import AheadExecutable
 from kvarn.backends.row_rules import NOT_FINITE
+from kvarn.sampling.reference import choose
 from kvarn.sampling.rules import RuleBook, needs_host
 from kvarn.step import PENDING, NewSequence, SampledToken, ScheduledSequence, SchedulerOutput
+
+Parts = Sequence[ScheduledSequence]
 
 
 class Ahead(Protocol):
@@ -37,6 +42,11 @@ class Ahead(Protocol):
     def collect(self) -> tuple[SchedulerOutput, list[SampledToken]]:
         """Waits for the oldest step that was begun; with its tokens, -1 where a sequence's rules leave none. Raises
         ValueError naming the sequence where its logits hold NaN or infinity."""
+        ...
+
+    def rechosen(self, sampled: list[SampledToken], logits: NDArray[np.float32], parts: Parts) -> list[SampledToken]:
+        """What the sampler said to the rows of logits of an executed step, by part, but for sequences of whose tokens
+        it does not know all, since some were chosen on the card."""
         ...
 
     def known(self, scheduled: SchedulerOutput) -> SchedulerOutput:
@@ -70,6 +80,11 @@ class NeverAhead:
     def collect(self) -> tuple[SchedulerOutput, list[SampledToken]]:
         """Is not called."""
         raise AssertionError("no step was begun")
+
+    def rechosen(self, sampled: list[SampledToken], logits: NDArray[np.float32], parts: Parts) -> list[SampledToken]:
+        """The same."""
+        del logits, parts
+        return sampled
 
     def known(self, scheduled: SchedulerOutput) -> SchedulerOutput:
         """The same."""
@@ -117,15 +132,15 @@ class StepsAhead:
 
     def submit(self, scheduled: SchedulerOutput, batch: InputBatch) -> None:
         """See `Ahead.submit`."""
-        parts = [part for part in scheduled.sequences if part.sample]
         previous = np.full(batch.num_tokens, -1, np.int32)
-        ends = batch.query_start[1:].tolist()
-        for end, part in zip(ends, scheduled.sequences, strict=True):
+        ends = batch.query_start[1:] - 1
+        for row, part in zip(ends.tolist(), scheduled.sequences, strict=True):
             if part.token_ids[-1] == PENDING:
-                previous[end - 1] = self._rows[part.sequence_id]
-                batch.token_ids[end - 1] = 0
-        rules = self._rules.of([part.sequence_id for part in parts], [part.end for part in parts])
-        self._executable.submit(batch, rules, previous)
+                previous[row] = self._rows[part.sequence_id]
+                batch.token_ids[row] = 0
+        parts = [part for part in scheduled.sequences if part.sample]
+        ids, positions = [part.sequence_id for part in parts], [part.end for part in parts]
+        self._executable.submit(batch, self._rules.of(ids, positions, previous[batch.output_rows].tolist()), previous)
         self._rows = {part.sequence_id: row for row, part in enumerate(parts)}
         self._begun.append(scheduled)
 
@@ -139,7 +154,18 @@ class StepsAhead:
             raise ValueError(f"the logits of sequence {wrong.sequence_id} hold NaN or infinity")
         tokens = [SampledToken(part.sequence_id, token) for part, token in zip(parts, ids, strict=True)]
         self._said = {token.sequence_id: token.token_id for token in tokens}
+        for token in tokens:
+            self._rules.said(token.sequence_id, token.token_id)
         return scheduled, tokens
+
+    def rechosen(self, sampled: list[SampledToken], logits: NDArray[np.float32], parts: Parts) -> list[SampledToken]:
+        """See `Ahead.rechosen`: by the definition, since few tokens are in need of it."""
+        for row, part in enumerate(parts):
+            if self._rules.remembers(part.sequence_id):
+                (token,) = choose(logits[row : row + 1], self._rules.of([part.sequence_id], [part.end])).tolist()
+                self._rules.said(part.sequence_id, token)
+                sampled[row] = SampledToken(part.sequence_id, token)
+        return sampled
 
     def known(self, scheduled: SchedulerOutput) -> SchedulerOutput:
         """See `Ahead.known`."""

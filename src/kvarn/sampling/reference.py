@@ -270,24 +270,32 @@ def _logprob(row: Floats, token: int, count: int) -> TokenLogprob:
     return TokenLogprob(token, float(logprobs[token]), int((row > row[token]).sum()) + 1, top)
 
 
-def choose(logits: NDArray[np.float32], rules: RowRules) -> NDArray[np.int32]:
+def choose(logits: NDArray[np.float32], rules: RowRules, before: NDArray[np.int32] | None = None) -> NDArray[np.int32]:
     """What a back-end that samples by itself says to logits (R, vocab): int32[R], each a token, `NOTHING_LEFT` or
-    `NOT_FINITE`."""
+    `NOT_FINITE`. before: the tokens of the step before, which may be `ROW.pending`."""
+    return np.array([_choose_row(*row, rules, before) for row in zip(logits, rules.rows, strict=True)], np.int32)
+
+
+def _choose_row(logits: NDArray[np.float32], row: np.void, rules: RowRules, before: NDArray[np.int32] | None) -> int:
     x = logits.astype(np.float64)
-    np.add.at(x, (rules.biases["row"], rules.biases["token"]), rules.biases["bias"])
-    return np.array([_choose_row(*row, rules.masks) for row in zip(x, rules.rows, strict=True)], np.int32)
-
-
-def _choose_row(x: Floats, row: np.void, masks: NDArray[np.uint32]) -> int:
     if not np.isfinite(x.max()):
         return NOT_FINITE
+    edits = rules.edits[row["first_edit"] : row["first_edit"] + row["num_edits"]]
+    x[edits["token"]] += edits["bias"]
+    seen = edits["token"][edits["seen"] > 0].tolist()
+    output = Counter(dict(zip(edits["token"].tolist(), edits["count"].tolist(), strict=True))) + Counter()
+    if row["pending"] >= 0 and before is not None and before[row["pending"]] >= 0:
+        output[int(before[row["pending"]])] += 1
     p = SamplingParams(
         temperature=float(row["temperature"]),
         top_p=float(row["top_p"]),
         min_p=float(row["min_p"]),
         top_k=int(row["top_k"]),
+        repetition_penalty=float(row["repetition"]),
+        presence_penalty=float(row["presence"]),
+        frequency_penalty=float(row["frequency"]),
     )
-    x = adjusted_logits(x, p, (), Counter(), (), masks[row["mask"]])
+    x = adjusted_logits(x, p, seen, output, (), rules.masks[row["mask"]])
     if not np.isfinite(x.max()):
         return NOTHING_LEFT
     if p.greedy:

@@ -13,7 +13,7 @@ from kvarn.request import FinishReason, Request
 from kvarn.scheduler.admission import Backlog, Limits, check_deadline
 from kvarn.scheduler.assembly import Group, StepAssembly
 from kvarn.scheduler.budget import Budget, ConstantBudget
-from kvarn.scheduler.drafting import Drafting, DraftLimits
+from kvarn.scheduler.drafting import NOTHING_WANTED, Drafting, DraftLimits
 from kvarn.scheduler.forecast import Crowd, Forecast, NoForecast
 from kvarn.scheduler.moves import Moves
 from kvarn.scheduler.observer import Hold, NullObserver, Observer
@@ -445,7 +445,7 @@ class Scheduler:
         prompt = sequence.prompt_targets(start, end)
         if prompt is not None:
             step.prompt_rows += len(prompt.token_ids) - (not sample)
-        ahead, nodes = self.drafting.wanted(sequence) if sample and self.drafting.active else (0, 0)
+        wanted = self.drafting.wanted(sequence) if sample and self.drafting.active else NOTHING_WANTED
         self.reuse.computes(sequence, end)
         step.copies += self.reuse.take_blocks(sequence, start, end)
         if end >= sequence.num_prompt_tokens:
@@ -457,8 +457,10 @@ class Scheduler:
                 start=start,
                 block_tables=sequence.table.ids,
                 sample=sample,
-                num_drafts_wanted=ahead,
-                num_nodes_wanted=nodes,
+                num_drafts_wanted=wanted.ahead,
+                num_nodes_wanted=wanted.nodes,
+                num_copies_wanted=wanted.copies,
+                least_copied=wanted.least_copied,
                 prompt=prompt,
             )
         )

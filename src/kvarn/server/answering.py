@@ -12,6 +12,7 @@ from kvarn.server.body import check_entries, parse
 from kvarn.server.caller import Caller
 from kvarn.server.dialects import dialect_of
 from kvarn.server.keys.account import Visit
+from kvarn.server.limits import ServerLimits
 from kvarn.server.protocol import AnswerRequest, ModelRequest
 from kvarn.server.record import RequestRecord
 from kvarn.server.sse import EventStream, unless_disconnected
@@ -96,14 +97,19 @@ async def computed(
     return JSONResponse(await state.in_thread(lambda: work(body, served), size))
 
 
+def _read(body_model: type[Body], data: bytes, limits: ServerLimits) -> Body:
+    body = parse(body_model, data)
+    check_entries(body, limits)
+    return body
+
+
 async def _received(request: Request, state: ServerState, body_model: type[Body]) -> _Received[Body]:
     async with state.bodies.read(request) as data:
         size = len(data)
         if size <= SHORT_BODY:
-            body = parse(body_model, data)
+            body = _read(body_model, data, state.limits)
         else:
-            body = await state.in_thread(lambda: parse(body_model, data), size)
-    check_entries(body, state.limits)
+            body = await state.in_thread(lambda: _read(body_model, data, state.limits), size)
     if body.keep_alive is not None:
         visit: Visit = request.state.visit
         visit.account.check_keep_alive()

@@ -49,17 +49,20 @@ def create_app(
     models: ModelPool[HostedModel] | None = None,
     pooling: Pooling = Pooling.MEAN,
     watchers: Sequence[HttpWatcher] = (),
+    watchdog_seconds: float = 0.0,
 ) -> FastAPI:
     """The application, which owns no engine. llm: the one that answers; None: none ever does, for tests.
 
     models: those that answer, in place of `llm` and its names, once `app.state.server.open()` is called.
     keys: who may ask; None: `api_keys`, or everybody where there are none. metrics_open: /metrics needs no key.
     cors_origins: of pages that may ask. pooling: of embeddings whose request does not say. watchers: told of each
-    request over HTTP. Raises ConfigError for a key that is none.
+    request over HTTP. watchdog_seconds: see `ServeOptions`. Raises ConfigError for a key that is none.
     """
     # No /docs: that page loads its scripts from elsewhere.
     app = FastAPI(title="kvarn", version=__version__, docs_url=None, redoc_url=None)
-    state = app.state.server = ServerState(limits or ServerLimits(), models or given(llm, served_model_names))
+    state = app.state.server = ServerState(
+        limits or ServerLimits(), models or given(llm, served_model_names), watchdog_seconds=watchdog_seconds
+    )
     if llm is not None:
         state.open()
     errors.install(app)

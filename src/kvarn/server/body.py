@@ -30,6 +30,7 @@ KINDS = {
     "model_type": "an object",
 }
 """What pydantic's error types say was wanted."""
+PROMPTS = ("prompt", "input")
 MANY_BYTES = 64 << 10
 """Of a body that may hold so much that collections while it is read cost more than the reading."""
 SHOWN = 40
@@ -111,15 +112,39 @@ def check_entries(body: ModelRequest, limits: ServerLimits) -> None:
         value, most = getattr(body, name, None), getattr(limits, limit)
         if not isinstance(value, list | tuple | dict) or len(value) <= most:
             continue
-        if name in ("prompt", "input") and not isinstance(value[0], str | list):
+        if name in PROMPTS and not isinstance(value[0], str | list):
             continue  # one prompt, of token ids
         message = f"{name} must have at most {most} entries, not {len(value)} ({limit})"
         raise ApiError(400, message, param=name, code="invalid_value")
+    for name in type(body).model_fields:
+        value, most = getattr(body, name), limits.max_values
+        if _may_hold_much(name, value) and _num_values(value, most) > most:
+            message = f"{name} must hold at most {most} values, those inside of lists and objects counted (max_values)"
+            raise ApiError(400, message, param=name, code="invalid_value")
     for name in ("n", "best_of"):
         n = getattr(body, name, None)
         if isinstance(n, int) and n > limits.max_n:
             message = f"{name} must be at most {limits.max_n}, not {n} (max_n)"
             raise ApiError(400, message, param=name, code="invalid_value")
+
+
+def _may_hold_much(name: str, value: Any) -> bool:
+    """Texts and token ids have limits of their own."""
+    if isinstance(value, list):
+        return bool(value) and (name not in PROMPTS or isinstance(value[0], dict))
+    return isinstance(value, dict)
+
+
+def _num_values(value: Any, most: int) -> int:
+    """Values inside of a list or an object, at every depth; some number above `most` as soon as it is more."""
+    inside, count = [value], 0
+    while inside and count <= most:
+        each = inside.pop()
+        count += len(each)
+        if count <= most:
+            values = each.values() if isinstance(each, dict) else each
+            inside += [item for item in values if isinstance(item, list | dict)]
+    return count
 
 
 def parse(model: type[Model], body: bytes) -> Model:

@@ -16,9 +16,8 @@ from kvarn.errors import EngineError, RequestError
 from kvarn.request import Pooling, Request, SamplingParams
 from kvarn.server.caller import Caller
 from kvarn.server.errors import ApiError
-from kvarn.server.generation import Usage, check_prompt, new_id
+from kvarn.server.generation import Usage, check_prompt, new_id, seconds_left, too_late
 from kvarn.server.protocol import EmbeddingRequest
-from kvarn.server.request_trace import RequestTrace
 from kvarn.server.state import Served
 
 IN_FLIGHT = 32
@@ -49,7 +48,7 @@ def asked_embeddings(body: EmbeddingRequest, served: Served, caller: Caller, def
     caller.record.answer_id, caller.record.usage = answer_id, usage
     as_base64 = body.encoding_format == "base64"
     return EmbeddingAnswer(
-        llm, requests, served.name, dimensions=body.dimensions, as_base64=as_base64, trace=caller.trace
+        llm, requests, served.name, caller, dimensions=body.dimensions, as_base64=as_base64
     )  # fmt: skip
 
 
@@ -61,26 +60,29 @@ class EmbeddingAnswer:
         llm: AsyncLLM,
         requests: Sequence[Request],
         model: str,
+        caller: Caller,
         *,
         dimensions: int | None,
         as_base64: bool,
-        trace: RequestTrace,
     ) -> None:
-        """requests: checked. dimensions: leading ones of each vector that are kept; None: all. trace: hears of them."""
+        """requests: checked. dimensions: leading ones of each vector that are kept; None: all."""
         self._llm = llm
         self._requests = requests
         self._model = model
         self._dimensions = dimensions
         self._as_base64 = as_base64
-        self._trace = trace
+        self._caller = caller
         self._vectors: list[Any] = [None] * len(requests)
 
     async def whole(self) -> dict[str, Any]:
-        """The response body. Where one input fails, all do."""
+        """The response body. Where one input fails, all do. Raises ApiError 504 at the request's deadline."""
         places = iter(range(len(self._requests)))
         workers = [asyncio.create_task(self._embed(places)) for _ in range(min(IN_FLIGHT, len(self._requests)))]
         try:
-            await asyncio.gather(*workers)
+            async with asyncio.timeout(seconds_left(self._caller.record)):
+                await asyncio.gather(*workers)
+        except TimeoutError:
+            raise too_late(self._caller.limits) from None
         finally:
             for worker in workers:
                 worker.cancel()
@@ -98,7 +100,7 @@ class EmbeddingAnswer:
         for place in places:
             async with aclosing(self._llm.generate(self._requests[place])) as stream:
                 async for output in stream:
-                    self._trace.output(self._llm.model_name, self._requests[place], output)
+                    self._caller.trace.output(self._llm.model_name, self._requests[place], output)
                     if output.embedding is None:
                         raise EngineError("the request was aborted")
                     self._vectors[place] = self._told(output.embedding)

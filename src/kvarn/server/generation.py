@@ -16,6 +16,7 @@ from kvarn.server.caller import Caller
 from kvarn.server.errors import ApiError
 from kvarn.server.limits import ServerLimits
 from kvarn.server.load import RequestLoad
+from kvarn.server.record import RequestRecord
 
 GUESSED_TOKENS = 256
 """Of an answer without max_tokens, as long as it is not known; a key's rate makes up for more afterwards."""
@@ -89,6 +90,17 @@ def check_prompt(request: Request, limits: ServerLimits) -> None:
     if most is not None and count > most:
         message = f"the prompt has {count} tokens, at most {most} are allowed (max_prompt_tokens)"
         raise RequestError(message, field="prompt")
+
+
+def seconds_left(record: RequestRecord) -> float:
+    """Until a request's deadline, or as long as a timer can be."""
+    return min(record.deadline - time.monotonic(), _LONGEST_TIMER)
+
+
+def too_late(limits: ServerLimits) -> ApiError:
+    """What a request is told whose answer was not there in time."""
+    message = f"the answer took longer than {limits.request_timeout:g} s (--request-timeout)"
+    return ApiError(504, message, code="request_timeout")
 
 
 class Generation:
@@ -210,11 +222,9 @@ class Generation:
 
         def expire() -> None:
             for stream in streams:
-                message = f"the answer took longer than {self._limits.request_timeout:g} s (--request-timeout)"
-                stream.fail(ApiError(504, message, code="request_timeout"))
+                stream.fail(too_late(self._limits))
 
-        left = min(self._record.deadline - time.monotonic(), _LONGEST_TIMER)
-        return asyncio.get_running_loop().call_later(left, expire)
+        return asyncio.get_running_loop().call_later(seconds_left(self._record), expire)
 
     def _deltas(self, prompt: int, output: RequestOutput) -> list[tuple[int, SequenceOutput]]:
         record = self._record

@@ -43,6 +43,7 @@ class ServerLimits:
     max_n: int = _limit(MAX_N, "Answers to a prompt (n).", most=MAX_N)
     max_stop_strings: int = _limit(MAX_STOP_STRINGS, "Stop strings of a request.", most=MAX_STOP_STRINGS)
     max_logit_bias: int = _limit(MAX_LOGIT_BIAS, "Entries of logit_bias.", most=MAX_LOGIT_BIAS)
+    max_values: int = _limit(200_000, "Values in one parameter, those inside of its lists and objects among them.")
     header_timeout: float = _limit(10.0, "Seconds in which the headers of a request must have come.")
     body_timeout: float = _limit(60.0, "Seconds in which its body must have come; beyond: 408.")
     request_timeout: float = _limit(3600.0, "Seconds from a request's headers to the end of its answer; beyond: 504.")

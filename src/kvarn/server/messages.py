@@ -12,7 +12,7 @@ from kvarn.request import FinishReason
 from kvarn.server.asking import Chat
 from kvarn.server.events import typed_event
 from kvarn.server.generation import Usage
-from kvarn.server.tools import CallDelta
+from kvarn.server.tools import CallDelta, Thought
 
 
 class MessageAnswer:
@@ -68,8 +68,11 @@ class MessageAnswer:
         last = typed_event({"type": "message_delta", "delta": delta, "usage": usage})
         yield self._closed() + last + typed_event({"type": "message_stop"})
 
-    def _delta(self, piece: str | CallDelta) -> bytes:
-        """The events of a piece of text or of a call: its block begins where it must."""
+    def _delta(self, piece: str | CallDelta | Thought) -> bytes:
+        """The events of a piece of thoughts, of text or of a call: its block begins where it must."""
+        if isinstance(piece, Thought):
+            begun = b"" if self._open == "thinking" else self._begun(_thinking(""))
+            return begun + self._gained({"type": "thinking_delta", "thinking": piece.text})
         if isinstance(piece, str):
             begun = b"" if self._open == "text" else self._begun({"type": "text", "text": ""})
             return begun + self._gained({"type": "text_delta", "text": piece})
@@ -89,11 +92,12 @@ class MessageAnswer:
     def _closed(self) -> bytes:
         if self._open is None:
             return b""
+        signed = self._gained({"type": "signature_delta", "signature": ""}) if self._open == "thinking" else b""
         self._open = None
-        return typed_event({"type": "content_block_stop", "index": self._blocks - 1})
+        return signed + typed_event({"type": "content_block_stop", "index": self._blocks - 1})
 
 
-def _blocks(pieces: list[str | CallDelta]) -> list[dict[str, Any]]:
+def _blocks(pieces: list[str | CallDelta | Thought]) -> list[dict[str, Any]]:
     """The content of a whole answer. A call that was cut short is none."""
     blocks, arguments = list[dict[str, Any]](), dict[int, str]()
     for piece in pieces:
@@ -101,6 +105,8 @@ def _blocks(pieces: list[str | CallDelta]) -> list[dict[str, Any]]:
             if piece.name is not None:
                 blocks.append(_tool_use(piece.name))
             arguments[len(blocks) - 1] = arguments.get(len(blocks) - 1, "") + piece.arguments
+        elif isinstance(piece, Thought):  # all of it comes first, in one piece
+            blocks.append(_thinking(piece.text))
         elif blocks and blocks[-1]["type"] == "text":
             blocks[-1]["text"] += piece
         else:
@@ -111,6 +117,11 @@ def _blocks(pieces: list[str | CallDelta]) -> list[dict[str, Any]]:
         except ValueError:
             del blocks[place]  # the last one
     return blocks
+
+
+def _thinking(text: str) -> dict[str, Any]:
+    """signature: Anthropic's proves that a thought is the model's own; here nobody asks."""
+    return {"type": "thinking", "thinking": text, "signature": ""}
 
 
 def _tool_use(name: str) -> dict[str, Any]:

@@ -64,12 +64,21 @@ def _by_position(stats: EngineStats) -> Mapping[str, float]:
     return {str(position): count for position, count in enumerate(stats.accepted_by_position)}
 
 
+def _draft_sources(stats: EngineStats) -> Mapping[str, float]:
+    return {"copied": stats.copied_tokens, "computed": stats.draft_tokens - stats.copied_tokens}
+
+
+def _accepted_sources(stats: EngineStats) -> Mapping[str, float]:
+    return {"copied": stats.accepted_copies, "computed": stats.accepted_tokens - stats.accepted_copies}
+
+
 GAUGES: tuple[tuple[str, str, _Read], ...] = (
     ("num_requests_running", "Sequences that take part in the steps.", lambda s: s.running),
     ("num_requests_waiting", "Sequences that wait: new or preempted.", lambda s: s.waiting),
     ("num_tokens_queued", "Prompt tokens of the requests that have not begun.", lambda s: s.queued_tokens),
     ("kv_cache_usage_perc", "Share of the KV cache's blocks that sequences hold, 0 to 1.", _usage),
     ("prefix_cache_blocks", "Blocks that only the prefix cache holds.", lambda s: s.cached_blocks),
+    ("engine_busy_seconds", "Since the engine began its step; 0 while it has none.", lambda s: s.busy_seconds),
 )
 COUNTERS: tuple[tuple[str, str, _Read], ...] = (
     ("prompt_tokens", "Prompt tokens computed, or found in the prefix cache.", lambda s: s.prompt_tokens),
@@ -100,6 +109,18 @@ LABELLED: tuple[tuple[str, str, str, _ByLabel], ...] = (
         "Tokens of drafts that became output, by how far ahead they were guessed.",
         "position",
         _by_position,
+    ),
+    (
+        "spec_decode_num_draft_tokens_per_source",
+        "Tokens of drafts, by whether they were copied from what was known, or computed.",
+        "source",
+        _draft_sources,
+    ),
+    (
+        "spec_decode_num_accepted_tokens_per_source",
+        "Those of them that became output.",
+        "source",
+        _accepted_sources,
     ),
     ("request_rejections", "Requests refused with 429.", "reason", lambda s: s.rejections),
     ("request_success", "Answers that ended, n of a request.", "finished_reason", lambda s: s.ended),

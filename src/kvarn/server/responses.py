@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import secrets
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
-from kvarn.request import FinishReason
+from kvarn.request import FinishReason, SequenceOutput
 from kvarn.server.asking import Chat
 from kvarn.server.errors import to_api_error
-from kvarn.server.events import typed_event
 from kvarn.server.generation import Usage
+from kvarn.server.logprobs import chat_logprobs
 from kvarn.server.protocol.responses import ResponsesRequest
-from kvarn.server.tools import CallDelta
+from kvarn.server.response_items import OutputItems
 
 
 class ResponseAnswer:
@@ -23,7 +22,14 @@ class ResponseAnswer:
     def __init__(self, request: ResponsesRequest, chat: Chat) -> None:
         self._generation = chat.generation
         (self._voice,) = chat.voices()
+        self._tokenizer = chat.tokenizer
         self._output = OutputItems()
+        self._with_logprobs = request.with_logprobs
+        self._logprobs: list[dict[str, Any]] = []
+        """Of tokens whose text has not come yet."""
+        self._thoughts = None if chat.thoughts is None else chat.thoughts.tokens(chat.tokenizer)
+        self._num_thought = 0
+        """Tokens of thoughts."""
         self._body = {
             "id": chat.generation.answer_id, "object": "response", "created_at": int(time.time()),
             "status": "in_progress", "background": False, "error": None, "incomplete_details": None,
@@ -34,14 +40,35 @@ class ResponseAnswer:
             "text": {"format": {"type": "text"}, **(request.text or {})}, "tool_choice": request.tool_choice or "auto",
             "tools": [{"strict": True, "parameters": None, **tool} for tool in request.tools or ()],
             "top_p": 1.0 if request.top_p is None else request.top_p, "truncation": "disabled",
+            "reasoning": {"effort": None, "summary": None, **(request.reasoning or {})},
+            "top_logprobs": request.top_logprobs or 0,
         }  # fmt: skip
 
     async def whole(self) -> dict[str, Any]:
         """The response body."""
-        (answer,) = await self._generation.whole()
-        for piece in self._voice.pieces(answer.text, ended=True):
-            self._output.take(piece)
-        return self._ended(answer.finish_reason)
+        reason: FinishReason | None = None
+        async with aclosing(self._generation.stream()) as stream:
+            async for deltas in stream:
+                for _, part in deltas:
+                    reason = part.finish_reason
+                    self._take(part)
+        return self._ended(reason)
+
+    def _take(self, part: SequenceOutput) -> bytes:
+        """The events of what a step has added."""
+        thought = [self._thoughts is not None and self._thoughts.is_thought(token) for token in part.token_ids]
+        self._num_thought += sum(thought)
+        if self._with_logprobs:
+            said = [entry for entry, left_out in zip(part.logprobs, thought, strict=True) if not left_out]
+            self._logprobs += chat_logprobs(self._tokenizer, said)["content"]
+        out = b""
+        for piece in self._voice.pieces(part.text, ended=part.finish_reason is not None):
+            is_text = isinstance(piece, str)
+            out += self._output.take(piece, self._logprobs if is_text else [])
+            self._logprobs = [] if is_text else self._logprobs
+        if part.finish_reason is not None:
+            self._output.late(self._logprobs)
+        return out
 
     def _ended(self, reason: FinishReason | None) -> dict[str, Any]:
         """The body once nothing more comes."""
@@ -52,7 +79,7 @@ class ResponseAnswer:
             "status": "incomplete" if cut else "completed",
             "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
             "output": self._output.items,
-            "usage": _usage(self._generation.usage),
+            "usage": _usage(self._generation.usage, self._num_thought),
         }
 
     async def stream(self) -> AsyncGenerator[bytes, None]:
@@ -67,8 +94,7 @@ class ResponseAnswer:
                 async for deltas in stream:
                     for _, part in deltas:
                         reason = part.finish_reason
-                        for piece in self._voice.pieces(part.text, ended=reason is not None):
-                            out += events.take(piece)
+                        out += self._take(part)
                     if out:
                         begun = True
                         yield out
@@ -85,82 +111,11 @@ class ResponseAnswer:
         yield closed + events.event(f"response.{body['status']}", response=body)
 
 
-class OutputItems:
-    """The items of a response as they grow, and the events that tell of it."""
-
-    def __init__(self) -> None:
-        self.items: list[dict[str, Any]] = []
-        self._open = False
-        """Whether the last item goes on."""
-        self._number = 0
-
-    def event(self, kind: str, **fields: Any) -> bytes:
-        """One event, with its number."""
-        told = typed_event({"type": kind, "sequence_number": self._number, **fields})
-        self._number += 1
-        return told
-
-    def take(self, piece: str | CallDelta) -> bytes:
-        """Adds a piece of text or of a call."""
-        if isinstance(piece, str):
-            return self._said(piece)
-        begun = b"" if piece.name is None else self._called(piece.name)
-        self.items[-1]["arguments"] += piece.arguments
-        more = self._event("response.function_call_arguments.delta", delta=piece.arguments) if piece.arguments else b""
-        return begun + more
-
-    def _said(self, text: str) -> bytes:
-        out = b""
-        if not self._open or self.items[-1]["type"] != "message":
-            out = self.close()
-            message = {"id": f"msg_{secrets.token_hex(12)}", "type": "message", "role": "assistant"}
-            out += self._added({**message, "status": "in_progress", "content": []})
-            part = _part("")
-            out += self._event("response.content_part.added", content_index=0, part=part)
-            self.items[-1]["content"] = [part]
-        self.items[-1]["content"][0]["text"] += text
-        return out + self._event("response.output_text.delta", content_index=0, delta=text, logprobs=[])
-
-    def _called(self, name: str) -> bytes:
-        ids = {"id": f"fc_{secrets.token_hex(12)}", "call_id": f"call_{secrets.token_hex(12)}"}
-        call = {"type": "function_call", **ids, "name": name, "arguments": "", "status": "in_progress"}
-        return self.close() + self._added(call)
-
-    def close(self, *, cut: bool = False) -> bytes:
-        """Ends the last item, where it goes on. cut: it is not whole."""
-        if not self._open:
-            return b""
-        self._open = False
-        item = self.items[-1]
-        item["status"] = "incomplete" if cut else "completed"
-        if item["type"] == "message":
-            (part,) = item["content"]
-            out = self._event("response.output_text.done", content_index=0, text=part["text"], logprobs=[])
-            out += self._event("response.content_part.done", content_index=0, part=part)
-        else:
-            name, arguments = item["name"], item["arguments"]
-            out = self._event("response.function_call_arguments.done", name=name, arguments=arguments)
-        return out + self.event("response.output_item.done", output_index=len(self.items) - 1, item=item)
-
-    def _added(self, item: dict[str, Any]) -> bytes:
-        self.items.append(item)
-        self._open = True
-        return self.event("response.output_item.added", output_index=len(self.items) - 1, item=item)
-
-    def _event(self, kind: str, **fields: Any) -> bytes:
-        """One of the last item."""
-        return self.event(kind, item_id=self.items[-1]["id"], output_index=len(self.items) - 1, **fields)
-
-
-def _part(text: str) -> dict[str, Any]:
-    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
-
-
-def _usage(usage: Usage) -> dict[str, Any]:
+def _usage(usage: Usage, num_thought: int) -> dict[str, Any]:
     return {
         "input_tokens": usage.prompt,
         "input_tokens_details": {"cached_tokens": usage.cached, "cache_write_tokens": 0},
         "output_tokens": usage.completion,
-        "output_tokens_details": {"reasoning_tokens": 0},
+        "output_tokens_details": {"reasoning_tokens": num_thought},
         "total_tokens": usage.prompt + usage.completion,
     }

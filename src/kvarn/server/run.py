@@ -59,6 +59,8 @@ class ServeOptions:
     pool: PoolLimits = field(default_factory=PoolLimits)
     pooling: Pooling = Pooling.MEAN
     """Of embeddings whose request does not say."""
+    watchdog_seconds: float = 0.0
+    """How long an engine may be in one step until /health/live says that it hangs; 0: for ever."""
 
     def __post_init__(self) -> None:
         self.key_ring()
@@ -70,6 +72,8 @@ class ServeOptions:
             raise ConfigError(f"log_format must be one of {', '.join(FORMATS)}, not {self.log_format!r}")
         if not 0 <= self.drain_seconds <= 86400:
             raise ConfigError(f"drain_seconds must be between 0 and 86400, not {self.drain_seconds:g}")
+        if not 0 <= self.watchdog_seconds <= 86400:
+            raise ConfigError(f"watchdog_seconds must be between 0 and 86400, not {self.watchdog_seconds:g}")
 
     def key_ring(self) -> KeyRing:
         """Who may ask. Raises ConfigError."""
@@ -121,6 +125,7 @@ def serve(
     app = create_app(
         None, models=models, limits=options.limits, keys=options.key_ring(), metrics_open=access.metrics_open,
         cors_origins=access.cors_origins, pooling=options.pooling, watchers=watchers,
+        watchdog_seconds=options.watchdog_seconds,
     )  # fmt: skip
     configure_logging(options.log_format, access=options.access_log)
     config = uvicorn.Config(

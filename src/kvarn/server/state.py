@@ -42,8 +42,12 @@ class Served:
 class ServerState:
     """Before `open` everybody is refused: the first model is loading. Neither models nor engines are owned."""
 
-    def __init__(self, limits: ServerLimits, models: ModelPool[HostedModel]) -> None:
+    def __init__(
+        self, limits: ServerLimits, models: ModelPool[HostedModel], *, watchdog_seconds: float = 0.0
+    ) -> None:
+        """watchdog_seconds: beyond which an engine that is in one step hangs; 0: none ever does."""
         self.limits = limits
+        self._watchdog_seconds = watchdog_seconds
         self.bodies = BodyReader(limits)
         self.refusals = Refusals(limit_names())
         self.models = models
@@ -67,9 +71,19 @@ class ServerState:
         if not self._is_open:
             raise ApiError(503, "the model is loading", code="loading", headers={"Retry-After": RETRY_SECONDS})
 
+    def check_alive(self) -> None:
+        """Raises ApiError 503 where an engine hangs, so that nothing but a new process helps."""
+        most = self._watchdog_seconds
+        for name, llm in self.engines() if most else ():
+            seconds = llm.busy_seconds
+            if seconds > most:
+                message = f"the engine of {name} has been in one step for {seconds:.0f} s, more than {most:g}"
+                raise ApiError(503, f"{message} (--watchdog-seconds)", code="engine_stuck")
+
     def check_ready(self) -> None:
         """Raises ApiError 503 with the reason where no requests should be sent here."""
         retry = {"Retry-After": RETRY_SECONDS}
+        self.check_alive()
         if self.door.is_closed:
             raise ApiError(503, "the server is draining", code="draining", headers=retry)
         self.ready()

@@ -55,6 +55,10 @@ class Thoughts:
         """For one answer."""
         return ThoughtReader(self)
 
+    def tokens(self, tokenizer: Tokenizer) -> ThoughtTokens:
+        """The same for one answer's tokens."""
+        return ThoughtTokens(self.opening, tokenizer)
+
     def bind(self, sampling: SamplingParams, tools: ToolUse | None, limits: GrammarConfig) -> SamplingParams:
         """The same, with a grammar that lets the model think first.
 
@@ -91,6 +95,21 @@ def effort_variables(body: ChatCompletionRequest, tokenizer: Tokenizer) -> dict[
         message = "reasoning_effort: the model's chat template lets nobody say how much it is to think"
         raise ApiError(400, message, param="reasoning_effort", code="unsupported_parameter")
     return {switch: effort != "none"}
+
+
+def thinking_switch(tokenizer: Tokenizer, thinks: bool | None, *, tools: bool) -> dict[str, Any]:
+    """What the template is given so that the model thinks, or does not; nothing where it lets nobody say that.
+
+    thinks: None: as it likes. Raises ApiError for a model that is to think and cannot.
+    """
+    template = tokenizer.chat_template
+    if thinks and (template is None or END not in template.source):
+        message = "thinking must be absent or of type disabled: this model does not think before it answers"
+        raise ApiError(400, message, param="thinking", code="unsupported_parameter")
+    if thinks is None or template is None:
+        return {}
+    known = template.variables(tools=tools)
+    return {name: thinks for name in SWITCHES if name in known}
 
 
 def _opening(body: ChatCompletionRequest, tokenizer: Tokenizer, prompt: Sequence[int]) -> Opening:
@@ -173,3 +192,29 @@ class ThoughtReader:
             text = text.lstrip()
             self._strip = not text
         return text
+
+
+class ThoughtTokens:
+    """Tells which tokens of one answer are thoughts, from the one that completes their begin to the one that completes
+    their end; the same however the tokens come."""
+
+    def __init__(self, opening: Opening, tokenizer: Tokenizer) -> None:
+        self._opening = opening
+        self._tokenizer = tokenizer
+        self._said = b""
+
+    def is_thought(self, token: int) -> bool:
+        """Told of each token in turn."""
+        if self._opening is Opening.CLOSED:
+            return False
+        self._said += self._tokenizer.token_bytes(token)
+        if self._opening is Opening.OPEN:
+            begun = self._said.lstrip()
+            if not begun.startswith(BEGIN.encode()):
+                self._opening = Opening.OPEN if BEGIN.encode().startswith(begun) else Opening.CLOSED
+                return False
+            self._opening, self._said = Opening.INSIDE, begun[len(BEGIN) :]
+        if END.encode() in self._said:
+            self._opening = Opening.CLOSED
+        self._said = self._said[-len(END) :]
+        return True

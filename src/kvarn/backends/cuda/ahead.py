@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from kvarn.backends.base import InputBatch
 from kvarn.backends.cuda.graphs import StepGraphs
-from kvarn.backends.cuda.kernels.sampling import add_biases, feed, sample
+from kvarn.backends.cuda.kernels.sampling import adjust, feed, sample
 from kvarn.backends.row_rules import RowRules
 
 UNDER_WAY = 2
@@ -35,7 +35,7 @@ class StepsOnCard:
         self._on_card = device.type == "cuda"
         self._ids = [torch.zeros(max_num_outputs, dtype=torch.int32, device=device) for _ in range(UNDER_WAY)]
         self._read = [torch.zeros(max_num_outputs, dtype=torch.int32, pin_memory=self._on_card) for _ in self._ids]
-        self._events = [torch.cuda.Event() if self._on_card else None for _ in self._ids]
+        self._events = [torch.cuda.Event() if self._on_card else None for _ in self._ids]  # type: ignore[no-untyped-call]
         self._no_masks = torch.zeros((1, 1), dtype=torch.int32, device=device)
         self._begun: deque[tuple[int, int]] = deque()
         """Place and number of the tokens of each step that was not collected."""
@@ -53,9 +53,11 @@ class StepsOnCard:
             if (previous >= 0).any():
                 feed(laid_out.step.token_ids, self._taken(previous[:, None]), self._ids[self._last])
             logits = self._graphs.run(laid_out)
-            add_biases(logits, self._taken(rules.biases))
+            rows = self._taken(rules.rows)
+            if rules.edits.size or (rules.rows["pending"] >= 0).any():
+                adjust(logits, rows, self._taken(rules.edits), self._ids[self._last])
             masks = self._taken(rules.masks) if len(rules.masks) > 1 else self._no_masks
-            sample(logits, self._taken(rules.rows), masks, ids)
+            sample(logits, rows, masks, ids)
             self._read[place][:count].copy_(ids, non_blocking=True)
         event = self._events[place]
         if event is not None:

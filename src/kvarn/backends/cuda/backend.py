@@ -45,7 +45,7 @@ class CudaBackend:
     ) -> MemoryUse:
         """What `load` and the first steps will allocate on the card. CUDA's own context is not counted."""
         use = memory_use(program, dtypes, kv, limits, self.config, shared)
-        workspace = CUBLAS_BYTES if self.config.device.startswith("cuda") else 0
+        workspace = CUBLAS_BYTES if self.config.device == "cuda" else 0
         return replace(use, activations=use.activations + workspace)
 
     def load(

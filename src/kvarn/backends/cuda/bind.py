@@ -13,7 +13,7 @@ from kvarn.backends.cuda.frame import Frame
 from kvarn.backends.cuda.inputs import StepTensors
 from kvarn.backends.cuda.kernels.activation import activation, gated_activation
 from kvarn.backends.cuda.kernels.attention import AttentionWorkspace, attention
-from kvarn.backends.cuda.kernels.attention_plan import AttentionPlan, workspace_elements
+from kvarn.backends.cuda.kernels.attention_plan import PROGRAMS, AttentionPlan, workspace_elements
 from kvarn.backends.cuda.kernels.embed import embed, position_embed
 from kvarn.backends.cuda.kernels.kv_write import kv_write
 from kvarn.backends.cuda.kernels.linear import linear
@@ -131,6 +131,7 @@ def _attention(launch: AttentionLaunch, parts: Parts, frame: Frame) -> Call:
     kv, group = parts.cache.layer(launch.layer), parts.program.kv_groups.places[launch.layer][0]
     layer = parts.program.kv_layers[launch.layer]
     floats = parts.scratch[: parts.scratch.numel() // 4 * 4].view(torch.float32)
+    programs = PROGRAMS if floats.is_cuda else 1  # Triton's interpreter runs one after the other
 
     def call(step: StepTensors) -> None:
         sequences = step.seq_lens.shape[0]
@@ -138,7 +139,7 @@ def _attention(launch: AttentionLaunch, parts: Parts, frame: Frame) -> Call:
         parents = step.tree_parents
         attention(
             _heads(frame.at(launch.q), launch.heads), kv, step.query_start, step.seq_lens, step.block_tables[:, group],
-            AttentionPlan(sequences, step.num_tokens, step.max_query),
+            AttentionPlan(sequences, step.num_tokens, step.max_query, programs),
             AttentionWorkspace(floats[:mixed], floats[mixed : mixed + stats]),
             block_size=parts.block_size, scale=launch.scale, window=launch.window, softcap=launch.softcap,
             out=_heads(frame.at(launch.out), launch.heads),

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from kvarn.backends.base import KvCacheSpec
 from kvarn.backends.checks import check_moves
 from kvarn.backends.cuda.kernels.kv_write import LayerKv, kv_torch_dtype
-from kvarn.program import KvLayer, Program
+from kvarn.program import KvGroups, KvLayer
 
 
 class KvStore:
@@ -20,7 +20,7 @@ class KvStore:
     Raises ConfigError where the kernels do not have the cache's type.
     """
 
-    def __init__(self, program: Program, kv: KvCacheSpec, device: torch.device) -> None:
+    def __init__(self, groups: KvGroups, kv: KvCacheSpec, device: torch.device) -> None:
         self._kv = kv
         self._stored = kv_torch_dtype(kv.dtype)
         self._device = device
@@ -28,9 +28,9 @@ class KvStore:
         self._stacks: list[torch.Tensor] = []
         """Each (layers, slots, …)."""
         self._layers: dict[int, LayerKv] = {}
-        for shape, members in _by_shape(program.kv_groups.slots).items():
+        for shape, members in _by_shape(groups.slots).items():
             self._add(shape, members, slots)
-        self._of_layer = tuple(self._layers[slot] for _, slot in program.kv_groups.places)
+        self._of_layer = tuple(self._layers[slot] for _, slot in groups.places)
 
     def _add(self, shape: KvLayer, members: list[int], slots: int) -> None:
         count = len(members)

@@ -14,7 +14,7 @@ def check_device(device: str) -> None:
         import triton  # noqa: F401
     except ImportError as error:
         raise ConfigError(f"device {device} needs {error.name}, which is not installed: {INSTALL}") from None
-    if not device.startswith("cuda"):
+    if device != "cuda":
         return
     if torch.version.cuda is None:
         raise ConfigError(
@@ -23,9 +23,6 @@ def check_device(device: str) -> None:
         )
     if not torch.cuda.is_available():
         raise ConfigError(f"device {device}: PyTorch finds no NVIDIA driver or card; `nvidia-smi` says what is there")
-    number, count = torch.device(device).index or 0, torch.cuda.device_count()
-    if number >= count:
-        raise ConfigError(f"device {device}: this machine has {count}, the last one is cuda:{count - 1}")
 
 
 def card_memory(device: str) -> tuple[int, str]:
@@ -34,4 +31,4 @@ def card_memory(device: str) -> tuple[int, str]:
     import torch
 
     free, _ = torch.cuda.mem_get_info(device)
-    return free, f"free on {device}, {torch.cuda.get_device_name(device)}"
+    return free, f"free on the GPU, {torch.cuda.get_device_name(device)}"

@@ -20,6 +20,7 @@ from kvarn.backends.cuda.inputs import StepBuffers, StepTensors
 from kvarn.backends.cuda.launches import View
 from kvarn.backends.cuda.lower import lower
 from kvarn.backends.cuda.memory import assign, matrix_forms, memory_use, rotary_tables
+from kvarn.backends.cuda.results import StepResults
 from kvarn.backends.cuda.scratch import scratch_bytes
 from kvarn.backends.cuda.step_layout import StepLayout
 from kvarn.backends.cuda.weights import TORCH_DTYPES, WeightLoader, Weights
@@ -76,8 +77,9 @@ class CudaExecutable:
         weights = WeightLoader(program, source, config, self._forms).load(lowered, known or Weights())
         tables = {table: rotary_table(table, limits.max_model_len, device) for table in rotary_tables(program)}
         scratch = torch.empty(scratch_bytes(program, lowered, self._forms, limits), dtype=torch.uint8, device=device)
+        cache = KvStore(program.kv_groups, kv, device)
         self._parts: Parts | None = Parts(
-            program, weights, KvStore(program, kv, device), kv.block_size, tables, scratch, limits.max_model_len
+            program, weights, cache, kv.block_size, tables, scratch, limits.max_model_len
         )
         inputs = {name: program.buffer(name).width for name in program.inputs}
         largest = StepLayout.largest(program, kv, limits)
@@ -89,7 +91,7 @@ class CudaExecutable:
         self._on_card = StepsOnCard(self._graphs, self._check, limits.max_num_outputs, device)
 
     def execute(self, batch: InputBatch, outputs: Sequence[str] = ()) -> Mapping[str, NDArray[np.float32]]:
-        """Runs one step and waits for it (see `Executable`)."""
+        """Runs one step and waits for it (see `Executable`). A result leaves the card when it is first looked at."""
         plan = self._plan(tuple(sorted(set(outputs) - {self.program.output, *self.limits.outputs})))
         self._check(batch)
         if plan is self._main:
@@ -101,8 +103,10 @@ class CudaExecutable:
             self._run(plan, step)
         plan.frame.begin(step.num_tokens, step.num_outputs)  # which a replay does not say
         rows = {Rows.TOKENS: batch.num_tokens, Rows.OUTPUTS: int(batch.output_rows.size)}
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
         found = ((name, plan.frame.at(view)[: rows[view.place.rows]]) for name, view in plan.outputs.items())
-        return {name: values.float().cpu().numpy() for name, values in found}
+        return StepResults(dict(found))
 
     def launch(self, step: StepTensors) -> torch.Tensor:
         """Queues one step on the current stream; does not wait. Logits, float32 (R, vocab), there till the next.

@@ -8,6 +8,9 @@ from kvarn.backends.cuda.launches import View
 from kvarn.backends.cuda.memory import Layout
 from kvarn.program import Rows
 
+MOST_KEPT = 32
+"""Sizes of steps whose views are kept: making the views of a large model takes a millisecond."""
+
 
 class Frame:
     """Owns the memory. Views are of the rows that the current step has (`begin`); addresses never change."""
@@ -18,13 +21,19 @@ class Frame:
         self._dtype = dtype
         self._rows = {Rows.TOKENS: 0, Rows.OUTPUTS: 0}
         self._views: dict[View, torch.Tensor] = {}
+        self._kept: dict[tuple[int, int], dict[View, torch.Tensor]] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Of the memory."""
+        return self._arena.numel()
 
     def begin(self, tokens: int, outputs: int) -> None:
         """Says how many rows the views of the next step have."""
-        rows = {Rows.TOKENS: tokens, Rows.OUTPUTS: outputs}
-        if rows != self._rows:
-            self._rows = rows
-            self._views.clear()
+        self._rows = {Rows.TOKENS: tokens, Rows.OUTPUTS: outputs}
+        if len(self._kept) >= MOST_KEPT and (tokens, outputs) not in self._kept:
+            self._kept.clear()
+        self._views = self._kept.setdefault((tokens, outputs), {})
 
     def at(self, view: View) -> torch.Tensor:
         """(rows, width) of the step, of which rows lie as far apart as the place is wide."""

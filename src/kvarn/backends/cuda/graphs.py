@@ -206,7 +206,7 @@ class CudaRecorder:
         import torch
 
         self._torch = torch
-        self._stream = torch.cuda.Stream(device)
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._pool = torch.cuda.graph_pool_handle()
 
     def record(self, run: Callable[[], torch.Tensor]) -> tuple[Recording, torch.Tensor]:

@@ -68,6 +68,7 @@ class StepBuffers:
     def __init__(self, largest: StepLayout, inputs: Mapping[str, int], device: torch.device) -> None:
         """inputs: widths of the rows that the caller gives, by name."""
         pinned = device.type == "cuda"
+        self._largest = largest
         self._device = torch.zeros(largest.nbytes, dtype=torch.uint8, device=device)
         self._hosts = [
             torch.zeros(largest.nbytes, dtype=torch.uint8, pin_memory=pinned) for _ in range(HOST_BUFFERS)
@@ -88,7 +89,7 @@ class StepBuffers:
 
     def fill(self, batch: InputBatch, layout: StepLayout | None = None) -> StepTensors:
         """Copies a checked batch to the device. layout: what it is laid out for; None: for itself."""
-        layout = StepLayout.of(batch) if layout is None else layout
+        layout = StepLayout.of(batch, self._largest) if layout is None else layout
         self._turn = (self._turn + 1) % HOST_BUFFERS
         host, copied = self._hosts[self._turn], self._copied[self._turn]
         if copied is not None:
@@ -127,5 +128,6 @@ def _pack(batch: InputBatch, layout: StepLayout, host: np.ndarray) -> None:
             array[...] = values
             continue
         array[...] = PADDING.get(name, 0) if name != "query_start" else batch.num_tokens
-        if values is not None:
-            array[tuple(slice(0, extent) for extent in values.shape)] = values
+        if values is not None:  # a table may be wider than any sequence needs it
+            part = tuple(slice(0, min(extents)) for extents in zip(values.shape, shape, strict=True))
+            array[part] = values[part]

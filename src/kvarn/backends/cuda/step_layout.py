@@ -26,11 +26,11 @@ class StepLayout:
     trees: bool
 
     @staticmethod
-    def of(batch: InputBatch) -> StepLayout:
-        """What just holds the batch."""
+    def of(batch: InputBatch, largest: StepLayout) -> StepLayout:
+        """What just holds the batch; of its tables what sequences within the limits may need."""
         return StepLayout(
-            batch.num_tokens, batch.num_sequences, int(batch.output_rows.size), batch.slot_mapping.shape[1],
-            batch.block_tables.shape[2], batch.tree_parents is not None,
+            batch.num_tokens, batch.num_sequences, int(batch.output_rows.size), largest.groups,
+            min(batch.block_tables.shape[2], largest.table_width), batch.tree_parents is not None,
         )  # fmt: skip
 
     @staticmethod

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -20,9 +20,8 @@ from kvarn.tensors import DType, Tensor, TensorSource
 from kvarn.tensors.dequantize import dequantize as stored_values
 
 RELEASE_BYTES = 64 << 20
-ROWS_AT_ONCE = 4096
-"""Rows of a stored matrix that are float32 on the host at a time."""
-HOST = torch.device("cpu")
+ROWS_AT_ONCE = 1024
+"""Rows of a stored matrix that are float32 at a time."""
 TORCH_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -76,11 +75,13 @@ class WeightLoader:
         for names in lowered.biases:
             if names not in found.vectors:
                 found.vectors[names] = self._dense(names, self._dtype)
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()  # what packing took
         return found
 
     def _matrix(self, names: Sequence[str]) -> Weight:
-        """One matrix of all, in the form that they have in common. It is put together on the host, so that nothing but
-        what stays is ever on the card."""
+        """One matrix of all, in the form that they have in common. Packed on the card, a few rows at a time: there is
+        room, since cache and activations are allocated after the weights."""
         form = self._forms.get(names[0], DENSE)
         if form.kind == "dense":
             return Dense(self._dense(names, self._dtype))
@@ -89,12 +90,12 @@ class WeightLoader:
             tensor = self._tensor(self._program.weight(name))
             parts.extend(self._packed(part, form) for part in _row_parts(tensor))
             self._note_read(tensor)
-        return _moved(parts[0] if len(parts) == 1 else stack_rows(parts), self._device)
+        return parts[0] if len(parts) == 1 else stack_rows(parts)
 
     def _packed(self, part: Tensor, form: MatrixForm) -> Weight:
         if STORED.get(part.dtype) == form and self._stored:
-            return from_stored(part, self._dtype, HOST)
-        values = _on_host(part)
+            return from_stored(part, self._dtype, self._device)
+        values = _on_host(part).to(self._device)
         match form.kind:
             case "int4":
                 assert form.group is not None
@@ -141,12 +142,6 @@ def _row_parts(tensor: Tensor) -> Iterator[Tensor]:
         return
     for first in range(0, rows, ROWS_AT_ONCE):
         yield tensor.row_slice(first, min(rows, first + ROWS_AT_ONCE))
-
-
-def _moved(weight: Weight, device: torch.device) -> Weight:
-    """The same on another device."""
-    tensors = ((field.name, getattr(weight, field.name)) for field in fields(weight))
-    return replace(weight, **{name: value.to(device) for name, value in tensors if isinstance(value, torch.Tensor)})
 
 
 def _on_host(tensor: Tensor) -> torch.Tensor:

@@ -25,6 +25,8 @@ TABLES = Screening(
     neutral={"container": (), "mcp_servers": ([],), "context_management": (), "diagnostics": (), "inference_geo": (),
              "speed": ("standard",), "betas": ([],)},
 )  # fmt: skip
+THINKING = ("enabled", "adaptive", "disabled")
+DISPLAYS = (None, "summarized", "omitted")
 CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 ROLES = ("user", "assistant", "system")
 
@@ -64,9 +66,23 @@ class MessagesPrompt(ModelRequest):
         """The same as a chat completion. Raises ApiError naming the part at fault."""
         return ChatCompletionRequest.model_validate(self._chat())
 
+    @property
+    def thinks(self) -> bool | None:
+        """Whether the model is asked to think; None: as it likes. Raises ApiError."""
+        if self.thinking is None:
+            return None
+        only(self.thinking, "thinking", ("type", "budget_tokens", "display"))
+        kind, budget = self.thinking.get("type"), self.thinking.get("budget_tokens")
+        if kind not in THINKING:
+            raise wrong("thinking.type", "must be enabled, adaptive or disabled")
+        if budget is not None and (type(budget) is not int or budget < 1):
+            raise wrong("thinking.budget_tokens", "must be a whole number above 0")
+        if self.thinking.get("display") not in DISPLAYS:
+            raise unsupported("thinking.display", "must be summarized, which here is all of it, or omitted")
+        return bool(kind != "disabled")
+
     def _chat(self) -> dict[str, Any]:
-        if self.thinking is not None and self.thinking.get("type") != "disabled":
-            raise unsupported("thinking", "must be absent or of type disabled: models here do not think apart")
+        thinks = self.thinks
         messages = list(self._messages())
         continued = bool(self.messages) and self.messages[-1].get("role") == "assistant"
         choice = self.tool_choice or {}
@@ -78,6 +94,7 @@ class MessagesPrompt(ModelRequest):
             "parallel_tool_calls": False if choice.get("disable_parallel_tool_use") is True else None,
             "continue_final_message": continued,
             "response_format": _format(self.output_config),
+            "include_reasoning": thinks is True and (self.thinking or {}).get("display") != "omitted",
         }
 
     def _messages(self) -> Iterator[dict[str, Any]]:
@@ -131,16 +148,20 @@ def _told(blocks: list[Any], role: str, where: str) -> Iterator[dict[str, Any]]:
 
 def _called(blocks: list[Any], role: str, where: str) -> Iterator[dict[str, Any]]:
     """The message that an assistant's content blocks are."""
-    texts, calls = [], []
+    texts, calls, thoughts = [], [], ""
     for place, block in enumerate(blocks):
         at, kind = f"{where}[{place}]", kind_of(block, f"{where}[{place}]")
         if kind == "text":
             texts.append({"type": "text", "text": _text(block, at)})
         elif kind == "tool_use":
             calls.append(_call(block, at))
+        elif kind == "thinking":
+            only(block, at, ("type", "thinking", "signature"))
+            thoughts += string(block, "thinking", at)
         else:
-            raise unknown(at, kind, "text or tool_use")
-    yield {"role": role, "content": texts, **({"tool_calls": calls} if calls else {})}
+            raise unknown(at, kind, "text, thinking or tool_use")
+    thought = {"reasoning_content": thoughts} if thoughts else {}
+    yield {"role": role, "content": texts, **thought, **({"tool_calls": calls} if calls else {})}
 
 
 def _call(block: dict[str, Any], where: str) -> dict[str, Any]:

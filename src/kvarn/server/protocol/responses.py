@@ -17,17 +17,20 @@ SPELLING = (
     (re.compile(r"^max_(completion_)?tokens$"), "max_output_tokens"),
     (re.compile(r"^response_format\b.*"), "text.format"),
     (re.compile(r"^messages$"), "input"),
+    (re.compile(r"^reasoning_effort$"), "reasoning.effort"),
 )
 """What the chat completion's parameters are called here."""
 TABLES = Screening(
     harmless=("user", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
               "prompt_cache_options"),
     neutral={"store": (False,), "background": (False,), "previous_response_id": (), "conversation": (), "prompt": (),
-             "include": ([],), "truncation": ("disabled",), "reasoning": (), "max_tool_calls": (), "top_logprobs": (0,),
+             "truncation": ("disabled",), "max_tool_calls": (),
              "context_management": ([],), "moderation": (), "stream_options": ({}, {"include_obfuscation": False})},
 )  # fmt: skip
 ROLES = {"user": "user", "assistant": "assistant", "system": "system", "developer": "system"}
 TEXTS = ("input_text", "output_text")
+LOGPROBS = "message.output_text.logprobs"
+"""What `include` may ask for."""
 
 
 def _input(value: Any) -> Any:
@@ -56,6 +59,9 @@ class ResponsesRequest(AnswerRequest):
     max_output_tokens: StrictInt | None = None
     temperature: Number | None = None
     top_p: Number | None = None
+    reasoning: dict[str, Any] | None = None
+    include: list[StrictStr] | None = Field(None, fail_fast=True)
+    top_logprobs: StrictInt | None = None
     metadata: dict[str, StrictStr] | None = None
     """Comes back with the answer."""
     priority: StrictInt | None = None
@@ -72,8 +78,32 @@ class ResponsesRequest(AnswerRequest):
             "tool_choice": _choice(self.tool_choice),
             "max_completion_tokens": self.max_output_tokens,
             "response_format": _format(self.text),
+            "reasoning_effort": self._effort(),
+            "logprobs": self.with_logprobs or None,
+            "top_logprobs": self.top_logprobs if self.with_logprobs else None,
         }
         return ChatCompletionRequest.model_validate({**self.model_dump(include=names), **asked})
+
+    @property
+    def with_logprobs(self) -> bool:
+        """Whether those of the answer's text are told. Raises ApiError."""
+        other = next((name for name in self.include or () if name != LOGPROBS), None)
+        if other is not None:
+            raise unsupported("include", f"must be [] or [{LOGPROBS!r}], not {other[:60]!r}")
+        return bool(self.include) or bool(self.top_logprobs)
+
+    def _effort(self) -> Any:
+        """How much the model is to think. Raises ApiError, also where a summary of that is wanted."""
+        if self.reasoning is None:
+            return None
+        only(self.reasoning, "reasoning", ("effort", "summary", "generate_summary"))
+        for name in ("summary", "generate_summary"):
+            if self.reasoning.get(name) is not None:
+                raise unsupported(f"reasoning.{name}", "must be null: thoughts are told as they are")
+        effort = self.reasoning.get("effort")
+        if effort is not None and not isinstance(effort, str):
+            raise wrong("reasoning.effort", "must be a string")
+        return effort
 
     def _messages(self) -> Iterator[dict[str, Any]]:
         if self.instructions is not None:
@@ -82,22 +112,27 @@ class ResponsesRequest(AnswerRequest):
             yield {"role": "user", "content": self.input}
             return
         calls: list[dict[str, Any]] = []
+        thought: dict[str, str] = {}
         for place, item in enumerate(self.input):
             where, kind = f"input[{place}]", item.get("type", "message")
             if kind == "function_call":
                 calls.append(_call(item, where))
                 continue
             if calls:
-                yield {"role": "assistant", "content": "", "tool_calls": calls}
-                calls = []
+                yield {"role": "assistant", "content": "", **thought, "tool_calls": calls}
+                calls, thought = [], {}
             if kind == "message":
-                yield _message(item, where)
+                message = _message(item, where)
+                yield {**message, **thought} if message["role"] == "assistant" else message
+                thought = {}
             elif kind == "function_call_output":
                 yield _result(item, where)
+            elif kind == "reasoning":
+                thought = _thought(item, where)
             else:
-                raise unknown(where, str(kind), "message, function_call or function_call_output")
+                raise unknown(where, str(kind), "message, reasoning, function_call or function_call_output")
         if calls:
-            yield {"role": "assistant", "content": "", "tool_calls": calls}
+            yield {"role": "assistant", "content": "", **thought, "tool_calls": calls}
 
 
 def _message(item: dict[str, Any], where: str) -> dict[str, Any]:
@@ -106,6 +141,21 @@ def _message(item: dict[str, Any], where: str) -> dict[str, Any]:
     if not isinstance(role, str) or role not in ROLES:
         raise wrong(f"{where}.role", f"must be {', '.join(ROLES)}")
     return {"role": ROLES[role], "content": _text(item.get("content"), f"{where}.content")}
+
+
+def _thought(item: dict[str, Any], where: str) -> dict[str, str]:
+    """Of the message or the calls that follow, for templates that show a model what it has thought."""
+    only(item, where, ("type", "id", "summary", "content", "encrypted_content", "status"))
+    content = item.get("content") or []
+    if not isinstance(content, list):
+        raise wrong(f"{where}.content", "must be a list of parts")
+    text = ""
+    for place, part in enumerate(content):
+        at, kind = f"{where}.content[{place}]", kind_of(part, f"{where}.content[{place}]")
+        if kind != "reasoning_text":
+            raise unknown(at, kind, "reasoning_text")
+        text += string(part, "text", at)
+    return {"reasoning_content": text} if text else {}
 
 
 def _text(content: Any, where: str) -> str | list[dict[str, str]]:

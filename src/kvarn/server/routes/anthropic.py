@@ -12,10 +12,12 @@ from kvarn.server.asking import asked_chat
 from kvarn.server.caller import Caller
 from kvarn.server.errors import ApiError
 from kvarn.server.messages import MessageAnswer
+from kvarn.server.protocol import ChatCompletionRequest
 from kvarn.server.protocol.messages import SPELLING, MessagesPrompt, MessagesRequest
 from kvarn.server.routes.tokens import prompt_ids
 from kvarn.server.spelling import respelt
 from kvarn.server.state import Served, ServerState
+from kvarn.server.thoughts import thinking_switch
 
 
 def add_anthropic_routes(app: FastAPI, state: ServerState) -> None:
@@ -33,11 +35,17 @@ def add_anthropic_routes(app: FastAPI, state: ServerState) -> None:
 
 
 def _message(body: MessagesRequest, served: Served, caller: Caller) -> MessageAnswer:
-    return MessageAnswer(asked_chat(body.to_chat(), served, caller, "msg_", SPELLING))
+    return MessageAnswer(asked_chat(_chat(body, served), served, caller, "msg_", SPELLING, thinking=True))
+
+
+def _chat(body: MessagesPrompt, served: Served) -> ChatCompletionRequest:
+    chat = body.to_chat()
+    chat.chat_template_kwargs = thinking_switch(served.llm.tokenizer, body.thinks, tools=bool(body.tools))
+    return chat
 
 
 def _counted(body: MessagesPrompt, served: Served) -> dict[str, Any]:
     try:
-        return {"input_tokens": len(prompt_ids(body.to_chat(), served))}
+        return {"input_tokens": len(prompt_ids(_chat(body, served), served))}
     except ApiError as error:
         raise respelt(error, SPELLING) from None

@@ -13,7 +13,9 @@ def add_health(app: FastAPI, state: ServerState) -> None:
 
     @app.get("/health/live")
     async def live() -> Response:
-        """200 for as long as the server answers at all. Where it does not, the process should be started again."""
+        """200 for as long as the server answers at all and no engine hangs (503, where --watchdog-seconds says when one
+        does). Else the process should be started again."""
+        state.check_alive()
         return JSONResponse({"status": "alive"})
 
     @app.get("/health/ready")

@@ -23,4 +23,4 @@ def add_response_routes(app: FastAPI, state: ServerState) -> None:
 
 
 def _response(body: ResponsesRequest, served: Served, caller: Caller) -> ResponseAnswer:
-    return ResponseAnswer(body, asked_chat(body.to_chat(), served, caller, "resp_", SPELLING))
+    return ResponseAnswer(body, asked_chat(body.to_chat(), served, caller, "resp_", SPELLING, thinking=True))

@@ -59,6 +59,7 @@ def prompt_ids(body: ChatCompletionRequest | CompletionRequest, served: Served) 
     try:
         if isinstance(body, CompletionRequest):
             return next(iter(served.prompts.completion(body)))
+        body.to_sampling()  # what would be refused as a request is refused here
         tools = ToolUse.of(body.tools, body.tool_choice, body.parallel_tool_calls, served.llm.tokenizer)
         return next(iter(served.prompts.chat(body, tools)))
     except RequestError as error:

@@ -3,6 +3,6 @@
 from kvarn.server.tools.calls import CallDelta, CallReader
 from kvarn.server.tools.formats import ToolFormat, tool_format
 from kvarn.server.tools.use import ToolUse
-from kvarn.server.tools.voice import Voice
+from kvarn.server.tools.voice import Thought, Voice
 
-__all__ = ["CallDelta", "CallReader", "ToolFormat", "ToolUse", "Voice", "tool_format"]
+__all__ = ["CallDelta", "CallReader", "Thought", "ToolFormat", "ToolUse", "Voice", "tool_format"]

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import secrets
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from kvarn.request import FinishReason
 from kvarn.server.tools.calls import CallDelta
 from kvarn.server.tools.use import ToolUse
+
+
+@dataclass(frozen=True, slots=True)
+class Thought:
+    """A piece of what the model thinks before it answers."""
+
+    text: str
 
 
 class Splitter(Protocol):
@@ -42,19 +50,19 @@ class Voice:
 
     def deltas(self, text: str, *, ended: bool) -> list[dict[str, Any]]:
         """What a piece of text adds to a message. ended: it is the last one."""
-        thought = ""
+        return [_delta(piece) for piece in self.pieces(text, ended=ended)]
+
+    def pieces(self, text: str, *, ended: bool) -> list[str | CallDelta | Thought]:
+        """The same in nobody's shape."""
+        said = list[str | CallDelta | Thought]()
         if self._thoughts is not None:
             thought, text = self._thoughts.take(text, ended=ended)
-        said = self.pieces(text, ended=ended)
-        answer = [{"content": part} if isinstance(part, str) else {"tool_calls": [_piece(part)]} for part in said]
-        return [_reasoning(thought), *answer] if thought else answer
-
-    def pieces(self, text: str, *, ended: bool) -> list[str | CallDelta]:
-        """The same of an answer without thoughts, in nobody's shape."""
+            said += [Thought(thought)] if thought else []
         if self._reader is None:
-            return [text] if text else []
-        said = self._reader.take(text)
-        return said + self._reader.finish() if ended else said
+            return [*said, text] if text else said
+        said += self._reader.take(text)
+        said += self._reader.finish() if ended else []
+        return said
 
     @property
     def num_calls(self) -> int:
@@ -71,6 +79,12 @@ class Voice:
 def _reasoning(text: str | None) -> dict[str, Any]:
     """Under the two names that clients look for: DeepSeek's, and vLLM's of today."""
     return {"reasoning_content": text, "reasoning": text}
+
+
+def _delta(piece: str | CallDelta | Thought) -> dict[str, Any]:
+    if isinstance(piece, Thought):
+        return _reasoning(piece.text)
+    return {"content": piece} if isinstance(piece, str) else {"tool_calls": [_piece(piece)]}
 
 
 def _piece(delta: CallDelta) -> dict[str, Any]:

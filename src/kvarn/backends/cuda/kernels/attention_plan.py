@@ -20,8 +20,8 @@ FEWEST_PROGRAMS = 4
 class Tiles:
     """Sizes of a launch, fixed by shape and type: never by the batch, on which no row's result may depend.
 
-    *_rows: query rows of a tile; *_keys: keys of a tile; *_stages: Triton's depth of the pipeline. A tile's block ids are
-    fetched before its keys, so that keys are (stages - 1) // 2 tiles ahead of the products.
+    *_rows: query rows of a tile; *_keys: keys of a tile; *_stages: Triton's depth of the pipeline. A tile's block ids
+    are fetched before its keys, so that keys are (stages - 1) // 2 tiles ahead of the products.
     """
 
     long_rows: int
@@ -36,8 +36,8 @@ class Tiles:
 def tiles(block_dim: int, *, float32: bool) -> Tiles:
     """For heads of so many elements (a power of two), multiplied in float32 or in 16 bits.
 
-    Bounds are a Hopper multiprocessor's 227 KiB of shared memory and 64k registers. Warps are the same for both kinds of
-    sequence, so that a decode is the same code in a batch with prompts and in one without.
+    Bounds are a Hopper multiprocessor's 227 KiB of shared memory and 64k registers. Warps are the same for both kinds
+    of sequence, so that a decode is the same code in a batch with prompts and in one without.
     """
     if float32:  # full float32 has no matrix units: tiles that stay in registers
         keys = 32 if block_dim <= 128 else 16
@@ -55,9 +55,9 @@ def tiles(block_dim: int, *, float32: bool) -> Tiles:
 class AttentionPlan:
     """The size of a launch's grid, for all steps of a bucket: what a CUDA graph fixes. No result depends on it.
 
-    sequences, tokens: as many as the arrays are laid out for; those beyond the step's have no rows. max_query: the most
-    rows of a sequence, or more; what it is below `SHORT_QUERIES` is only a matter of speed. programs: what a launch over
-    splits aims at.
+    sequences, tokens: as many as the arrays are laid out for; those beyond the step's have no rows. max_query: the
+    most rows of a sequence, or more; what it is up to `SHORT_QUERIES` is only a matter of speed. programs: what a
+    launch over splits aims at.
     """
 
     sequences: int

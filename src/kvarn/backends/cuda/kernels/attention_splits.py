@@ -1,4 +1,4 @@
-"""Short sequences of a step, decodes and drafts: keys split among programs (FlashDecoding, Dao et al. 2023), then merged.
+"""Short sequences of a step, decodes and drafts: keys split among programs, then merged (FlashDecoding, Dao 2023).
 
 How many splits a sequence has follows from its own length and rows, so that a result does not depend on what else is in
 the batch, nor on how many programs share the work.
@@ -21,7 +21,7 @@ from kvarn.backends.cuda.kernels.attention_tile import (
 
 @triton.jit
 def split_size(keys, count, TILE: tl.constexpr, MIN_SPLIT: tl.constexpr, PARTIALS: tl.constexpr):
-    """Keys in a split of a sequence with `count` rows, which see `keys`: whole tiles, at most PARTIALS // count splits."""
+    """Keys in a split of a sequence with `count` rows, which see `keys`: PARTIALS // count splits at most."""
     return tl.maximum(MIN_SPLIT, tl.cdiv(tl.cdiv(keys, PARTIALS // count), TILE) * TILE)
 
 

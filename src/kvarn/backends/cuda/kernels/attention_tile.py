@@ -44,10 +44,10 @@ class Shape:
 
 
 class Arrays(NamedTuple):
-    """A step's arrays and a layer's cache, as kernels take them. What a kernel's `Shape` has no use for is any tensor."""
+    """A step's arrays and a layer's cache, as kernels take them. What a `Shape` has no use for may be any tensor."""
 
-    keys: torch.Tensor
-    values: torch.Tensor
+    key_cache: torch.Tensor
+    value_cache: torch.Tensor
     key_scales: torch.Tensor
     value_scales: torch.Tensor
     query_start: torch.Tensor
@@ -182,8 +182,8 @@ def walk(
     state: float32 (peak [M], total [M], mixed [M, block_value]): the largest logit so far, in powers of two, the sum of
     weights, and the weighted sum of values, both relative to it. q: [M, block_key]. rows, places, int32[M]: of each
     query. known: tokens of the sequence that are no drafts. inner: what a dot product is multiplied with before the cap
-    (with a cap); factor: what after it, log2(e) in it. MASKED: whether some rows do not see some of these keys; the range
-    may then end within a tile. Without, all rows see all keys, and the range is whole tiles.
+    (with a cap); factor: what after it, log2(e) in it. MASKED: whether some rows do not see some of these keys; the
+    range may then end within a tile. Without, all rows see all keys, and the range is whole tiles.
     """
     peak, total, mixed = state
     mixing: tl.constexpr = SHAPE.mixing
@@ -195,7 +195,7 @@ def walk(
         else:
             blocks = tl.load(table + at // SHAPE.block_size)
         vectors = (blocks.to(tl.int64) * SHAPE.block_size + at % SHAPE.block_size) * SHAPE.kv_heads + head
-        k = as_operand(load_vectors(arrays.keys, vectors, inside, SHAPE.key_dim, SHAPE.block_key, MASKED), q.dtype)
+        k = as_operand(load_vectors(arrays.key_cache, vectors, inside, SHAPE.key_dim, SHAPE.block_key, MASKED), q.dtype)
         logits = tl.dot(q, tl.trans(k), input_precision="ieee")
         if SHAPE.scaled:
             logits = logits * tl.load(arrays.key_scales + vectors, mask=inside, other=0.0)[None, :]
@@ -214,7 +214,8 @@ def walk(
         mixed = mixed * shrink[:, None]
         if SHAPE.scaled:
             weights = weights * tl.load(arrays.value_scales + vectors, mask=inside, other=0.0)[None, :]
-        v = as_operand(load_vectors(arrays.values, vectors, inside, SHAPE.value_dim, SHAPE.block_value, MASKED), mixing)
+        found = load_vectors(arrays.value_cache, vectors, inside, SHAPE.value_dim, SHAPE.block_value, MASKED)
+        v = as_operand(found, mixing)
         mixed = tl.dot(weights.to(mixing), v, mixed, input_precision="ieee")
         peak = highest
     return peak, total, mixed
@@ -223,5 +224,6 @@ def walk(
 @triton.jit
 def nothing_yet(ROWS: tl.constexpr, SHAPE: tl.constexpr):
     """The state of rows that have seen no key."""
+    block: tl.constexpr = SHAPE.block_value
     peak = tl.full((ROWS,), -float("inf"), tl.float32)
-    return peak, tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS, SHAPE.block_value), tl.float32)
+    return peak, tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS, block), tl.float32)

@@ -1,0 +1,200 @@
+"""The CUDA executable's cache, limits, memory and end."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from card_models import BLOCK, LIMITS, assert_near, card, load, run
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from op_programs import groups_of, ragged
+
+from kvarn.backends import KvCacheSpec, StepLimits
+from kvarn.backends.cuda.cache import KvStore
+from kvarn.backends.cuda.memory import aligned
+from kvarn.errors import ConfigError, EngineError
+from kvarn.program import KvLayer
+from kvarn.program.kv_groups import one_group
+from kvarn.tensors import DType
+from kvarn.testing.models import tiny_model
+
+ONE = {"num_hidden_layers": 1}
+BLOCKS = 6
+KINDS = ["float16", "bfloat16", "float32", "int8", "fp8_e4m3"]
+
+
+def store(device, kv):
+    """A cache of two layers, and what is in its blocks: bytes that differ everywhere."""
+    made = KvStore(tiny_model("llama").program.kv_groups, KvCacheSpec(BLOCKS, BLOCK, kv), torch.device(device))
+    rng = np.random.default_rng(3)
+    filled = [rng.integers(0, 120, made.block_bytes, dtype=np.uint8) for _ in range(BLOCKS)]
+    for block, data in enumerate(filled):
+        made.write_block(block, data)
+    return made, filled
+
+
+def blocks_of(made):
+    out = [np.zeros(made.block_bytes, np.uint8) for _ in range(BLOCKS)]
+    for block, data in enumerate(out):
+        made.read_block(block, data)
+    return out
+
+
+@pytest.mark.parametrize("kv", KINDS)
+def test_blocks_are_read_as_they_were_written(device, kv):
+    made, filled = store(device, kv)
+    assert made.block_bytes * BLOCKS == made.nbytes
+    for got, wanted in zip(blocks_of(made), filled, strict=True):
+        np.testing.assert_array_equal(got, wanted)
+    for block, size in ((-1, made.block_bytes), (BLOCKS, made.block_bytes), (0, made.block_bytes - 1)):
+        with pytest.raises(ValueError, match=r"block|bytes"):
+            made.read_block(block, np.zeros(size, np.uint8))
+        with pytest.raises(ValueError, match=r"block|bytes"):
+            made.write_block(block, np.zeros(size, np.uint8))
+
+
+pairs = st.lists(st.tuples(st.integers(0, BLOCKS - 1), st.integers(0, BLOCKS - 1)), max_size=8)
+
+
+@settings(max_examples=25, deadline=None)
+@given(chosen=pairs)
+def test_blocks_are_copied_in_order(device, chosen):
+    made, expected = store(device, "int8")
+    made.copy_blocks(chosen)
+    for source, destination in chosen:
+        expected[destination] = expected[source]
+    for got, wanted in zip(blocks_of(made), expected, strict=True):
+        np.testing.assert_array_equal(got, wanted)
+
+
+@pytest.mark.parametrize("kv", KINDS)
+def test_slots_are_moved_as_if_all_at_once(device, kv):
+    made, filled = store(device, kv)
+    slots = list(range(10, 40))
+    rotated = [*slots[7:], *slots[:7]]
+    made.move_slots(list(zip(slots, rotated, strict=True)))
+    assert not np.array_equal(blocks_of(made)[1], filled[1])
+    made.move_slots(list(zip(rotated, slots, strict=True)))
+    made.move_slots([])
+    for got, wanted in zip(blocks_of(made), filled, strict=True):
+        np.testing.assert_array_equal(got, wanted)
+
+
+@pytest.mark.parametrize("chosen", [[(-1, 0)], [(0, BLOCKS * BLOCK)], [(0, 2), (1, 2)]])
+def test_moves_to_nowhere_or_of_two_to_one_are_refused(device, chosen):
+    made, filled = store(device, "float16")
+    with pytest.raises(ValueError, match=r"destination|source"):
+        made.move_slots([(3, 4), *chosen])
+    np.testing.assert_array_equal(blocks_of(made)[0], filled[0])
+
+
+def test_layers_of_several_shapes(device):
+    """Each slot of a block has the shape of its layer, and all of them are copied."""
+    groups = one_group((KvLayer(2, 16, 16), KvLayer(1, 8, 24)))
+    made = KvStore(groups, KvCacheSpec(BLOCKS, BLOCK, "float16"), torch.device(device))
+    assert made.layer(0).keys.shape == (BLOCKS * BLOCK, 2, 16)
+    assert made.layer(1).values.shape == (BLOCKS * BLOCK, 1, 24)
+    assert made.block_bytes == BLOCK * 2 * (2 * 32 + 32)
+
+
+def test_a_branch_is_taken_up_where_its_positions_are(device):
+    """The keys of a draft, moved to the slot of its position, serve what comes after."""
+    model = tiny_model("llama", **ONE)
+    executable = load(card(device), model)
+    ids = list(range(30, 50))
+    run(executable, [(ids, 0)], [[3, 0]])
+    run(executable, [([7, 8], 20)], [[3, 0]])
+    wanted = run(executable, [([9], 21)], [[3, 0]])
+    run(executable, [([8, 7], 20)], [[3, 0]])
+    run(executable, [([7, 7], 20)], [[3, 0]])
+    executable.move_slots([(5, 4)])  # position 21's key stands for another position: not what it would be
+    assert not np.array_equal(run(executable, [([9], 21)], [[3, 0]]), wanted)
+    run(executable, [([7], 20)], [[3, 0]])
+    assert_near(run(executable, [([9], 21)], [[3, 0]]), wanted)
+
+
+def test_batches_beyond_the_limits_are_refused(device):
+    model = tiny_model("llama", **ONE)
+    executable = load(card(device), model, limits=StepLimits(32, 1, 48, 3))
+    good = ragged([(range(20), 0)], outputs=[16, 17, 18, 19])
+    executable.execute(good)
+    with pytest.raises(ValueError, match="at most 4"):
+        executable.execute(ragged([(range(20), 0)], outputs=[15, 16, 17, 18, 19]))
+    with pytest.raises(ValueError, match="33 tokens"):
+        executable.execute(ragged([(range(33), 0)], outputs=[32]))
+    with pytest.raises(ValueError, match="token id"):
+        executable.execute(dataclasses.replace(good, token_ids=good.token_ids + 300))
+    with pytest.raises(ValueError, match="slot"):
+        executable.execute(dataclasses.replace(good, slot_mapping=good.slot_mapping + 1))
+
+
+def test_what_cannot_be_is_refused_at_load(device):
+    with pytest.raises(ConfigError, match=r"kv_cache_dtype must be one of float16.*not 'int4'"):
+        load(card(device), tiny_model("llama", **ONE), kv="int4")
+    with pytest.raises(ConfigError, match="at most 64"):
+        load(card(device), tiny_model("gpt2", n_positions=64))
+
+
+def held_bytes(executable):
+    """Of all tensors that an executable holds, each as the allocator rounds it."""
+    parts = executable._open()
+    weights = [*parts.weights.vectors.values()]
+    for matrix in parts.weights.matrices.values():
+        weights += [value for value in map(matrix.__getattribute__, matrix.__slots__) if torch.is_tensor(value)]
+    unique = {tensor.data_ptr(): tensor for tensor in weights}
+    return {
+        "weights": sum(aligned(tensor.nbytes) for tensor in unique.values()),
+        "tables": sum(aligned(table.nbytes) for table in parts.tables.values()),
+        "kv_cache": parts.cache.nbytes,
+        "activations": executable._main.frame.nbytes + aligned(parts.scratch.nbytes)
+        + aligned(executable.step_buffers.nbytes),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("weights", ["dense", "stored", "int4", "int8", "fp8"])
+@pytest.mark.parametrize("family", ["gemma3_text", "gpt2", "qwen2"])
+def test_what_is_held_is_what_was_planned(device, family, weights):
+    model = tiny_model(family, dtype=DType.Q8_0)
+    backend = card(device, "bfloat16", weights)
+    dtypes = {weight.name: model.tensor(weight.name).dtype for weight in model.program.weights}
+    spec = KvCacheSpec(4 * groups_of(model), BLOCK, "int8")
+    planned = dataclasses.asdict(backend.memory_use(model.program, dtypes, spec, LIMITS))
+    executable = backend.load(model.program, model, spec, LIMITS)
+    planned["activations"] -= 32 << 20 if device == "cuda" else 0  # cuBLAS's
+    assert held_bytes(executable) == planned
+    executable.close()
+
+
+@pytest.mark.gpu
+def test_the_cards_peak_is_what_was_planned(device):
+    """Within 5 %, of a model of 500 MB: loading, a large step, and many decodes."""
+    if device != "cuda":
+        pytest.skip("needs a card")
+    sizes = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 4, "vocab_size": 32000}
+    model = tiny_model("llama", dtype=DType.BF16, num_attention_heads=16, num_key_value_heads=4, **sizes)
+    limits = StepLimits(1024, 16, 512)
+    spec = KvCacheSpec(512, BLOCK, "float16")
+    backend = card(device, "bfloat16")
+    dtypes = {weight.name: model.tensor(weight.name).dtype for weight in model.program.weights}
+    planned = backend.memory_use(model.program, dtypes, spec, limits).total
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    executable = backend.load(model.program, model, spec, limits)
+    executable.execute(ragged([(range(512), 0), (range(512), 0)], outputs=[511, 1023]))
+    for _ in range(8):
+        executable.execute(ragged([([1], 100)] * 16))
+    peak = torch.cuda.max_memory_allocated() - before
+    executable.close()
+    assert abs(peak - planned) <= 0.05 * planned
+
+
+def test_closing_twice_is_no_error(device):
+    executable = load(card(device), tiny_model("llama", **ONE))
+    executable.close()
+    executable.close()
+    with pytest.raises(EngineError, match="closed"):
+        executable.execute(ragged([(range(3), 0)]))
+    with pytest.raises(EngineError, match="closed"):
+        executable.copy_blocks([(0, 1)])
