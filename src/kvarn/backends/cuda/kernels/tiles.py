@@ -39,7 +39,7 @@ class Tiles:
     stages: int
 
     def share_blocks(self, width: int) -> int:
-        """Blocks of K in a share: whole iterations. The last shares may have fewer, or none."""
+        """Blocks of K in a share: whole iterations. The last share may have fewer."""
         iterations = -(-width // (BLOCK_K * self.blocks))
         return -(-iterations // self.shares) * self.blocks
 
@@ -101,9 +101,10 @@ def aligned(size: int) -> int:
 
 
 def _split(tiles: Tiles, programs: int, width: int, wanted: int, least: int) -> Tiles:
-    """As many shares, a power of two, as bring `programs` up to `wanted`; each has `least` iterations or more."""
+    """As many shares as bring `programs` up to `wanted`, by doubling while each has `least` iterations; none is empty."""
     iterations = -(-width // (BLOCK_K * tiles.blocks))
     shares = 1
     while shares < MAX_SHARES and programs * shares < wanted and iterations >= 2 * shares * least:
         shares *= 2
+    shares = -(-iterations // -(-iterations // shares))
     return Tiles(tiles.block_m, tiles.block_n, tiles.blocks, shares, tiles.warps, tiles.stages)
