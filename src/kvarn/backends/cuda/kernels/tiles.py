@@ -48,10 +48,11 @@ _GEMM: tuple[tuple[int | None, Tiles, int], ...] = (
     (16, Tiles(16, 64, 1, 1, 4, 4), 256),
     (32, Tiles(32, 64, 1, 1, 4, 4), 256),
     (64, Tiles(64, 64, 1, 1, 4, 3), 128),
+    (256, Tiles(64, 64, 1, 1, 4, 3), 1),
     (None, Tiles(128, 128, 1, 1, 8, 3), 1),
 )
 """By the most rows of activations: tiles, and the programs that shares are to make up. Two for each multiprocessor; with
-more rows fewer, as partial sums would soon be as many bytes as the weight."""
+more rows fewer, as partial sums would soon be as many bytes as the weight. Large tiles only where they are enough."""
 
 
 def int4_gemv_tiles(rows: int, width: int) -> Tiles:
