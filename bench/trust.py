@@ -51,7 +51,7 @@ MAX_SEQS, MAX_QUEUED = 16, 32
 TIMES_SATURATION = 2.0
 DRAINED = 12
 """Requests in flight when SIGTERM comes."""
-SATURATION_SECONDS = 10.0
+SATURATION_SECONDS = 30.0
 START_SECONDS = 1.0
 """Until the crowd has its plan."""
 LEAST_BAD_RATE = 9.0

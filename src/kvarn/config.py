@@ -8,9 +8,14 @@ from dataclasses import dataclass, field
 from kvarn.errors import ConfigError
 from kvarn.kv_types import CACHE_TYPES, CARD_CACHE_TYPES
 
-DRAFT_METHODS = ("ngram", "draft", "lookahead", "medusa", "eagle")
+LOOKED_UP_FIRST = "ngram+"
+"""Before a method: it is asked where nothing is found in prompt and output."""
 HEAD_METHODS = ("medusa", "eagle")
-"""Ways to guess tokens ahead, and those that need trained heads; `kvarn.spec` says what each is."""
+"""Ways to guess tokens ahead that need trained heads."""
+DRAFT_METHODS = (
+    "ngram", "draft", "lookahead", *HEAD_METHODS, *(LOOKED_UP_FIRST + other for other in ("draft", *HEAD_METHODS)),
+)  # fmt: skip
+"""Ways to guess tokens ahead; `kvarn.spec` says what each is."""
 MAX_SPECULATIVE_TOKENS = 128
 """Guesses for one sequence in a step."""
 RESTART_DELAYS = (0.0, 0.1, 0.3, 1.0, 2.0)
@@ -111,12 +116,14 @@ class SpeculativeConfig:
     method: str = "ngram"
     """One of `DRAFT_METHODS`. ngram: what followed when the last tokens occurred before, in prompt or output. draft:
     what a smaller model says. lookahead: n-grams that the model makes up itself, in rows beside its text. medusa: what
-    heads guess that were trained for the model. eagle: what a trained layer guesses, going on from its own guesses."""
+    heads guess that were trained for the model. eagle: what a trained layer guesses, going on from its own guesses.
+    ngram+draft, ngram+medusa, ngram+eagle: as ngram, and where it finds nothing as the other."""
     k: int | None = None
     """Tokens guessed ahead for each sequence; None: chosen in each step by what was right lately and what it costs. Of
     lookahead the rows, those of its window too."""
     max_k: int = 8
-    """Most of them where k is None. Not of lookahead, whose settings say how many there are."""
+    """Most of them where k is None, and of those that are looked up first, whatever k is. Not of lookahead, whose
+    settings say how many there are."""
     ngram_min: int = 2
     """Tokens that must have occurred together before, at least."""
     ngram_max: int = 8
@@ -142,7 +149,7 @@ class SpeculativeConfig:
     def __post_init__(self) -> None:
         most = MAX_SPECULATIVE_TOKENS
         _check(self.method in DRAFT_METHODS, "speculative method", self.method, f"one of {', '.join(DRAFT_METHODS)}")
-        needs = self.method in HEAD_METHODS
+        needs = self.source in HEAD_METHODS
         must = f"the file of heads that method={self.method} needs" if needs else f"left out for method={self.method}"
         _check(needs == bool(self.heads), "speculative heads", self.heads, must)
         _check(self.k is None or 1 <= self.k <= most, "speculative k", self.k, f"auto, or between 1 and {most}")
@@ -152,11 +159,12 @@ class SpeculativeConfig:
         _check(self.ngram_min <= self.ngram_max <= 64, "speculative ngram_max", self.ngram_max, must)
         must = "between 0 and 16777216"
         _check(0 <= self.corpus_tokens <= 1 << 24, "speculative corpus_tokens", self.corpus_tokens, must)
-        named = bool(self.model) == (self.method == "draft")
-        must = "the name or path of a model with method=draft, absent otherwise"
+        draft = self.source == "draft"
+        named = bool(self.model) == draft
+        must = "the name or path of a model with method=draft or ngram+draft, absent otherwise"
         _check(named, "speculative model", self.model, must)
-        must = "at least 0, and 0 without method=draft"
-        good = self.draft_vocab == 0 or (self.draft_vocab > 0 and self.method == "draft")
+        must = "at least 0, and 0 without a draft model"
+        good = self.draft_vocab == 0 or (self.draft_vocab > 0 and draft)
         _check(good, "speculative draft_vocab", self.draft_vocab, must)
         must = "between 1 and 4096"
         _check(1 <= self.max_step_drafts <= 4096, "speculative max_step_drafts", self.max_step_drafts, must)
@@ -168,14 +176,29 @@ class SpeculativeConfig:
                f"at most {most} (max_step_drafts)")  # fmt: skip
 
     @property
+    def looks_up_first(self) -> bool:
+        """Whether there are two sources of guesses, of which one copies and costs nothing."""
+        return self.method.startswith(LOOKED_UP_FIRST)
+
+    @property
+    def source(self) -> str:
+        """The method without what is looked up first."""
+        return self.method.removeprefix(LOOKED_UP_FIRST)
+
+    @property
     def writes_ahead(self) -> bool:
         """Whether the drafter writes KV of its own for tokens that it guesses, in blocks of the sequence."""
-        return self.method == "draft"
+        return self.source == "draft"
 
     @property
     def costly(self) -> bool:
         """Whether making guesses takes a part of a step worth counting."""
-        return self.method == "draft" or self.method in HEAD_METHODS
+        return self.source == "draft" or self.source in HEAD_METHODS
+
+    @property
+    def most_copies(self) -> int:
+        """Guesses for a sequence that are looked up first, at most."""
+        return self.max_k if self.looks_up_first else 0
 
     @property
     def most(self) -> int:

@@ -50,6 +50,10 @@ class ScheduledSequence:
     """How many tokens ahead a drafter is asked to guess for the next step, at most."""
     num_nodes_wanted: int = 0
     """How many guesses it may make where it makes a tree of them."""
+    num_copies_wanted: int = 0
+    """How many it may copy from what is known, where it looks there first; then the others are not wanted."""
+    least_copied: int = 0
+    """A shorter copy is worth less than what the drafter guesses otherwise."""
     prompt: PromptTargets | None = None
     """Of the prompt's tokens that are computed in this step."""
 
@@ -165,6 +169,8 @@ class DraftTokens:
     token_ids: tuple[int, ...]
     parents: tuple[int, ...]
     """See `kvarn.draft_tree`."""
+    copied: bool = False
+    """Whether they were looked up, not computed."""
 
 
 @dataclass(frozen=True, slots=True)

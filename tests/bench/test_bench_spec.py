@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -110,6 +112,8 @@ def test_what_is_counted_is_what_the_engine_counts(model, method, batch):
         tally, answers = lane.answer(prompts, 40, "")
         stats = lane._core.stats()
         assert (tally.draft_tokens, tally.accepted) == (stats.draft_tokens, stats.accepted_tokens)
+        assert (tally.copied_tokens, tally.copied_accepted) == (stats.copied_tokens, stats.accepted_copies)
+        assert stats.copied_tokens == (stats.draft_tokens if method is NGRAM else 0)
         assert tally.tokens == stats.generated_tokens == sum(map(len, answers))
         assert tally.decode_tokens <= tally.tokens - batch
         assert tally.seconds > tally.decode_seconds > tally.draft_seconds
@@ -131,9 +135,10 @@ def test_what_is_counted_is_what_the_engine_counts(model, method, batch):
 @pytest.mark.parametrize(("right", "ended", "refused"), [(1, False, 1), (1, True, 0), (3, False, 0)])
 def test_a_draft_cut_short_by_the_answers_end_is_not_refused(right, ended, refused):
     part = ScheduledSequence(1, (5,), 9, ((0,),), True, draft=(1, 2, 3), parents=(-1, 0, 1))
-    log = spec_lane._Log(SchedulerOutput(0, (part,)), 0.5, {1: (3, right, ended)})
+    log = spec_lane._Log(SchedulerOutput(0, (part,)), 0.5, {1: (3, right, ended, True)})
     tally = Lane(NGRAM, None, log)._count(right + 1, 0.1)
     assert (tally.draft_tokens, tally.accepted, tally.refused) == (3, right, refused)
+    assert (tally.copied_tokens, tally.copied_accepted, tally.copied_refused) == (3, right, refused)
     assert (tally.guessed, tally.rows, tally.turns) == (3, 4, 1)
 
 
@@ -146,6 +151,19 @@ def test_a_corpus_knows_only_its_own_round(model):
         assert (other.guessed, other.accepted) == (first.guessed, first.accepted)
     finally:
         lane.close()
+
+
+def test_guesses_are_told_by_source():
+    total = Tally(draft_tokens=50, accepted=21, refused=9, copied_tokens=20, copied_accepted=12, copied_refused=3)
+    copied, computed = spec.sources(total)
+    assert (copied.name, copied.draft_tokens, copied.accepted_tokens, copied.acceptance) == ("copied", 20, 12, 0.8)
+    assert (computed.name, computed.draft_tokens, computed.accepted_tokens, computed.acceptance) == (
+        "computed", 30, 9, 0.6,
+    )  # fmt: skip
+    assert [one.name for one in spec.sources(Tally(draft_tokens=5, accepted=2, refused=1))] == ["computed"]
+    assert spec.sources(Tally()) == ()
+    text = spec_report._by_source([replace(make(), sources=(copied, computed))])
+    assert re.search(r"qa +.*copied +.*20 +.*12 +.*0\.80", text)
 
 
 def test_the_formula():

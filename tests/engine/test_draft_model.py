@@ -17,6 +17,7 @@ from kvarn.errors import CapacityError, ConfigError, KvarnError
 from kvarn.planning import Available
 from kvarn.runner import MoveSeconds
 from kvarn.spec.draft_model import DraftModelDrafter
+from kvarn.spec.ngram import NgramDrafter
 from kvarn.spec.same_vocabulary import check_same_vocabulary
 from kvarn.testing import byte_tokenizer, tiny_model
 from kvarn.testing.gguf import write_tiny_gguf
@@ -89,8 +90,83 @@ def test_texts_are_read_in_chunks_while_steps_go_on():
     gained = []
     while core.has_work():
         gained += [len(o.outputs[0].token_ids) for o in core.step()]
-    assert gained[:3] == [1, 1, 1], "150 tokens are read before three steps"
-    assert gained[3] == 4
+    assert gained[:2] == [1, 1], "of 150 tokens 64 are read before each of two steps"
+    assert gained[2] == 4, "and the rest with the first guess"
+    core.close()
+
+
+BOTH = SpeculativeConfig("ngram+draft", k=3, max_k=6, model="tinier")
+
+
+@SAMPLING
+@pytest.mark.parametrize("batch", [1, 16])
+def test_what_is_found_is_copied_and_the_rest_asked_of_the_model(batch, sampling, monkeypatch):
+    texts = TEXTS[:batch]
+    expected, plain = answers(texts, sampling=sampling)
+    whole = {tuple(text.encode()): expected[str(number)] for number, text in enumerate(texts)}
+
+    def guess(drafter, sequence_id, count):
+        """What will be said, now and then, with a mistake at the end."""
+        text = drafter._texts[sequence_id]
+        known = len(text.tokens) - len(text.new.prompt_token_ids)
+        found = whole[text.new.prompt_token_ids][known : known + count]
+        return () if known % 3 else (*found[:3], 0)[:count]
+
+    monkeypatch.setattr(NgramDrafter, "_guess", guess)
+    tokens, stats = answers(texts, sampling=sampling, speculative=BOTH, draft=nearly("llama", 0, 0.02))
+    assert tokens == expected
+    assert stats.steps < plain.steps
+    assert 0 < stats.accepted_copies < stats.copied_tokens
+    computed, right = stats.draft_tokens - stats.copied_tokens, stats.accepted_tokens - stats.accepted_copies
+    assert 0 < right < computed
+
+
+def test_what_was_copied_is_read_with_the_next_guess_and_not_before(monkeypatch):
+    """A draft model that is the model itself is right after copies too, and reads the copied tokens in one step."""
+    calls, reads = [], []
+
+    def guess(_drafter, _sequence_id, _count):
+        """Copies for some steps, all wrong, then nothing any more."""
+        calls.append(1)
+        return (0, 0) if len(calls) < 9 else ()
+
+    monkeypatch.setattr(NgramDrafter, "_guess", guess)
+    core = tiny_engine(**PLAIN, speculative=BOTH, draft=shared_model("llama", 0)).core
+    model = core._runner._drafter._other
+    run = model._run
+    monkeypatch.setattr(model, "_run", lambda steps: reads[-1].append(sum(s.num_rows for s in steps)) or run(steps))
+    core.add(request("a", "one two three ", max_tokens=40))
+    while core.has_work():
+        reads.append([])
+        core.step()
+    assert reads[:8] == [[]] * 8, "while copies come nothing is read"
+    assert reads[8] == [14 + 9, 1, 1], "what came meanwhile is read with the first guess"
+    stats = core.stats()
+    assert stats.accepted_copies == 0 < stats.copied_tokens
+    assert stats.accepted_tokens == stats.draft_tokens - stats.copied_tokens > 10
+    core.close()
+
+
+def test_a_long_copy_is_not_read_as_long_as_it_goes_on(monkeypatch):
+    """However much there is to read by then."""
+    said = answers(["one two three "], sampling={"max_tokens": 90})[0]["0"]
+    copied, reads = [], []
+
+    def guess(drafter, sequence_id, count):
+        known = len(drafter._texts[sequence_id].tokens) - 14
+        copied.append(known)
+        return tuple(said[known : known + count]) if len(copied) <= 10 else ()
+
+    monkeypatch.setattr(NgramDrafter, "_guess", guess)
+    core = tiny_engine(**PLAIN, speculative=BOTH, draft=shared_model("llama", 0)).core
+    model = core._runner._drafter._other
+    run = model._run
+    monkeypatch.setattr(model, "_run", lambda steps: reads.append(len(copied)) or run(steps))
+    assert tokens_of(run_core(core, [request("a", "one two three ", max_tokens=90)])["a"]) == said
+    stats = core.stats()
+    assert stats.accepted_copies == stats.copied_tokens == 60
+    assert min(reads) > 10, "nothing is read before there is nothing to copy"
+    assert stats.accepted_tokens == stats.draft_tokens > 70
     core.close()
 
 
@@ -156,7 +232,7 @@ def test_a_draft_vocabulary_makes_weights_smaller_and_is_in_the_plan():
     width = model.program.weight("embed.weight").shape[1]
     assert 0 < plans[0].drafter.weights - plans[1].drafter.weights <= 259 * width * 5
     for wrong in ({"draft_vocab": -1}, {"draft_vocab": 8, "method": "ngram", "model": ""}):
-        with pytest.raises(ConfigError, match="speculative draft_vocab must be at least 0, and 0 without method=draft"):
+        with pytest.raises(ConfigError, match="draft_vocab must be at least 0, and 0 without a draft model"):
             replace(DRAFT, **wrong)
 
 

@@ -14,6 +14,7 @@ from kvarn.draft_tree import chain, levels
 from kvarn.spec import eagle
 from kvarn.spec.chain import WIDTH
 from kvarn.spec.heads import KINDS, read_heads
+from kvarn.spec.ngram import NgramDrafter
 from kvarn.spec.rings import Rings
 
 FAMILIES = ("llama", "mistral", "gemma3_text", "gpt2")
@@ -67,6 +68,24 @@ def test_answers_are_the_same(kind, k, hot, family, given, tmp_path):
         assert stats.preemptions > 0
     elif k is not None:
         assert stats.draft_tokens > 20
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("k", [3, None])
+def test_what_is_found_is_copied_and_the_rest_asked_of_heads(kind, k, tmp_path, monkeypatch):
+    heads = heads_file(tmp_path, shared_model("llama", 0), kind)
+    chosen = SpeculativeConfig(f"ngram+{kind}", k=k, heads=heads)
+    found = NgramDrafter._guess
+    # Three of four times nothing is found, and otherwise something.
+    monkeypatch.setattr(
+        NgramDrafter, "_guess",
+        lambda self, number, count: () if len(self._texts[number].tokens) % 4 else found(self, number, count) or (9,),
+    )  # fmt: skip
+    core = tiny_engine(backend="cpu", dtype="float16", speculative=chosen, max_model_len=128).core
+    got, stats = run(core, requests())
+    assert got == plain("cpu", "llama", "float16", False)
+    if k is not None:
+        assert 0 < stats.copied_tokens < stats.draft_tokens
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -114,7 +114,8 @@ FACTORS = {
     "speculative": [
         NGRAM, SpeculativeConfig(k=1), SpeculativeConfig(k=7, max_step_drafts=8), SpeculativeConfig(),
         SpeculativeConfig(k=12), SpeculativeConfig("draft", k=3, model="tiny"),
-        SpeculativeConfig("draft", model="tiny"),
+        SpeculativeConfig("draft", model="tiny"), SpeculativeConfig("ngram+draft", k=3, model="tiny"),
+        SpeculativeConfig("ngram+draft", model="tiny"),
     ],
     "drafter": ["chain", "tree", "lookahead"],
     "family": ["llama", "gemma3_text"],
@@ -159,7 +160,7 @@ def start(case, folder, speculative):
     if caching and case["memory"] == "tier":
         tier = {"kv_offload_bytes": 1 << 20, "kv_offload_dir": str(folder), "identity": "tiny"}
     few, many = (20, 512) if case["family"] == "gemma3_text" else (8, 256)  # it has two KV groups
-    draft = nearly(case["family"], 0, 0.1) if speculative.method == "draft" else None
+    draft = nearly(case["family"], 0, 0.1) if speculative.source == "draft" else None
     return tiny_engine(
         family=case["family"],
         backend="cpu",
@@ -192,9 +193,9 @@ def test_the_same_answers_with_everything_else(case, tmp_path, monkeypatch):
     prompts = {r.request_id: r.prompt_token_ids for r in requests}
     known = {(prompts[i], part.index): part.token_ids for i, parts in expected.items() for part in parts}
     speculative = case["speculative"]
-    if speculative.method != "draft" and case["drafter"] == "lookahead":
+    if speculative.source != "draft" and case["drafter"] == "lookahead":
         speculative = replace(speculative, method="lookahead", window=2, ngram=3, guesses=2)
-    elif speculative.method != "draft":
+    elif speculative.source != "draft":
         drafter = Knowing(known, case["drafter"] == "tree")
         monkeypatch.setattr("kvarn.engine.load.make_drafter", lambda *_, **__: drafter)
     monkeypatch.setattr("kvarn.engine.tier.measure_move", lambda executable, file: MoveSeconds(0.0, 0.0))

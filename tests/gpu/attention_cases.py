@@ -29,8 +29,8 @@ class Case:
     rows: Sequence[tuple[int, int]]
     dtype: str = "float32"
     stored: str = "float32"
-    heads: int = 4
-    kv_heads: int = 2
+    heads: int = 2
+    kv_heads: int = 1
     key_dim: int = 16
     value_dim: int = 16
     block_size: int = 16

@@ -1,4 +1,4 @@
-"""Compiles the kernels of linears for sm_90 and prints a line for each as JSON; in a process of its own (see compiled.py)."""
+"""Compiles the kernels of linears for sm_90 and prints a line of JSON for each; run as a process."""
 
 import json
 

@@ -10,7 +10,7 @@ from kvarn.backends.cuda.packing import Dense, Int8, Weight, dequantize, pad_col
 from kvarn.backends.cuda.quantize import quantize_fp8, quantize_int4, quantize_int8
 
 FORMS = (
-    "int4-32", "int4-64", "int4-128", "int4-32-symmetric", "int4-64-symmetric", "int4-128-symmetric",
+    "int4-32", "int4-64", "int4-128", "int4-32-symmetric", "int4-128-symmetric",
     "int8", "int8-16", "int8-32", "int8-32-offsets", "fp8",
 )  # fmt: skip
 
@@ -35,7 +35,10 @@ def make(form: str, rows: int, width: int, device: str, dtype: torch.dtype = tor
     return Int8(packed, scales, None if offsets is None else offsets.half(), group, width)
 
 
-def product(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+Wide = NDArray[np.float64]
+
+
+def product(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None) -> tuple[Wide, Wide]:
     """What `linear` should give, in NumPy's float64, and the sums of magnitudes that errors are measured by."""
     left, right = x.double().cpu().numpy(), dequantize(weight).double().cpu().numpy()
     added = np.zeros(right.shape[0]) if bias is None else bias.double().cpu().numpy()

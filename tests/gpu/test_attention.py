@@ -19,29 +19,30 @@ from kvarn.backends.cuda.kernels.attention_plan import (
     workspace_elements,
 )
 
-MIXED = [(1, 5), (21, 40), (1, 300), (3, 280), (17, 17)]
-"""A decode, a prompt's chunk behind known tokens, a decode and drafts that are split, and a prompt's beginning."""
+MIXED = [(1, 5), (18, 40), (3, 270)]
+"""A decode, a prompt's chunk behind known tokens, and drafts whose keys are split."""
 TREE = [-1, 0, 0, -1, 2, 3]
 TOLERANCES = {"float32": 3e-6, "float16": 2e-3, "bfloat16": 1.5e-2}
+"""By what weights are rounded to before they are multiplied with values."""
 
 CASES = {
-    "float16": Case(MIXED, "float16", "float16"),
+    "float16": Case(MIXED, "float16", "float16", heads=4, kv_heads=2),
     "bfloat16": Case(MIXED, "bfloat16", "bfloat16"),
     "bfloat16 queries, float16 cache": Case([(1, 40), (18, 30)], "bfloat16", "float16"),
-    "int8, float16 queries": Case([(1, 280), (18, 30)], "float16", "int8"),
+    "int8, float16 queries": Case([(1, 40), (18, 30)], "float16", "int8"),
     "int8, float32 queries": Case([(1, 40), (18, 30)], "float32", "int8"),
-    "fp8": Case([(1, 280), (18, 30)], "bfloat16", "fp8_e4m3"),
-    "one KV head": Case([(1, 30), (17, 20)], heads=7, kv_heads=1),
-    "more heads than a tile has rows": Case([(1, 30), (2, 20)], heads=20, kv_heads=1),
+    "fp8": Case([(1, 40), (18, 30)], "bfloat16", "fp8_e4m3"),
+    "seven heads of a KV head": Case([(1, 30), (19, 20)], heads=7),
+    "more heads than a tile has rows": Case([(1, 30), (2, 20)], heads=20),
     "no groups": Case([(1, 30), (17, 20)], heads=3, kv_heads=3),
     "dimensions that are no powers of two": Case([(1, 30), (17, 20)], key_dim=24, value_dim=20),
     "values longer than keys": Case([(1, 30), (17, 20)], key_dim=8, value_dim=40),
     "blocks of 32": Case([(1, 50), (17, 40)], block_size=32),
-    "softcap": Case(MIXED[:3], softcap=2.0),
-    "window": Case([(1, 90), (20, 120), (4, 700)], window=37),
-    "window that splits": Case([(1, 700), (2, 400)], window=300),
+    "softcap": Case([(1, 40), (18, 30)], softcap=2.0),
+    "window": Case([(1, 90), (20, 120)], window=37),
+    "window that splits": Case([(2, 330)], "float16", "float16", window=290),
     "window of one token": Case([(2, 33), (17, 40)], window=1),
-    "tree": Case([(7, 40), (1, 9), (7, 300)], drafts={0: TREE, 2: TREE}),
+    "tree": Case([(7, 40), (1, 9), (7, 270)], "float16", "float16", heads=4, kv_heads=2, drafts={0: TREE, 2: TREE}),
     "tree of a prompt": Case([(20, 40), (2, 20)], drafts={0: [-1, -1, 0, 1, 0]}),
     "tree, window, softcap": Case([(7, 45), (20, 90)], window=4, softcap=3.0, drafts={0: TREE, 1: TREE}),
 }
@@ -51,10 +52,11 @@ CASES = {
 def test_rows_are_the_references(name, device):
     case = CASES[name]
     step = Step(case, device)
-    assert worst_row(step.run(), step.expected()) < TOLERANCES[case.dtype]
+    rounded = "bfloat16" if (case.dtype, case.stored) == ("float16", "int8") else case.dtype
+    assert worst_row(step.run(), step.expected()) < TOLERANCES[rounded]
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(
     rows=st.lists(
         st.tuples(st.integers(1, 20), st.integers(0, 60)).map(lambda x: (x[0], x[0] + x[1])), min_size=1, max_size=3
@@ -84,14 +86,14 @@ def test_a_sequences_bits_depend_on_nothing_else_in_the_batch(device):
 
 
 def test_a_grid_of_any_size_gives_the_same_bits(device):
-    step = Step(Case([(1, 600), (5, 300)], heads=8, kv_heads=1), device)
+    step = Step(Case([(1, 270), (5, 260)], "float16", "float16", heads=4), device)
     expected = step.run()
-    for max_query, programs in ((1, 1), (5, 200), (SHORT_QUERIES, 64)):
+    for max_query, programs in ((1, 1), (SHORT_QUERIES, 40)):
         assert torch.equal(step.run(AttentionPlan(2, 6, max_query, programs)), expected)
 
 
 def test_what_fills_up_a_bucket_is_left_alone(device):
-    step = Step(Case([(1, 40), (2, 300)]), device)
+    step = Step(Case([(1, 40), (2, 270)], "float16", "float16"), device)
     out = step.run(AttentionPlan(4, 8, 2, programs=8), extra=5)
     assert torch.equal(out[:3], step.run())
     assert out[3:].isnan().all()
@@ -103,8 +105,8 @@ def test_what_fills_up_a_bucket_is_left_alone(device):
 
 def test_no_sequence_has_more_partials_than_room(device, monkeypatch):
     monkeypatch.setattr(module, "MIN_SPLIT", 32)
-    for count in (1, 3, SHORT_QUERIES):
-        step = Step(Case([(count, 1100), (count, 1100)], heads=1, kv_heads=1), device)
+    for count, length in ((5, 196), (SHORT_QUERIES, 66)):
+        step = Step(Case([(count, length), (count, length)], heads=1), device)
         assert worst_row(step.run(), step.expected()) < TOLERANCES["float32"]
 
 
@@ -128,11 +130,12 @@ def test_tiles_are_whole_blocks_and_splits_whole_tiles():
 @pytest.mark.parametrize("broken", ["heads", "out", "scale"])
 def test_shapes_that_do_not_fit_are_refused(broken, device):
     step = Step(Case([(1, 5)]), device)
-    q, out = step.q, torch.empty((1, 4, 16), device=device)
+    q, out = step.q, torch.empty((1, 2, 16), device=device)
     index = torch.zeros(2, dtype=torch.int32, device=device)
-    workspace = module.AttentionWorkspace.empty(1, 4, 16, 100, device)
-    with pytest.raises(ValueError, match="scale above 0" if broken == "scale" else "do not fit 2 KV heads"):
+    workspace = module.AttentionWorkspace.empty(1, 2, 16, 100, device)
+    with pytest.raises(ValueError, match="scale above 0" if broken == "scale" else "do not fit 1 KV heads"):
         module.attention(
-            q[:, :3] if broken == "heads" else q, step.kv, index, index, index[None], AttentionPlan(1, 1, 1), workspace,
+            q[:, :, :8] if broken == "heads" else q, step.kv, index, index, index[None], AttentionPlan(1, 1, 1),
+            workspace,
             block_size=16, scale=0.0 if broken == "scale" else 1.0, out=out[:, :, :8] if broken == "out" else out,
         )  # fmt: skip

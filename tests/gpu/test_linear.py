@@ -6,7 +6,8 @@ import torch
 from linears import FORMS, largest_error, make
 
 from kvarn.backends.cuda.kernels.fp8 import quantize_rows
-from kvarn.backends.cuda.kernels.linear import dense_gemv, largest_workspace, linear, linear_tiles, workspace_bytes
+from kvarn.backends.cuda.kernels.linear import dense_gemv, linear, linear_tiles, workspace_bytes
+from kvarn.backends.cuda.kernels.tiles import largest_workspace, product_workspace
 from kvarn.backends.cuda.packing import Fp8
 
 ROUNDING = {torch.float16: 2**-11, torch.bfloat16: 2**-8, torch.float32: 2**-17}
@@ -128,12 +129,12 @@ def test_no_rows(device):
     assert linear(torch.empty((0, 64), device=device), weight, None, out) is out
 
 
-@pytest.mark.parametrize("form", ["dense", "int4-32", "int8", "fp8"])
-def test_the_largest_workspace_is_the_largest(form):
+@pytest.mark.parametrize("kind", ["dense", "int4", "int8", "fp8"])
+def test_the_largest_workspace_is_the_largest(kind):
     for rows, width in ((64, 4096), (6144, 4096), (300, 12000)):
-        weight = make(form, rows, width, "meta")
         for most in (1, 5, 16, 40, 64, 90):
-            assert largest_workspace(weight, most) == max(workspace_bytes(weight, n) for n in range(1, most + 1))
+            sizes = [product_workspace(kind, rows, width, tokens, fp8_products=True) for tokens in range(1, most + 1)]
+            assert largest_workspace(kind, rows, width, most) == max(sizes)
 
 
 def test_what_does_not_fit_is_refused(device):

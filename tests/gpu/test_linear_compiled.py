@@ -15,7 +15,8 @@ SHARED_LIMIT = 227 << 10
 
 @pytest.fixture(scope="module")
 def kernels():
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    paths = os.pathsep.join(path for path in sys.path if path)
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": paths}
     done = subprocess.run(
         [sys.executable, HERE / "compile_linears.py"], env=environment, capture_output=True, text=True, timeout=240
     )

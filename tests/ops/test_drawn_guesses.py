@@ -1,5 +1,6 @@
 """Guesses that are drawn from another model's distribution, and verified by the ratio rule: no distribution changes."""
 
+import functools
 import itertools
 
 import numpy as np
@@ -17,6 +18,7 @@ from kvarn.request import SamplingParams
 from kvarn.runner import runner as runner_module
 from kvarn.sampling import Draft, NativeSampler, ReferenceSampler
 from kvarn.sampling.reference import DRAFT, distribution, draw, uniform
+from kvarn.spec.ngram import NgramDrafter
 
 VOCAB = 211
 
@@ -115,18 +117,18 @@ def test_what_was_not_drawn_from_what_is_said_is_seen():
     assert all(s > most for s, most in misfits(flatter, exact("plain")))
 
 
-# Of a whole engine: the second of the tokens that many streams of one request say, by a tiny pair of models.
+# Of a whole engine: the third of the tokens that many streams of one request say, by a tiny pair of models.
 PROMPT = b"abc"
 STREAMS = 64
 
 
-def second_tokens(monkeypatch, model, draft, params, requests, vocab=0):
+def third_tokens(monkeypatch, model, draft, params, requests, vocab=0, method="draft"):
     numbers = itertools.count(1)
     monkeypatch.setattr("secrets.randbits", lambda bits: next(numbers))
     core = tiny_engine(
         model=model, draft=draft, backend="cpu", dtype="float32", max_num_seqs=STREAMS, max_num_batched_tokens=512,
         num_blocks=256, max_model_len=64,
-        speculative=SpeculativeConfig("draft", k=3, model="x", max_step_drafts=256, draft_vocab=vocab),
+        speculative=SpeculativeConfig(method, k=3, model="x", max_step_drafts=256, draft_vocab=vocab),
     ).core  # fmt: skip
     counts = np.zeros(259)
     for number in range(requests):
@@ -137,6 +139,7 @@ def second_tokens(monkeypatch, model, draft, params, requests, vocab=0):
     stats = core.stats()
     core.close()
     assert 0.2 < stats.accepted_tokens / stats.draft_tokens < 0.95
+    assert (0 < stats.accepted_copies < stats.accepted_tokens) == (method != "draft")
     return counts
 
 
@@ -164,7 +167,27 @@ def test_an_engine_that_guesses_without_a_seed_has_the_exact_distribution(params
     """The third token of 19,200 streams, most of which was a guess that was accepted or replaced."""
     model = shared_model("llama", 0)
     expected = third_token_distribution(model, params)
-    counts = second_tokens(monkeypatch, model, nearly("llama", 0, 0.15), params, 300, vocab)
+    counts = third_tokens(monkeypatch, model, nearly("llama", 0, 0.15), params, 300, vocab)
+    statistic, freedom = chi_square(counts, expected / expected.sum())
+    assert statistic < quantile(freedom)
+
+
+def test_two_sources_have_the_exact_distribution(monkeypatch):
+    """Where a half of the streams copies what is likely, and the rest has guesses that are drawn."""
+    params, model = {"top_k": 12}, shared_model("llama", 0)
+    expected = third_token_distribution(model, params)
+    executable = CpuBackend(1).load(model.program, model.weights, KvCacheSpec(16, 16, "float32"), StepLimits(64, 1, 64))
+
+    @functools.cache
+    def likeliest(tokens):
+        return int(executable.execute(InputBatch.of_one(list(tokens)))["logits"][0].argmax())
+
+    def guess(drafter, sequence_id, count):
+        return (likeliest(tuple(drafter._texts[sequence_id].tokens)),) if sequence_id % 2 else ()
+
+    monkeypatch.setattr(NgramDrafter, "_guess", guess)
+    counts = third_tokens(monkeypatch, model, nearly("llama", 0, 0.15), params, 200, method="ngram+draft")
+    executable.close()
     statistic, freedom = chi_square(counts, expected / expected.sum())
     assert statistic < quantile(freedom)
 
@@ -177,7 +200,7 @@ def test_an_engine_that_takes_all_guesses_is_seen(monkeypatch):
         return Draft(ids, None if q is None else q * 0.3, parents)
 
     monkeypatch.setattr(runner_module, "Draft", with_less)
-    counts = second_tokens(monkeypatch, model, nearly("llama", 0, 0.15), params, 100)
+    counts = third_tokens(monkeypatch, model, nearly("llama", 0, 0.15), params, 100)
     statistic, freedom = chi_square(counts, expected / expected.sum())
     assert statistic > quantile(freedom)
 

@@ -34,7 +34,10 @@ def answer(url, route, body, **fields):
 def counters(url):
     families = text_string_to_metric_families(httpx.get(f"{url}/metrics").text)
     return {
-        (sample.name.removeprefix("kvarn:spec_decode_"), sample.labels.get("position", "")): sample.value
+        (
+            sample.name.removeprefix("kvarn:spec_decode_"),
+            sample.labels.get("position", sample.labels.get("source", "")),
+        ): sample.value
         for family in families
         for sample in family.samples
         if sample.name.startswith("kvarn:spec_decode_")
@@ -53,6 +56,9 @@ def test_usage_and_metrics_say_what_was_guessed(url, guessing, route, body):
     gained = {name: value - before.get(name, 0) for name, value in counters(guessing).items()}
     assert gained[("num_accepted_tokens_total", "")] == accepted
     assert gained[("num_draft_tokens_total", "")] == accepted + rejected
+    assert gained[("num_accepted_tokens_per_source_total", "copied")] == accepted
+    assert gained[("num_draft_tokens_per_source_total", "copied")] == accepted + rejected
+    assert gained[("num_draft_tokens_per_source_total", "computed")] == 0
     by_position = [gained.get(("num_accepted_tokens_per_pos_total", str(place)), 0) for place in range(5)]
     assert sum(by_position) == accepted
     assert by_position == sorted(by_position, reverse=True)

@@ -8,6 +8,8 @@ from paged_model import VOCAB, PagedModel
 from kvarn.backends import StepLimits
 from kvarn.draft_tree import chain
 from kvarn.spec.draft_model import DraftModelDrafter
+from kvarn.spec.found_first import FoundFirst
+from kvarn.spec.ngram import NgramDrafter
 from kvarn.step import DraftTokens, StepOutput
 
 
@@ -60,9 +62,10 @@ class DraftedModel(PagedModel):
         super().__init__(num_blocks, block_size, max_tokens=max_tokens, max_seqs=max_seqs, windows=windows)
         self.draft = PagedDraft(num_blocks, block_size)
         limits = StepLimits(max_seqs + 8, max_seqs, max_model_len)
-        self.drafter = DraftModelDrafter(
+        self.reader = DraftModelDrafter(
             self.draft, SimpleNamespace(guess=self.guesses), limits, num_blocks, block_size, VOCAB, drafts
         )
+        self.drafter = self.reader
 
     def say(self, text, stream):
         """The draft model's next token. Tests put something else here."""
@@ -72,7 +75,7 @@ class DraftedModel(PagedModel):
         tokens = []
         for number, sequence_id, position, before in zip(logits[:, 0], sequence_ids, positions, ahead, strict=True):
             text = self.draft.texts[int(number)]
-            known = tuple(self.drafter._texts[sequence_id].tokens)
+            known = tuple(self.reader._texts[sequence_id].tokens)
             assert text == (*known, *before), "guesses what follows another text"
             assert position == len(text)
             tokens.append(self.say(text, self.streams[sequence_id]))
@@ -88,7 +91,37 @@ class DraftedModel(PagedModel):
         if not step.sequences:
             return result
         proposals = self.drafter.propose(step, result.sampled, {})
-        wanted = {part.sequence_id: part.num_drafts_wanted for part in step.sequences}
-        assert all(0 < len(p.token_ids) <= wanted[p.sequence_id] for p in proposals)
-        drafts = tuple(DraftTokens(p.sequence_id, p.token_ids, chain(len(p.token_ids))) for p in proposals)
-        return StepOutput(step.step, result.sampled, result.loaded, drafts=drafts)
+        parts = {part.sequence_id: part for part in step.sequences}
+        drafts = []
+        for p in proposals:
+            part, count = parts[p.sequence_id], len(p.token_ids)
+            assert 0 < count <= (part.num_copies_wanted if p.copied else part.num_drafts_wanted)
+            assert not p.copied or count >= part.least_copied
+            drafts.append(DraftTokens(p.sequence_id, p.token_ids, chain(count), p.copied))
+        assert len(drafts) == len({draft.sequence_id for draft in drafts}), "guesses of two sources"
+        return StepOutput(step.step, result.sampled, result.loaded, drafts=tuple(drafts))
+
+
+class Recall(NgramDrafter):
+    """Finds what a test wants found, in place of what occurred before."""
+
+    def __init__(self, recall):
+        """recall: of a text and a number of tokens at most: what is found."""
+        super().__init__(1, 1)
+        self.recall = recall
+
+    def _guess(self, sequence_id, count):
+        text = self._texts[sequence_id]
+        return self.recall(text.tokens, text.new.stream, count)
+
+
+class TwiceDraftedModel(DraftedModel):
+    """That looks up first, by `recall`."""
+
+    def __init__(self, *args, **settings):
+        super().__init__(*args, **settings)
+        self.drafter = FoundFirst(Recall(lambda text, stream, most: self.recall(text, stream, most)), self.reader)
+
+    def recall(self, text, stream, most):
+        """What is found after a text. Tests put something else here."""
+        return ()

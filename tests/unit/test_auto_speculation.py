@@ -135,6 +135,20 @@ def test_guesses_that_are_not_verified_teach_as_well():
     assert next(i for i in range(200) if machine.step()[0]) < 60
 
 
+def test_guesses_that_are_wrong_when_they_are_verified_and_right_otherwise_cost_little():
+    """What it believes is wrong whenever it acts on it: only what steps really brought can tell."""
+    control, cost = AutoSpeculation(8, LinearCost()), LinearCost(fixed=0.004, token=0.001, sampled=0.0)
+    one, seconds, tokens = sequence(0), 0.0, 0
+    for _ in range(3000):
+        (count,) = control.choose([one], decodes(1), 64) if one.draft else (0,)
+        shape = decodes(1).drafted(50, count)
+        control.compare(one, one.draft, one.parents, [0] if count else [1])
+        control.timed(shape, cost.seconds(shape))
+        seconds, tokens = seconds + cost.seconds(shape), tokens + 1
+        propose(one, control.wanted(one))
+    assert seconds <= tokens * cost.seconds(decodes(1)) / 0.97
+
+
 def test_drafts_of_different_length_are_judged_apart():
     """The short ones of a drafter that proposes more where it is surer are wrong here, the long ones right."""
     control = AutoSpeculation(8, cost := LinearCost(fixed=0.004, token=0.001, sampled=0.0))

@@ -36,7 +36,7 @@ class Machine:
 
     def sequence(self):
         return SimpleNamespace(
-            draft=(), parents=(), num_tokens=TOKENS, acceptance={},
+            draft=(), parents=(), copied=False, num_tokens=TOKENS, acceptance={},
             sampling=SimpleNamespace(num_speculative_tokens=None), sequence_id=next(self.numbers),
             num_drafter_tokens=0, num_output_tokens=0, drafter_reads=False,
             max_length=TOKENS + self.answer,

@@ -5,7 +5,7 @@ import random
 import hypothesis.strategies as st
 import pytest
 from hypothesis.stateful import initialize, invariant, precondition, rule
-from paged_draft import DraftedModel
+from paged_draft import DraftedModel, TwiceDraftedModel
 from paged_model import VOCAB, PagedModel, expected_tokens, next_token
 from state_machines import SHARE, CountedMachine, run_machine
 from virtual_time import LinearCost
@@ -26,6 +26,7 @@ from kvarn.scheduler import (
     PriorityClasses,
     Scheduler,
     StepShape,
+    TwoSources,
 )
 from kvarn.scheduler.drafting import DraftLimits
 from kvarn.scheduler.policy import order_key
@@ -183,7 +184,7 @@ class SchedulerMachine(CountedMachine):
             return
         self.scheduler.check()
         for sequence in self.sequences:
-            ahead = len(sequence.draft) if self.writes_ahead else 0
+            ahead = len(sequence.draft) if self.writes_ahead and not sequence.copied else 0
             if sequence.sequence_id in self.scheduler.running_ids:
                 held = sequence.num_computed_tokens + ahead
                 assert (len(sequence.table) - 1) * BLOCK < held, "it has blocks for nothing"
@@ -450,6 +451,37 @@ class WithADraftModelAndWindows(WithADraftModel):
     windows = (None, 9, 3)
 
 
+class FickleSources(Fickle):
+    """Wants copies now and then, short ones not always."""
+
+    def copies(self, sequence):
+        return self.rng.choice([(0, 0), (7, 0), (7, 3)])
+
+
+class WithTwoSources(WithADraftModel):
+    """What is found is copied, and a draft model is asked where nothing is."""
+
+    model_type = TwiceDraftedModel
+
+    @staticmethod
+    def speculation():
+        return FickleSources(5)
+
+    def book(self, scheduled):
+        self.model.recall = lambda text, stream, most: (
+            self.draft(text, stream, most) if self.rng.random() < 0.5 else ()
+        )
+        super().book(scheduled)
+
+
+class WithChosenSources(WithTwoSources):
+    """As seems to pay."""
+
+    @staticmethod
+    def speculation():
+        return TwoSources(5, 7, LinearCost())
+
+
 class WithWindows(WithSecondTier):
     """Layers of three kinds: some see all, others less than what is common or a block's worth."""
 
@@ -484,6 +516,7 @@ MACHINES = [
     SchedulerMachine, WithPrefixCache, WithSharedPrefixes, WithSecondTier, WithAnotherPolicy, WithPriorities,
     WithTenants, WithTargets, WithDrafts, WithChosenDrafts, WithDraftsAndTargets, WithWindows, WithWindowsOnly,
     WithWindowsAndNoCache, WithWindowsAndDrafts, WithWindowsAndDraftsOnly, WithADraftModel, WithADraftModelAndWindows,
+    WithTwoSources, WithChosenSources,
     WithTrees, WithChosenTrees, WithWindowsAndTrees,
 ]  # fmt: skip
 

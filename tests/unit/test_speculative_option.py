@@ -20,6 +20,7 @@ from kvarn.errors import ConfigError
                                                                                guesses=6)),
         ("method=draft,model=/a/b c.gguf,k=2", SpeculativeConfig("draft", 2, model="/a/b c.gguf")),
         ("method=draft, model = smollm2-135m-instruct", SpeculativeConfig("draft", model="smollm2-135m-instruct")),
+        ("method=ngram+draft,model=a,k=3,max_k=16", SpeculativeConfig("ngram+draft", 3, 16, model="a")),
         ("k=auto,max_k=16,max_step_drafts=128", SpeculativeConfig(max_k=16, max_step_drafts=128)),
     ],
 )
@@ -46,7 +47,10 @@ def test_settings(text, config):
         ("method=lookahead,window=20,ngram=3,guesses=13", r"\(window \+ guesses\) \* \(ngram - 1\) must be at most 64"),
         ("method=lookahead,window=40,guesses=40,max_step_drafts=512", "must be at most 128"),
         ("method=draft", "speculative model must be the name or path of a model with method=draft"),
-        ("model=tiny.gguf", "with method=draft, absent otherwise, not 'tiny.gguf'"),
+        ("model=tiny.gguf", r"with method=draft or ngram\+draft, absent otherwise, not 'tiny.gguf'"),
+        ("method=ngram+draft", "speculative model must be the name or path of a model"),
+        ("method=ngram+eagle", r"speculative heads must be the file of heads that method=ngram\+eagle needs"),
+        ("method=ngram+lookahead", "speculative method must be one of ngram"),
         ("ngram_min=9,ngram_max=3", r"ngram_max must be between ngram_min \(9\) and 64"),
         ("corpus_tokens=99999999", "corpus_tokens must be between 0 and"),
         ("max_step_drafts=0", "max_step_drafts must be between 1 and 4096"),
@@ -62,6 +66,13 @@ def test_of_lookahead_the_rows_are_counted():
     assert (config.window_rows, config.lookahead_rows, config.most) == (21, 39, 39)
     assert SpeculativeConfig("lookahead", 30, window=7, ngram=4, guesses=6).most == 30
     assert SpeculativeConfig("lookahead", 50, window=7, ngram=4, guesses=6).most == 39
+
+
+def test_what_is_looked_up_first_has_a_limit_of_its_own():
+    both, alone = SpeculativeConfig("ngram+draft", 3, 16, model="a"), SpeculativeConfig("draft", 3, 16, model="a")
+    assert (both.most, both.most_copies, both.source) == (3, 16, "draft")
+    assert (alone.most, alone.most_copies, alone.source) == (3, 0, "draft")
+    assert both.writes_ahead and both.costly and both.looks_up_first and not alone.looks_up_first
 
 
 def test_without_it_no_row_of_a_draft_is_planned():

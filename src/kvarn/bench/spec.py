@@ -45,6 +45,18 @@ class Why:
 
 
 @dataclass(frozen=True, slots=True)
+class Source:
+    """The guesses of a method that came in one way."""
+
+    name: str
+    """copied: looked up in what was known; computed: by a model or heads."""
+    draft_tokens: int
+    accepted_tokens: int
+    acceptance: float
+    """As in `Row`."""
+
+
+@dataclass(frozen=True, slots=True)
 class Row:
     """One method on one task."""
 
@@ -68,6 +80,8 @@ class Row:
     accepted_tokens: int
     seconds: tuple[float, ...]
     """Of each round."""
+    sources: tuple[Source, ...] = ()
+    """Those of which guesses were verified."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,6 +206,19 @@ def make_row(taken: Taken, task: str, name: str, num_prompts: int) -> Row:
         draft_tokens=total.draft_tokens,
         accepted_tokens=total.accepted,
         seconds=tuple(tally.seconds for tally in own.rounds),
+        sources=sources(total),
+    )
+
+
+def sources(total: Tally) -> tuple[Source, ...]:
+    """What became of the guesses of each source of which there were any."""
+    counts = (
+        ("copied", total.copied_tokens, total.copied_accepted, total.copied_refused),
+        ("computed", total.draft_tokens - total.copied_tokens, total.accepted - total.copied_accepted,
+         total.refused - total.copied_refused),
+    )  # fmt: skip
+    return tuple(
+        Source(name, drafted, right, right / (right + wrong)) for name, drafted, right, wrong in counts if right + wrong
     )
 
 

@@ -48,7 +48,7 @@ class Tally:
     tokens: int = 0
     """All that were said."""
     decode_seconds: float = 0.0
-    """Of steps without prompts, as are all that follow but the last three."""
+    """Of steps without prompts, as are all that follow but what became of drafts."""
     draft_seconds: float = 0.0
     """Spent on guessing in them."""
     decode_tokens: int = 0
@@ -62,6 +62,10 @@ class Tally:
     """Those that were right."""
     refused: int = 0
     """Drafts that did not go on where they might have."""
+    copied_tokens: int = 0
+    """Of `draft_tokens` those that were looked up, not computed."""
+    copied_accepted: int = 0
+    copied_refused: int = 0
 
     def plus(self, other: Tally) -> Tally:
         """Both together."""
@@ -83,11 +87,12 @@ class _Log(NullObserver):
 
     scheduled: SchedulerOutput | None = None
     seconds: float = 0.0
-    verdicts: dict[int, tuple[int, int, bool]] = field(default_factory=dict)
-    """By sequence: guesses, those of them that were right, and whether the text ended with them."""
+    verdicts: dict[int, tuple[int, int, bool, bool]] = field(default_factory=dict)
+    """By sequence: guesses, those of them that were right, whether the text ended with them, and whether they were
+    copied."""
 
     def verified(self, sequence: Running, drafted: int, accepted: int) -> None:
-        self.verdicts[sequence.sequence_id] = drafted, accepted, sequence.finished
+        self.verdicts[sequence.sequence_id] = drafted, accepted, sequence.finished, sequence.copied
 
     def stepped(self, scheduled: SchedulerOutput, times: StepTimes) -> None:
         self.scheduled, self.seconds = scheduled, times.ended - times.began
@@ -148,11 +153,12 @@ class Lane:
         parts = scheduled.sequences
         ahead = {part.sequence_id: 1 + max(levels(part.parents)) for part in parts if part.draft}
         known = [(ahead[name], *verdict) for name, verdict in log.verdicts.items()]
-        verified = {
-            "draft_tokens": sum(drafted for _, drafted, _, _ in known),
-            "accepted": sum(accepted for _, _, accepted, _ in known),
-            "refused": sum(accepted < most and not ended for most, _, accepted, ended in known),
-        }
+        verified = dict[str, int]()
+        for prefix, several in (("", known), ("copied_", [verdict for verdict in known if verdict[-1]])):
+            verified[f"{prefix}accepted"] = sum(accepted for _, _, accepted, _, _ in several)
+            verified[f"{prefix}refused"] = sum(right < most and not ended for most, _, right, ended, _ in several)
+        verified["draft_tokens"] = sum(drafted for _, drafted, *_ in known)
+        verified["copied_tokens"] = sum(drafted for _, drafted, *_, copied in known if copied)
         if any(len(part.token_ids) != 1 or not part.sample for part in parts) or not parts:
             return Tally(seconds=log.seconds, tokens=tokens, **verified)
         rows = scheduled.num_tokens

@@ -27,6 +27,8 @@ def speculation_text(model: str, machine: Machine, isa: str, about: str, result:
     guessed = [row for row in result.rows if row.why is not None]
     if guessed:
         lines += [*LEGEND, "", _whys(guessed), *WHY_LEGEND]
+    if mixed := [row for row in result.rows if len(row.sources) > 1]:
+        lines += ["", _by_source(mixed)]
     if result.row_costs:
         costs = ", ".join(f"{rows}: {cost:.2f}×" for rows, cost in result.row_costs.items())
         lines += ["", f"a step of so many rows against one of {result.plain_rows} without guesses: {costs}"]
@@ -78,6 +80,15 @@ def _whys(rows: Sequence[Row]) -> str:
     ]  # fmt: skip
     columns = ("why", "method", "K", "rows", "c", "1+cK", "guessing", "decode only", "lengths", "prompts")
     return table(columns, cells)
+
+
+def _by_source(rows: Sequence[Row]) -> str:
+    cells = [
+        (row.task, row.method, one.name, str(one.draft_tokens), str(one.accepted_tokens), f"{one.acceptance:.2f}")
+        for row in rows
+        for one in row.sources
+    ]
+    return table(("guesses", "method", "source", "verified", "right", "α"), cells)
 
 
 def _times(value: float | None, sign: str = "×") -> str:

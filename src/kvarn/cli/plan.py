@@ -147,7 +147,7 @@ def _served(
 def _draft_uses(program: Program, config: EngineConfig) -> Iterator[Uses | None]:
     """What a draft model would take; None where the settings name none."""
     chosen = config.speculative
-    if chosen is None or chosen.method != "draft":
+    if chosen is None or chosen.source != "draft":
         yield None
         return
     from kvarn.engine.load import open_draft

@@ -16,9 +16,10 @@ Speculative = Annotated[
         help="Guess tokens ahead, so that several come in one step: 'method=ngram,k=auto' or k=4. ngram: what followed "
         "when the last tokens occurred before, in prompt or output. 'method=draft,model=MODEL': what a smaller model "
         "with the same vocabulary says (draft_vocab=N: it says its first N tokens only, which is faster). "
-        "'method=eagle,heads=FILE' or medusa: what heads say that were trained for the "
-        "model (`kvarn spec train` makes them). lookahead: n-grams that the model makes up itself (window, ngram, "
-        "guesses). auto: as many as pay. Also: max_k (of auto), ngram_min, ngram_max, corpus_tokens, max_step_drafts."
+        "'method=eagle,heads=FILE' or medusa: what heads say that were trained for the model (`kvarn spec train` makes "
+        "them). 'method=ngram+draft,model=MODEL' (ngram+eagle, ngram+medusa): as ngram, and where that finds nothing "
+        "as the other. lookahead: n-grams that the model makes up itself (window, ngram, guesses). auto: as many as "
+        "pay. Also: max_k (of auto, and of ngram+...), ngram_min, ngram_max, corpus_tokens, max_step_drafts."
     ),
 ]
 _NAMES = tuple(field.name for field in dataclasses.fields(SpeculativeConfig))

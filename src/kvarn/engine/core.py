@@ -43,6 +43,8 @@ class _Counters:
     draft_tokens: int = 0
     accepted_tokens: int = 0
     accepted_by_position: tuple[int, ...] = ()
+    copied_tokens: int = 0
+    accepted_copies: int = 0
     draft_seconds: float = 0.0
 
     def plus(self, scheduler: Scheduler) -> _Counters:
@@ -55,6 +57,8 @@ class _Counters:
             draft_tokens=self.draft_tokens + drafted.draft_tokens,
             accepted_tokens=self.accepted_tokens + drafted.accepted_tokens,
             accepted_by_position=tuple(map(sum, by_position)),
+            copied_tokens=self.copied_tokens + drafted.copied_tokens,
+            accepted_copies=self.accepted_copies + drafted.accepted_copies,
             draft_seconds=self.draft_seconds + drafted.seconds,
             preemptions=self.preemptions + scheduler.num_preemptions,
             prefix_queries=self.prefix_queries + scheduler.reuse.num_queries,

@@ -70,6 +70,10 @@ class EngineStats:
     """Those of them that became output."""
     accepted_by_position: tuple[int, ...] = ()
     """The same by how far ahead they were guessed, the next token at 0."""
+    copied_tokens: int = 0
+    """Of draft_tokens those that were looked up in what was known, not computed."""
+    accepted_copies: int = 0
+    """Of accepted_tokens the same."""
     draft_seconds: float = 0.0
     """Spent on proposing drafts."""
     grammars_compiled: int = 0

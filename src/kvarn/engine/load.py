@@ -136,7 +136,7 @@ def plan_engine(name_or_path: str, config: EngineConfig, available: Available) -
 def open_draft(config: EngineConfig) -> DraftModel | None:
     """The draft model that the settings name, pulled where it is not there yet, its files open and no weight read; None
     without one. Raises ModelFileError, UnsupportedModelError, PullError."""
-    if config.speculative is None or config.speculative.method != "draft":
+    if config.speculative is None or config.speculative.source != "draft":
         return None
     from kvarn.engine.draft import DraftModel
     from kvarn.weights import catalog

@@ -20,12 +20,14 @@ class Proposal:
     numbers (see `kvarn.sampling.Draft`); None where they were not drawn, as in a tree with branches they cannot be.
     parents: of each guess the one that it follows (see `kvarn.draft_tree`); None: each follows the one before. The
     guesses are in the drafter's own order, the likeliest first: where there is no room for all the first are verified.
+    copied: whether they were looked up in what is known, and not computed.
     """
 
     sequence_id: int
     token_ids: tuple[int, ...]
     probabilities: NDArray[np.float32] | None = None
     parents: tuple[int, ...] | None = None
+    copied: bool = False
 
 
 class Drafter(Protocol):
@@ -62,7 +64,7 @@ class Drafter(Protocol):
         values: Mapping[str, NDArray[np.float32]],
     ) -> Sequence[Proposal]:
         """Guesses for the next step, no further ahead than `num_drafts_wanted` for each scheduled sequence, and no more
-        than `num_nodes_wanted`.
+        than `num_nodes_wanted`; a drafter that looks up first, up to `num_copies_wanted` that it finds.
 
         Called after every step that computed anything. sampled: see `StepOutput.sampled`; all of a sequence's tokens
         that are known now are its prompt's and these, from all steps. (What comes after a sequence's end is among

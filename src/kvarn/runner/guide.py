@@ -22,9 +22,10 @@ def guided(grammars: GrammarMasks, scheduled: SchedulerOutput, proposals: Sequen
         return proposals
     found = {proposal.sequence_id: proposal for proposal in proposals}
     for part in scheduled.sequences:
-        if part.num_drafts_wanted and part.sequence_id in grammars:
+        wanted = max(part.num_drafts_wanted, part.num_copies_wanted)
+        if wanted and part.sequence_id in grammars:
             proposal = found.get(part.sequence_id, Proposal(part.sequence_id, ()))
-            found[part.sequence_id] = _guided(grammars, proposal, part.num_drafts_wanted)
+            found[part.sequence_id] = _guided(grammars, proposal, wanted)
     return [proposal for proposal in found.values() if proposal.token_ids]
 
 
@@ -33,10 +34,10 @@ def _guided(grammars: GrammarMasks, proposal: Proposal, wanted: int) -> Proposal
     parents = chain(len(tokens)) if proposal.parents is None else proposal.parents
     forced = grammars.forced(number, wanted)
     if len(path(tokens, parents, forced)) < len(forced):
-        return Proposal(number, forced)
+        return Proposal(number, forced, copied=True)
     allowed = grammars.allowed(number, tokens, parents)
     if drawn is None:
         tokens, parents = pruned(tokens, parents, lambda place, _level: place in allowed)
-        return Proposal(number, tokens, parents=parents)
+        return Proposal(number, tokens, parents=parents, copied=proposal.copied)
     count = min(len(allowed) + 1, len(tokens))
     return Proposal(number, tokens[:count], drawn[:count])

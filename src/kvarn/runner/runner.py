@@ -110,7 +110,7 @@ class Runner:
         sampled, failed = self._sample(values[self._logits], parts, masks, begun.refused)
         started = time.perf_counter()
         proposals = guided(self.grammars, scheduled, self._drafter.propose(scheduled, sampled, values))
-        asked = any(part.num_drafts_wanted for part in scheduled.sequences)
+        asked = any(part.num_drafts_wanted or part.num_copies_wanted for part in scheduled.sequences)
         draft_seconds = time.perf_counter() - started if asked else 0.0
         self._drawn = {p.sequence_id: p for p in proposals if p.probabilities is not None}
         drafts = tuple(_tokens(p) for p in proposals if p.token_ids)
@@ -274,4 +274,4 @@ def _nothing_left(token: SampledToken) -> FailedSequence:
 
 def _tokens(proposal: Proposal) -> DraftTokens:
     parents = chain(len(proposal.token_ids)) if proposal.parents is None else proposal.parents
-    return DraftTokens(proposal.sequence_id, proposal.token_ids, parents)
+    return DraftTokens(proposal.sequence_id, proposal.token_ids, parents, proposal.copied)

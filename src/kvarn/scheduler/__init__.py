@@ -20,11 +20,12 @@ from kvarn.scheduler.policy import FirstComeFirstServed, Policy, PriorityClasses
 from kvarn.scheduler.scheduler import Scheduler
 from kvarn.scheduler.sequence import Sequence
 from kvarn.scheduler.speculation import FixedSpeculation, NoSpeculation, Speculation
+from kvarn.scheduler.two_sources import TwoSources
 
 __all__ = [
     "AlwaysMove", "AutoSpeculation", "Backlog", "Budget", "ConstantBudget", "CostlySpeculation", "FairShare",
     "FirstComeFirstServed", "FixedSpeculation", "Forecast", "Hold", "ItlBudget", "Limits", "MeasuredCost", "MoveCost",
     "Moves", "NoSpeculation", "NullObserver", "Observer", "Policy", "PriorityClasses", "QueueForecast", "Scheduler",
-    "Sequence", "Speculation", "StepCost", "StepShape", "StepTimes", "make_budget", "make_policy", "make_scheduler",
-    "make_speculation",
+    "Sequence", "Speculation", "StepCost", "StepShape", "StepTimes", "TwoSources", "make_budget", "make_policy",
+    "make_scheduler", "make_speculation",
 ]  # fmt: skip

@@ -7,7 +7,8 @@ import heapq
 from collections.abc import Sequence as ListOf
 
 from kvarn.request import Request
-from kvarn.scheduler.acceptance import MOST_KINDS, PRIOR_WEIGHT, Acceptance, kind_of
+from kvarn.scheduler.acceptance import PRIOR_WEIGHT, Acceptance, kind_of
+from kvarn.scheduler.account import Account
 from kvarn.scheduler.cost import StepCost, StepShape
 from kvarn.scheduler.sequence import Sequence
 from kvarn.scheduler.speculation import check_asked, limit
@@ -49,7 +50,7 @@ class RowTimes:
 
     def observe(self, shape: StepShape, seconds: float) -> None:
         """Takes a measured step in, if no prompt was computed in it."""
-        if shape.num_tokens != shape.num_sampled or not shape.num_tokens or seconds <= 0:
+        if not is_decoding(shape) or seconds <= 0:
             return
         ratio, rows = seconds / self._cost.seconds(shape), _group(shape.num_tokens)
         place = bisect.bisect_left(self._rows, rows)
@@ -90,6 +91,18 @@ class RowTimes:
         return self._ratios[place - 1] + share * (self._ratios[place] - self._ratios[place - 1])
 
 
+def is_decoding(shape: StepShape) -> bool:
+    """Whether no prompt is computed in the step."""
+    return shape.num_tokens == shape.num_sampled > 0
+
+
+def plain_shape(shape: StepShape) -> StepShape:
+    """Of a step of decodes and their drafts the decodes alone, nearly: guesses are few beside what is known."""
+    count = shape.num_sequences
+    attended = shape.num_attended * count // shape.num_tokens
+    return StepShape(count, count, count, attended, shape.num_context - (shape.num_tokens - count))
+
+
 def _group(rows: int) -> int:
     """The number of rows under which this one is measured."""
     return rows if rows <= EXACT_ROWS else -(-rows // ROWS_TOGETHER) * ROWS_TOGETHER
@@ -106,16 +119,25 @@ class AutoSpeculation:
     apart for drafts of different length, since a drafter that is surer proposes more.
     What rows cost is learned from steps that have them; where it is believed to be too much, they are tried now and
     then to measure it anew. Where guesses do not pay, they are asked for in some of the steps only.
+    What it believes may be wrong: it keeps an `Account` of what really came, and as long as that is overdrawn there are
+    steps without guesses only.
     """
 
-    prior_weight = PRIOR_WEIGHT
-    """Guesses of a sequence that what is known of all counts for."""
+    num_accounts = 1
+    """Sources of guesses, of which each has one."""
 
     def __init__(self, most: int, cost: StepCost) -> None:
         """most: guesses for a sequence at most. cost: predicts steps, as a start."""
         self.most = most
         self._times = RowTimes(cost)
-        self._common = [Acceptance.prior(FIRST, LATER, COMMON_MEMORY) for _ in range(MOST_KINDS)]
+        self._accounts = [Account(1 / self.num_accounts) for _ in range(self.num_accounts)]
+        self._account = self._accounts[0]
+        self._said = 0
+        """Tokens of the step that is being booked."""
+        self._aside = 0.0
+        """Seconds that guessing took in it."""
+        self._common: dict[int, Acceptance] = {}
+        """By kind of draft."""
         self._choices = self._refusals = 0
         self._steps = self._awake = self._against = 0
 
@@ -127,10 +149,21 @@ class AutoSpeculation:
         """All that it may have: whether they are verified is decided when they are known. None during a rest."""
         return 0 if self._steps < self._awake else limit(self.most, sequence)
 
+    def copies(self, sequence: Sequence) -> tuple[int, int]:
+        """None: there is one source of guesses."""
+        del sequence
+        return 0, 0
+
     def choose(self, drafted: ListOf[Sequence], shape: StepShape, room: int) -> list[int]:
         """See `Speculation`."""
         self._choices += 1
         if self._choices % PLAIN_EVERY == 0 or not self._times.knows(shape.num_tokens):
+            return [0] * len(drafted)
+        return self._best(drafted, shape, room, self._account)
+
+    def _best(self, drafted: ListOf[Sequence], shape: StepShape, room: int, account: Account) -> list[int]:
+        """As many as are believed to pay, or are to be tried, if the account is not overdrawn."""
+        if account.seconds < 0:
             return [0] * len(drafted)
         order, gains = self._likeliest(drafted, room)
         length = sum(s.num_tokens for s in drafted) // len(drafted)
@@ -150,7 +183,7 @@ class AutoSpeculation:
         """There is nothing to plan: guesses cost nothing until they are verified."""
 
     def proposed(self, asked: ListOf[int], came: ListOf[int], seconds: float, prepare_seconds: float) -> None:
-        """Learns nothing."""
+        """Guesses that cost nothing teach nothing of what they cost."""
 
     def ended(self, sequence: Sequence) -> None:
         """Learns nothing."""
@@ -159,25 +192,55 @@ class AutoSpeculation:
         self, sequence: Sequence, draft: tuple[int, ...], parents: tuple[int, ...], tokens: ListOf[int]
     ) -> None:
         """See `Speculation`."""
+        self._said += len(tokens)
         if draft:
-            for known in (self._of(sequence, draft), self._common[self._kind(draft)]):
+            kind = self._kind(sequence, draft)
+            for known in (self._known(sequence, kind), self._of_all(kind)):
                 known.compare(draft, tokens, parents)
 
     def timed(self, shape: StepShape, seconds: float) -> None:
         """See `Speculation`."""
         self._steps += 1
+        if is_decoding(shape):
+            self._balance(shape, seconds)
         self._times.observe(shape, seconds)
+        self._said, self._aside = 0, 0.0
 
-    def _kind(self, draft: tuple[int, ...]) -> int:
+    def _balance(self, shape: StepShape, seconds: float) -> None:
+        """Takes a step into the account."""
+        count, extra = shape.num_sequences, shape.num_tokens - shape.num_sequences
+        expected = self._times.seconds(plain_shape(shape), shape.num_context // count, extra, max(1, extra))
+        if extra or self._aside:
+            spent = min(seconds, CLIP * expected[-1]) + self._aside
+            self._booked_to().saved(expected[0] * self._said / count - spent)
+        for account in self._accounts:
+            account.stepped(seconds, expected[0])
+
+    def _booked_to(self) -> Account:
+        """The account of the guesses of this step."""
+        return self._account
+
+    def _kind(self, sequence: Sequence, draft: tuple[int, ...]) -> int:
+        """Of a draft of the sequence, the one that it has."""
+        del sequence
         return kind_of(draft)
 
-    def _of(self, sequence: Sequence, draft: tuple[int, ...]) -> Acceptance:
-        """What is known of the sequence's drafts of that kind."""
-        kind = self._kind(draft)
+    def _weight(self, kind: int) -> float:
+        """Guesses of a sequence that what is known of all counts for."""
+        del kind
+        return PRIOR_WEIGHT
+
+    def _of_all(self, kind: int) -> Acceptance:
+        """What is known of all sequences' drafts of that kind."""
+        if kind not in self._common:
+            self._common[kind] = Acceptance.prior(FIRST, LATER, COMMON_MEMORY)
+        return self._common[kind]
+
+    def _known(self, sequence: Sequence, kind: int) -> Acceptance:
+        """What is known of the sequence's."""
         known = sequence.acceptance.get(kind)
         if known is None:
-            common = self._common[kind]
-            known = sequence.acceptance[kind] = common.start(self.prior_weight)
+            known = sequence.acceptance[kind] = self._of_all(kind).start(self._weight(kind))
         return known
 
     def _likeliest(self, drafted: ListOf[Sequence], room: int) -> tuple[list[int], list[float]]:
@@ -185,7 +248,7 @@ class AutoSpeculation:
 
         Of a draft they are in its order. One that makes way for likelier ones is taken where those are.
         """
-        of = [self._of(sequence, sequence.draft).gains(sequence.parents) for sequence in drafted]
+        of = [self._known(s, self._kind(s, s.draft)).gains(s.parents) for s in drafted]
         worth = [_worth(gains) for gains in of]
         heap = [(-values[0], place, 0) for place, values in enumerate(worth)]
         heapq.heapify(heap)

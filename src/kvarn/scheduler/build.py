@@ -18,6 +18,7 @@ from kvarn.scheduler.observer import Observer
 from kvarn.scheduler.policy import FirstComeFirstServed, Policy, PriorityClasses
 from kvarn.scheduler.scheduler import Scheduler
 from kvarn.scheduler.speculation import FixedSpeculation, NoSpeculation, Speculation
+from kvarn.scheduler.two_sources import TwoSources
 
 _POLICIES: dict[str, Callable[[], Policy]] = {
     kind.name: kind for kind in (FirstComeFirstServed, PriorityClasses, FairShare)
@@ -41,7 +42,9 @@ def make_speculation(config: SpeculativeConfig | None, cost: StepCost) -> Specul
     if config is None:
         return NoSpeculation()
     if config.k is not None:
-        return FixedSpeculation(config.most)
+        return FixedSpeculation(config.most, config.most_copies)
+    if config.looks_up_first:
+        return TwoSources(config.most, config.most_copies, cost)
     return CostlySpeculation(config.most, cost) if config.costly else AutoSpeculation(config.most, cost)
 
 

@@ -6,6 +6,7 @@ import math
 import statistics
 from collections import deque
 from collections.abc import Sequence as ListOf
+from dataclasses import dataclass
 
 from kvarn.scheduler.acceptance import Acceptance
 from kvarn.scheduler.auto import LEAST_GAIN, MARGIN, PLAIN_EVERY, AutoSpeculation, best_count
@@ -17,18 +18,22 @@ PRIOR_SHARE = 0.4
 """What a guess of each sequence is believed to take of a step without guesses, as long as none was measured."""
 LAST = 5
 """Measurements of which the median counts, for each number of sequences: some have texts to read first."""
-ALLOWANCE = 0.02
-"""Of the time of steps, what trying guesses that are not believed to pay may take."""
 LEAST_TRIED = 8
-"""Guesses that are verified at first, whatever they take, before any is believed to pay."""
+"""Guesses that are verified at first, if not much is to be read for them, before any is believed to pay."""
+TRY_EVERY = 16
+"""Steps from one that is tried to the next, then, however little it takes."""
 DEEPER_EVERY = 4
 """Of the steps with guesses, one has one more of them than is believed best, as long as that was never measured."""
 NEARLY = 8
 """Tokens that a drafter may lack of a text without it being worth a thought."""
-READING_MEMORY, LEAST_OFF = 0.8, 0.1
+READING_MARGIN = 1.5
+"""By how much reading must be expected to pay."""
+READING_MEMORY, LEAST_OFF, UNKNOWN_OFF = 0.8, 0.1, 2.0
 """What is known of the time of reading counts this much less with each text; and a bound of what it may say."""
 ANSWERED_SHARE = 0.05
 """Of each step in the share of sequences that guesses came for."""
+COMMON_WEIGHT = 6.0
+"""Guesses of a sequence that what is known of all sequences counts for, of those that were computed."""
 ANSWER = 128
 """Tokens of an answer, as long as none has ended."""
 
@@ -52,36 +57,67 @@ class GuessTimes:
         return statistics.median(self._lately[nearest]) * math.sqrt(max(1.0, count / nearest))
 
 
+@dataclass(frozen=True, slots=True)
+class Prospect:
+    """What a plan expects of a step, for one of its sequences."""
+
+    steps: ListOf[float]
+    """Seconds of the step with 0, 1, … guesses for each sequence that may have some."""
+    count: int
+    """Of those sequences."""
+    guess: float
+    """Seconds that one guess more takes to make."""
+    pace: float
+    """Seconds in which one sequence gains a token, at best."""
+    depth: int = 0
+    """Guesses for each sequence that are best."""
+    saved: float = 0.0
+    """Seconds that they save a token of each sequence."""
+
+    def worth(self, gain: float, rows: int) -> float:
+        """Seconds that so many tokens more save, less what it takes to verify so many guesses."""
+        most = len(self.steps) - 1
+        known = min(rows, most)
+        return gain * self.pace - (self.steps[known] - self.steps[0]) * rows / (max(1, known) * self.count)
+
+
+NO_PROSPECT = Prospect((0.0,), 1, 0.0, 0.0)
+
+
 class CostlySpeculation(AutoSpeculation):
     """`AutoSpeculation` for a drafter whose guesses cost about as much as a share of a step each.
 
     How many tokens to guess is decided before they are: as many for each sequence as make expected tokens by expected
     time largest, the time of guessing among it, and none where none do. A text that the drafter has not read costs more
-    at first: it is read where the answer is expected to be long enough to earn it.
+    at first: it is read where the answer is expected to be long enough to earn it, one text at a time, and not as long
+    as what was read before has not earned it (`Account`).
 
-    Where guesses are not believed to pay, one is tried now and then, as often as a fixed share of the time
-    (`ALLOWANCE`) has room for what it takes. So what guesses are worth is known, of all parts of answers, and knowing
-    it costs no more. Only verified guesses teach: one that was drawn from probabilities may be right without being what
-    came. What is known of all sequences counts for more than with `AutoSpeculation`: a model is right about as often in
-    all texts, where a copy is right or wrong.
+    Where guesses are not believed to pay, one is tried now and then, as often as the account has room for what it
+    takes. So what guesses are worth is known, of all parts of answers, and knowing it costs no more than the account
+    allows. Only verified guesses teach: one that was drawn from probabilities may be right without being what came.
+    What is known of all sequences counts for more than with `AutoSpeculation`: a model is right about as often in all
+    texts, where a copy is right or wrong.
     """
 
-    prior_weight = 6.0
+    computed_kind = 0
+    """Of all drafts that were computed: the drafter is asked for a length, and says nothing of how sure it is."""
 
     def __init__(self, most: int, cost: StepCost) -> None:
         """See `AutoSpeculation`."""
         super().__init__(most, cost)
         self._cost = cost
         self._guesses = GuessTimes()
-        self._depth = 0
-        self._saved = 0.0
-        """Seconds that guessing at that depth is expected to save a token of each sequence."""
-        self._allowance = 0.0
+        self._now = self._hoped = NO_PROSPECT
+        """Of guessing for those that the drafter has read, and for all, once they are."""
+        self._reading = False
+        """Whether somebody is asked in this step of whom more is unread than is computed in passing."""
+        self._being_read = False
+        """Whether a text is: others wait until that one begins to show what it is worth."""
         self._trial: int | None = None
         """Id of the sequence that is asked for a guess in this step, to try it."""
         self._tried: int | None = None
         """Of the one that was in the last."""
-        self._num_tried = 0
+        self._num_tried = self._last_tried = 0
         self._answer = float(ANSWER)
         self._reading_expected = self._reading_taken = 0.0
         """Seconds, fading."""
@@ -91,43 +127,55 @@ class CostlySpeculation(AutoSpeculation):
 
     def plan(self, ready: ListOf[Sequence], shape: StepShape) -> None:
         """See `Speculation`."""
-        self._depth, self._saved = 0, 0.0
-        self._tried, self._trial = self._trial, None
+        self._now = self._hoped = NO_PROSPECT
+        self._reading, self._tried, self._trial = False, self._trial, None
         self._plans += 1
         ready = [sequence for sequence in ready if limit(self.most, sequence)]
-        if not ready:
+        if not ready or self._plans % PLAIN_EVERY == 0 or not self._times.knows(shape.num_tokens):
             return
-        if self._plans % PLAIN_EVERY == 0 or not self._times.knows(shape.num_tokens):
-            return
+        self._being_read = any(sequence.drafter_reads for sequence in ready)
+        known = [sequence for sequence in ready if self._unread(sequence) <= NEARLY]
+        hoped = self._prospect(ready, shape)
+        now = hoped if len(known) == len(ready) else self._prospect(known, shape) if known else NO_PROSPECT
+        if not (now.depth or hoped.depth) or self._num_tried < LEAST_TRIED:
+            self._try_one(ready, self._step_times(ready, shape, 1))
+        else:
+            self._now, self._hoped = now, hoped
+
+    def _prospect(self, some: ListOf[Sequence], shape: StepShape) -> Prospect:
+        """What is best if these are guessed for, and the step's others are not."""
         count = shape.num_sequences
-        times = self._step_times(ready, shape, self.most)
-        one = self._guesses.seconds(count, PRIOR_SHARE * times[0])
-        rates = [self._known(sequence) for sequence in ready]
-        best, tokens, share = MARGIN * count / times[0], float(count), self._answered
-        for depth in range(1, self.most + 1):
-            tokens += share * sum(rate.gain(depth - 1) for rate in rates)
-            seconds = share * (times[depth] + depth * one) + (1 - share) * (times[0] + one)
+        times = self._step_times(some, shape, self.most)
+        one = self._guesses.seconds(len(some), PRIOR_SHARE * times[0])
+        rates = [self._computed(sequence) for sequence in some]
+        best, tokens, share, depth, saved = MARGIN * count / times[0], float(count), self._answered, 0, 0.0
+        for ahead in range(1, self.most + 1):
+            tokens += share * sum(rate.gain(ahead - 1) for rate in rates)
+            seconds = share * (times[ahead] + ahead * one) + (1 - share) * (times[0] + one)
             if tokens / seconds > best:
-                best, self._depth = tokens / seconds, depth
-                self._saved = times[0] / count - seconds / tokens
-        if 0 < self._depth < self.most and self._plans % DEEPER_EVERY == 0:
+                best, depth, saved = tokens / seconds, ahead, times[0] / count - seconds / tokens
+        if 0 < depth < self.most and self._plans % DEEPER_EVERY == 0:
             # What rows cost that were never measured is a guess; one that is too high would never be put right.
-            self._depth += not self._times.knows(shape.num_tokens + (self._depth + 1) * count)
-        if not self._depth or self._num_tried < LEAST_TRIED:
-            self._depth = 0
-            self._try_one(ready, times, count)
+            depth += not self._times.knows(shape.num_tokens + (depth + 1) * len(some))
+        return Prospect(times, len(some), one / len(some), count / best, depth, saved)
 
     def wanted(self, sequence: Sequence) -> int:
         """See `Speculation`."""
         if sequence.sequence_id == self._trial:
-            return 1
-        depth = limit(self._depth, sequence)
-        if not depth or not self._worth_reading(sequence):
-            return 0
-        rate = self._known(sequence)
-        while depth and rate.gain(depth - 1) < LEAST_GAIN:
-            depth -= 1
+            depth = 1
+        else:
+            depth = limit(self._depth(sequence), sequence)
+            rate = self._computed(sequence)
+            while depth and rate.gain(depth - 1) < LEAST_GAIN:
+                depth -= 1
+        self._reading |= depth > 0 and self._unread(sequence) > NEARLY
         return depth
+
+    def _depth(self, sequence: Sequence) -> int:
+        """How far to guess ahead for a sequence like this one: whose text was read, is, or is now to be."""
+        if self._unread(sequence) <= NEARLY:
+            return self._now.depth
+        return self._hoped.depth if sequence.drafter_reads or self._worth_reading(sequence) else 0
 
     def choose(self, drafted: ListOf[Sequence], shape: StepShape, room: int) -> list[int]:
         """See `Speculation`. What guessing them took is spent already."""
@@ -138,7 +186,7 @@ class CostlySpeculation(AutoSpeculation):
         for place in order[: best_count(shape.num_sequences, gains, times)]:
             counts[place] += 1
         for place, sequence in enumerate(drafted):
-            if sequence.sequence_id == self._tried:
+            if sequence.sequence_id == self._tried and self._kind(sequence, sequence.draft) == self.computed_kind:
                 counts[place] = min(len(sequence.draft), room - sum(counts) + counts[place])
         return counts
 
@@ -147,48 +195,52 @@ class CostlySpeculation(AutoSpeculation):
     ) -> None:
         """See `Speculation`."""
         super().compare(sequence, draft, parents, tokens)
-        self._num_tried += bool(draft)
-
-    def timed(self, shape: StepShape, seconds: float) -> None:
-        """See `Speculation`."""
-        super().timed(shape, seconds)
-        self._allowance = min(self._allowance + ALLOWANCE * seconds, 100 * seconds)
+        self._num_tried += bool(draft) and self._kind(sequence, draft) == self.computed_kind
 
     def proposed(self, asked: ListOf[int], came: ListOf[int], seconds: float, prepare_seconds: float) -> None:
-        """See `Speculation`."""
-        if asked:
+        """See `Speculation`. Where much is read with the first guesses, what is beyond the others is for that."""
+        if asked and not prepare_seconds:
             self._answered += ANSWERED_SHARE * (len(came) / len(asked) - self._answered)
-        if came and len(came) == len(asked):
+        if came and self._reading:
+            expected = max(came) * self._guesses.seconds(len(asked), 0.0)
+            self._reading_taken += max(0.0, seconds - expected) if expected else 0.0
+        elif came and len(came) == len(asked):
             self._guesses.observe(len(came), seconds / max(came))
         self._reading_taken += prepare_seconds
-        if self._trial is not None:
-            self._allowance -= seconds + prepare_seconds
+        self._aside += seconds
+        self._account.saved(-prepare_seconds)
 
     def ended(self, sequence: Sequence) -> None:
         """See `Speculation`."""
         self._answer += 0.1 * (sequence.num_output_tokens - self._answer)
 
-    def _kind(self, draft: tuple[int, ...]) -> int:
-        """The drafter is asked for a length: it says nothing of how sure it is."""
-        del draft
-        return 0
+    def _kind(self, sequence: Sequence, draft: tuple[int, ...]) -> int:
+        del sequence, draft
+        return self.computed_kind
 
-    def _known(self, sequence: Sequence) -> Acceptance:
-        return self._of(sequence, ())
+    def _weight(self, kind: int) -> float:
+        return COMMON_WEIGHT if kind == self.computed_kind else super()._weight(kind)
+
+    def _computed(self, sequence: Sequence) -> Acceptance:
+        return self._known(sequence, self.computed_kind)
 
     def _step_times(self, ready: ListOf[Sequence], shape: StepShape, most: int) -> list[float]:
         """Of steps with 0, 1, … guesses verified for each sequence."""
         length = sum(s.num_tokens for s in ready) // len(ready)
         return self._times.seconds(shape, length, most * len(ready), len(ready))
 
-    def _try_one(self, ready: ListOf[Sequence], times: list[float], count: int) -> None:
-        """Asks one sequence for a guess if there is time for it: one that takes least, of those the last."""
-        sequence = min(reversed(ready), key=self._unread)
-        guess = self._guesses.seconds(1, PRIOR_SHARE * times[0]) + (times[1] - times[0]) / count
-        reading = 0.0 if sequence.drafter_reads else self._reading_seconds(sequence)
-        if self._allowance < guess + reading and self._num_tried >= LEAST_TRIED:
+    def _try_one(self, ready: ListOf[Sequence], times: list[float]) -> None:
+        """Asks one sequence for a guess if there is time for it: one that takes least, of those the last. times: of
+        steps with no guess and with one for each."""
+        if self._num_tried >= LEAST_TRIED and self._plans - self._last_tried < TRY_EVERY:
             return
-        self._trial = sequence.sequence_id
+        sequence = min(reversed(ready), key=self._unread)
+        guess = self._guesses.seconds(1, PRIOR_SHARE * times[0]) + (times[1] - times[0]) / len(ready)
+        cost = 0.0 if sequence.drafter_reads else self._reading_seconds(sequence)
+        cost += guess if self._num_tried >= LEAST_TRIED else 0.0
+        if cost and self._account.seconds < cost:
+            return
+        self._trial, self._last_tried = sequence.sequence_id, self._plans
         if not sequence.drafter_reads:
             self._reads(sequence)
 
@@ -198,7 +250,7 @@ class CostlySpeculation(AutoSpeculation):
 
     def _reading_seconds(self, sequence: Sequence) -> float:
         """What the drafter takes for them, by what it took in proportion to what was expected."""
-        off = self._reading_taken / self._reading_expected if self._reading_expected else 1.0
+        off = self._reading_taken / self._reading_expected if self._reading_expected else UNKNOWN_OFF
         return self._modelled_seconds(sequence) * max(off, LEAST_OFF)
 
     def _modelled_seconds(self, sequence: Sequence) -> float:
@@ -207,19 +259,23 @@ class CostlySpeculation(AutoSpeculation):
         if unread <= NEARLY:
             return 0.0
         many, one = StepShape(unread, 1, 0, unread * unread // 2), StepShape(1, 1, 1, unread)
-        return self._guesses.seconds(1, 0.0) * self._cost.seconds(many) / self._cost.seconds(one)
+        step = self._cost.seconds(one)
+        return self._guesses.seconds(1, PRIOR_SHARE * step) * self._cost.seconds(many) / step
 
     def _worth_reading(self, sequence: Sequence) -> bool:
         if sequence.drafter_reads or self._unread(sequence) <= NEARLY:
             return True
         left = min(sequence.max_length - sequence.num_tokens, max(self._answer - sequence.num_output_tokens, 0))
-        if self._reading_seconds(sequence) > self._saved * left:
+        seconds = self._reading_seconds(sequence)
+        if self._being_read or not self._account.bears(seconds):
+            return False
+        if READING_MARGIN * seconds > self._hoped.saved * left:
             return False
         self._reads(sequence)
         return True
 
     def _reads(self, sequence: Sequence) -> None:
         """Expects it to be read from now on."""
-        sequence.drafter_reads = True
+        sequence.drafter_reads = self._being_read = True
         self._reading_expected = READING_MEMORY * self._reading_expected + self._modelled_seconds(sequence)
         self._reading_taken *= READING_MEMORY

@@ -28,14 +28,20 @@ class DraftCounts:
     accepted_tokens: int = 0
     by_position: list[int] = field(default_factory=list)
     """Accepted tokens by how far ahead they were guessed, the next one at 0."""
+    copied_tokens: int = 0
+    """Of `draft_tokens` those that were looked up, not computed."""
+    accepted_copies: int = 0
+    """Of `accepted_tokens` the same."""
     seconds: float = 0.0
     """Spent on proposing."""
 
-    def add(self, drafted: int, accepted: int) -> None:
+    def add(self, drafted: int, accepted: int, copied: bool) -> None:
         """One draft more."""
         self.drafts += 1
         self.draft_tokens += drafted
         self.accepted_tokens += accepted
+        self.copied_tokens += drafted * copied
+        self.accepted_copies += accepted * copied
         self.by_position += [0] * (accepted - len(self.by_position))
         for place in range(accepted):
             self.by_position[place] += 1
@@ -53,6 +59,19 @@ class DraftLimits:
     """See `KvType`."""
     writes_ahead: bool = False
     """Whether the drafter computes keys and values of its own for what it guesses, in the sequence's blocks."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """Guesses that are wanted of one sequence: see the fields of `ScheduledSequence`."""
+
+    ahead: int = 0
+    nodes: int = 0
+    copies: int = 0
+    least_copied: int = 0
+
+
+NOTHING_WANTED = Wanted()
 
 
 class Drafting:
@@ -148,12 +167,15 @@ class Drafting:
         self._ahead = []
         return self._pool.num_available > before
 
-    def wanted(self, sequence: Sequence) -> tuple[int, int]:
-        """How far to guess ahead for the step after this one, which samples a token of the sequence, and how many
-        guesses a tree of them may have."""
+    def wanted(self, sequence: Sequence) -> Wanted:
+        """How far to guess ahead for the step after this one, which samples a token of the sequence, how many guesses
+        a tree of them may have, and how many copies there may be."""
+        most = sequence.max_length - sequence.num_tokens - 2
+        if most <= 0:
+            return NOTHING_WANTED
         nodes = min(self.control.wanted(sequence), self._limits.max_model_len - sequence.num_tokens - 1)
-        ahead = min(nodes, sequence.max_length - sequence.num_tokens - 2)
-        return (ahead, nodes) if ahead > 0 else (0, 0)
+        copies, least = self.control.copies(sequence)
+        return Wanted(min(nodes, most), nodes, min(copies, most), least)
 
     def book(
         self,
@@ -174,21 +196,26 @@ class Drafting:
         for sequence, said in tokens.items():
             part = parts.get(sequence.sequence_id)
             # What a model drew may be accepted without being what would have come: only verified ones tell.
-            told = sequence.draft if not self._limits.writes_ahead else part.draft if part is not None else ()
+            drawn = self._limits.writes_ahead and not sequence.copied
+            told = sequence.draft if not drawn else part.draft if part is not None else ()
             self.control.compare(sequence, told, sequence.parents[: len(told)], said)
             if sequence.finished:
                 self.control.ended(sequence)
             sequence.draft = sequence.parents = ()
             if part is not None:
                 self._count(sequence, len(part.draft), min(len(said), verified[sequence.sequence_id] - 1))
+        copied = {draft.sequence_id for draft in result.drafts if draft.copied}
+        computing = (part for part in scheduled.sequences if part.sequence_id not in copied)
+        asked = [part.num_drafts_wanted for part in computing if part.num_drafts_wanted]
+        lengths = [len(draft.token_ids) for draft in result.drafts if not draft.copied]
+        self.control.proposed(asked, lengths, result.draft_seconds, result.prepare_seconds)
         for draft in result.drafts:
             owner = alive.get(draft.sequence_id)
             if owner is not None:
                 owner.draft, owner.parents = self._fitting(owner, draft)
-                owner.num_drafter_tokens = owner.num_tokens
-        asked = [part.num_drafts_wanted for part in scheduled.sequences if part.num_drafts_wanted]
-        lengths = [len(draft.token_ids) for draft in result.drafts]
-        self.control.proposed(asked, lengths, result.draft_seconds, result.prepare_seconds)
+                owner.copied = draft.copied
+                if not draft.copied:
+                    owner.num_drafter_tokens, owner.drafter_reads = owner.num_tokens, False
         self._keep_ahead(scheduled, alive)
 
     def _fitting(self, sequence: Sequence, draft: DraftTokens) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -217,7 +244,7 @@ class Drafting:
             if alive.get(sequence.sequence_id) is not sequence:
                 continue
             # The last known token has its KV from the drafter already, and the last guess none.
-            ahead = len(sequence.draft) if self._limits.writes_ahead else 0
+            ahead = len(sequence.draft) if self._limits.writes_ahead and not sequence.copied else 0
             self._truncate(sequence, sequence.num_computed_tokens + ahead)
             if ahead:
                 self._ahead.append(sequence)
@@ -226,7 +253,7 @@ class Drafting:
         sequence.table.truncate(blocks_for(num_tokens, self._pool.block_size))
 
     def _count(self, sequence: Sequence, drafted: int, accepted: int) -> None:
-        self.counts.add(drafted, accepted)
+        self.counts.add(drafted, accepted, sequence.copied)
         sequence.num_draft_tokens += drafted
         sequence.num_accepted_tokens += accepted
         self._observer.verified(sequence, drafted, accepted)

@@ -48,8 +48,10 @@ class Sequence:
     """Guesses of its next tokens, for the next step."""
     parents: tuple[int, ...] = ()
     """Of each guess the one that it follows (see `kvarn.draft_tree`)."""
+    copied: bool = False
+    """Whether they were looked up, not computed."""
     num_drafter_tokens: int = 0
-    """Tokens that there were when a drafter guessed last: it has read them."""
+    """Tokens that there were when a drafter last computed guesses: it has read them."""
     drafter_reads: bool = False
     """Whether what a drafter has not read of it was found worth the time."""
     acceptance: dict[int, Acceptance] = field(default_factory=dict)

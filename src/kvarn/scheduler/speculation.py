@@ -32,6 +32,11 @@ class Speculation(Protocol):
         """Tokens that a drafter is to propose for the sequence, at most."""
         ...
 
+    def copies(self, sequence: Sequence) -> tuple[int, int]:
+        """Tokens that a drafter is to copy at most where it looks up first, and how many are worth more than what it
+        guesses otherwise, at least. Asked after `wanted`."""
+        ...
+
     def choose(self, drafted: ListOf[Sequence], shape: StepShape, room: int) -> list[int]:
         """For each of those that have a draft, how many of its tokens to verify in this step; `room` in all at most.
 
@@ -47,7 +52,8 @@ class Speculation(Protocol):
 
     def proposed(self, asked: ListOf[int], came: ListOf[int], seconds: float, prepare_seconds: float) -> None:
         """Told what came of asking for guesses in a step: how many of each sequence of which any were asked, and the
-        lengths of the drafts that came. seconds: that making them took; prepare_seconds: and getting ready for it."""
+        lengths of the drafts that came, copies in neither. seconds: that making them took; prepare_seconds: and getting
+        ready for it."""
         ...
 
     def ended(self, sequence: Sequence) -> None:
@@ -96,6 +102,11 @@ class NoSpeculation:
         del sequence
         return 0
 
+    def copies(self, sequence: Sequence) -> tuple[int, int]:
+        """None."""
+        del sequence
+        return 0, 0
+
     def choose(self, drafted: ListOf[Sequence], shape: StepShape, room: int) -> list[int]:
         """None."""
         del shape, room
@@ -122,9 +133,10 @@ class NoSpeculation:
 class FixedSpeculation(NoSpeculation):
     """The same number for every sequence in every step, as far as there is room; learns nothing."""
 
-    def __init__(self, k: int) -> None:
-        """k: tokens guessed ahead."""
+    def __init__(self, k: int, copies: int = 0) -> None:
+        """k: tokens guessed ahead. copies: and where some are looked up first, so many of those."""
         self.most = k
+        self._copies = copies
 
     def check(self, request: Request) -> None:
         """See `Speculation`."""
@@ -133,6 +145,10 @@ class FixedSpeculation(NoSpeculation):
     def wanted(self, sequence: Sequence) -> int:
         """See `Speculation`."""
         return limit(self.most, sequence)
+
+    def copies(self, sequence: Sequence) -> tuple[int, int]:
+        """See `Speculation`. Any is taken."""
+        return limit(self._copies, sequence), 0
 
     def choose(self, drafted: ListOf[Sequence], shape: StepShape, room: int) -> list[int]:
         """All; where there is less room, an equal share for each."""

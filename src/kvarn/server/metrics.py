@@ -64,6 +64,14 @@ def _by_position(stats: EngineStats) -> Mapping[str, float]:
     return {str(position): count for position, count in enumerate(stats.accepted_by_position)}
 
 
+def _draft_sources(stats: EngineStats) -> Mapping[str, float]:
+    return {"copied": stats.copied_tokens, "computed": stats.draft_tokens - stats.copied_tokens}
+
+
+def _accepted_sources(stats: EngineStats) -> Mapping[str, float]:
+    return {"copied": stats.accepted_copies, "computed": stats.accepted_tokens - stats.accepted_copies}
+
+
 GAUGES: tuple[tuple[str, str, _Read], ...] = (
     ("num_requests_running", "Sequences that take part in the steps.", lambda s: s.running),
     ("num_requests_waiting", "Sequences that wait: new or preempted.", lambda s: s.waiting),
@@ -101,6 +109,18 @@ LABELLED: tuple[tuple[str, str, str, _ByLabel], ...] = (
         "Tokens of drafts that became output, by how far ahead they were guessed.",
         "position",
         _by_position,
+    ),
+    (
+        "spec_decode_num_draft_tokens_per_source",
+        "Tokens of drafts, by whether they were copied from what was known, or computed.",
+        "source",
+        _draft_sources,
+    ),
+    (
+        "spec_decode_num_accepted_tokens_per_source",
+        "Those of them that became output.",
+        "source",
+        _accepted_sources,
     ),
     ("request_rejections", "Requests refused with 429.", "reason", lambda s: s.rejections),
     ("request_success", "Answers that ended, n of a request.", "finished_reason", lambda s: s.ended),

@@ -27,6 +27,7 @@ class ResponseAnswer:
         self._with_logprobs = request.with_logprobs
         self._logprobs: list[dict[str, Any]] = []
         """Of tokens whose text has not come yet."""
+        self._thoughts = None if chat.thoughts is None else chat.thoughts.tokens(chat.tokenizer)
         self._num_thought = 0
         """Tokens of thoughts."""
         self._body = {
@@ -55,17 +56,16 @@ class ResponseAnswer:
 
     def _take(self, part: SequenceOutput) -> bytes:
         """The events of what a step has added."""
-        thought = self._voice.is_thinking
-        pieces = self._voice.pieces(part.text, ended=part.finish_reason is not None)
-        thought = thought or self._voice.is_thinking
-        self._num_thought += len(part.token_ids) if thought else 0
-        if self._with_logprobs and not thought:
-            self._logprobs += chat_logprobs(self._tokenizer, part.logprobs)["content"]
+        thought = [self._thoughts is not None and self._thoughts.is_thought(token) for token in part.token_ids]
+        self._num_thought += sum(thought)
+        if self._with_logprobs:
+            said = [entry for entry, left_out in zip(part.logprobs, thought, strict=True) if not left_out]
+            self._logprobs += chat_logprobs(self._tokenizer, said)["content"]
         out = b""
-        for piece in pieces:
-            said = isinstance(piece, str)
-            out += self._output.take(piece, self._logprobs if said else [])
-            self._logprobs = [] if said else self._logprobs
+        for piece in self._voice.pieces(part.text, ended=part.finish_reason is not None):
+            is_text = isinstance(piece, str)
+            out += self._output.take(piece, self._logprobs if is_text else [])
+            self._logprobs = [] if is_text else self._logprobs
         if part.finish_reason is not None:
             self._output.late(self._logprobs)
         return out

@@ -55,6 +55,10 @@ class Thoughts:
         """For one answer."""
         return ThoughtReader(self)
 
+    def tokens(self, tokenizer: Tokenizer) -> ThoughtTokens:
+        """The same for one answer's tokens."""
+        return ThoughtTokens(self.opening, tokenizer)
+
     def bind(self, sampling: SamplingParams, tools: ToolUse | None, limits: GrammarConfig) -> SamplingParams:
         """The same, with a grammar that lets the model think first.
 
@@ -147,11 +151,6 @@ class ThoughtReader:
         self._strip = False
         """Whether white space at the beginning of what comes is left out."""
 
-    @property
-    def is_thinking(self) -> bool:
-        """Whether the model is in its thoughts."""
-        return self._opening is Opening.INSIDE
-
     def take(self, text: str, *, ended: bool) -> tuple[str, str]:
         """(thoughts, answer) that a piece of text adds. ended: it is the last one."""
         self._held += text
@@ -193,3 +192,29 @@ class ThoughtReader:
             text = text.lstrip()
             self._strip = not text
         return text
+
+
+class ThoughtTokens:
+    """Tells which tokens of one answer are thoughts, from the one that completes their begin to the one that completes
+    their end; the same however the tokens come."""
+
+    def __init__(self, opening: Opening, tokenizer: Tokenizer) -> None:
+        self._opening = opening
+        self._tokenizer = tokenizer
+        self._said = b""
+
+    def is_thought(self, token: int) -> bool:
+        """Told of each token in turn."""
+        if self._opening is Opening.CLOSED:
+            return False
+        self._said += self._tokenizer.token_bytes(token)
+        if self._opening is Opening.OPEN:
+            begun = self._said.lstrip()
+            if not begun.startswith(BEGIN.encode()):
+                self._opening = Opening.OPEN if BEGIN.encode().startswith(begun) else Opening.CLOSED
+                return False
+            self._opening, self._said = Opening.INSIDE, begun[len(BEGIN) :]
+        if END.encode() in self._said:
+            self._opening = Opening.CLOSED
+        self._said = self._said[-len(END) :]
+        return True

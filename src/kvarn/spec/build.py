@@ -27,12 +27,20 @@ def make_drafter(
     logits: the program's output buffer."""
     if config is None:
         return NullDrafter()
-    if config.method == "draft" or config.heads:
+    if config.looks_up_first:
+        from kvarn.spec.found_first import FoundFirst
+
+        return FoundFirst(_lookup(config), of_model())
+    if config.costly:
         return of_model()
     if config.method == "lookahead":
         from kvarn.spec.lookahead import LookaheadDrafter
 
         return LookaheadDrafter(config, logits)
+    return _lookup(config)
+
+
+def _lookup(config: SpeculativeConfig) -> Drafter:
     from kvarn.spec.corpus import Corpora
     from kvarn.spec.ngram import NgramDrafter
 
@@ -56,10 +64,10 @@ def open_heads(
     from kvarn.spec.medusa import medusa_model
 
     target = None if weights is None else content_key(program, weights)
-    heads = read_heads(Path(config.heads).expanduser(), config.method, target)
+    heads = read_heads(Path(config.heads).expanduser(), config.source, target)
     sizes = next(op.weight for op in program.ops if isinstance(op, Logits) and op.out == program.output)
     if (heads.shape.vocab_size, heads.shape.hidden_size) != program.weight(sizes).shape:
         raise ModelFileError("trained for a model of other sizes", path=config.heads, field="shape")
-    if config.method == "medusa":
+    if config.source == "medusa":
         return medusa_model(heads, program, weights, config.k)
     return eagle_model(heads, program, weights)

@@ -15,14 +15,13 @@ from kvarn.spec.draft_kv import DraftKv, Table
 from kvarn.step import NewSequence, SampledToken, ScheduledSequence, SchedulerOutput
 
 CATCH_UP_TOKENS = 64
-"""Of texts that the draft model has not seen, computed before a step at most, so that no step is held up for long."""
-NEARLY = 8
-"""Tokens that may be missing to guess at once: they are computed with the first guess."""
+"""Of texts that the draft model has not seen, computed in one of its steps at most, so that nobody is held up for long.
+Where no more are missing they are computed with the first guess, so that weights are read once for both."""
 
 
 def draft_limits(limits: StepLimits, max_positions: int) -> StepLimits:
     """The largest step of a draft model beside a target with those limits."""
-    tokens = max(CATCH_UP_TOKENS, 2 * limits.max_num_sequences, NEARLY + limits.max_num_drafts + 2)
+    tokens = max(CATCH_UP_TOKENS, 2 * limits.max_num_sequences, limits.max_num_drafts + 2)
     return StepLimits(tokens, limits.max_num_sequences, min(limits.max_model_len, max_positions))
 
 
@@ -65,8 +64,9 @@ class DraftModelDrafter:
 
     **Its keys and values** are in a storage of its own with the target's block ids, in the blocks of the KV group that
     keeps all tokens, whatever windows its own layers have (`DraftKv`). Prefix hits, copies and preemption are the
-    target's; blocks from the second tier, and text that came while nothing was guessed, lack draft KV, which is
-    computed before a sequence's next guess: up to `CATCH_UP_TOKENS` a step for all, nothing being guessed meanwhile.
+    target's; blocks from the second tier, and text that came while nothing was guessed, lack draft KV. It is computed
+    with a sequence's next guess, or where that is too much before it: up to `CATCH_UP_TOKENS` a step for all, nothing
+    being guessed meanwhile.
 
     **How tokens are drawn**, for each request by what accepts most of those that keep its promise. Greedy ones: the
     draft model's likeliest, compared. With a `seed`: from the draft model's distribution by the very random number that
@@ -146,12 +146,15 @@ class DraftModelDrafter:
         return [proposal for guess in guesses if (proposal := self._end(guess)) is not None]
 
     def _catch_up(self, parts: Sequence[ScheduledSequence]) -> bool:
+        """Computes some of what is missing, if the next guesses cannot do it: with them comes what this step brings."""
+        ends = [min(part.end, self._limits.max_model_len) for part in parts]
+        missing = [end - self._kv.known(self._table(part), end) for part, end in zip(parts, ends, strict=True)]
+        if sum(missing) + sum(len(part.draft) + 1 for part in parts) <= self._limits.max_num_tokens:
+            return False
         left, written, steps = min(CATCH_UP_TOKENS, self._limits.max_num_tokens), set[int](), []
-        for part in parts:
-            end, table = min(part.end, self._limits.max_model_len), self._table(part)
-            known = self._kv.known(table, end)
-            count = min(end - known, left)
-            if end - known <= NEARLY or not count or not self._claim(table, known, known + count, written):
+        for part, end, lacks in zip(parts, ends, missing, strict=True):
+            known, count, table = end - lacks, min(lacks, left), self._table(part)
+            if not count or not self._claim(table, known, known + count, written):
                 continue
             left -= count
             tokens = tuple(self._texts[part.sequence_id].tokens[known : known + count])
@@ -176,7 +179,7 @@ class DraftModelDrafter:
                 continue
             known = self._kv.known(table, last)
             missing = last + 1 - known
-            if missing > min(left, NEARLY + len(part.draft) + 2):
+            if missing > left:
                 continue
             if not self._claim(table, known, last + depth, written):
                 continue

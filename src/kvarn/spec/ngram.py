@@ -72,7 +72,7 @@ class NgramDrafter:
             if part.num_drafts_wanted:
                 draft = self._guess(part.sequence_id, part.num_drafts_wanted)
                 if draft:
-                    proposals.append(Proposal(part.sequence_id, draft))
+                    proposals.append(Proposal(part.sequence_id, draft, copied=True))
         return proposals
 
     def close(self) -> None:

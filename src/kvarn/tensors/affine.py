@@ -1,8 +1,8 @@
 """Quantized tensors as what they are: integers, with a scale (and an offset) for each group of a row.
 
-The definition of every quantized type (source: GGUF's specification, ggml's layouts). Each type's function takes blocks as
-uint8[n, block_bytes]; an element is scale * integer (+ offset), in float32 with one rounding per operation, exactly as
-the `gguf` package computes it.
+The definition of every quantized type (source: GGUF's specification, ggml's layouts). Each type's function takes blocks
+as uint8[n, block_bytes]; an element is scale * integer (+ offset), in float32 with one rounding per operation, exactly
+as the `gguf` package computes it.
 """
 
 from __future__ import annotations

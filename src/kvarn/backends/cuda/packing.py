@@ -81,8 +81,8 @@ class Int4:
 class Int8:
     """scale * q (+ offset); q in -128 … 127.
 
-    packed: int8 [N, K rounded up to 16], zeros past `width`. scales: fp16 or fp32 [N, 1] where group is None (one scale a
-    row; then there are no offsets), else [N, K / group], as offsets.
+    packed: int8 [N, K rounded up to 16], zeros past `width`. scales: fp16 or fp32 [N, 1] where group is None (one scale
+    a row; then there are no offsets), else [N, K / group], as offsets.
     """
 
     packed: torch.Tensor

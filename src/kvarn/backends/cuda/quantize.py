@@ -43,9 +43,9 @@ FOUR_BITS = (DType.Q4_0, DType.Q4_1, DType.Q4_K)
 def quantize_int4(values: torch.Tensor, group: int = 32, *, symmetric: bool = False) -> Int4:
     """The nearest of 16 levels for each group. values: float [N, K], any device; K may end within a group.
 
-    Asymmetric: from the least to the largest value (and zero past the row's end). Symmetric: -8 … 7 steps, such that the
-    value of the largest magnitude is -8 steps or the opposite of it 8, which is cut to 7. Levels are chosen for the
-    scales as fp16 holds them. Raises ValueError for another group than 32, 64 or 128.
+    Asymmetric: from the least to the largest value (a group that the row does not fill holds zeros too). Symmetric:
+    -8 … 7 steps; the value of the largest magnitude is -8 steps. Levels are chosen for the scales as fp16 holds them.
+    Raises ValueError for another group than 32, 64 or 128.
     """
     if group not in INT4_GROUPS:
         raise ValueError(f"group must be one of {', '.join(map(str, INT4_GROUPS))}, not {group}")

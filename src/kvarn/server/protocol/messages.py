@@ -79,7 +79,7 @@ class MessagesPrompt(ModelRequest):
             raise wrong("thinking.budget_tokens", "must be a whole number above 0")
         if self.thinking.get("display") not in DISPLAYS:
             raise unsupported("thinking.display", "must be summarized, which here is all of it, or omitted")
-        return kind != "disabled"
+        return bool(kind != "disabled")
 
     def _chat(self) -> dict[str, Any]:
         thinks = self.thinks

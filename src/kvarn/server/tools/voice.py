@@ -21,11 +21,6 @@ class Thought:
 class Splitter(Protocol):
     """Tells a model's thoughts from its answer."""
 
-    @property
-    def is_thinking(self) -> bool:
-        """Whether the model is in its thoughts."""
-        ...
-
     def take(self, text: str, *, ended: bool) -> tuple[str, str]:
         """(thoughts, answer) that a piece of text adds. ended: it is the last one."""
         ...
@@ -66,12 +61,8 @@ class Voice:
         if self._reader is None:
             return [*said, text] if text else said
         said += self._reader.take(text)
-        return said + self._reader.finish() if ended else said
-
-    @property
-    def is_thinking(self) -> bool:
-        """Whether the model is in its thoughts."""
-        return self._thoughts is not None and self._thoughts.is_thinking
+        said += self._reader.finish() if ended else []
+        return said
 
     @property
     def num_calls(self) -> int:

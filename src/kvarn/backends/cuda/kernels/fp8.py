@@ -1,4 +1,4 @@
-"""FP8 E4M3 times FP8 E4M3 on tensor cores (Micikevicius et al. 2022): both sides with one scale a row, sums in float32."""
+"""FP8 E4M3 times FP8 E4M3 on tensor cores (Micikevicius et al. 2022); one scale a row on both sides, float32 sums."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ LARGEST = tl.constexpr(448.0)
 def e4m3_codes(x):
     """float32 of magnitude up to 448 to the codes of the nearest e4m3, ties to even, as uint8. By bits: any card can.
 
-    From 2^-6 on, 20 bits of the fraction are rounded away and the exponent loses 127 - 7. Below, numbers are multiples of
-    2^-9, which is the last bit of a float near 2^14.
+    From 2^-6 on, 20 bits of the fraction are rounded away and the exponent loses 127 - 7. Below, numbers are multiples
+    of 2^-9, which is the last bit of a float near 2^14.
     """
     bits = x.to(tl.int32, bitcast=True)
     size = bits & 0x7FFFFFFF
@@ -54,7 +54,8 @@ def fp8_gemm_kernel(
 ):  # fmt: skip
     """out[share, m, n] = token_scales[m] * scales[n] * sum over the share's inputs of codes[m] * packed[n] (+ bias).
 
-    The card's own sums of products of FP8 keep few bits: each BLOCK_K / 2 products are summed from zero and added in float32.
+    The card's own sums of products of FP8 keep few bits: each BLOCK_K / 2 products are summed from zero, and such sums
+    are added in float32.
     """
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -76,6 +77,9 @@ def fp8_gemm_kernel(
 
 
 def quantize_rows(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> None:
-    """Rows to e4m3. x: (M, K), any stride between rows; codes: uint8 (M, columns), columns >= K; scales: float32 (M,)."""
+    """Rows to e4m3. x: (M, K), any stride between rows; codes: uint8 (M, columns), columns >= K; scales: float32 (M,).
+
+    The columns of codes past K become zero.
+    """
     tokens, width = x.shape
     quantize_rows_kernel[(tokens,)](x, codes, scales, width, codes.shape[1], x.stride(0), BLOCK=2048, num_warps=8)

@@ -1,7 +1,7 @@
-"""Several rows of activations times a weight of four or eight bits, on tensor cores: weights become 16-bit in registers.
+"""Several rows of activations times a weight of four or eight bits, on tensor cores.
 
-A weight is rounded to the activations' type once (scale * q + offset); sums are float32. With few rows the product is
-bound by the weight's bytes: K is cut into shares, which a second kernel adds up in their order.
+Weights are unpacked in registers and rounded to the activations' type once (scale * q + offset); sums are float32. With
+few rows the product is bound by the weight's bytes: K is cut into shares, which a second kernel adds up in their order.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def bytes_gemm_kernel(
     FORM: tl.constexpr, SCALES: tl.constexpr, OFFSETS: tl.constexpr, BIAS: tl.constexpr,
     GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """out[share, m, n] = sum over the share's inputs of x[m] * weight[n] (+ bias); the rest as in `bytes_gemv_kernel`."""
+    """out[share, m, n] = sum over the share's inputs of x[m] * weight[n] (+ bias); see `bytes_gemv_kernel`."""
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     row = n[:, None, None].to(tl.int64)

@@ -1,7 +1,6 @@
 """Shapes of tiles, and the number of shares that K is cut into (split-K), by kind of product and size.
 
-Fixed rules and no search at serve time, so the same product is always computed in the same order. A measurement may pass
-other tiles than these.
+Fixed rules and no search at serve time, so the same product is always computed in the same order.
 """
 
 from __future__ import annotations

@@ -1,0 +1,87 @@
+"""Guesses of two sources, and what every controller promises: it takes no longer than no guesses."""
+
+import hypothesis.strategies as st
+import pytest
+from guessing_machine import GuessingMachine
+from hypothesis import given, settings
+
+from kvarn.scheduler import AutoSpeculation, CostlySpeculation, TwoSources
+
+STEPS = (0.010, 0.0115, 0.013, 0.017, 0.026, 0.045, 0.085)
+"""Seconds of steps of 1, 2, 4, … rows of a model that is bound by reading its weights."""
+MOST_SLOWDOWN = 1 / 0.97
+CONTROLS = {
+    "copies": lambda cost: AutoSpeculation(8, cost),
+    "computed": lambda cost: CostlySpeculation(8, cost),
+    "both": lambda cost: TwoSources(4, 8, cost),
+}
+
+
+def machine(control, **settings):
+    return GuessingMachine(CONTROLS[control], **{"rows": STEPS, "guess": 0.003, "read": 0.0003, **settings})
+
+
+def test_both_sources_bring_more_than_either():
+    text = {"found": 0.5, "copied": (0.85, 0.9), "computed": (0.75, 0.8)}
+    slowdowns = {control: machine(control, **text).run(6000).slowdown for control in ("copies", "computed", "both")}
+    assert slowdowns["both"] < 0.93 * min(slowdowns["copies"], slowdowns["computed"])
+
+
+def test_copies_that_are_worth_less_make_way_for_the_drafter():
+    """And not where the drafter is dear, or no better."""
+    shares = {}
+    for name, guess, computed in (("good", 0.001, 0.9), ("dear", 0.012, 0.9), ("bad", 0.001, 0.1)):
+        made = machine("both", found=0.7, copied=(0.4, 0.4), computed=(computed, computed), guess=guess).run(1000)
+        made.reset()
+        made.run(4000)
+        shares[name] = made.verified[True] / (made.verified[True] + made.verified[False])
+    assert shares["good"] < 0.1
+    assert min(shares["dear"], shares["bad"]) > 0.8
+
+
+def test_what_costs_nothing_goes_on_when_the_drafter_is_in_debt():
+    """Texts that were read in vain stop reading, not copying."""
+    made = machine("both", found=0.5, copied=(0.9, 0.9), computed=(0.0, 0.0), prompt=(800, 800), read=0.002).run(6000)
+    assert made.slowdown < 0.8
+    assert made.asked < 300
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    control=st.sampled_from(list(CONTROLS)),
+    batch=st.sampled_from([1, 4, 16]),
+    growth=st.lists(st.floats(1.02, 2.0), min_size=6, max_size=6),
+    guess=st.floats(0.02, 1.5),
+    read=st.floats(0.3, 3),
+    rates=st.tuples(*[st.floats(0, 0.98)] * 4),
+    found=st.floats(0, 1),
+    prompt=st.integers(1, 1500),
+    answer=st.integers(4, 400),
+    seed=st.integers(0, 1000),
+)
+def test_no_controller_loses_whatever_steps_cost_and_guesses_are_worth(
+    control, batch, growth, guess, read, rates, found, prompt, answer, seed
+):
+    """guess: of a step. read: against what the growth of steps and the time of a guess let expect of a token.
+
+    After 2,000 tokens (8,000 of a batch) it has taken at most 1 / 0.97 of the time.
+    """
+    rows = [0.01]
+    for factor in growth:
+        rows.append(rows[-1] * factor)
+    read *= guess * (rows[-1] - rows[-2]) / 32
+    computed, copied = sorted(rates[:2]), sorted(rates[2:])
+    made = machine(
+        control, batch=batch, rows=rows, guess=guess * 0.01, read=read, computed=computed, copied=copied,
+        found=found, prompt=(1, prompt), answer=answer, seed=seed,
+    )  # fmt: skip
+    assert made.run(2000 * min(batch, 4)).slowdown <= MOST_SLOWDOWN
+
+
+@pytest.mark.parametrize("control", list(CONTROLS))
+@pytest.mark.parametrize("batch", [1, 4, 16])
+def test_a_text_in_which_nothing_is_right_any_more_costs_little(control, batch):
+    made = machine(control, batch=batch, found=0.8, copied=(0.9, 0.9), computed=(0.9, 0.9)).run(4000)
+    made.copied = made.computed = (0.05, 0.1)
+    made.reset()
+    assert made.run(1000 * batch).slowdown <= MOST_SLOWDOWN
