@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from op_programs import OpProgram, groups_of, ragged
 
 from kvarn.backends import KvCacheSpec, StepLimits
+from kvarn.backends.cuda.backend import CUBLAS_BYTES
 from kvarn.backends.cuda.cache import KvStore
 from kvarn.backends.cuda.memory import aligned
 from kvarn.backends.reference import ReferenceBackend
@@ -165,7 +166,7 @@ def test_what_is_held_is_what_was_planned(device, family, sizes, weights):
     spec = KvCacheSpec(4 * groups_of(model), BLOCK, "int8")
     planned = dataclasses.asdict(backend.memory_use(model.program, dtypes, spec, LIMITS))
     executable = backend.load(model.program, model, spec, LIMITS)
-    planned["activations"] -= 32 << 20 if device == "cuda" else 0  # cuBLAS's
+    planned["activations"] -= 2 * CUBLAS_BYTES if device == "cuda" else 0
     assert held_bytes(executable) == planned
     executable.close()
 
