@@ -88,7 +88,7 @@ def test_a_sequences_bits_depend_on_nothing_else_in_the_batch(device):
 def test_a_grid_of_any_size_gives_the_same_bits(device):
     step = Step(Case([(1, 270), (5, 260)], "float16", "float16", heads=4), device)
     expected = step.run()
-    for max_query, programs in ((1, 1), (SHORT_QUERIES, 40)):
+    for max_query, programs in ((1, 1), (SHORT_QUERIES, 40), (99, 1)):
         assert torch.equal(step.run(AttentionPlan(2, 6, max_query, programs)), expected)
 
 
