@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import heapq
 from collections.abc import Sequence as ListOf
+from dataclasses import dataclass
 
 from kvarn.request import Request
 from kvarn.scheduler.acceptance import PRIOR_WEIGHT, Acceptance, kind_of
@@ -31,37 +32,73 @@ SHARE = 0.1
 """Of each new measurement in the average for its number of rows, at least."""
 EXACT_ROWS, ROWS_TOGETHER = 8, 4
 """Up to the first each number of rows has an average of its own; beyond it so many numbers share one."""
+EAGER, ANEW_EVERY = 32, 16
+"""Steps up to which all corrections follow each change of the model, and of the later ones one in so many."""
 CLIP = 2.0
 """A step that took more than this many times the average (the machine was busy elsewhere) counts as this much."""
+
+
+@dataclass(slots=True)
+class _Steps:
+    """Averages of steps of about as many rows, those of late."""
+
+    seconds: float
+    rows: float
+    sequences: float
+    attended: float
+    context: float
+    count: int = 1
+
+    def take(self, shape: StepShape, seconds: float) -> None:
+        """One more."""
+        self.count += 1
+        share = max(SHARE, 1 / self.count)
+        self.seconds += share * (seconds - self.seconds)
+        self.rows += share * (shape.num_tokens - self.rows)
+        self.sequences += share * (shape.num_sequences - self.sequences)
+        self.attended += share * (shape.num_attended - self.attended)
+        self.context += share * (shape.num_context - self.context)
+
+    def ratio(self, cost: StepCost) -> float:
+        """What they took against what is predicted now."""
+        rows = round(self.rows)
+        shape = StepShape(rows, round(self.sequences), rows, round(self.attended), round(self.context))
+        return self.seconds / cost.seconds(shape)
 
 
 class RowTimes:
     """Predicts steps of decodes and drafts: a model of all steps, corrected by what steps of as many rows took lately.
 
     A few rows cost little more than one, and not in a straight line, since weights are read and unpacked for several
-    rows at once. Between numbers of rows that were measured the correction is interpolated.
+    rows at once. Between numbers of rows that were measured the correction is interpolated. It is against what the
+    model says now, so that it stays right when the model changes.
     """
 
     def __init__(self, cost: StepCost) -> None:
         self._cost = cost
         self._rows: list[int] = []
+        self._steps: list[_Steps] = []
         self._ratios: list[float] = []
-        self._counts: list[int] = []
+        self._observed = 0
 
     def observe(self, shape: StepShape, seconds: float) -> None:
         """Takes a measured step in, if no prompt was computed in it."""
         if not is_decoding(shape) or seconds <= 0:
             return
-        ratio, rows = seconds / self._cost.seconds(shape), _group(shape.num_tokens)
+        rows = _group(shape.num_tokens)
         place = bisect.bisect_left(self._rows, rows)
         if place == len(self._rows) or self._rows[place] != rows:
             self._rows.insert(place, rows)
-            self._ratios.insert(place, ratio)
-            self._counts.insert(place, 1)
-            return
-        self._counts[place] += 1
-        known, share = self._ratios[place], max(SHARE, 1 / self._counts[place])
-        self._ratios[place] = known + share * (min(ratio, CLIP * known) - known)
+            averages = (float(shape.num_tokens), float(shape.num_sequences), float(shape.num_attended))
+            self._steps.insert(place, _Steps(seconds, *averages, float(shape.num_context)))
+            self._ratios.insert(place, 1.0)
+        else:
+            self._steps[place].take(shape, min(seconds, CLIP * self._ratios[place] * self._cost.seconds(shape)))
+        self._observed += 1
+        if self._observed < EAGER or self._observed % ANEW_EVERY == 0:
+            self._ratios = [steps.ratio(self._cost) for steps in self._steps]
+        else:
+            self._ratios[place] = self._steps[place].ratio(self._cost)
 
     def knows(self, rows: int) -> bool:
         """Whether steps of so many rows were measured."""
@@ -78,17 +115,18 @@ class RowTimes:
         return [(first + slope * more) * self._ratio(rows + more) for more in range(0, most + 1, every)]
 
     def _ratio(self, rows: int) -> float:
-        if not self._rows:
+        ratios = self._ratios
+        if not ratios:
             return 1.0
         rows = _group(rows)
         place = bisect.bisect_left(self._rows, rows)
-        if place == len(self._rows):
-            return self._ratios[-1]
+        if place == len(ratios):
+            return ratios[-1]
         if place == 0 or self._rows[place] == rows:
-            return self._ratios[place]
+            return ratios[place]
         below, above = self._rows[place - 1], self._rows[place]
         share = (rows - below) / (above - below)
-        return self._ratios[place - 1] + share * (self._ratios[place] - self._ratios[place - 1])
+        return ratios[place - 1] + share * (ratios[place] - ratios[place - 1])
 
 
 def is_decoding(shape: StepShape) -> bool:

@@ -117,7 +117,7 @@ class CostlySpeculation(AutoSpeculation):
         """Id of the sequence that is asked for a guess in this step, to try it."""
         self._tried: int | None = None
         """Of the one that was in the last."""
-        self._num_tried = self._last_tried = 0
+        self._num_tried = self._trials = self._last_tried = 0
         self._answer = float(ANSWER)
         self._reading_expected = self._reading_taken = 0.0
         """Seconds, fading."""
@@ -203,7 +203,7 @@ class CostlySpeculation(AutoSpeculation):
             self._answered += ANSWERED_SHARE * (len(came) / len(asked) - self._answered)
         if came and self._reading:
             expected = max(came) * self._guesses.seconds(len(asked), 0.0)
-            self._reading_taken += max(0.0, seconds - expected) if expected else 0.0
+            self._reading_taken += max(0.0, seconds - expected)
         elif came and len(came) == len(asked):
             self._guesses.observe(len(came), seconds / max(came))
         self._reading_taken += prepare_seconds
@@ -232,15 +232,17 @@ class CostlySpeculation(AutoSpeculation):
     def _try_one(self, ready: ListOf[Sequence], times: list[float]) -> None:
         """Asks one sequence for a guess if there is time for it: one that takes least, of those the last. times: of
         steps with no guess and with one for each."""
-        if self._num_tried >= LEAST_TRIED and self._plans - self._last_tried < TRY_EVERY:
+        first = self._num_tried < LEAST_TRIED and self._trials < 2 * LEAST_TRIED
+        if not first and self._plans - self._last_tried < TRY_EVERY:
             return
         sequence = min(reversed(ready), key=self._unread)
         guess = self._guesses.seconds(1, PRIOR_SHARE * times[0]) + (times[1] - times[0]) / len(ready)
         cost = 0.0 if sequence.drafter_reads else self._reading_seconds(sequence)
-        cost += guess if self._num_tried >= LEAST_TRIED else 0.0
+        cost += 0.0 if first else guess
         if cost and self._account.seconds < cost:
             return
         self._trial, self._last_tried = sequence.sequence_id, self._plans
+        self._trials += 1
         if not sequence.drafter_reads:
             self._reads(sequence)
 

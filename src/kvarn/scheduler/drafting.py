@@ -214,9 +214,21 @@ class Drafting:
             if owner is not None:
                 owner.draft, owner.parents = self._fitting(owner, draft)
                 owner.copied = draft.copied
-                if not draft.copied:
-                    owner.num_drafter_tokens, owner.drafter_reads = owner.num_tokens, False
+        self._note_read(scheduled, result, copied, alive)
         self._keep_ahead(scheduled, alive)
+
+    def _note_read(
+        self, scheduled: SchedulerOutput, result: StepOutput, copied: set[int], alive: Mapping[int, Sequence]
+    ) -> None:
+        """Notes whose texts the drafter has read: of whom it computed guesses, or had none to make without being held
+        up by reading."""
+        guessed = {draft.sequence_id for draft in result.drafts}
+        for part in scheduled.sequences:
+            owner = alive.get(part.sequence_id)
+            if owner is None or not part.num_drafts_wanted or part.sequence_id in copied:
+                continue
+            if part.sequence_id in guessed or not result.prepare_seconds:
+                owner.num_drafter_tokens, owner.drafter_reads = owner.num_tokens, False
 
     def _fitting(self, sequence: Sequence, draft: DraftTokens) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The draft without what the sequence would not say, one token coming in any case, or the cache cannot hold."""

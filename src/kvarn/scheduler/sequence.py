@@ -51,7 +51,7 @@ class Sequence:
     copied: bool = False
     """Whether they were looked up, not computed."""
     num_drafter_tokens: int = 0
-    """Tokens that there were when a drafter last computed guesses: it has read them."""
+    """Tokens that there were when a drafter was last asked and not held up by reading: it has read them."""
     drafter_reads: bool = False
     """Whether what a drafter has not read of it was found worth the time."""
     acceptance: dict[int, Acceptance] = field(default_factory=dict)

@@ -34,15 +34,15 @@ class TwoSources(CostlySpeculation):
         self._of_copies = self._accounts[1]
         self._computed_verified = False
         """Whether guesses that were computed are verified in this step."""
-        self._plain = True
-        """Whether the step after this one is to be without guesses."""
+        self._plain = False
+        """Whether the step after this one is to be without guesses, to measure what they are compared with."""
         self._asked = 0
         """Guesses of the sequence that `wanted` was told of last."""
 
     def plan(self, ready: ListOf[Sequence], shape: StepShape) -> None:
         """See `Speculation`."""
         super().plan(ready, shape)
-        self._plain = self._plans % PLAIN_EVERY == 0 or not self._times.knows(shape.num_tokens)
+        self._plain = self._plans % PLAIN_EVERY == 0
         self._computed_verified = False
 
     def copies(self, sequence: Sequence) -> tuple[int, int]:
@@ -56,6 +56,8 @@ class TwoSources(CostlySpeculation):
 
     def choose(self, drafted: ListOf[Sequence], shape: StepShape, room: int) -> list[int]:
         """See `Speculation`."""
+        if not self._times.knows(shape.num_tokens):
+            return [0] * len(drafted)
         self._computed_verified = any(not sequence.copied for sequence in drafted)
         if self._computed_verified:
             return super().choose(drafted, shape, room)
