@@ -14,8 +14,8 @@ from kvarn.text import load_tokenizer
 from kvarn.weights import open_model
 
 TIE = 0.04
-"""Logits that are nearer to one another, relative to the largest, may change places: the CPU rounds activations to 8 bits
-for each 32, the card keeps 8 of each. Of SmolLM2's logits any one differs by 0.035 at most so far."""
+"""Logits that are nearer to one another, relative to the largest, may change places: the CPU rounds activations to 8
+bits for each 32, the card keeps 8 of each. Of SmolLM2's logits any one differs by 0.035 at most so far."""
 
 
 def answers(backend, **more):
