@@ -51,8 +51,8 @@ _GEMM: tuple[tuple[int | None, Tiles, int], ...] = (
     (256, Tiles(64, 64, 1, 1, 4, 3), 1),
     (None, Tiles(128, 128, 1, 1, 8, 3), 1),
 )
-"""By the most rows of activations: tiles, and the programs that shares are to make up. Two for each multiprocessor; with
-more rows fewer, as partial sums would soon be as many bytes as the weight. Large tiles only where they are enough."""
+"""By the most rows of activations: tiles, and the programs that shares are to make up. Two for each multiprocessor;
+with more rows fewer, as partial sums would soon be as many bytes as the weight. Large tiles only where they are enough."""
 
 
 def int4_gemv_tiles(rows: int, width: int) -> Tiles:
