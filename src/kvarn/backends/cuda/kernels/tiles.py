@@ -52,7 +52,7 @@ _GEMM: tuple[tuple[int | None, Tiles, int], ...] = (
     (None, Tiles(128, 128, 1, 1, 8, 3), 1),
 )
 """By the most rows of activations: tiles, and the programs that shares are to make up. Two for each multiprocessor;
-with more rows fewer, as partial sums would soon be as many bytes as the weight."""
+with more rows fewer, as partial sums would soon be as many bytes as the weight. Large tiles only where they suffice."""
 
 
 def int4_gemv_tiles(rows: int, width: int) -> Tiles:
