@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 MODEL ?= smollm2-135m-instruct
 PORT ?= 8000
+TEST_PROCESSES ?= 2
 PIP_INSTALL = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 NATIVE := $(shell find native -type f)
@@ -34,18 +35,18 @@ chat: $(VENV)/.kvarn  ## Talk with a small model in the terminal (MODEL=…)
 	$(VENV)/bin/kvarn chat $(MODEL)
 
 test: $(VENV)/.kvarn-dev  ## All tests, the end-to-end ones on the real SmolLM2 among them
-	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+	$(VENV)/bin/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 check: $(VENV)/.kvarn-dev  ## Lint, types, import contracts
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 
-sanitize: $(VENV)/.kvarn-dev  ## Native kernels under ASan and UBSan
-	$(VENV)/bin/python tests/native/sanitize.py
+sanitize:  ## Native kernels under ASan and UBSan (needs cmake)
+	$(PYTHON) tests/native/sanitize.py
 
-instructions: $(VENV)/.kvarn-dev  ## Instruction counts of the hot kernels against the record (needs valgrind)
-	$(VENV)/bin/python tests/native/instructions.py
+instructions:  ## Instruction counts of the hot kernels against the record (needs cmake, valgrind)
+	$(PYTHON) tests/native/instructions.py
 
 bench: $(VENV)/.kvarn  ## Speed of MODEL and its share of what the machine can do
 	$(VENV)/bin/kvarn pull $(MODEL)

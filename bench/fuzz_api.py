@@ -87,8 +87,9 @@ def fuzz(url, cases, number=0, only="", on_row=lambda row: None, workers=WORKERS
         for place, operation in enumerate(operations)
         if operation.path.startswith(only)
     }
+    a_weight = cases / len(WAYS) / max(1, sum(weights.values()))
     units = [
-        Unit(url, place, way, max(1, round(cases * weight / max(1, sum(weights.values())) / len(WAYS))), 3 * number + turn)
+        Unit(url, place, way, max(1, round(a_weight * weight)), 3 * number + turn)
         for place, weight in weights.items()
         for turn, way in enumerate(WAYS)
     ]

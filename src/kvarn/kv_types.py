@@ -60,8 +60,9 @@ KV_TYPES: Mapping[str, KvType] = {
 }
 """All of them by name.
 
-int8 is symmetric, with a float32 scale for each vector. fp8_e4m3 is E4M3 (Micikevicius et al. 2022) without one. int4 has a float16 scale and a float16 minimum for each group
-of 32; keys are rotated and stored as differences from a float16 key for every 16 tokens: `backends/reference/int4.py`.
+int8 is symmetric, with a float32 scale for each vector. fp8_e4m3 is E4M3 (Micikevicius et al. 2022) without one. int4
+has a float16 scale and a float16 minimum for each group of 32; keys are rotated and stored as differences from a
+float16 key for every 16 tokens: `backends/reference/int4.py`.
 """
 
 CACHE_TYPES = ("float16", "float32", "int8", "int4")

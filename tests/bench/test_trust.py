@@ -10,6 +10,8 @@ import pytest
 
 from kvarn.testing import write_tiny_gguf
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parents[2]
 
 

@@ -11,7 +11,7 @@ import pytest
 from kvarn.eval import perplexity
 from kvarn.eval.session import open_session
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.long]
 
 ROOT = Path(__file__).parents[2]
 

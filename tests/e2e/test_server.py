@@ -93,7 +93,7 @@ def test_a_port_in_use_is_said_in_one_line(server, smollm2_path):
 
 def test_sigterm_ends_it_cleanly_with_a_stream_in_flight(server):
     url, process = server
-    body = {"prompt": "Once", "max_tokens": 900, "ignore_eos": True, "stream": True}
+    body = {"prompt": "Once", "max_tokens": 300, "ignore_eos": True, "stream": True}
     with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as response:
         lines = response.iter_lines()
         next(lines)

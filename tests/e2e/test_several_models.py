@@ -102,7 +102,7 @@ def test_a_broken_engine_is_back_before_the_next_request(server):
 
 def test_sigterm_lets_a_stream_finish(server):
     client, process, _ = server
-    body = {"model": "smol", "prompt": "Once", "max_tokens": 300, "ignore_eos": True, "stream": True}
+    body = {"model": "smol", "prompt": "Once", "max_tokens": 600, "ignore_eos": True, "stream": True}
     with client.stream("POST", "/v1/completions", json=body) as response:
         lines = (line for line in response.iter_lines() if line)
         next(lines)

@@ -126,7 +126,7 @@ def test_asynchronously_beside_others():
                 assert [output async for output in stream][-1].finished
             alone = await llm.beam_search(asked, BeamParams(3))
             assert alone.beams == first.beams and alone.num_cached_tokens > 0
-            for _ in range(100):
+            for _ in range(600):
                 if llm.stats().free_blocks == 128:
                     return
                 await asyncio.sleep(0.05)

@@ -75,7 +75,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_allocated(path):
 
 
 def test_wrong_names_are_clear_errors(tmp_path):
-    with pytest.raises(ConfigError, match="backend must be cpu or reference"):
+    with pytest.raises(ConfigError, match="backend must be one of cpu, cuda, reference"):
         make_backend("tpu")
     (tmp_path / "broken.gguf").write_bytes(b"GGUF" + bytes(20))
     with pytest.raises(ModelFileError, match=r"broken\.gguf"):

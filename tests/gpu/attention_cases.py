@@ -82,8 +82,11 @@ class Step:
             kv_write(keys.to(self.device), values.to(self.device), slots.to(self.device), self.kv)
             batch.block_tables[sequence, GROUP, : begin // case.block_size] = 0  # block 0 is poison
 
-    def run(self, plan: AttentionPlan | None = None, extra: int = 0) -> torch.Tensor:
-        """float32 [T + extra, heads, value_dim] on the CPU: what the kernels write into rows of NaN."""
+    def run(self, plan: AttentionPlan | None = None, extra: int = 0, idle: int = 0) -> torch.Tensor:
+        """float32 [T + extra, heads, value_dim] on the CPU: what the kernels write into rows of NaN.
+
+        extra: rows that fill up a bucket; idle: as many of them as each sequence without tokens has, which fills it up.
+        """
         case, batch = self.case, self.batch
         sequences, tokens = batch.num_sequences, batch.num_tokens
         plan = plan or AttentionPlan(sequences, tokens, int(np.diff(batch.query_start).max()), programs=4)
@@ -93,7 +96,8 @@ class Step:
             torch.cat([self.q, torch.full_like(self.q[:1], float("nan")).expand(extra, -1, -1)]),
         )
         padding = plan.sequences - sequences
-        start = np.pad(batch.query_start, (0, padding), mode="edge")
+        start = np.concatenate([batch.query_start, batch.query_start[-1] + idle * np.arange(1, padding + 1)])
+        start = start.astype(np.int32)
         lengths = np.pad(batch.seq_lens, (0, padding))
         tables = np.pad(batch.block_tables, ((0, padding), (0, 0), (0, 0)), constant_values=-1)
         workspace = AttentionWorkspace.empty(plan.sequences, case.heads, case.value_dim, MAX_LEN, self.device)

@@ -36,4 +36,4 @@ def run(executable: Executable, parts: Any, tables: Any, **more: Any) -> np.ndar
 
 def assert_near(got: np.ndarray, wanted: np.ndarray, share: float = 1e-5) -> None:
     """Equal up to a share of the largest value."""
-    np.testing.assert_allclose(got, wanted, rtol=0, atol=share * np.abs(wanted).max())
+    np.testing.assert_allclose(got, wanted, rtol=0, atol=share * np.abs(wanted).max(initial=0))

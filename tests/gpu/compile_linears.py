@@ -4,6 +4,7 @@ import json
 
 import torch
 from compiled import compiling
+from linears import make
 
 from kvarn.backends.cuda.kernels.linear import dense_gemv, linear
 from kvarn.backends.cuda.packing import Fp8, Int4, Int8
@@ -32,6 +33,11 @@ def calls():
         x, out, bias = empty(tokens, WIDTH), empty(tokens, ROWS), empty(ROWS)
         for form, weight in weights():
             yield f"{form} {tokens}", lambda x=x, weight=weight, bias=bias, out=out: linear(x, weight, bias, out)
+    for tokens in (1, 2, 17):  # arguments that are 1 become constants, and those that 16 does not divide narrow loads
+        x, out = empty(tokens, 48), empty(tokens, 1)
+        for form in ("int4-32", "int8-16", "fp8"):
+            weight = make(form, 1, 48, "cpu")
+            yield f"{form} {tokens} of 1", lambda x=x, weight=weight, out=out: linear(x, weight, None, out)
     yield "dense 1", lambda: dense_gemv(empty(1, WIDTH), empty(ROWS, WIDTH), None, empty(1, ROWS))
 
 

@@ -6,7 +6,10 @@ import torch
 
 from kvarn.backends import InputBatch, KvCacheSpec, StepLimits
 from kvarn.backends.ahead import AheadExecutable
-from kvarn.backends.cuda import CudaBackend
+from kvarn.backends.cuda import CudaBackend, graphs
+from kvarn.backends.cuda.ahead import StepsOnCard
+from kvarn.backends.cuda.graphs import Bucket, StepGraphs
+from kvarn.backends.cuda.step_layout import StepLayout
 from kvarn.config import CudaConfig
 from kvarn.request import SamplingParams
 from kvarn.runner import BatchBuilder
@@ -40,9 +43,9 @@ def batch(tokens, starts):
     return BatchBuilder(LIMITS, KV.block_size).build(parts), [part.end for part in parts]
 
 
-def rule_book():
+def rule_book(sequences=SEQUENCES):
     book = RuleBook(259)
-    for sequence in SEQUENCES:
+    for sequence in sequences:
         book.add(sequence)
     return book
 
@@ -87,6 +90,54 @@ def test_rows_are_taken_from_where_they_were(executable):
         executable.submit(alone, book.of([1], [4]), np.array([1], np.int32))
     assert executable.collect().tolist() == expected[0]
     assert executable.collect().tolist() == [expected[1][1]]
+
+
+class Again:
+    """Records what is launched, to launch it again."""
+
+    def __init__(self):
+        self.num_replayed = 0
+
+    def record(self, run):
+        result = run()
+
+        class Recording:
+            @staticmethod
+            def replay():
+                self.num_replayed += 1
+                run()
+
+        return Recording(), result
+
+
+def test_steps_of_a_bucket_say_what_others_say(executable, monkeypatch):
+    """Three sequences in a bucket for four: in a step that is launched, in one that is recorded, in one replayed."""
+    monkeypatch.setattr(graphs, "EAGER_RUNS", 1)
+    three = [*SEQUENCES, NewSequence(2, (9,), SamplingParams(temperature=0.0, frequency_penalty=1.0), 3, 0)]
+    prompts = [sequence.prompt_token_ids for sequence in three]
+
+    def answers(book, graphed):
+        on_card = StepsOnCard(graphed, lambda batch: None, 4, executable.device)
+        said, tokens, starts = [], prompts, [0, 0, 0]
+        for number in range(4):
+            step, ends = batch(tokens, starts)
+            previous = np.full(step.num_tokens, -1, np.int32) if not number else np.arange(3, dtype=np.int32)
+            on_card.submit(step, book.of([0, 1, 2], ends, None if not number else [0, 1, 2]), previous)
+            if number:
+                said.append(on_card.collect().tolist())
+                for sequence, token in enumerate(said[-1]):
+                    book.said(sequence, token)
+            tokens, starts = [[0], [0], [0]], ends
+        return [*said, on_card.collect().tolist()]
+
+    largest, recorder = StepLayout.largest(executable.program, KV, LIMITS), Again()
+    plain, recorded = (
+        StepGraphs(executable.launch, executable.step_buffers, largest, LIMITS, one, KV.block_size)
+        for one in (None, recorder)
+    )
+    assert answers(rule_book(three), recorded) == answers(rule_book(three), plain)
+    assert recorder.num_replayed == 1
+    assert recorded.recorded == {Bucket(4, LIMITS.max_model_len)}
 
 
 def test_what_is_discarded_is_gone(executable):

@@ -22,7 +22,7 @@ from kvarn.backends.cuda.kernels.attention_plan import (
 MIXED = [(1, 5), (18, 40), (3, 270)]
 """A decode, a prompt's chunk behind known tokens, and drafts whose keys are split."""
 TREE = [-1, 0, 0, -1, 2, 3]
-TOLERANCES = {"float32": 3e-6, "float16": 2e-3, "bfloat16": 1.5e-2}
+TOLERANCES = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1.5e-2}
 """By what weights are rounded to before they are multiplied with values."""
 
 CASES = {
@@ -88,15 +88,16 @@ def test_a_sequences_bits_depend_on_nothing_else_in_the_batch(device):
 def test_a_grid_of_any_size_gives_the_same_bits(device):
     step = Step(Case([(1, 270), (5, 260)], "float16", "float16", heads=4), device)
     expected = step.run()
-    for max_query, programs in ((1, 1), (SHORT_QUERIES, 40)):
+    for max_query, programs in ((1, 1), (SHORT_QUERIES, 40), (99, 1)):
         assert torch.equal(step.run(AttentionPlan(2, 6, max_query, programs)), expected)
 
 
 def test_what_fills_up_a_bucket_is_left_alone(device):
     step = Step(Case([(1, 40), (2, 270)], "float16", "float16"), device)
-    out = step.run(AttentionPlan(4, 8, 2, programs=8), extra=5)
-    assert torch.equal(out[:3], step.run())
-    assert out[3:].isnan().all()
+    for idle in (0, 1):
+        out = step.run(AttentionPlan(4, 8, 2, programs=8), extra=5, idle=idle)
+        assert torch.equal(out[:3], step.run())
+        assert out[3:].isnan().all()
     long = Step(Case([(18, 20), (1, 9)]), device)
     out = long.run(AttentionPlan(3, 24, 18, programs=8), extra=5)
     assert torch.equal(out[:19], long.run())

@@ -37,8 +37,15 @@ def test_every_kernel_compiles_and_fits(kernels):
 
 
 def test_common_shapes_keep_their_values_in_registers(kernels):
-    for kernel in of(kernels, "prefill", "prefill 64", "decode", "decode int8", "decode fp8", "mixed of two types"):
+    for kernel in of(kernels, "prefill", "prefill 64", "decode", "mixed of two types"):
         assert kernel["stack"] == 0, f"{kernel} spills"
+
+
+def test_two_programs_of_a_decode_share_a_multiprocessor(kernels):
+    for kernel in of(kernels, "decode", "decode int8", "decode fp8"):
+        assert 2 * kernel["shared"] <= SHARED_LIMIT, kernel
+        assert 2 * kernel["registers"] * 256 <= 1 << 16, kernel
+        assert kernel["stack"] <= 64, kernel
 
 
 def test_prefill_multiplies_in_warp_groups_and_decode_on_tensor_cores(kernels):

@@ -6,6 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parents[2]
 ENGINES = ("kvarn", "transformers, continuous batching", "transformers, static cache, compiled")
 ON_A_CARD_ALONE = {"memory"}

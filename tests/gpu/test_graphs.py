@@ -17,11 +17,13 @@ LARGEST = StepLayout(64, 20, 20, 1, -(-1500 // BLOCK), True)
 
 
 def decodes(lengths, tokens=1):
-    """A batch of sequences of these lengths, each of which computes its last tokens, the last of them sampled from."""
+    """A batch of sequences of these lengths, each of which computes its last tokens, the last of them sampled from.
+
+    Its tables are as wide as the model is long, as a runner's are."""
     lengths = np.array(lengths, np.int32)
     query_start = (np.arange(lengths.size + 1) * tokens).astype(np.int32)
     positions = np.concatenate([np.arange(n - tokens, n) for n in lengths]).astype(np.int32)
-    width = -(-int(lengths.max()) // BLOCK)
+    width = -(-max(1500, int(lengths.max())) // BLOCK)
     tables = (np.arange(lengths.size * width) % 50).astype(np.int32).reshape(-1, width)
     ids = np.arange(positions.size, dtype=np.int32) % 7
     return InputBatch.of_tables(ids, positions, query_start, lengths, tables, query_start[1:] - 1, block_size=BLOCK)
@@ -169,3 +171,4 @@ def test_without_a_recorder_steps_are_laid_out_for_themselves():
     graphs = StepGraphs(card.launch, card.buffers, LARGEST, LIMITS, None, BLOCK)
     assert graphs.run(graphs.lay_out(decodes([40, 50, 60]))).shape == (3, 1)
     assert card.launched[-1].num_tokens == 3
+    assert card.launched[-1].block_tables.shape == (3, 1, 4)

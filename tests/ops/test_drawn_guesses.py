@@ -20,6 +20,8 @@ from kvarn.sampling import Draft, NativeSampler, ReferenceSampler
 from kvarn.sampling.reference import DRAFT, distribution, draw, uniform
 from kvarn.spec.ngram import NgramDrafter
 
+pytestmark = pytest.mark.long
+
 VOCAB = 211
 
 
@@ -119,10 +121,10 @@ def test_what_was_not_drawn_from_what_is_said_is_seen():
 
 # Of a whole engine: the third of the tokens that many streams of one request say, by a tiny pair of models.
 PROMPT = b"abc"
-STREAMS = 64
+STREAMS, REQUESTS = 64, 100
 
 
-def third_tokens(monkeypatch, model, draft, params, requests, vocab=0, method="draft"):
+def third_tokens(monkeypatch, model, draft, params, vocab=0, method="draft"):
     numbers = itertools.count(1)
     monkeypatch.setattr("secrets.randbits", lambda bits: next(numbers))
     core = tiny_engine(
@@ -131,7 +133,7 @@ def third_tokens(monkeypatch, model, draft, params, requests, vocab=0, method="d
         speculative=SpeculativeConfig(method, k=3, model="x", max_step_drafts=256, draft_vocab=vocab),
     ).core  # fmt: skip
     counts = np.zeros(259)
-    for number in range(requests):
+    for number in range(REQUESTS):
         asked = request(str(number), tuple(PROMPT), temperature=1.0, n=STREAMS, max_tokens=4, **params)
         outputs = run_core(core, [asked])[str(number)]
         for stream in range(STREAMS):
@@ -164,10 +166,10 @@ def third_token_distribution(model, params):
 
 @pytest.mark.parametrize(("params", "vocab"), [({"top_k": 12}, 0), ({"top_p": 0.3}, 0), ({"top_k": 12}, 150)], ids=str)
 def test_an_engine_that_guesses_without_a_seed_has_the_exact_distribution(params, vocab, monkeypatch):
-    """The third token of 19,200 streams, most of which was a guess that was accepted or replaced."""
+    """The third token of 6,400 streams, most of which was a guess that was accepted or replaced."""
     model = shared_model("llama", 0)
     expected = third_token_distribution(model, params)
-    counts = third_tokens(monkeypatch, model, nearly("llama", 0, 0.15), params, 300, vocab)
+    counts = third_tokens(monkeypatch, model, nearly("llama", 0, 0.15), params, vocab)
     statistic, freedom = chi_square(counts, expected / expected.sum())
     assert statistic < quantile(freedom)
 
@@ -193,6 +195,7 @@ def test_two_sources_have_the_exact_distribution(monkeypatch):
 
 
 def test_an_engine_that_takes_all_guesses_is_seen(monkeypatch):
+    """In as many streams."""
     params, model = {"top_k": 12}, shared_model("llama", 0)
     expected = third_token_distribution(model, params)
 
@@ -200,7 +203,7 @@ def test_an_engine_that_takes_all_guesses_is_seen(monkeypatch):
         return Draft(ids, None if q is None else q * 0.3, parents)
 
     monkeypatch.setattr(runner_module, "Draft", with_less)
-    counts = third_tokens(monkeypatch, model, nearly("llama", 0, 0.15), params, 100)
+    counts = third_tokens(monkeypatch, model, nearly("llama", 0, 0.15), params)
     statistic, freedom = chi_square(counts, expected / expected.sum())
     assert statistic > quantile(freedom)
 

@@ -18,6 +18,8 @@ from kvarn.sampling.reference import ACCEPT, DRAFT, RESIDUAL, distribution, unif
 from kvarn.spec.lookahead import LookaheadDrafter
 from kvarn.step import NewSequence, SampledToken, ScheduledSequence, SchedulerOutput
 
+pytestmark = pytest.mark.long
+
 VOCAB = 211
 TINY = 24
 

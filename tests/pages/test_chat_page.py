@@ -8,7 +8,7 @@ import pytest
 from live_server import wait_until
 from sse import answers, refuses
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.long]
 
 ATTACK = '<img src="https://evil.example/x.png" onerror="alert(1)"><script>alert(2)</script> [x](javascript:alert(3))'
 
@@ -134,7 +134,7 @@ def test_a_setting_out_of_its_range_is_told_before_anything_is_sent(open_page):
 
 def test_escape_stops_an_answer_and_the_server_stops_too(open_page, site):
     page = open_page()
-    set_settings(page, temperature=1, max_tokens=900)
+    set_settings(page, temperature=1, seed=1, max_tokens=900)
     send(page, "Write a very long story about a mill.")
     grown(page, 40)
     page.keyboard.press("Escape")
@@ -383,8 +383,9 @@ def test_thinking_is_folded_away(open_page):
 
 
 def test_the_server_is_waited_for_while_its_model_loads(open_page):
-    page = open_page(before=lambda page: refuses(page, 503, "the model is loading", path="**/v1/models", times=1))
+    page = open_page(before=lambda page: refuses(page, 503, "the model is loading", path="**/v1/models"))
     page.get_by_text("loading …").wait_for(state="attached")
+    page.unroute("**/v1/models")
     page.wait_for_selector("#model:enabled")
 
 

@@ -65,7 +65,7 @@ def posted(url, path, body, *, key=None, headers=None):
         yield connection
 
 
-def wait_until(condition, seconds=10.0):
+def wait_until(condition, seconds=30.0):
     """Polls until the condition holds; fails after a time no healthy machine needs."""
     deadline = time.monotonic() + seconds
     while not condition():

@@ -56,7 +56,7 @@ def test_tenants_are_told_by_name_and_keys_by_nobody():
     with gated_llm() as (llm, gate), serving(llm, api_keys=keys) as url:
         with posted(url, COMPLETIONS, LONG, key=keys[0]):
             gate.stand_in_step(4)
-            wait_until(lambda: [t for t in state_of(url, keys[0])["tenants"] if t["tokens"]])
+            wait_until(lambda: [t["tokens"] for t in state_of(url, keys[0])["tenants"]] == [4 + 3])
             with posted(url, COMPLETIONS, LONG, key=keys[1]):
                 wait_until(lambda: len(state_of(url, keys[0])["tenants"]) == 2)
                 text = json.dumps(state_of(url, keys[0]))

@@ -77,6 +77,7 @@ def test_what_is_not_done_in_time_is_told_so():
             posted(server.url, COMPLETIONS, {**BODY, "stream": True}) as stream,
             posted(server.url, COMPLETIONS, BODY) as whole,
         ):
+            wait_until(lambda: llm.stats().queued + llm.stats().running >= 2)
             gate.stand_in_step(5)
             server.signal()
             wait_until(lambda: server.is_ending)

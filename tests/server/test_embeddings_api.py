@@ -3,11 +3,12 @@
 import asyncio
 import math
 import statistics
+import threading
 
 import httpx
 import openai
 import pytest
-from gated_engine import gated_llm
+from gated_engine import PATIENCE, gated_llm
 from live_server import posted, serving, wait_until
 from test_bad_requests import check_shape
 
@@ -108,11 +109,13 @@ def test_what_is_wrong_is_named(url, case):
 
 
 def test_a_client_that_leaves_is_forgotten():
-    with gated_llm(max_num_seqs=2, embeddings=True) as (llm, gate), serving(llm) as url:
+    ended = threading.Semaphore(0)
+    with gated_llm(max_num_seqs=2, embeddings=True) as (llm, gate), serving(llm, ended) as url:
         with posted(url, "/v1/embeddings", {"input": ["a", "b"] * 500}):
             gate.stand_in_step(3)
             wait_until(lambda: llm.stats().waiting > 2)
             assert llm.stats().waiting <= 32, "the others are not in the queue yet"
+        assert ended.acquire(timeout=PATIENCE)
         gate.open()
         wait_until(lambda: llm.stats().running == 0 and llm.stats().waiting == 0)
         assert llm.stats().prompt_tokens < 500

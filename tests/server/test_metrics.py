@@ -2,11 +2,12 @@
 
 import asyncio
 import re
+import threading
 from pathlib import Path
 
 import httpx
 import pytest
-from gated_engine import gated_llm
+from gated_engine import PATIENCE, gated_llm
 from live_server import posted, serving, wait_until
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -170,9 +171,11 @@ def test_requests_and_answers_are_in_the_histograms():
 
 
 def test_a_client_that_leaves_is_counted_as_that():
-    with gated_llm() as (llm, gate), serving(llm, served_model_names=("served",)) as url:
+    ended = threading.Semaphore(0)
+    with gated_llm() as (llm, gate), serving(llm, ended, served_model_names=("served",)) as url:
         with posted(url, COMPLETIONS, LONG):
             gate.stand_in_step(3)
+        assert ended.acquire(timeout=PATIENCE)
         gate.open()
         wait_until(lambda: values(url)["kvarn:request_success_total.abort"] == 2)
         found = values(url)

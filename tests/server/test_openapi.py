@@ -15,6 +15,8 @@ from kvarn.engine import AsyncLLM
 from kvarn.server import create_app
 from kvarn.server.openapi.operations import OPERATIONS
 
+pytestmark = pytest.mark.long
+
 BENCH = Path(__file__).parents[2] / "bench" / "fuzz_api.py"
 HELLO = [{"role": "user", "content": "Hello!"}]
 CASES = 200

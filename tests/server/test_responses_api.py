@@ -151,6 +151,8 @@ def test_the_answer_follows_a_schema(client):
 BAD = [
     ({"input": None}, "input"),
     ({"input": []}, "input"),
+    ({"input": [], "instructions": "Be brief."}, "input"),
+    ({"input": "", "instructions": "Be brief."}, "input"),
     ({"input": 5}, "input"),
     ({"input": [5]}, "input"),
     ({"input": "x" * 10_000}, "input"),

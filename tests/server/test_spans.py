@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import httpx
 import pytest
-from gated_engine import Broken, gated_llm
+from gated_engine import PATIENCE, Broken, gated_llm
 from live_server import posted, serving, wait_until
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.sdk.trace import TracerProvider
@@ -175,11 +175,11 @@ def test_a_step_that_fails_is_an_error(watcher, spans):
 
 
 def test_a_client_that_leaves(watcher, spans):
-    with gated_llm() as (llm, gate), serving(llm, served_model_names=("served",), watchers=(watcher,)) as url:
+    ended = threading.Semaphore(0)
+    with gated_llm() as (llm, gate), serving(llm, ended, served_model_names=("served",), watchers=(watcher,)) as url:
         with posted(url, COMPLETIONS, {**BODY, "max_tokens": 400, "stream": True}):
             gate.stand_in_step(4)
-            wait_until(lambda: llm.stats().generated_tokens == 3)
-            gate.finish_step()
+        assert ended.acquire(timeout=PATIENCE)
         gate.open()
         (request,) = spans()[f"text_completion {llm.model_name}"]
     assert request.status.status_code is StatusCode.ERROR

@@ -79,6 +79,7 @@ def test_special_tokens_are_spelt_out(url, llm):
         ("/detokenize", {"tokens": [-1]}, "tokens"),
         ("/v1/chat/completions/input_tokens", {"messages": []}, "messages"),
         ("/v1/chat/completions/input_tokens", {"messages": MESSAGES, "min_tokens": -1}, "min_tokens"),
+        ("/v1/chat/completions/input_tokens", {"messages": MESSAGES, "priority": 2**31}, "priority"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_named(url, path, body, param):

@@ -6,6 +6,8 @@ compared with that text: so a lost copy, a block with two owners, a block that w
 gone too early, or a wrong table is found.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Sequence
 
 from kvarn.draft_tree import chain, path
@@ -30,7 +32,30 @@ def expected_tokens(
     return tokens[len(prompt) :]
 
 
-Kv = tuple[int, tuple[int, ...]]
+class Text:
+    """A text: the one before its last token, and that token. Of each text there is one object, made by `then`."""
+
+    __slots__ = ("_longer", "before", "length", "token")
+
+    def __init__(self, before: Text | None = None, token: int = -1) -> None:
+        self.before, self.token = before, token
+        self.length: int = 0 if before is None else before.length + 1
+        self._longer: dict[int, Text] = {}
+
+    def then(self, token: int) -> Text:
+        if token not in self._longer:
+            self._longer[token] = Text(self, token)
+        return self._longer[token]
+
+    def token_ids(self) -> list[int]:
+        tokens, text = [], self
+        while text.before is not None:
+            tokens.append(text.token)
+            text = text.before
+        return tokens[::-1]
+
+
+Kv = tuple[int, Text]
 """KV group and text."""
 
 
@@ -50,6 +75,7 @@ class PagedModel:
         self, num_blocks: int, block_size: int, *, max_tokens: int, max_seqs: int,
         windows: tuple[int | None, ...] = (None,),
     ) -> None:  # fmt: skip
+        self.nothing = Text()
         self.slots: list[list[Kv | None]] = [[None] * block_size for _ in range(num_blocks)]
         self.block_size = block_size
         self.windows = windows
@@ -92,21 +118,22 @@ class PagedModel:
             assert known[-len(part.token_ids) :] == list(part.token_ids)
             places = self._verify(part, known, stream)
             sampled += [SampledToken(part.sequence_id, token) for token in known[part.end :]]
-            self._move(part, places)
-            assert self._read(part, part.end + len(places)) == known[:-1]
+            if places:
+                self._move(part, places)
+                assert self._read(part, part.end + len(places)) == known[:-1]
             draft, parents = self.guess_tree(known, stream, part)
             if draft:
                 drafts.append(DraftTokens(part.sequence_id, tuple(draft), tuple(parents)))
         return StepOutput(step.step, tuple(sampled), loaded, drafts=tuple(drafts))
 
-    def _written(self, part: ScheduledSequence, group: int, table: Sequence[int]) -> list[tuple[int, ...]]:
+    def _written(self, part: ScheduledSequence, group: int, table: Sequence[int]) -> list[Text]:
         """The text up to each of the part's rows. A guess of a tree follows its parent, wherever that is."""
         texts = [self._text(group, table, part.start)]
         for token in part.token_ids:
-            texts.append((*texts[-1], token))
+            texts.append(texts[-1].then(token))
         first = len(texts)
         for token, parent in zip(part.draft, part.parents, strict=True):
-            texts.append((*texts[first + parent], token))
+            texts.append(texts[first + parent].then(token))
         return texts[1:]
 
     def _verify(self, part: ScheduledSequence, known: list[int], stream: int) -> list[int]:
@@ -137,15 +164,15 @@ class PagedModel:
         assert block >= 0, "a token's block is gone"
         return block, position % self.block_size
 
-    def _text(self, group: int, table: Sequence[int], length: int) -> tuple[int, ...]:
+    def _text(self, group: int, table: Sequence[int], length: int) -> Text:
         """What was written for the token before that position."""
         if length == 0:
-            return ()
+            return self.nothing
         block, offset = self._slot(table, length - 1)
         kv = self.slots[block][offset]
         assert kv is not None, "attention reads a slot that nobody wrote"
         assert kv[0] == group, "attention reads KV of another group's layers"
-        assert len(kv[1]) == length, "attention reads KV of another position"
+        assert kv[1].length == length, "attention reads KV of another position"
         return kv[1]
 
     def _read(self, part: ScheduledSequence, end: int) -> list[int]:
@@ -154,7 +181,8 @@ class PagedModel:
         for group, (table, window) in enumerate(zip(part.block_tables, self.windows, strict=True)):
             text = self._text(group, table, end)
             texts.add(text)
-            for position in range(0 if window is None else max(0, part.start - window + 1), end):
-                assert self._text(group, table, position + 1) == text[: position + 1], "reads KV of another text"
+            for length in range(end, 0 if window is None else max(0, part.start - window + 1), -1):
+                assert self._text(group, table, length) is text, "reads KV of another text"
+                text = text.before
         (text,) = texts
-        return list(text)
+        return text.token_ids()

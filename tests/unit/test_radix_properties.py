@@ -7,6 +7,8 @@ from state_machines import CountedMachine, run_machine
 
 from kvarn.cache import HOLE, BlockPool, RadixPrefixCache, common_length, new_tables
 
+pytestmark = pytest.mark.long
+
 SIZE = 3
 CHUNK = 20
 """Most tokens that a sequence computes at once."""

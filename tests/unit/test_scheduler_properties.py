@@ -31,6 +31,8 @@ from kvarn.scheduler import (
 from kvarn.scheduler.drafting import DraftLimits
 from kvarn.scheduler.policy import order_key
 
+pytestmark = pytest.mark.long
+
 BLOCK = 4
 ENDS = frozenset({0, 1})
 

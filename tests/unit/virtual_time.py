@@ -4,12 +4,11 @@ import itertools
 import random
 from dataclasses import dataclass
 
-from paged_model import PagedModel
-
 from kvarn.cache import BlockPool
 from kvarn.config import SchedulerConfig
 from kvarn.request import Request, SamplingParams
 from kvarn.scheduler import Scheduler, StepShape
+from kvarn.step import SampledToken, StepOutput
 
 BLOCK = 16
 
@@ -47,12 +46,16 @@ def poisson(tenant, rate, until, *, prompt, output, seed):
         yield Arrival(now, tenant, *sizes)
 
 
+def execute(step):
+    """Says the same token always. What a step reads and writes is looked at elsewhere (`paged_model`)."""
+    return StepOutput(step.step, tuple(SampledToken(part.sequence_id, 0) for part in step.sequences if part.sample))
+
+
 def simulate(arrivals, policy, cost, *, budget=None, seqs=32, tokens=256, blocks=4096, max_model_len=4096):
     """Runs until all arrivals are answered. Returns (arrival, time of each of its tokens) in order of arrival."""
     arrivals = sorted(arrivals, key=lambda a: a.time)
     config = SchedulerConfig(max_num_seqs=seqs, max_num_batched_tokens=tokens, max_num_queued_requests=10**6)
     scheduler = Scheduler(config, BlockPool(blocks, BLOCK), max_model_len, policy=policy, budget=budget)
-    model = PagedModel(blocks, BLOCK, max_tokens=tokens, max_seqs=seqs)
     coming, now = enumerate(arrivals), 0.0
     upcoming = next(coming, None)
     times = {}
@@ -68,7 +71,7 @@ def simulate(arrivals, policy, cost, *, budget=None, seqs=32, tokens=256, blocks
             upcoming = next(coming, None)
         scheduled = scheduler.schedule()
         now += cost.seconds(StepShape.of(scheduled))
-        for sequence, _ in scheduler.update(scheduled, model.execute(scheduled)):
+        for sequence, _ in scheduler.update(scheduled, execute(scheduled)):
             times[sequence.request.request_id].append(now)
     return [(arrival, times[str(number)]) for number, arrival in enumerate(arrivals)]
 

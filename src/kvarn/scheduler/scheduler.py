@@ -4,29 +4,30 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from kvarn.cache import BlockPool, PrefixCache, new_tables
 from kvarn.config import SchedulerConfig
 from kvarn.errors import RequestError
 from kvarn.request import FinishReason, Request
-from kvarn.scheduler.admission import Backlog, Limits, check_deadline
+from kvarn.scheduler.admission import Limits, check_deadline
 from kvarn.scheduler.assembly import Group, StepAssembly
 from kvarn.scheduler.budget import Budget, ConstantBudget
 from kvarn.scheduler.drafting import NOTHING_WANTED, Drafting, DraftLimits
 from kvarn.scheduler.forecast import Crowd, Forecast, NoForecast
 from kvarn.scheduler.moves import Moves
 from kvarn.scheduler.observer import Hold, NullObserver, Observer
+from kvarn.scheduler.pending import PendingTokens
 from kvarn.scheduler.policy import FirstComeFirstServed, Policy, order_key
-from kvarn.scheduler.queue import WaitingQueue
 from kvarn.scheduler.reuse import PrefixReuse
 from kvarn.scheduler.sequence import Sequence
 from kvarn.scheduler.speculation import NoSpeculation, Speculation
+from kvarn.scheduler.state import SchedulerState
 from kvarn.scheduler.steady import SteadySteps
-from kvarn.step import PENDING, SampledToken, ScheduledSequence, SchedulerOutput, StepOutput
+from kvarn.step import SampledToken, ScheduledSequence, SchedulerOutput, StepOutput
 
 
-class Scheduler:
+class Scheduler(SchedulerState):
     """Queues, budget and blocks of one engine. Not thread-safe; `abort` and `finish` may come between any two calls.
 
     A step has a token of every running sequence that has one to compute. Prompts get what is left of its budget, those
@@ -79,70 +80,21 @@ class Scheduler:
         None: 64 in a step.
         """
         self._observer = observer or NullObserver()
-        self.reuse = PrefixReuse(pool, prefix_cache, moves, self._observer)
+        reuse = PrefixReuse(pool, prefix_cache, moves, self._observer)
+        super().__init__(config, pool, policy or FirstComeFirstServed(), reuse)
         control = speculation or NoSpeculation()
         limits = draft_limits or DraftLimits(64, max_model_len)
         self.drafting = Drafting(control, pool, self.reuse, self._observer, limits)
         self.limits = Limits.of(pool, self.reuse.cache.num_reserved, config.max_num_batched_tokens, max_model_len)
         self.num_preemptions = 0
-        self._config = config
-        self._pool = pool
         self._eos_token_ids = frozenset(eos_token_ids)
-        self.policy = policy or FirstComeFirstServed()
         self._steady = SteadySteps(pool, self.policy, self.reuse)
         self._budget = budget or ConstantBudget(config.max_num_batched_tokens)
         self._forecast = forecast or NoForecast()
-        self._running: dict[int, Sequence] = {}
-        self._waiting = WaitingQueue(self.policy)
-        self._groups: dict[str, Group] = {}
-        self._sequences: dict[int, Sequence] = {}
-        self._finished_ids: list[int] = []
-        self._assumed: list[Sequence] = []
-        """Sequences whose last token is `PENDING`."""
-        self.backlog = Backlog()
+        self._pending = PendingTokens()
         self._step = 0
-        self._assumed_step = 0
         self._next_sequence_id = itertools.count()
         self._next_arrival = itertools.count()
-
-    @property
-    def num_running(self) -> int:
-        """Sequences that take part in the steps."""
-        return len(self._running)
-
-    @property
-    def running_ids(self) -> Iterable[int]:
-        """Ids of the sequences that take part in the steps."""
-        return self._running.keys()
-
-    @property
-    def num_running_tokens(self) -> int:
-        """Tokens of those sequences, prompts and outputs."""
-        return sum(sequence.num_tokens for sequence in self._running.values())
-
-    @property
-    def num_waiting(self) -> int:
-        """Sequences that do not: new, preempted, or waiting for a prompt they share."""
-        return len(self._sequences) - len(self._running)
-
-    @property
-    def num_free_blocks(self) -> int:
-        """Blocks that a sequence can have: empty ones, and those that only the prefix cache holds."""
-        return self._pool.num_available
-
-    @property
-    def num_cached_blocks(self) -> int:
-        """Those of `num_free_blocks` that the prefix cache holds."""
-        return self._pool.num_idle
-
-    @property
-    def num_blocks(self) -> int:
-        """All blocks."""
-        return self._pool.num_blocks
-
-    def has_work(self) -> bool:
-        """Whether a step would do anything: compute, or tell the runner who has finished."""
-        return bool(self._sequences or self._finished_ids)
 
     def add(self, request: Request, *, seed: int = 0) -> list[Sequence]:
         """Queues a request; returns its `n` sequences.
@@ -200,7 +152,7 @@ class Scheduler:
     def schedule(self) -> SchedulerOutput:
         """Decides the next step and takes the blocks it writes. Follow it by `update` with what came of it."""
         self._step += 1
-        running = self._going_on()
+        running = self._pending.without_ends(self._running.values())
         for sequence in running:
             self.reuse.catch_up(sequence)
         decodes = self.drafting.decodes(running, self._budget)
@@ -223,15 +175,9 @@ class Scheduler:
         Sequences that end by their length are not in the next step; those that end otherwise are, for nothing: its
         `update` passes over them, so that what it computes for them is never taken for known.
         """
-        assert not self._assumed, "the step before the last has no result yet"
-        for part in scheduled.sequences:
-            sequence = self._sequences.get(part.sequence_id)
-            if sequence is not None:
-                self._computed(part, sequence)
-                if part.sample:
-                    sequence.token_ids.append(PENDING)
-                    self._assumed.append(sequence)
-        self._assumed_step = scheduled.step
+        self._book_computed(scheduled)
+        sampled = (self._sequences.get(part.sequence_id) for part in scheduled.sequences if part.sample)
+        self._pending.expect(scheduled.step, [sequence for sequence in sampled if sequence is not None])
 
     def spill(self) -> SchedulerOutput:
         """A step that computes nothing, but saves what the prefix cache holds to its second tier. For the end."""
@@ -256,13 +202,8 @@ class Scheduler:
             raise ValueError(f"the result of step {result.step} for step {scheduled.step}")
         for load, count in zip(scheduled.block_loads, result.loaded, strict=True):
             self.reuse.book_load(load, count, self._sequences.get(load.sequence_id))
-        if scheduled.step == self._assumed_step:
-            self._forget_pending()
-        else:
-            for part in scheduled.sequences:
-                sequence = self._sequences.get(part.sequence_id)
-                if sequence is not None:
-                    self._computed(part, sequence)
+        if not self._pending.settle(scheduled.step):
+            self._book_computed(scheduled)
         sampled: list[tuple[Sequence, SampledToken]] = []
         for token in result.sampled:
             sequence = self._sequences.get(token.sequence_id)
@@ -299,18 +240,6 @@ class Scheduler:
         """
         self._steady.take(sorted(self._running.values(), key=self._key), steps, token_ids)
         self._step += steps
-
-    def check(self) -> None:
-        """Raises AssertionError unless blocks, cache, queues and groups agree with one another. For tests."""
-        sequences = list(self._sequences.values())
-        self._pool.check([*(s.table.held for s in sequences), self.reuse.cache.check()])
-        forks = {f.sequence_id for g in self._groups.values() for f in g.forks if not f.finished}
-        assert forks | {s.sequence_id for s in (*self._running.values(), *self._waiting)} == set(self._sequences)
-        assert len(forks) + len(self._running) + len(self._waiting) == len(sequences)
-        assert len(self._running) <= self._config.max_num_seqs
-        assert {i for g in self._groups.values() for i in g.sequences} == set(self._sequences)
-        queued = [next(iter(g.sequences.values())).num_prompt_tokens for g in self._groups.values() if not g.started]
-        assert self.backlog == Backlog(len(queued), sum(queued))
 
     def _check_deadline(self, sequence: Sequence) -> None:
         """Raises DeadlineError for a sequence that does not wait yet, if it is asked to come in time and will not."""
@@ -420,22 +349,14 @@ class Scheduler:
             group.started = True
             self.backlog.remove(sequence.num_prompt_tokens)
 
-    def _going_on(self) -> Collection[Sequence]:
-        """Running sequences but for those that end with a token that is pending."""
-        if not self._assumed:
-            return self._running.values()
-        return [sequence for sequence in self._running.values() if sequence.num_tokens < sequence.max_length]
-
-    def _computed(self, part: ScheduledSequence, sequence: Sequence) -> None:
-        """Books the known tokens that a sequence computes in a step."""
-        self.reuse.computed(sequence, part.end)
-        sequence.num_prompt_logprobs += part.num_prompt_logits
-        self._release_forks(sequence)
-
-    def _forget_pending(self) -> None:
-        for sequence in self._assumed:
-            sequence.token_ids.pop()
-        self._assumed = []
+    def _book_computed(self, scheduled: SchedulerOutput) -> None:
+        """Books the known tokens that a step computes."""
+        for part in scheduled.sequences:
+            sequence = self._sequences.get(part.sequence_id)
+            if sequence is not None:
+                self.reuse.computed(sequence, part.end)
+                sequence.num_prompt_logprobs += part.num_prompt_logits
+                self._release_forks(sequence)
 
     def _put(self, step: StepAssembly, sequence: Sequence, count: int) -> None:
         """Gives the sequence `count` tokens of the step; its blocks are known to be available."""

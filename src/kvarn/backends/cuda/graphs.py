@@ -134,6 +134,10 @@ class StepGraphs:
         """Takes a checked batch to the card, laid out as its bucket is. Valid until the next call."""
         bucket = None if self._recorder is None else self._buckets.of(batch)
         count = int(batch.output_rows.size)
+        context = int(batch.seq_lens.max()) if bucket is None else bucket.context
+        # Tables come as wide as the longest sequence that there may ever be.
+        tables = batch.block_tables[:, :, : -(-context // self._block_size)]
+        batch = replace(batch, block_tables=tables)
         if bucket is None:
             return LaidOut(self._buffers.fill(batch), None, count)
         step = self._buffers.fill(batch, self._layout(bucket))

@@ -78,7 +78,7 @@ class _Lowering:
 
     def _over(self, old: Value, new: Value, index: int) -> View:
         """Where op `index` puts `new`, which it makes of each row of `old`: in its place where nobody else reads it."""
-        if old.only_reader == index and not new.wanted:
+        if old.only_reader == index:
             self._views[new] = self._views[old]
             return self._views[old]
         return self._new(new)

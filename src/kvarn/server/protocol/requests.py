@@ -6,6 +6,7 @@ import re
 from typing import Annotated, Any, ClassVar
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -22,6 +23,7 @@ from kvarn.errors import RequestError
 from kvarn.request import MAX_CACHE_SALT_CHARS, MAX_LOGPROBS, MAX_N, Grammar, SamplingParams
 from kvarn.server.errors import ApiError
 from kvarn.server.keep_alive import parse_keep_alive
+from kvarn.server.keys.records import PRIORITIES
 from kvarn.server.protocol.parameters import COMPLETIONS, Screening
 from kvarn.server.protocol.structure import ResponseFormat, StructuredOutputs
 
@@ -51,6 +53,12 @@ def _stop(value: Any) -> tuple[str, ...]:
     raise ValueError("must be a string or a list of strings")
 
 
+def _priority(value: int) -> int:
+    if -PRIORITIES <= value < PRIORITIES:
+        return value
+    raise ValueError(f"must be between {-PRIORITIES} and {PRIORITIES - 1}, not {value}")
+
+
 def _prompt(value: Any) -> Any:
     """As it is. The kinds of all items are looked at in one pass: a prompt may have millions.
 
@@ -73,6 +81,7 @@ def _schema(*kinds: dict[str, Any]) -> WithJsonSchema:
 _TEXT, _IDS = {"type": "string"}, {"type": "array", "items": {"type": "integer"}}
 _TEXTS = {"type": "array", "items": _TEXT}
 Number = Annotated[float, Strict()]
+Priority = Annotated[StrictInt, AfterValidator(_priority)]
 Stop = Annotated[tuple[str, ...], PlainValidator(_stop), _schema(_TEXT, _TEXTS, {"type": "null"})]
 Prompt = Annotated[
     str | list[str] | list[int] | list[list[int]],
@@ -143,7 +152,7 @@ class SamplingRequest(AnswerRequest):
     include_stop_str_in_output: StrictBool | None = None
     num_speculative_tokens: StrictInt | None = None
     """vLLM's name; there it is the server's alone."""
-    priority: StrictInt | None = None
+    priority: Priority | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     best_of: StrictInt | None = None

@@ -34,9 +34,10 @@ LOGPROBS = "message.output_text.logprobs"
 
 
 def _input(value: Any) -> Any:
-    if isinstance(value, str) or (isinstance(value, list) and all(isinstance(item, dict) for item in value)):
+    items = isinstance(value, list) and all(isinstance(item, dict) for item in value)
+    if value and (items or isinstance(value, str)):
         return value
-    raise ValueError("must be a string or a list of items")
+    raise ValueError("must be a string or a list of items, not empty")
 
 
 Input = Annotated[

@@ -89,19 +89,19 @@ def attention(
     long_items = plan.long_items(shape.group, cut.long_rows)
     short_tiles = plan.short_tiles(shape.group, cut.short_rows)
     split_programs = plan.split_programs(kv_heads, short_tiles)
-    items = long_items + (plan.sequences * short_tiles * split_programs if plan.short else 0)
+    items = long_items + plan.sequences * short_tiles * split_programs
     parents, positions = tree or (query_start, query_start)
-    key_scales, value_scales = (kv.keys, kv.values) if kv.key_scales is None else (kv.key_scales, kv.value_scales)
-    arrays = Arrays(
-        kv.keys, kv.values, key_scales, value_scales, query_start, seq_lens, block_tables, parents, positions
-    )
+    key_scales = kv.keys if kv.key_scales is None else kv.key_scales
+    value_scales = kv.values if kv.value_scales is None else kv.value_scales
+    arrays = Arrays(kv.keys, kv.values, key_scales, value_scales, query_start, seq_lens, parents, positions)
     _attention_kernel[(items * kv_heads,)](
-        q, q.stride(0), out, out.stride(0), arrays, block_tables.stride(0),
+        q, q.stride(0), out, out.stride(0), arrays, block_tables, block_tables.stride(0),
         scale / softcap if softcap else 1.0, (softcap or scale) * math.log2(math.e), workspace.mixed, workspace.stats,
         plan.sequences, long_items, short_tiles, split_programs, SHAPE=shape, TILES=cut, LONG=plan.long,
-        SHORT=plan.short, SHORT_QUERIES=SHORT_QUERIES, MIN_SPLIT=MIN_SPLIT, PARTIALS=PARTIALS, num_warps=cut.warps,
+        SHORT_QUERIES=SHORT_QUERIES, MIN_SPLIT=MIN_SPLIT, PARTIALS=PARTIALS, num_warps=cut.warps,
+        maxnreg=None if plan.long else cut.short_registers,
     )  # fmt: skip
-    if plan.short and workspace.mixed.numel():
+    if workspace.mixed.numel():
         merge_kernel[(plan.sequences * plan.short_rows, heads)](
             workspace.mixed, workspace.stats, out, out.stride(0), query_start, seq_lens, plan.short_rows,
             SHAPE=shape, TILE=cut.short_keys,
@@ -131,11 +131,14 @@ def _product_type(queries: torch.dtype, stored: torch.dtype) -> torch.dtype:
     return stored if stored.itemsize == 2 else queries
 
 
-@triton.jit(do_not_specialize=["sequences", "long_items", "short_tiles", "split_programs"])
+# Block tables have another address and width in each step: nothing is to be compiled anew for that.
+@triton.jit(
+    do_not_specialize=["block_tables", "table_stride", "sequences", "long_items", "short_tiles", "split_programs"]
+)
 def _attention_kernel(
-    q, q_stride, out, out_stride, arrays, table_stride, inner, factor, partial, stats,
+    q, q_stride, out, out_stride, arrays, block_tables, table_stride, inner, factor, partial, stats,
     sequences, long_items, short_tiles, split_programs,
-    SHAPE: tl.constexpr, TILES: tl.constexpr, LONG: tl.constexpr, SHORT: tl.constexpr,
+    SHAPE: tl.constexpr, TILES: tl.constexpr, LONG: tl.constexpr,
     SHORT_QUERIES: tl.constexpr, MIN_SPLIT: tl.constexpr, PARTIALS: tl.constexpr,
 ):  # fmt: skip
     """Tiles of long sequences first, the last ones of a prompt, which have most to do, before others; then splits.
@@ -148,13 +151,12 @@ def _attention_kernel(
     if LONG:
         if item < long_items:
             attend_rows(
-                long_items - 1 - item, head, sequences, q, q_stride, out, out_stride, arrays, table_stride,
-                inner, factor, SHAPE, TILES.long_rows, TILES.long_keys, TILES.long_stages, SHORT_QUERIES,
+                long_items - 1 - item, head, sequences, q, q_stride, out, out_stride, arrays, block_tables,
+                table_stride, inner, factor, SHAPE, TILES.long_rows, TILES.long_keys, TILES.long_stages, SHORT_QUERIES,
             )  # fmt: skip
-    if SHORT:
-        if item >= long_items:
-            attend_splits(
-                item - long_items, head, short_tiles, split_programs, q, q_stride, out, out_stride, arrays,
-                table_stride, inner, factor, partial, stats,
-                SHAPE, TILES.short_rows, TILES.short_keys, TILES.short_stages, SHORT_QUERIES, MIN_SPLIT, PARTIALS,
-            )  # fmt: skip
+    if item >= long_items:
+        attend_splits(
+            item - long_items, head, short_tiles, split_programs, q, q_stride, out, out_stride, arrays,
+            block_tables, table_stride, inner, factor, partial, stats,
+            SHAPE, TILES.short_rows, TILES.short_keys, TILES.short_stages, SHORT_QUERIES, MIN_SPLIT, PARTIALS,
+        )  # fmt: skip

@@ -21,7 +21,9 @@ class Tiles:
     """Sizes of a launch, fixed by shape and type: never by the batch, on which no row's result may depend.
 
     *_rows: query rows of a tile; *_keys: keys of a tile; *_stages: Triton's depth of the pipeline. A tile's block ids
-    are fetched before its keys, so that keys are (stages - 1) // 2 tiles ahead of the products.
+    are fetched before its keys, so that keys are (stages - 1) // 2 tiles ahead of the products. short_registers: a
+    thread's at most where there are splits alone, so that two programs share a multiprocessor: one computes while the
+    other waits for its first keys.
     """
 
     long_rows: int
@@ -31,6 +33,7 @@ class Tiles:
     short_keys: int
     short_stages: int
     warps: int
+    short_registers: int | None = None
 
 
 def tiles(block_dim: int, *, float32: bool) -> Tiles:
@@ -45,7 +48,7 @@ def tiles(block_dim: int, *, float32: bool) -> Tiles:
     if block_dim <= 64:
         return Tiles(128, 64, 5, 16, 64, 7, warps=4)
     if block_dim <= 128:
-        return Tiles(128, 64, 5, 16, 64, 7, warps=8)
+        return Tiles(128, 64, 5, 16, 64, 7, warps=8, short_registers=128)
     if block_dim <= 256:
         return Tiles(128, 64, 3, 16, 64, 5, warps=8)
     return Tiles(16, 32, 3, 16, 32, 3, warps=8)
@@ -69,11 +72,6 @@ class AttentionPlan:
     def long(self) -> bool:
         """Whether there may be long sequences. A launch without them is a smaller program."""
         return self.max_query > SHORT_QUERIES
-
-    @property
-    def short(self) -> bool:
-        """Whether there may be short ones."""
-        return not self.long or self.sequences > 1
 
     @property
     def short_rows(self) -> int:

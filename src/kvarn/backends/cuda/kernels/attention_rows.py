@@ -31,7 +31,7 @@ def sequence_of(query_start, sequences, item, GROUP: tl.constexpr, ROWS: tl.cons
 
 @triton.jit
 def attend_rows(
-    item, head, sequences, q, q_stride, out, out_stride, arrays, table_stride, inner, factor,
+    item, head, sequences, q, q_stride, out, out_stride, arrays, block_tables, table_stride, inner, factor,
     SHAPE: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, SHORT_QUERIES: tl.constexpr,
 ):  # fmt: skip
     """Tile `item` of the rows of all sequences; nothing where it is one of a short sequence's, or of none's."""
@@ -52,7 +52,7 @@ def attend_rows(
         lowest = seq_len - count + begin_row // SHAPE.group
         end = seq_len - count + tl.minimum((begin_row + ROWS - 1) // SHAPE.group, count - 1) + 1
         x = load_queries(q, q_stride, rows, heads, keep, SHAPE)
-        table = arrays.block_tables + sequence.to(tl.int64) * table_stride
+        table = block_tables + sequence.to(tl.int64) * table_stride
         state = nothing_yet(ROWS, SHAPE)
         # A draft's position is at least `known`, whatever its place is.
         begin = first_seen(tl.minimum(lowest, known), SHAPE)

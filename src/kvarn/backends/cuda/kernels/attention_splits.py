@@ -27,7 +27,8 @@ def split_size(keys, count, TILE: tl.constexpr, MIN_SPLIT: tl.constexpr, PARTIAL
 
 @triton.jit
 def attend_splits(
-    item, head, tiles, programs, q, q_stride, out, out_stride, arrays, table_stride, inner, factor, partial, stats,
+    item, head, tiles, programs, q, q_stride, out, out_stride, arrays, block_tables, table_stride, inner, factor,
+    partial, stats,
     SHAPE: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
     SHORT_QUERIES: tl.constexpr, MIN_SPLIT: tl.constexpr, PARTIALS: tl.constexpr,
 ):  # fmt: skip
@@ -43,7 +44,7 @@ def attend_splits(
     if (count > 0) & (count <= SHORT_QUERIES):
         seq_len = tl.load(arrays.seq_lens + sequence)
         known = known_tokens(arrays, query_begin, query_end, seq_len, SHAPE)
-        table = arrays.block_tables + sequence.to(tl.int64) * table_stride
+        table = block_tables + sequence.to(tl.int64) * table_stride
         first = first_seen(seq_len - count, SHAPE)
         size = split_size(seq_len - first, count, TILE, MIN_SPLIT, PARTIALS)
         splits = tl.cdiv(seq_len - first, size)

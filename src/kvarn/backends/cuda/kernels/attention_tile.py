@@ -52,7 +52,6 @@ class Arrays(NamedTuple):
     value_scales: torch.Tensor
     query_start: torch.Tensor
     seq_lens: torch.Tensor
-    block_tables: torch.Tensor
     tree_parents: torch.Tensor
     positions: torch.Tensor
 

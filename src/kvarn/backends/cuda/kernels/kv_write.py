@@ -67,7 +67,7 @@ def store_vectors(x, pointers, scale_pointers, row_mask, mask, SCALED: tl.conste
         largest = tl.max(tl.abs(x), axis=1)
         most = tl.full(largest.shape, 127.0, tl.float32)
         scale = tl.div_rn(largest, most)
-        inverse = tl.where(scale > 1.2e-38, tl.div_rn(most, tl.maximum(largest, 1.2e-38)), 0.0)
+        inverse = tl.where(scale > 1.2e-38, tl.div_rn(most, tl.maximum(largest, 1e-36)), 0.0)
         # Adding 1.5 * 2²³ leaves no room for a fraction: rounds to nearest, ties to even.
         codes = (x * inverse[:, None] + 12582912.0) - 12582912.0
         tl.store(scale_pointers, scale, mask=row_mask)

@@ -39,7 +39,7 @@ def norm(
 
 
 def _warps(span: int) -> int:
-    return max(1, min(16, triton.next_power_of_2(span) // 256))
+    return int(max(1, min(16, triton.next_power_of_2(span) // 256)))
 
 
 @triton.jit
