@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections import deque
 from collections.abc import Sequence as ListOf
@@ -28,7 +27,7 @@ NEARLY = 8
 """Tokens that a drafter may lack of a text without it being worth a thought."""
 READING_MARGIN = 1.5
 """By how much reading must be expected to pay."""
-READING_MEMORY, LEAST_OFF, UNKNOWN_OFF = 0.8, 0.1, 2.0
+READING_MEMORY, LEAST_OFF, UNKNOWN_OFF = 0.8, 0.1, 3.0
 """What is known of the time of reading counts this much less with each text; and a bound of what it may say."""
 ANSWERED_SHARE = 0.05
 """Of each step in the share of sequences that guesses came for."""
@@ -41,7 +40,9 @@ ANSWER = 128
 class GuessTimes:
     """What one more guess of each of n sequences takes, by what it took lately."""
 
-    def __init__(self) -> None:
+    def __init__(self, cost: StepCost) -> None:
+        """cost: predicts steps of the model that is guessed for."""
+        self._cost = cost
         self._lately: dict[int, deque[float]] = {}
 
     def observe(self, count: int, seconds: float) -> None:
@@ -49,12 +50,17 @@ class GuessTimes:
         self._lately.setdefault(count, deque(maxlen=LAST)).append(seconds)
 
     def seconds(self, count: int, otherwise: float) -> float:
-        """Expected time in seconds: of the nearest number that was measured, for more sequences with the root of their
-        ratio, since they share the weights that are read; `otherwise` where none was."""
+        """Expected time in seconds: of the nearest number that was measured, for more sequences as much longer as steps
+        of so many rows are; `otherwise` where none was."""
         if not self._lately:
             return otherwise
         nearest = min(self._lately, key=lambda known: abs(known - count))
-        return statistics.median(self._lately[nearest]) * math.sqrt(max(1.0, count / nearest))
+        growth = self._cost.seconds(_rows(count)) / self._cost.seconds(_rows(nearest)) if count > nearest else 1.0
+        return statistics.median(self._lately[nearest]) * growth
+
+
+def _rows(count: int) -> StepShape:
+    return StepShape(count, count, count, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +112,7 @@ class CostlySpeculation(AutoSpeculation):
         """See `AutoSpeculation`."""
         super().__init__(most, cost)
         self._cost = cost
-        self._guesses = GuessTimes()
+        self._guesses = GuessTimes(cost)
         self._now = self._hoped = NO_PROSPECT
         """Of guessing for those that the drafter has read, and for all, once they are."""
         self._reading = False
