@@ -46,7 +46,7 @@ def measure_steps(bench: Bench, only: frozenset[str]) -> None:
                 if seconds is not None:
                     alone[weights] = seconds
             release()
-        if "decode" in only:
+        if "decode" in only and "int4" in bench.sizes.weights:
             bench.add(_int4_row(name, alone, judged=bench.is_first(name)))
     if "decode" in only:
         _kv_types(bench)

@@ -48,11 +48,9 @@ def write(dtype: torch.dtype, stored: str) -> None:
 
 def calls() -> Iterator[tuple[str, Callable[[], None]]]:
     yield "prefill", lambda: launch(PREFILL, BF16, "bfloat16")
-    yield "prefill 64", lambda: launch(PREFILL, FP16, "float16", 64, 64)
     yield "decode", lambda: launch(DECODE, BF16, "bfloat16")
     yield "decode int8", lambda: launch(DECODE, FP16, "int8")
     yield "decode fp8", lambda: launch(DECODE, BF16, "fp8_e4m3")
-    yield "mixed of two types", lambda: launch(MIXED, BF16, "float16")
     yield "mixed, all features", lambda: launch(MIXED, BF16, "bfloat16", 96, 80, window=4096, softcap=50.0, tree=True)
     for stored in ("float16", "int8", "fp8_e4m3"):
         yield f"write {stored}", lambda stored=stored: write(BF16, stored)

@@ -28,7 +28,7 @@ def test_every_part_runs_on_tiny_shapes(device, tmp_path):
     assert not [row for row in found["rows"] if row["mark"] not in ("", "skipped")]
     left_out = {part for (part, what), row in rows.items() if row["skipped"] and what != "memory over N"}
     assert left_out == (ON_A_CARD_ALONE if device == "cpu" else set())
-    for form in ("bf16", "int4"):
+    for form in ("bf16", "int8"):
         for what in ("1 at once", "1 at once, no graphs"):
             assert rows["decode", f"tiny {form}, {what}"]["value"] > 0
         assert rows["prefill", f"tiny {form}, 4 tokens"]["value"] > 0

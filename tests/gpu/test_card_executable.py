@@ -8,13 +8,15 @@ import torch
 from card_models import BLOCK, LIMITS, assert_near, card, load, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from op_programs import groups_of, ragged
+from op_programs import OpProgram, groups_of, ragged
 
 from kvarn.backends import KvCacheSpec, StepLimits
+from kvarn.backends.cuda.backend import CUBLAS_BYTES
 from kvarn.backends.cuda.cache import KvStore
 from kvarn.backends.cuda.memory import aligned
+from kvarn.backends.reference import ReferenceBackend
 from kvarn.errors import ConfigError, EngineError
-from kvarn.program import KvLayer
+from kvarn.program import Input, KvLayer, Logits
 from kvarn.program.kv_groups import one_group
 from kvarn.tensors import DType
 from kvarn.testing.models import tiny_model
@@ -164,9 +166,32 @@ def test_what_is_held_is_what_was_planned(device, family, sizes, weights):
     spec = KvCacheSpec(4 * groups_of(model), BLOCK, "int8")
     planned = dataclasses.asdict(backend.memory_use(model.program, dtypes, spec, LIMITS))
     executable = backend.load(model.program, model, spec, LIMITS)
-    planned["activations"] -= 32 << 20 if device == "cuda" else 0  # cuBLAS's
+    planned["activations"] -= 2 * CUBLAS_BYTES if device == "cuda" else 0
     assert held_bytes(executable) == planned
     executable.close()
+
+
+def test_a_program_beside_another_shares_its_weights(device):
+    """Such as heads over hidden states: the same bits as with weights of its own, which are not held twice."""
+    model, backend = tiny_model("llama", **ONE), card(device, weights="int4")
+    target = load(backend, model)
+    p = OpProgram(16)
+    p.buffer("x", 64)
+    p.add(Input("x"))
+    p.weight("lm_head.weight", model.tensor("lm_head.weight"))
+    p.add(Logits(p.buffer("y", 259), "x", "lm_head.weight"))
+    spec, limits = KvCacheSpec(1, BLOCK, "float32"), StepLimits(3, 1, 16, 2)
+    alone = backend.load(p.program("y"), p, spec, limits)
+    beside = backend.load(p.program("y"), p, spec, limits, beside=target, shared={"lm_head.weight"})
+    assert alone.memory().weights > beside.memory().weights == 0
+    rows = np.random.default_rng(2).standard_normal((3, 64)).astype(np.float32)
+    for count in (1, 3):
+        batch = dataclasses.replace(ragged([(range(count), 0)]), inputs={"x": rows[:count]})
+        got, wanted = (one.execute(batch)["y"] for one in (beside, alone))
+        np.testing.assert_array_equal(got, wanted)
+        assert np.abs(got).max() > 0
+    with pytest.raises(TypeError, match="beside"):
+        backend.load(p.program("y"), p, spec, limits, beside=ReferenceBackend().load(p.program("y"), p, spec, limits))
 
 
 @pytest.mark.gpu

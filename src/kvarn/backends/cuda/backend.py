@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from kvarn.backends.cuda.executable import CudaExecutable
 
 CUBLAS_BYTES = 32 << 20
-"""The workspace that torch gives cuBLAS on a Hopper card, the largest of any."""
+"""The workspace that torch gives cuBLAS on a Hopper card, the largest of any, for each stream: graphs are recorded on
+one of their own."""
 
 
 class CudaBackend:
@@ -45,7 +46,7 @@ class CudaBackend:
     ) -> MemoryUse:
         """What `load` and the first steps will allocate on the card. CUDA's own context is not counted."""
         use = memory_use(program, dtypes, kv, limits, self.config, shared)
-        workspace = CUBLAS_BYTES if self.config.device == "cuda" else 0
+        workspace = CUBLAS_BYTES * (1 + self.graphs) if self.config.device == "cuda" else 0
         return replace(use, activations=use.activations + workspace)
 
     def load(
