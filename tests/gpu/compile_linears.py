@@ -29,7 +29,7 @@ def weights():
 
 
 def calls():
-    for tokens in (1, 16, 64, 256):
+    for tokens in (1, 16, 64, 512):
         x, out, bias = empty(tokens, WIDTH), empty(tokens, ROWS), empty(ROWS)
         for form, weight in weights():
             yield f"{form} {tokens}", lambda x=x, weight=weight, bias=bias, out=out: linear(x, weight, bias, out)

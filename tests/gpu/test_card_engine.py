@@ -13,8 +13,9 @@ from kvarn.testing.models import tiny_model
 from kvarn.text import load_tokenizer
 from kvarn.weights import open_model
 
-TIE = 0.02
-"""Logits that are nearer to one another, relative to the largest, may change places: bfloat16 keeps 8 bits."""
+TIE = 0.04
+"""Logits that are nearer to one another, relative to the largest, may change places: the CPU rounds activations to 8
+bits for each 32, the card keeps 8 of each. Of SmolLM2's logits any one differs by 0.035 at most so far."""
 
 
 def answers(backend, **more):

@@ -94,7 +94,7 @@ def test_activations_become_the_nearest_fp8(device):
     x[2] = 0
     x[3] = -x[3].abs()
     x[4] = torch.linspace(-448, 448, 300, device=device)
-    x[4, 17], x[4, 18] = 0.0078125 * 0.125, 15.5  # a tie among subnormals, and one among normal numbers
+    x[4, 17:20] = torch.tensor([2**-10, 12.5, 13.5], device=device)  # ties: below normal numbers, and two among them
     codes = torch.full((5, 304), 255, dtype=torch.uint8, device=device)
     scales = torch.empty(5, device=device)
     quantize_rows(x, codes, scales)

@@ -12,8 +12,6 @@ BLOCK_K = 128
 GEMV_PROGRAMS = 512
 """With one row of activations at least this many programs, where K has enough blocks: on 132 multiprocessors some 30
 warps each, all with loads under way."""
-GEMM_PROGRAMS = 264
-"""The same for few rows: two programs a multiprocessor."""
 MAX_SHARES = 16
 FP8_TOKENS = 16
 """Up to so many rows FP8 weights are multiplied by activations as they are: the weight's bytes take the time anyway."""
@@ -39,21 +37,22 @@ class Tiles:
     stages: int
 
     def share_blocks(self, width: int) -> int:
-        """Blocks of K in a share: whole iterations. The last shares may have fewer, or none."""
+        """Blocks of K in a share: whole iterations. The last share may have fewer."""
         iterations = -(-width // (BLOCK_K * self.blocks))
         return -(-iterations // self.shares) * self.blocks
 
 
 _INT4_GEMV = Tiles(1, 16, 8, 1, 8, 1)
 _BYTES_GEMV = Tiles(1, 32, 4, 1, 8, 1)
-_GEMM = (  # by the most rows of activations
-    (16, Tiles(16, 64, 1, 1, 4, 4)),
-    (32, Tiles(32, 64, 1, 1, 4, 4)),
-    (64, Tiles(64, 64, 1, 1, 4, 3)),
-    (None, Tiles(128, 128, 1, 1, 8, 3)),
+_GEMM: tuple[tuple[int | None, Tiles, int], ...] = (
+    (16, Tiles(16, 64, 1, 1, 4, 4), 256),
+    (32, Tiles(32, 64, 1, 1, 4, 4), 256),
+    (64, Tiles(64, 64, 1, 1, 4, 3), 128),
+    (256, Tiles(64, 64, 1, 1, 4, 3), 1),
+    (None, Tiles(128, 128, 1, 1, 8, 3), 1),
 )
-_SPLIT_UP_TO = 64
-"""Rows of activations; beyond, a product has programs enough, and partial sums would be as many bytes as the weight."""
+"""By the most rows of activations: tiles, and the programs that shares are to make up. Two for each multiprocessor;
+with more rows fewer, as partial sums would soon be as many bytes as the weight. Large tiles only where they suffice."""
 
 
 def int4_gemv_tiles(rows: int, width: int) -> Tiles:
@@ -68,10 +67,8 @@ def bytes_gemv_tiles(rows: int, width: int) -> Tiles:
 
 def gemm_tiles(tokens: int, rows: int, width: int) -> Tiles:
     """Several rows of activations, on tensor cores."""
-    tiles = next(tiles for most, tiles in _GEMM if most is None or tokens <= most)
-    if tokens > _SPLIT_UP_TO:
-        return tiles
-    return _split(tiles, -(-rows // tiles.block_n), width, GEMM_PROGRAMS, least=4)
+    tiles, wanted = next((tiles, wanted) for most, tiles, wanted in _GEMM if most is None or tokens <= most)
+    return _split(tiles, -(-rows // tiles.block_n), width, wanted, least=4)
 
 
 def product_workspace(kind: str, rows: int, width: int, tokens: int, *, fp8_products: bool) -> int:
@@ -101,9 +98,10 @@ def aligned(size: int) -> int:
 
 
 def _split(tiles: Tiles, programs: int, width: int, wanted: int, least: int) -> Tiles:
-    """As many shares, a power of two, as bring `programs` up to `wanted`; each has `least` iterations or more."""
+    """Doubles shares up to `wanted` programs, while each has `least` iterations; none is empty."""
     iterations = -(-width // (BLOCK_K * tiles.blocks))
     shares = 1
     while shares < MAX_SHARES and programs * shares < wanted and iterations >= 2 * shares * least:
         shares *= 2
+    shares = -(-iterations // -(-iterations // shares))
     return Tiles(tiles.block_m, tiles.block_n, tiles.blocks, shares, tiles.warps, tiles.stages)
