@@ -27,7 +27,8 @@ def rows(seed, shape, dtype, device, spare=0):
 
 
 def wide(tensor):
-    return tensor.float().cpu().numpy()
+    """Its values as they are now, whatever is written into it later."""
+    return tensor.float().cpu().numpy().copy()
 
 
 def assert_near(got, wanted, dtype):
