@@ -205,6 +205,30 @@ def test_a_grammar_that_gives_up_fails_its_own_request_only(monkeypatch):
     core.close()
 
 
+def test_who_waits_with_the_same_grammar_has_it_all_the_same(monkeypatch):
+    core = tiny_engine(backend="cpu", max_num_seqs=1).core
+    grammar = Grammar.regex("[ab]+")
+    finish, calls = GrammarMasks.finish, []
+
+    def finish_or_give_up(self, pending):
+        calls.append(pending)
+        masks = finish(self, pending)
+        masks.failed += [FailedSequence(0, "too complex")] if len(calls) == 5 else []
+        return masks
+
+    monkeypatch.setattr(GrammarMasks, "finish", finish_or_give_up)
+    for name in ("bad", "waits"):
+        core.add(request(name, "x", max_tokens=8, grammar=grammar, ignore_eos=False))
+    events = []
+    while core.has_work():
+        events += core.step()
+    assert [event.request_id for event in events if isinstance(event, RequestFailed)] == ["bad"]
+    assert [event.request_id for event in events if getattr(event, "finished", False)] == ["waits"]
+    assert core.grammars.compile(grammar) is core.grammars.find(grammar)
+    assert core.stats().grammars_compiled == 2, "who comes later begins anew"
+    core.close()
+
+
 def test_an_engine_without_grammars_refuses_them():
     core = handmade_engine().core
     with pytest.raises(RequestError, match="takes no grammars"):

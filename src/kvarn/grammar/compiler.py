@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from queue import SimpleQueue
 from typing import TYPE_CHECKING
-from weakref import WeakValueDictionary
+from weakref import WeakSet, WeakValueDictionary
 
 from kvarn.config import GrammarConfig
 from kvarn.errors import EngineError, KvarnError, QueueFullError, RequestError
@@ -63,6 +63,8 @@ class GrammarCompiler:
         self._recent: OrderedDict[Grammar, CompiledGrammar] = OrderedDict()
         self._alive: WeakValueDictionary[Grammar, CompiledGrammar] = WeakValueDictionary()
         """Those in `_recent`, and those that somebody holds."""
+        self._spoiled: WeakSet[CompiledGrammar] = WeakSet()
+        """Those of them that nobody new should take."""
         self._pending: dict[Grammar, Future[CompiledGrammar]] = {}
         self._queue: SimpleQueue[Grammar | None] = SimpleQueue()
         self._thread: threading.Thread | None = None
@@ -75,7 +77,7 @@ class GrammarCompiler:
         check_grammar(grammar, self._config)
 
     def find(self, grammar: Grammar) -> CompiledGrammar | None:
-        """The grammar where it is compiled already."""
+        """The grammar where it is compiled already, also one that is forgotten, for whoever still holds it."""
         with self._lock:
             return self._alive.get(grammar)
 
@@ -86,7 +88,7 @@ class GrammarCompiler:
         """
         with self._lock:
             found = self._alive.get(grammar)
-            if found is not None:
+            if found is not None and found not in self._spoiled:
                 self._keep(found)
                 self._count(cache_hits=1)
                 return _done(found)
@@ -107,11 +109,13 @@ class GrammarCompiler:
             return future
 
     def forget(self, grammar: Grammar) -> None:
-        """Lets the next who asks for the grammar have it compiled anew: its matchers share what they have learned, and
+        """Lets the next who submits the grammar have it compiled anew: its matchers share what they have learned, and
         with that a limit that one of them has reached."""
         with self._lock:
             self._recent.pop(grammar, None)
-            self._alive.pop(grammar, None)
+            found = self._alive.get(grammar)
+            if found is not None:
+                self._spoiled.add(found)
 
     def compile(self, grammar: Grammar) -> CompiledGrammar:
         """Waits for it. Raises RequestError."""
@@ -160,12 +164,14 @@ class GrammarCompiler:
     def _run(self) -> None:
         while (grammar := self._queue.get()) is not None and not self._closed:
             started = time.perf_counter()
-            outcome: CompiledGrammar | Exception
-            try:
-                outcome = self._compile(grammar)
-            except BaseException as error:  # a panic in Rust is no Exception; who waits must hear of it all the same
-                outcome = error if isinstance(error, KvarnError) else EngineError(f"the grammar failed: {error}")
-            self._finish(grammar, outcome, time.perf_counter() - started)
+            # Not kept in a variable, which would hold it until the next one comes.
+            self._finish(grammar, self._outcome(grammar), started)
+
+    def _outcome(self, grammar: Grammar) -> CompiledGrammar | Exception:
+        try:
+            return self._compile(grammar)
+        except BaseException as error:  # a panic in Rust is no Exception; who waits must hear of it all the same
+            return error if isinstance(error, KvarnError) else EngineError(f"the grammar failed: {error}")
 
     def _compile(self, grammar: Grammar) -> CompiledGrammar:
         check_grammar(grammar, self._config)
@@ -181,7 +187,8 @@ class GrammarCompiler:
             raise RequestError(f"the grammar cannot be used: {cause(matcher)}", field="grammar")
         return CompiledGrammar(grammar, matcher)
 
-    def _finish(self, grammar: Grammar, outcome: CompiledGrammar | Exception, seconds: float) -> None:
+    def _finish(self, grammar: Grammar, outcome: CompiledGrammar | Exception, started: float) -> None:
+        seconds = time.perf_counter() - started
         with self._lock:
             if isinstance(outcome, Exception):
                 self._count(refused=1, compile_seconds=seconds)
