@@ -149,7 +149,7 @@ def held_bytes(executable):
         "weights": sum(aligned(tensor.nbytes) for tensor in unique.values()),
         "tables": sum(aligned(table.nbytes) for table in parts.tables.values()),
         "kv_cache": parts.cache.nbytes,
-        "activations": executable._main.frame.nbytes + aligned(parts.scratch.nbytes)
+        "activations": executable._plans.main.frame.nbytes + aligned(parts.scratch.nbytes)
         + aligned(executable.step_buffers.nbytes),
     }  # fmt: skip
 

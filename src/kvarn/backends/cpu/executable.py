@@ -16,13 +16,10 @@ from kvarn.backends.cpu.compile import compile_program
 from kvarn.backends.cpu.memory import assign, weight_bytes
 from kvarn.backends.cpu.packed_file import PackedWeights
 from kvarn.backends.cpu.packed_slot import PackedWriter
+from kvarn.backends.plans import Plans
 from kvarn.errors import EngineError
 from kvarn.program import Program, Rows
 from kvarn.tensors import DType
-
-MAX_PLANS = 4
-"""Plans kept beside the main one: each set of extra outputs has its own, with activations of its own."""
-
 
 _Ints = NDArray[np.int32]
 _Arrays = tuple[_Ints, _Ints, NDArray[np.int64], _Ints, _Ints, _Ints, _Ints, _Ints | None]
@@ -79,12 +76,11 @@ class CpuExecutable:
         self._isa = isa
         self._writer = writer
         self._shared = frozenset(shared)
-        self._main: BuiltPlan | None = self._build(())
-        self._variants: dict[tuple[str, ...], BuiltPlan] = {}
+        self._plans = Plans(program, limits.outputs, self._build)
 
     def execute(self, batch: InputBatch, outputs: Sequence[str] = ()) -> Mapping[str, NDArray[np.float32]]:
         """Runs one step in one native call without the GIL (see `Executable`)."""
-        built = self._plan(tuple(sorted(set(outputs) - {self.program.output, *self.limits.outputs})))
+        built = self._plans.returning(outputs)
         self._fill(built, batch)
         built.plan.run(*_arrays(batch))
         if self._writer is not None:
@@ -101,11 +97,11 @@ class CpuExecutable:
 
     def count_stages(self, on: bool) -> None:
         """Switches the native counters of stages on or off, from zero. Off at load, when they cost nothing."""
-        self._plan(()).plan.count(on)
+        self._plans.main.plan.count(on)
 
     def stage_counters(self) -> list[StageCounter]:
         """What each stage took over the steps since counting was switched on; empty while it is off."""
-        plan = self._plan(()).plan
+        plan = self._plans.main.plan
         counters = zip(plan.labels, plan.counters(), strict=False)
         return [StageCounter(label, span, busy, calls) for label, (span, busy, calls) in counters]
 
@@ -154,7 +150,7 @@ class CpuExecutable:
         """Instruction set, threads and bytes held now (activations of extra plans among them)."""
         if self._pool is None or self._cache is None:
             raise EngineError("the executable is closed")
-        plans = [built.plan for built in (self._main, *self._variants.values()) if built is not None]
+        plans = [built.plan for built in self._plans]
         tables = sum(self.limits.max_model_len * table.rotary_dim * 4 for table in self._parameters.rotary)
         memory = MemoryUse(
             weights=weight_bytes(self.program, self._dtypes, self._shared),
@@ -171,8 +167,7 @@ class CpuExecutable:
             if writer is not None:
                 writer.finish()
         finally:
-            self._main = None
-            self._variants.clear()
+            self._plans.close()
             self._parameters = Parameters({}, {}, {})
             self._cache = None
             self._pool = None
@@ -181,22 +176,6 @@ class CpuExecutable:
         if self._cache is None:
             raise EngineError("the executable is closed")
         return self._cache
-
-    def _plan(self, outputs: tuple[str, ...]) -> BuiltPlan:
-        if self._main is None:
-            raise EngineError("the executable is closed")
-        if not outputs:
-            return self._main
-        if outputs not in self._variants:
-            for name in outputs:
-                try:
-                    self.program.buffer(name)
-                except KeyError:
-                    raise ValueError(f"the program has no buffer {name!r}") from None
-            if len(self._variants) >= MAX_PLANS:
-                self._variants.pop(next(iter(self._variants)))
-            self._variants[outputs] = self._build(outputs)
-        return self._variants[outputs]
 
     def _build(self, outputs: tuple[str, ...]) -> BuiltPlan:
         assert self._pool is not None

@@ -24,14 +24,12 @@ from kvarn.backends.cuda.results import StepResults
 from kvarn.backends.cuda.scratch import scratch_bytes
 from kvarn.backends.cuda.step_layout import StepLayout
 from kvarn.backends.cuda.weights import TORCH_DTYPES, WeightLoader, Weights
+from kvarn.backends.plans import Plans
 from kvarn.backends.row_rules import RowRules
 from kvarn.config import CudaConfig
 from kvarn.errors import EngineError
 from kvarn.program import Program, RopeTable, Rows
 from kvarn.tensors import TensorSource
-
-MAX_PLANS = 4
-"""Plans kept beside the main one: each set of extra outputs has its own, with activations of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,17 +82,16 @@ class CudaExecutable:
         inputs = {name: program.buffer(name).width for name in program.inputs}
         largest = StepLayout.largest(program, kv, limits)
         self.step_buffers = StepBuffers(largest, inputs, device)
-        self._main: Plan | None = self._build(())
-        self._variants: dict[tuple[str, ...], Plan] = {}
+        self._plans = Plans(program, limits.outputs, self._build)
         recorder = CudaRecorder(device) if graphs and device.type == "cuda" else None
         self._graphs = StepGraphs(self.launch, self.step_buffers, largest, limits, recorder, kv.block_size)
         self._on_card = StepsOnCard(self._graphs, self._check, limits.max_num_outputs, device)
 
     def execute(self, batch: InputBatch, outputs: Sequence[str] = ()) -> Mapping[str, NDArray[np.float32]]:
         """Runs one step and waits for it (see `Executable`). A result leaves the card when it is first looked at."""
-        plan = self._plan(tuple(sorted(set(outputs) - {self.program.output, *self.limits.outputs})))
+        plan = self._plans.returning(outputs)
         self._check(batch)
-        if plan is self._main:
+        if plan is self._plans.main:
             laid_out = self._graphs.lay_out(batch)
             self._graphs.run(laid_out)
             step = laid_out.step
@@ -114,13 +111,13 @@ class CudaExecutable:
         Nothing is checked; who calls it vouches for what `execute` would check. Allocates nothing of its own, so that
         it can be captured in a graph; the kernels' first calls for a size may compile.
         """
-        plan = self._plan(())
+        plan = self._plans.main
         self._run(plan, step)
         return plan.frame.at(plan.outputs[self.program.output])
 
     def output(self, name: str) -> torch.Tensor:
         """On the device, one of `StepLimits.outputs` or the logits, as the last `launch` left it."""
-        plan = self._plan(())
+        plan = self._plans.main
         return plan.frame.at(plan.outputs[name])
 
     def submit(self, batch: InputBatch, rules: RowRules, previous: NDArray[np.int32]) -> None:
@@ -177,8 +174,7 @@ class CudaExecutable:
         self._on_card.discard()
         self._graphs.forget()
         self._parts = None
-        self._main = None
-        self._variants.clear()
+        self._plans.close()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -192,22 +188,6 @@ class CudaExecutable:
         if self._parts is None:
             raise EngineError("the executable is closed")
         return self._parts
-
-    def _plan(self, outputs: tuple[str, ...]) -> Plan:
-        if self._main is None:
-            raise EngineError("the executable is closed")
-        if not outputs:
-            return self._main
-        if outputs not in self._variants:
-            for name in outputs:
-                try:
-                    self.program.buffer(name)
-                except KeyError:
-                    raise ValueError(f"the program has no buffer {name!r}") from None
-            if len(self._variants) >= MAX_PLANS:
-                self._variants.pop(next(iter(self._variants)))
-            self._variants[outputs] = self._build(outputs)
-        return self._variants[outputs]
 
     def _build(self, outputs: tuple[str, ...]) -> Plan:
         lowered = lower(self.program, self._forms, (*self.limits.outputs, *outputs))
