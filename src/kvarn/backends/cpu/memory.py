@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from kvarn import _native
+from kvarn.backends.arena import first_fit
 from kvarn.backends.base import KvCacheSpec, MemoryUse, StepLimits
 from kvarn.backends.cpu.compile import compile_program
 from kvarn.backends.cpu.stages import (
@@ -35,21 +36,8 @@ class Layout:
 def assign(stages: StageList, program: Program, limits: StepLimits, threads: int) -> Layout:
     """Gives every place an offset: first fit, stage by stage. Places of outputs live to the end."""
     sizes = _sizes(stages, program, limits, threads)
-    last = {place: index for index, stage in enumerate(stages.stages) for place in (*reads(stage), *writes(stage))}
-    for place in stages.outputs.values():
-        last[place] = len(stages.stages)
-    offsets: dict[Place, int] = {}
-    live: dict[Place, int] = {}
-    top = 0
-    for index, stage in enumerate(stages.stages):
-        for place in writes(stage):
-            if place in offsets:
-                continue
-            offset = _gap(sorted((offsets[p], sizes[p]) for p in live), sizes[place])
-            offsets[place] = offset
-            live[place] = last[place]
-            top = max(top, offset + sizes[place])
-        live = {place: end for place, end in live.items() if end > index}
+    touched = [(*reads(stage), *writes(stage)) for stage in stages.stages]
+    offsets, top = first_fit(touched, list(stages.outputs.values()), sizes.__getitem__)
     return Layout(offsets, max(top, ALIGNMENT))
 
 
@@ -97,16 +85,6 @@ def kv_cache_bytes(program: Program, kv: KvCacheSpec) -> int:
 def kv_slots(program: Program) -> list[tuple[int, int, int]]:
     """(heads, key_dim, value_dim) of each slot of a KV block, as the native cache wants them."""
     return [(slot.heads, slot.key_dim, slot.value_dim) for slot in program.kv_groups.slots]
-
-
-def _gap(taken: list[tuple[int, int]], size: int) -> int:
-    """The lowest offset where `size` bytes fit between (offset, size) spans in ascending order."""
-    offset = 0
-    for start, length in taken:
-        if start - offset >= size:
-            break
-        offset = max(offset, start + length)
-    return offset
 
 
 def _sizes(stages: StageList, program: Program, limits: StepLimits, threads: int) -> dict[Place, int]:

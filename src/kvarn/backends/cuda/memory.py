@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
+from kvarn.backends.arena import first_fit
 from kvarn.backends.base import KvCacheSpec, MemoryUse, StepLimits
 from kvarn.backends.cuda.forms import DENSE, DTYPE_BYTES, MatrixForm, form_of, matrix_bytes
 from kvarn.backends.cuda.launches import Lowered, Place, places
@@ -32,21 +33,10 @@ class Layout:
 
 def assign(lowered: Lowered, limits: StepLimits, dtype: str) -> Layout:
     """Gives every place an offset: first fit, launch by launch. Places of outputs live to the end."""
-    last = {place: index for index, launch in enumerate(lowered.launches) for place in places(launch)}
-    last.update(dict.fromkeys((view.place for view in lowered.outputs.values()), len(lowered.launches)))
-    offsets: dict[Place, int] = {}
-    live: dict[Place, int] = {}
-    top = ALIGNMENT
-    for index, launch in enumerate(lowered.launches):
-        for place in places(launch):
-            if place in offsets:
-                continue
-            size = _place_bytes(place, limits, dtype)
-            offset = _gap(sorted((offsets[p], _place_bytes(p, limits, dtype)) for p in live), size)
-            offsets[place], live[place] = offset, last[place]
-            top = max(top, offset + size)
-        live = {place: end for place, end in live.items() if end > index}
-    return Layout(offsets, top)
+    touched = [tuple(places(launch)) for launch in lowered.launches]
+    kept = [view.place for view in lowered.outputs.values()]
+    offsets, top = first_fit(touched, kept, lambda place: _place_bytes(place, limits, dtype))
+    return Layout(offsets, max(top, ALIGNMENT))
 
 
 def memory_use(
@@ -135,13 +125,3 @@ def aligned(size: int) -> int:
 def _place_bytes(place: Place, limits: StepLimits, dtype: str) -> int:
     rows = limits.max_num_tokens if place.rows is Rows.TOKENS else limits.max_num_outputs
     return aligned(rows * place.width * (4 if place.float32 else DTYPE_BYTES[dtype]))
-
-
-def _gap(taken: list[tuple[int, int]], size: int) -> int:
-    """The lowest offset where `size` bytes fit between (offset, size) spans in ascending order."""
-    offset = 0
-    for start, length in taken:
-        if start - offset >= size:
-            break
-        offset = max(offset, start + length)
-    return offset
