@@ -37,8 +37,8 @@ SUREST = 0.9
 """As sure as that a drafter need not be to go on."""
 COMMON_WEIGHT = 6.0
 """Guesses of a sequence that what is known of all sequences counts for, of those that were computed."""
-ANSWER, LONGER = 128, 0.25
-"""Tokens of an answer, as long as none has ended; and one that is longer than most is expected to go on for such a part
+ANSWER, ANSWER_SHARE, LONGER = 128, 0.1, 0.25
+"""Tokens of an answer, as long as none has ended; each that ends counts as much in the mean, at least; and one that is longer than most is expected to go on for such a part
 of what it has already."""
 
 
@@ -136,7 +136,7 @@ class CostlySpeculation(AutoSpeculation):
         self._tried: int | None = None
         """Of the one that was in the last."""
         self._num_tried = self._trials = self._last_tried = 0
-        self._answer = float(ANSWER)
+        self._answer, self._ended = float(ANSWER), 0
         self._reading_expected = self._reading_taken = 0.0
         """Seconds, fading."""
         self._plans = 0
@@ -265,7 +265,9 @@ class CostlySpeculation(AutoSpeculation):
 
     def ended(self, sequence: Sequence) -> None:
         """See `Speculation`."""
-        self._answer += 0.1 * (sequence.num_output_tokens - self._answer)
+        self._ended += 1
+        share = max(ANSWER_SHARE, 1 / (self._ended + 1))
+        self._answer += share * (sequence.num_output_tokens - self._answer)
 
     def _kind(self, sequence: Sequence, draft: tuple[int, ...]) -> int:
         del sequence, draft
@@ -329,7 +331,7 @@ class CostlySpeculation(AutoSpeculation):
         left = min(sequence.max_length - sequence.num_tokens, max(self._answer - said, LONGER * said))
         left *= self._computed_share(sequence)
         seconds = self._reading_seconds(sequence)
-        if self._being_read or not self._account.bears(seconds):
+        if self._being_read or not self._account.bears(seconds, self._hoped.count):
             return False
         if READING_MARGIN * seconds > self._hoped.saved * left:
             return False
