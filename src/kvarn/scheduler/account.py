@@ -9,7 +9,7 @@ AT_FIRST, SAVED, UNSPENT = 6.0, 8.0, 100.0
 that is read to be guessed costs as much as many steps."""
 MOST_OWED = 200.0
 """Steps' worth. Where times are misjudged for a while, it is not paid for long after."""
-LENT = 20.0
+LENT = 16.0
 """Steps' worth that may be owed for what is believed to pay."""
 
 
