@@ -8,7 +8,7 @@ from collections.abc import Sequence as ListOf
 from dataclasses import dataclass
 
 from kvarn.scheduler.acceptance import Acceptance
-from kvarn.scheduler.auto import COMMON_MEMORY, LATER, LEAST_GAIN, MARGIN, PLAIN_EVERY, AutoSpeculation, best_count
+from kvarn.scheduler.auto import COMMON_MEMORY, LATER, LEAST_GAIN, LONGEST_REST, MARGIN, PLAIN_EVERY, AutoSpeculation, best_count
 from kvarn.scheduler.cost import StepCost, StepShape
 from kvarn.scheduler.sequence import Sequence
 from kvarn.scheduler.speculation import limit
@@ -139,7 +139,8 @@ class CostlySpeculation(AutoSpeculation):
         self._answer, self._ended = float(ANSWER), 0
         self._reading_expected = self._reading_taken = 0.0
         """Seconds, fading."""
-        self._plans = 0
+        self._plans = self._planned_again = self._in_vain = 0
+        """Steps; the one from which it is worked out again what guesses bring, and how often that was nothing."""
         self._answered = 1.0
         """How many of those who are asked for guesses have any: heads have none where they are not sure."""
         self._going_on = 1.0
@@ -153,14 +154,19 @@ class CostlySpeculation(AutoSpeculation):
         ready = [sequence for sequence in ready if limit(self.most, sequence)]
         if not ready or self._plans % PLAIN_EVERY == 0 or not self._times.knows(shape.num_tokens):
             return
+        if self._plans < self._planned_again:
+            return
         self._being_read = any(sequence.drafter_reads for sequence in ready)
         known = [sequence for sequence in ready if self._unread(sequence) <= NEARLY]
         hoped = self._prospect(ready, shape)
         now = hoped if len(known) == len(ready) else self._prospect(known, shape) if known else NO_PROSPECT
-        if not (now.depth or hoped.depth):
-            self._try_one(ready, self._step_times(ready, shape, 1))
-        else:
-            self._now, self._hoped = now, hoped
+        if now.depth or hoped.depth:
+            self._now, self._hoped, self._in_vain = now, hoped, 0
+            return
+        self._try_one(ready, self._step_times(ready, shape, 1))
+        # Little changes until guesses are tried, and what is expected of them takes a share of a small model's step.
+        self._in_vain += 1
+        self._planned_again = self._plans + min(1 << min(self._in_vain, 30), LONGEST_REST)
 
     def _prospect(self, some: ListOf[Sequence], shape: StepShape) -> Prospect:
         """What is best if these are guessed for, and the step's others are not."""
