@@ -79,6 +79,8 @@ def bad_requests():
         request("told", first, logprobs=3),
         request("penalized", first, temperature=1.0, seed=1, repetition_penalty=1.3, min_tokens=2),
         request("bound bad", first, ignore_eos=False, grammar=Grammar.regex("[a-z ]{30}")),
+        request("middle", "hello \0there"),
+        request("chunks", "it begins with a beginning, \0 and goes on for quite some time", n=2, max_tokens=3),
         request("prompt", "hello \0there", prompt_logprobs=2),
         request("later", "hello there, what", logit_bias={BAD: 100.0}),
         request("all of three", "hello", n=3, temperature=1.0, seed=5, logit_bias={BAD: 4.0}, max_tokens=40),

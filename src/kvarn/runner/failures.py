@@ -6,8 +6,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
+from numpy.typing import NDArray
+
 from kvarn.backends.row_rules import NOT_FINITE
-from kvarn.step import FailedSequence, PooledSequence, SampledToken, SchedulerOutput
+from kvarn.step import FailedSequence, PooledSequence, SampledToken, ScheduledSequence, SchedulerOutput
 
 
 def not_finite(sequence_id: int) -> FailedSequence:
@@ -25,6 +28,22 @@ def nothing_left(sequence_id: int) -> FailedSequence:
 def of_vectors(pooled: Sequence[PooledSequence]) -> list[FailedSequence]:
     """Those whose vectors hold what is no number."""
     return [not_finite(vector.sequence_id) for vector in pooled if not all(map(math.isfinite, vector.vector))]
+
+
+def of_prompts(scheduled: SchedulerOutput, hidden: NDArray[np.float32] | None) -> list[FailedSequence]:
+    """Those with a token, of which no logits are asked for, that the model has no numbers for.
+
+    hidden: what the last layer leaves, a row for each token of the step; None: it is not known. A back-end whose cache
+    is kept finite stores such a token as zeros, so that no row after it would tell.
+    """
+    failed: list[FailedSequence] = []
+    begin = 0
+    for part in scheduled.sequences if hidden is not None else ():
+        count = len(part.token_ids) - part.sample
+        if count and not np.isfinite(hidden[begin : begin + count]).all():
+            failed.append(not_finite(part.sequence_id))
+        begin += part.num_rows
+    return failed
 
 
 def without_failed(
@@ -48,9 +67,12 @@ def asking_nothing_of(failed: Sequence[FailedSequence], scheduled: SchedulerOutp
     if not failed:
         return scheduled
     lost = {failure.sequence_id for failure in failed}
-    nothing = {"num_drafts_wanted": 0, "num_nodes_wanted": 0, "num_copies_wanted": 0}
-    parts = (replace(part, **nothing) if part.sequence_id in lost else part for part in scheduled.sequences)
+    parts = (_asking_nothing(part) if part.sequence_id in lost else part for part in scheduled.sequences)
     return replace(scheduled, sequences=tuple(parts))
+
+
+def _asking_nothing(part: ScheduledSequence) -> ScheduledSequence:
+    return replace(part, num_drafts_wanted=0, num_nodes_wanted=0, num_copies_wanted=0)
 
 
 def _failure(token: SampledToken) -> FailedSequence:

@@ -21,7 +21,7 @@ from kvarn.runner.batch import BatchBuilder
 from kvarn.runner.block_file import BlockFile
 from kvarn.runner.block_mover import BlockMover
 from kvarn.runner.drafter import Drafter, NullDrafter, Proposal
-from kvarn.runner.failures import asking_nothing_of, of_vectors, without_failed
+from kvarn.runner.failures import asking_nothing_of, of_prompts, of_vectors, without_failed
 from kvarn.runner.guide import guided
 from kvarn.runner.pooler import NullPooler, Pooler
 from kvarn.runner.prompt_logprobs import take_prompts
@@ -89,6 +89,7 @@ class Runner:
         self._batches = BatchBuilder(limits, block_size, self._num_groups)
         self._block_size = block_size
         self._logits = logits
+        self._hidden = executable.program.last_layer
         self._known: set[int] = set()
         self._refused: deque[list[FailedSequence]] = deque()
         """By the steps that were submitted and not collected."""
@@ -108,7 +109,7 @@ class Runner:
         masks = None if pending is None else self.grammars.finish(pending)
         pooled = self.pooler.take(scheduled, values)
         values, prompts, failed = take_prompts(values, self._logits, scheduled.sequences, self._sampler)
-        failed += [*begun.refused, *of_vectors(pooled)]
+        failed += [*begun.refused, *of_vectors(pooled), *of_prompts(scheduled, values.get(self._hidden))]
         sampled, failed = self._sample(values[self._logits], parts, masks, failed)
         started = time.perf_counter()
         asked = asking_nothing_of(failed, scheduled)
