@@ -7,10 +7,13 @@ from broken_numbers import BAD, BadMemory, Guesses, poisoned_model
 from random_heads import heads_file
 from tiny_engine import handmade_engine, request, tiny_engine
 
+from kvarn.backends.row_rules import NOT_FINITE, NOTHING_LEFT
 from kvarn.config import SpeculativeConfig
 from kvarn.engine.events import RequestFailed, merge_outputs
 from kvarn.errors import EngineError
 from kvarn.request import Grammar, Pooling, Request, SamplingParams
+from kvarn.runner.failures import without_failed
+from kvarn.step import FailedSequence, SampledToken
 
 GOOD = [
     request("greedy", "hello there, what do you", max_tokens=20),
@@ -152,6 +155,21 @@ def test_heads_that_read_hidden_states_of_others_guess_on(make, tmp_path, kind):
     crowd = [each for pair in itertools.zip_longest(bad, GOOD) for each in pair if each is not None]
     assert said(failing(core, crowd, {each.request_id for each in bad})) == alone
     assert core.stats().draft_tokens > 0
+
+
+def test_a_row_of_logits_in_a_prompt_tells_too(make):
+    """Where nobody sees hidden states."""
+    core = make(handmade_engine(model=poisoned_model()).core)
+    good = request("good", "hello there", prompt_logprobs=2)
+    alone = said(failing(core, [good], ()))
+    assert said(failing(core, [request("bad", "hello \0there", prompt_logprobs=2), good], {"bad"})) == alone
+
+
+def test_whatever_else_is_wrong_with_it_what_has_no_numbers_is_not_kept():
+    sampled = [SampledToken(1, 65), SampledToken(2, 66), SampledToken(2, NOT_FINITE), SampledToken(3, NOTHING_LEFT)]
+    kept, failed = without_failed(sampled, [FailedSequence(4, "no", ""), FailedSequence(2, "too complex")])
+    assert kept == [SampledToken(1, 65)]
+    assert [(failure.sequence_id, failure.finite) for failure in failed] == [(2, False), (4, True), (3, True)]
 
 
 LONG = "a prompt of some sixty tokens! so it fills three blocks, and more"

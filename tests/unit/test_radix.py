@@ -248,7 +248,9 @@ class TestWhatIsNotBelieved:
 
     def test_what_others_go_on_from_stays_until_they_go(self, cache):
         other = running(cache, [*range(8), 70, 71, 72, 73, 74])
+        computed(cache, [*range(8), 60, 61, 62])
         running(cache, range(14)).disown()
+        assert found(cache, [*range(8), 60, 61, 62, 63]) == 11, "who goes on believes what all of them begin with"
         assert found(cache, [*range(8), 70, 71, 72, 73, 74]) == 12
         assert found(cache, range(14)) == 8
         cache.pool.check([other.table.held, cache.check()])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -10,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvarn.backends.row_rules import NOT_FINITE
-from kvarn.step import FailedSequence, PooledSequence, SampledToken, ScheduledSequence, SchedulerOutput
+from kvarn.step import FailedSequence, SampledToken, ScheduledSequence, SchedulerOutput
 
 
 def not_finite(sequence_id: int) -> FailedSequence:
@@ -25,11 +24,6 @@ def nothing_left(sequence_id: int) -> FailedSequence:
     return FailedSequence(sequence_id, message, "allowed_token_ids")
 
 
-def of_vectors(pooled: Sequence[PooledSequence]) -> list[FailedSequence]:
-    """Those whose vectors hold what is no number."""
-    return [not_finite(vector.sequence_id) for vector in pooled if not all(map(math.isfinite, vector.vector))]
-
-
 def of_prompts(scheduled: SchedulerOutput, hidden: NDArray[np.float32] | None) -> list[FailedSequence]:
     """Those with a token, of which no logits are asked for, that the model has no numbers for.
 
@@ -37,8 +31,10 @@ def of_prompts(scheduled: SchedulerOutput, hidden: NDArray[np.float32] | None) -
     is kept finite stores such a token as zeros, so that no row after it would tell.
     """
     failed: list[FailedSequence] = []
+    if hidden is None:
+        return failed
     begin = 0
-    for part in scheduled.sequences if hidden is not None else ():
+    for part in scheduled.sequences:
         count = len(part.token_ids) - part.sample
         if count and not np.isfinite(hidden[begin : begin + count]).all():
             failed.append(not_finite(part.sequence_id))

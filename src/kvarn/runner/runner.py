@@ -21,7 +21,7 @@ from kvarn.runner.batch import BatchBuilder
 from kvarn.runner.block_file import BlockFile
 from kvarn.runner.block_mover import BlockMover
 from kvarn.runner.drafter import Drafter, NullDrafter, Proposal
-from kvarn.runner.failures import asking_nothing_of, of_prompts, of_vectors, without_failed
+from kvarn.runner.failures import asking_nothing_of, of_prompts, without_failed
 from kvarn.runner.guide import guided
 from kvarn.runner.pooler import NullPooler, Pooler
 from kvarn.runner.prompt_logprobs import take_prompts
@@ -109,7 +109,7 @@ class Runner:
         masks = None if pending is None else self.grammars.finish(pending)
         pooled = self.pooler.take(scheduled, values)
         values, prompts, failed = take_prompts(values, self._logits, scheduled.sequences, self._sampler)
-        failed += [*begun.refused, *of_vectors(pooled), *of_prompts(scheduled, values.get(self._hidden))]
+        failed += [*begun.refused, *of_prompts(scheduled, values.get(self._hidden))]
         sampled, failed = self._sample(values[self._logits], parts, masks, failed)
         started = time.perf_counter()
         asked = asking_nothing_of(failed, scheduled)
