@@ -9,7 +9,7 @@ AT_FIRST, SAVED, UNSPENT = 6.0, 8.0, 100.0
 that is read to be guessed costs as much as many steps."""
 MOST_OWED = 200.0
 """Steps' worth. Where times are misjudged for a while, it is not paid for long after."""
-LENT = 8.0
+LENT = 16.0
 """Steps' worth that may be owed for what is believed to pay."""
 
 
@@ -28,9 +28,9 @@ class Account:
         self._step = 0.0
         """Seconds of a step without guesses, about."""
 
-    def bears(self, seconds: float) -> bool:
-        """Whether so much may be spent on what is believed to bring more: once anything is there, or a little of it."""
-        return self.seconds > 0 or seconds < self.seconds + self._share * LENT * self._step
+    def bears(self, seconds: float, count: int) -> bool:
+        """Whether so much may be spent for one of `count` sequences on what is believed to bring more."""
+        return seconds < self.seconds + LENT * self._step / count
 
     def stepped(self, seconds: float, plain: float) -> None:
         """A step took so long; one without guesses takes `plain`."""
