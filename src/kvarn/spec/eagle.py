@@ -31,7 +31,7 @@ from kvarn.program import (
     SelectRows,
     Weight,
 )
-from kvarn.runner import Proposal
+from kvarn.runner import BlocklessDrafter, Proposal
 from kvarn.spec.chain import LEAST, WIDTH, Candidates, candidates_of, kept_rows, likely_tree
 from kvarn.spec.head_model import HeadModel, HeadTensors
 from kvarn.spec.heads import Heads, HeadsShape, tensor_shapes
@@ -174,7 +174,7 @@ class _Guess:
     feature: Floats | None = None
 
 
-class EagleDrafter:
+class EagleDrafter(BlocklessDrafter):
     """Guesses a chain, token by token, for all sequences together, as long as all of it is likely enough; beside its
     tokens others that may stand in their place, where those are likelier than a longer chain.
 
@@ -214,11 +214,6 @@ class EagleDrafter:
         """See `Drafter.remove`."""
         self._sequences.pop(sequence_id, None)
         self._rings.free(sequence_id)
-
-    def prepare(self, scheduled: SchedulerOutput) -> bool:
-        """Nothing: the layer's keys and values are in no block of the target's."""
-        del scheduled
-        return False
 
     def close(self) -> None:
         """Closes the executable."""
