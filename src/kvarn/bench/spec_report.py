@@ -12,8 +12,8 @@ NOTABLE = 0.05
 """By how much a cause must change the speedup to be named."""
 LEGEND = (
     "α: guesses that were right, of those before which all were. tokens: of a sequence in a step.",
-    "speedup: time of off / time, prompts among it. counted: the same if each step took the median of all methods' steps",
-    "of as many rows, so without the machine's moods. predicted: (1 - α^(K+1)) / ((1 - α) (1 + cK)).",
+    "speedup: time of off / time, prompts among it. counted: the same if each step took the median of all steps of as",
+    "many rows, so without the machine's moods. predicted: (1 - α^(K+1)) / ((1 - α) (1 + cK)).",
 )
 WHY_LEGEND = (
     "K: tokens guessed ahead in a step; rows: computed for a sequence in a step. 1+cK: the step against one without",

@@ -8,7 +8,9 @@ from collections.abc import Sequence as ListOf
 from dataclasses import dataclass
 
 from kvarn.scheduler.acceptance import Acceptance
-from kvarn.scheduler.auto import COMMON_MEMORY, LATER, LEAST_GAIN, LONGEST_REST, MARGIN, PLAIN_EVERY, AutoSpeculation, best_count
+from kvarn.scheduler.auto import (
+    COMMON_MEMORY, LATER, LEAST_GAIN, LONGEST_REST, MARGIN, PLAIN_EVERY, AutoSpeculation, best_count,
+)  # fmt: skip
 from kvarn.scheduler.cost import StepCost, StepShape
 from kvarn.scheduler.sequence import Sequence
 from kvarn.scheduler.speculation import limit
@@ -20,7 +22,7 @@ PRIOR_SHARE = 0.3
 LAST = 5
 """Measurements of which the median counts, for each number of sequences: some have texts to read first."""
 LEAST_TRIED = 8
-"""Guesses that are verified at first, if not much is to be read for them, before any is believed to pay."""
+"""Guesses that are tried at first, where none are believed to pay, whatever one takes, if there is time to read."""
 TRY_EVERY = 16
 """Steps from one that is tried to the next, then, however little it takes."""
 DEEPER_EVERY = 4
@@ -38,8 +40,8 @@ SUREST = 0.9
 COMMON_WEIGHT = 6.0
 """Guesses of a sequence that what is known of all sequences counts for, of those that were computed."""
 ANSWER, ANSWER_SHARE, LONGER = 128, 0.1, 0.25
-"""Tokens of an answer, as long as none has ended; each that ends counts as much in the mean, at least; and one that is longer than most is expected to go on for such a part
-of what it has already."""
+"""Tokens of an answer, as long as none has ended; each that ends counts as much in the mean, at least; and one that is
+longer than most is expected to go on for such a part of what it has already."""
 
 
 class GuessTimes:
