@@ -9,7 +9,14 @@ from dataclasses import dataclass
 
 from kvarn.scheduler.acceptance import Acceptance
 from kvarn.scheduler.auto import (
-    COMMON_MEMORY, LATER, LEAST_GAIN, LONGEST_REST, MARGIN, PLAIN_EVERY, AutoSpeculation, best_count,
+    COMMON_MEMORY,
+    LATER,
+    LEAST_GAIN,
+    LONGEST_REST,
+    MARGIN,
+    PLAIN_EVERY,
+    AutoSpeculation,
+    best_count,
 )  # fmt: skip
 from kvarn.scheduler.cost import StepCost, StepShape
 from kvarn.scheduler.sequence import Sequence
