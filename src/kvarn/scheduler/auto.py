@@ -14,8 +14,9 @@ from kvarn.scheduler.cost import StepCost, StepShape
 from kvarn.scheduler.sequence import Sequence
 from kvarn.scheduler.speculation import check_asked, limit
 
-MARGIN = 1.05
-"""By how much guessing must be expected to pay: estimates err."""
+MARGIN, MARGIN_EACH = 1.05, 0.003
+"""By how much guessing must be expected to pay, and by how much more for each sequence: estimates err, and looking up,
+choosing and booking takes such a share of a small model's step."""
 LEAST_GAIN = 0.05
 """Guesses that are right less often are not considered."""
 PATIENCE, LONGEST_REST = 4, 8
@@ -348,12 +349,17 @@ def _worth(gains: list[float]) -> list[float]:
     return [total / count for total, count in blocks for _ in range(count)]
 
 
+def margin(count: int) -> float:
+    """By how much guesses for a step of so many sequences must be expected to pay."""
+    return MARGIN + MARGIN_EACH * count
+
+
 def best_count(tokens: int, gains: list[float], times: list[float]) -> int:
-    """How many guesses make expected tokens by expected seconds largest; 0 unless that beats none by `MARGIN`.
+    """How many guesses make expected tokens by expected seconds largest; 0 unless that beats none by `margin`.
 
     tokens: that come in any case. times: seconds of the step with 0, 1, 2, … guesses.
     """
-    best, count, expected = MARGIN * tokens / times[0], 0, float(tokens)
+    best, count, expected = margin(tokens) * tokens / times[0], 0, float(tokens)
     for rows, gain in enumerate(gains, 1):
         expected += gain
         speed = expected / times[rows]

@@ -13,9 +13,9 @@ from kvarn.scheduler.auto import (
     LATER,
     LEAST_GAIN,
     LONGEST_REST,
-    MARGIN,
     AutoSpeculation,
     best_count,
+    margin,
 )  # fmt: skip
 from kvarn.scheduler.cost import StepCost, StepShape
 from kvarn.scheduler.sequence import Sequence
@@ -187,7 +187,7 @@ class CostlySpeculation(AutoSpeculation):
         times = self._step_times(some, shape, self.most)
         one = self._guesses.seconds(len(some), PRIOR_SHARE * times[0])
         rates = [self._computed(sequence) for sequence in some]
-        best, tokens, share, depth, saved = MARGIN * count / times[0], float(count), self._answered, 0, 0.0
+        best, tokens, share, depth, saved = margin(count) * count / times[0], float(count), self._answered, 0, 0.0
         guesses = 0.0
         for ahead in range(1, self.most + 1):
             reached = self._reached(ahead - 1)
