@@ -157,22 +157,32 @@ class Lane:
         assert scheduled is not None
         parts = scheduled.sequences
         ahead = {part.sequence_id: 1 + max(levels(part.parents)) for part in parts if part.draft}
-        known = [(ahead[name], *verdict) for name, verdict in log.verdicts.items()]
-        verified = dict[str, int]()
-        for prefix, several in (("", known), ("copied_", [verdict for verdict in known if verdict[-1]])):
-            verified[f"{prefix}accepted"] = sum(accepted for _, _, accepted, _, _ in several)
-            verified[f"{prefix}refused"] = sum(right < most and not ended for most, _, right, ended, _ in several)
-        verified["draft_tokens"] = sum(drafted for _, drafted, *_ in known)
-        verified["copied_tokens"] = sum(drafted for _, drafted, *_, copied in known if copied)
+        verified = _verified([(ahead[name], *verdict) for name, verdict in log.verdicts.items()])
         if any(len(part.token_ids) != 1 or not part.sample for part in parts) or not parts:
-            return Tally(seconds=log.seconds, tokens=tokens, prompt_draft_seconds=draft_seconds, **verified)
+            return verified.plus(Tally(seconds=log.seconds, tokens=tokens, prompt_draft_seconds=draft_seconds))
         rows = scheduled.num_tokens
         self.step_seconds.setdefault(rows, []).append(log.seconds - draft_seconds)
-        return Tally(
-            log.seconds, tokens, log.seconds, draft_seconds, tokens, len(parts), rows, sum(ahead.values()), **verified,
+        step = Tally(
+            log.seconds, tokens, log.seconds, draft_seconds, tokens, len(parts), rows, sum(ahead.values()),
             steps=Counter((rows,)),
         )  # fmt: skip
+        return verified.plus(step)
 
     def close(self) -> None:
         """Releases the engine."""
         self._core.close()
+
+
+def _verified(drafts: Sequence[tuple[int, int, int, bool, bool]]) -> Tally:
+    """What became of drafts: of each how far it went ahead, and its verdict (`_Log.verdicts`)."""
+
+    def counts(several: Sequence[tuple[int, int, int, bool, bool]]) -> tuple[int, int, int]:
+        refused = sum(right < most and not ended for most, _, right, ended, _ in several)
+        return sum(drafted for _, drafted, *_ in several), sum(right for _, _, right, _, _ in several), refused
+
+    drafted, accepted, refused = counts(drafts)
+    copied, copied_accepted, copied_refused = counts([draft for draft in drafts if draft[-1]])
+    return Tally(
+        draft_tokens=drafted, accepted=accepted, refused=refused, copied_tokens=copied,
+        copied_accepted=copied_accepted, copied_refused=copied_refused,
+    )  # fmt: skip
