@@ -14,8 +14,9 @@ from kvarn.scheduler.cost import StepCost, StepShape
 from kvarn.scheduler.sequence import Sequence
 from kvarn.scheduler.speculation import check_asked, limit
 
-MARGIN = 1.05
-"""By how much guessing must be expected to pay: estimates err."""
+MARGIN, MARGIN_EACH = 1.05, 0.003
+"""By how much guessing must be expected to pay, and by how much more for each sequence: estimates err, and looking up,
+choosing and booking takes such a share of a small model's step."""
 LEAST_GAIN = 0.05
 """Guesses that are right less often are not considered."""
 PATIENCE, LONGEST_REST = 4, 8
@@ -24,6 +25,9 @@ PROBE_EVERY = 8
 """Of the choices against guesses that would pay if rows cost half as much as is believed, one is to try them."""
 PLAIN_EVERY = 64
 """Of the choices, one is for no guesses: to measure what they are compared with."""
+THIN, THIN_EVERY = 1.2, 8
+"""Where guesses are expected to bring less than this times as many tokens a second, so often: how fast a machine is
+changes within seconds, by more than they bring."""
 FIRST, LATER = 0.5, 0.8
 """Probabilities that guesses are right, as long as none was seen."""
 COMMON_MEMORY = 0.99
@@ -176,6 +180,8 @@ class AutoSpeculation:
         """Seconds that guessing took in it."""
         self._common: dict[int, Acceptance] = {}
         """By kind of draft."""
+        self._thin = False
+        """Whether the guesses that were chosen last are expected to bring little."""
         self._choices = self._refusals = 0
         self._steps = self._awake = self._against = 0
 
@@ -200,7 +206,7 @@ class AutoSpeculation:
     def choose(self, drafted: ListOf[Sequence], shape: StepShape, room: int) -> list[int]:
         """See `Speculation`."""
         self._choices += 1
-        if self._choices % PLAIN_EVERY == 0 or not self._times.knows(shape.num_tokens):
+        if self._is_plain(self._choices) or not self._times.knows(shape.num_tokens):
             return [0] * len(drafted)
         return self._best(drafted, shape, room, self._account)
 
@@ -212,6 +218,8 @@ class AutoSpeculation:
         length = sum(s.num_tokens for s in drafted) // len(drafted)
         times = self._times.seconds(shape, length, len(order))
         count = best_count(shape.num_sequences, gains, times)
+        if count:
+            self._note_gain((1 + sum(gains[:count]) / shape.num_sequences) * times[0] / times[count])
         self._against = 0 if count else self._against + 1
         if self._against >= PATIENCE:
             self._awake = self._steps + min(LONGEST_REST, 1 << min(self._against - PATIENCE, 30))
@@ -221,6 +229,14 @@ class AutoSpeculation:
         for place in order[:count]:
             counts[place] += 1
         return counts
+
+    def _is_plain(self, number: int) -> bool:
+        """Whether that choice is for no guesses."""
+        return number % (THIN_EVERY if self._thin else PLAIN_EVERY) == 0
+
+    def _note_gain(self, gain: float) -> None:
+        """Guesses are expected to bring so many times as many tokens a second."""
+        self._thin = gain < THIN
 
     def plan(self, ready: ListOf[Sequence], shape: StepShape) -> None:
         """There is nothing to plan: guesses cost nothing until they are verified."""
@@ -333,12 +349,17 @@ def _worth(gains: list[float]) -> list[float]:
     return [total / count for total, count in blocks for _ in range(count)]
 
 
+def margin(count: int) -> float:
+    """By how much guesses for a step of so many sequences must be expected to pay."""
+    return MARGIN + MARGIN_EACH * count
+
+
 def best_count(tokens: int, gains: list[float], times: list[float]) -> int:
-    """How many guesses make expected tokens by expected seconds largest; 0 unless that beats none by `MARGIN`.
+    """How many guesses make expected tokens by expected seconds largest; 0 unless that beats none by `margin`.
 
     tokens: that come in any case. times: seconds of the step with 0, 1, 2, … guesses.
     """
-    best, count, expected = MARGIN * tokens / times[0], 0, float(tokens)
+    best, count, expected = margin(tokens) * tokens / times[0], 0, float(tokens)
     for rows, gain in enumerate(gains, 1):
         expected += gain
         speed = expected / times[rows]

@@ -8,7 +8,15 @@ from collections.abc import Sequence as ListOf
 from dataclasses import dataclass
 
 from kvarn.scheduler.acceptance import Acceptance
-from kvarn.scheduler.auto import COMMON_MEMORY, LATER, LEAST_GAIN, MARGIN, PLAIN_EVERY, AutoSpeculation, best_count
+from kvarn.scheduler.auto import (
+    COMMON_MEMORY,
+    LATER,
+    LEAST_GAIN,
+    LONGEST_REST,
+    AutoSpeculation,
+    best_count,
+    margin,
+)  # fmt: skip
 from kvarn.scheduler.cost import StepCost, StepShape
 from kvarn.scheduler.sequence import Sequence
 from kvarn.scheduler.speculation import limit
@@ -20,8 +28,8 @@ PRIOR_SHARE = 0.3
 LAST = 5
 """Measurements of which the median counts, for each number of sequences: some have texts to read first."""
 LEAST_TRIED = 8
-"""Guesses that are verified at first, if not much is to be read for them, before any is believed to pay."""
-TRY_EVERY = 16
+"""Guesses that are tried at first, where none are believed to pay, whatever one takes, if there is time to read."""
+TRY_EVERY = 20
 """Steps from one that is tried to the next, then, however little it takes."""
 DEEPER_EVERY = 4
 """Of the steps with guesses, one has one more of them than is believed best, as long as that was never measured."""
@@ -38,8 +46,8 @@ SUREST = 0.9
 COMMON_WEIGHT = 6.0
 """Guesses of a sequence that what is known of all sequences counts for, of those that were computed."""
 ANSWER, ANSWER_SHARE, LONGER = 128, 0.1, 0.25
-"""Tokens of an answer, as long as none has ended; each that ends counts as much in the mean, at least; and one that is longer than most is expected to go on for such a part
-of what it has already."""
+"""Tokens of an answer, as long as none has ended; each that ends counts as much in the mean, at least; and one that is
+longer than most is expected to go on for such a part of what it has already."""
 
 
 class GuessTimes:
@@ -139,7 +147,10 @@ class CostlySpeculation(AutoSpeculation):
         self._answer, self._ended = float(ANSWER), 0
         self._reading_expected = self._reading_taken = 0.0
         """Seconds, fading."""
-        self._plans = 0
+        self._plans = self._planned_again = self._in_vain = 0
+        """Steps; the one from which it is worked out again what guesses bring, and how often that was nothing."""
+        self._plain = False
+        """Whether the step after this one is to be without guesses, to measure what they are compared with."""
         self._answered = 1.0
         """How many of those who are asked for guesses have any: heads have none where they are not sure."""
         self._going_on = 1.0
@@ -151,16 +162,24 @@ class CostlySpeculation(AutoSpeculation):
         self._reading, self._tried, self._trial = False, self._trial, None
         self._plans += 1
         ready = [sequence for sequence in ready if limit(self.most, sequence)]
-        if not ready or self._plans % PLAIN_EVERY == 0 or not self._times.knows(shape.num_tokens):
+        self._plain = self._is_plain(self._plans)
+        if not ready or self._plain or not self._times.knows(shape.num_tokens):
+            return
+        if self._plans < self._planned_again:
             return
         self._being_read = any(sequence.drafter_reads for sequence in ready)
         known = [sequence for sequence in ready if self._unread(sequence) <= NEARLY]
         hoped = self._prospect(ready, shape)
         now = hoped if len(known) == len(ready) else self._prospect(known, shape) if known else NO_PROSPECT
-        if not (now.depth or hoped.depth):
-            self._try_one(ready, self._step_times(ready, shape, 1))
-        else:
-            self._now, self._hoped = now, hoped
+        if now.depth or hoped.depth:
+            self._now, self._hoped, self._in_vain = now, hoped, 0
+            best = min(prospect.token for prospect in (now, hoped) if prospect.depth)
+            self._note_gain(hoped.steps[0] / (shape.num_sequences * best))
+            return
+        self._try_one(ready, self._step_times(ready, shape, 1))
+        # Little changes until guesses are tried, and what is expected of them takes a share of a small model's step.
+        self._in_vain += 1
+        self._planned_again = self._plans + min(1 << min(self._in_vain, 30), LONGEST_REST)
 
     def _prospect(self, some: ListOf[Sequence], shape: StepShape) -> Prospect:
         """What is best if these are guessed for, and the step's others are not."""
@@ -168,7 +187,7 @@ class CostlySpeculation(AutoSpeculation):
         times = self._step_times(some, shape, self.most)
         one = self._guesses.seconds(len(some), PRIOR_SHARE * times[0])
         rates = [self._computed(sequence) for sequence in some]
-        best, tokens, share, depth, saved = MARGIN * count / times[0], float(count), self._answered, 0, 0.0
+        best, tokens, share, depth, saved = margin(count) * count / times[0], float(count), self._answered, 0, 0.0
         guesses = 0.0
         for ahead in range(1, self.most + 1):
             reached = self._reached(ahead - 1)

@@ -137,27 +137,28 @@ class _Sequence:
     """Hidden states of the rows that the layer has not computed."""
     end: int = 0
     """Position after the last row that is known."""
+    num_waiting: int = 0
+    """Those rows."""
     computed: int = 0
     """Rows in the layer's cache, those right before the waiting ones."""
 
-    @property
-    def num_waiting(self) -> int:
-        return sum(len(rows) for rows in self.waiting)
-
     def take(self, start: int, rows: Floats, window: int) -> None:
-        """Hidden states of the positions from `start` on. No more wait than the layer would see."""
+        """Hidden states of the positions from `start` on. Not many more wait than the layer would see."""
         if start > self.end:  # what lies between was found in the prefix cache: nobody has its hidden states
-            self.waiting, self.computed = [], 0
+            self.waiting, self.num_waiting, self.computed = [], 0, 0
         new = rows[max(0, self.end - start) :][-window:]
         self.end = max(self.end, start + len(rows))
-        if len(new) == 0:
-            return
-        if len(new) < window:
+        if len(new):
             self.waiting.append(new.copy())
-            if self.num_waiting <= window:
-                return
-            new = np.concatenate(self.waiting)[-window:]
-        self.waiting, self.computed = [new.copy()], 0
+            self.num_waiting += len(new)
+        if self.num_waiting > 2 * window:  # not at each row: all the others would be copied for it
+            self.trim(window)
+
+    def trim(self, window: int) -> None:
+        """Lets only those wait that the layer would see."""
+        if self.num_waiting > window:
+            self.waiting = [np.concatenate(self.waiting)[-window:].copy()]
+            self.num_waiting, self.computed = window, 0
 
 
 @dataclass(slots=True)
@@ -247,6 +248,7 @@ class EagleDrafter(BlocklessDrafter):
             followed = self._sequences.get(part.sequence_id)
             if followed is None or not followed.waiting:
                 continue
+            followed.trim(self._window)
             ring, taken_from = self._rings.of(part.sequence_id, in_step)
             if taken_from is not None and taken_from in self._sequences:
                 self._sequences[taken_from].computed = 0
@@ -278,7 +280,7 @@ class EagleDrafter(BlocklessDrafter):
                 tokens.append(sequence.tokens[first + 1 : sequence.end + 1])
                 starts.append(sequence.computed)
                 sequence.computed += len(rows)
-                sequence.waiting = []
+                sequence.waiting, sequence.num_waiting = [], 0
             going += self._run(now, np.concatenate(features), tokens, starts)
         return going
 
