@@ -12,7 +12,7 @@
     │       ├── QueueFullError     too many requests or tokens wait
     │       └── DeadlineError      its first token would come too late
     ├── UnreadError            nobody read what came out of a request, so it was ended
-    └── EngineError            the engine failed or was shut down while a request ran (HTTP 500/503)
+    └── EngineError            the engine failed, was shut down, or got no numbers for a request (HTTP 500/503)
 
 Messages are written for the person who can act on them: what is wrong, where, and what would be right.
 """
@@ -86,4 +86,4 @@ class UnreadError(KvarnError):
 
 
 class EngineError(KvarnError):
-    """The engine failed, or was closed, while a request was in flight."""
+    """The engine failed, or was closed, while a request was in flight; or the model computed NaN or infinity for it."""

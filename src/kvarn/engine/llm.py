@@ -97,7 +97,7 @@ class LLM(EngineFront):
         """Completes one text, or each of several texts or lists of token ids; in the order of the prompts.
 
         All run together, as many as the engine takes. sampling: for all, or one for each. Raises RequestError before
-        anything runs where one of the prompts is wrong, EngineError where the engine fails.
+        anything runs where one of the prompts is wrong, EngineError where the engine fails, or one of them does.
         """
         several = [prompts] if isinstance(prompts, str) else list(prompts)
         params = [sampling or SamplingParams()] * len(several) if not isinstance(sampling, Sequence) else list(sampling)
