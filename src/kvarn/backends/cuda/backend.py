@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from kvarn.backends.base import Executable, KvCacheSpec, MemoryUse, StepLimits
@@ -16,10 +15,6 @@ from kvarn.tensors import DType, TensorSource
 
 if TYPE_CHECKING:
     from kvarn.backends.cuda.executable import CudaExecutable
-
-CUBLAS_BYTES = 32 << 20
-"""The workspace that torch gives cuBLAS on a Hopper card, the largest of any, for each stream: graphs are recorded on
-one of their own."""
 
 
 class CudaBackend:
@@ -44,10 +39,8 @@ class CudaBackend:
         *,
         shared: Collection[str] = (),
     ) -> MemoryUse:
-        """What `load` and the first steps will allocate on the card. CUDA's own context is not counted."""
-        use = memory_use(program, dtypes, kv, limits, self.config, shared)
-        workspace = CUBLAS_BYTES * (1 + self.graphs) if self.config.device == "cuda" else 0
-        return replace(use, activations=use.activations + workspace)
+        """What `load` and all steps will allocate on the card. CUDA's own context is not counted."""
+        return memory_use(program, dtypes, kv, limits, self.config, shared, graphs=self.graphs)
 
     def load(
         self,

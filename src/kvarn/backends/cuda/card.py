@@ -31,4 +31,4 @@ def card_memory(device: str) -> tuple[int, str]:
     import torch
 
     free, _ = torch.cuda.mem_get_info(device)
-    return free, f"free on the GPU, {torch.cuda.get_device_name(device)}"
+    return free, f"free on the GPU beside CUDA's context, {torch.cuda.get_device_name(device)}"

@@ -21,6 +21,7 @@ from kvarn.backends.cuda.launches import View
 from kvarn.backends.cuda.lower import lower
 from kvarn.backends.cuda.memory import assign, matrix_forms, memory_use, rotary_tables
 from kvarn.backends.cuda.results import StepResults
+from kvarn.backends.cuda.sampling_layout import SamplingLayout
 from kvarn.backends.cuda.scratch import scratch_bytes
 from kvarn.backends.cuda.step_layout import StepLayout
 from kvarn.backends.cuda.weights import TORCH_DTYPES, WeightLoader, Weights
@@ -69,7 +70,7 @@ class CudaExecutable:
         self.device = device = torch.device(config.device)
         own = (weight.name for weight in program.weights if weight.name not in shared)
         dtypes = {name: source.tensor(name).dtype for name in own}
-        self._memory = memory_use(program, dtypes, kv, limits, config, shared)
+        self._memory = memory_use(program, dtypes, kv, limits, config, shared, graphs=graphs)
         self._forms = matrix_forms(program, dtypes, config, shared)
         lowered = lower(program, self._forms, limits.outputs)
         weights = WeightLoader(program, source, config, self._forms).load(lowered, known or Weights())
@@ -85,7 +86,7 @@ class CudaExecutable:
         self._plans = Plans(program, limits.outputs, self._build)
         recorder = CudaRecorder(device) if graphs and device.type == "cuda" else None
         self._graphs = StepGraphs(self.launch, self.step_buffers, largest, limits, recorder, kv.block_size)
-        self._on_card = StepsOnCard(self._graphs, self._check, limits.max_num_outputs, device)
+        self._on_card = StepsOnCard(self._graphs, self._check, SamplingLayout.largest(program, limits), device)
 
     def execute(self, batch: InputBatch, outputs: Sequence[str] = ()) -> Mapping[str, NDArray[np.float32]]:
         """Runs one step and waits for it (see `Executable`). A result leaves the card when it is first looked at."""
@@ -207,4 +208,5 @@ def rotary_table(table: RopeTable, positions: int, device: torch.device) -> torc
     """Cosines and sines of positions 0, 1, …: float32 (positions, 2, pairs), computed in float64."""
     angles = np.arange(positions, dtype=np.float64)[:, None] * np.asarray(table.inv_freq)[None, :]
     both = np.stack([np.cos(angles), np.sin(angles)], axis=1) * table.attention_factor
-    return torch.from_numpy(both.astype(np.float32)).to(device)
+    out = torch.empty(both.shape, dtype=torch.float32, device=device)
+    return out.copy_(torch.from_numpy(both.astype(np.float32)))

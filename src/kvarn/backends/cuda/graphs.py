@@ -47,6 +47,11 @@ class Buckets:
         self._sizes = _sizes(min(limits.max_num_sequences, limits.max_num_tokens, limits.max_num_outputs))
         self._contexts = _contexts(limits.max_model_len)
 
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        return len(self._sizes) * len(self._contexts)
+
     def of(self, batch: InputBatch) -> Bucket | None:
         """None where some sequence computes more than a token, or one that is not sampled from."""
         count = batch.num_sequences
