@@ -25,10 +25,18 @@ def check_device(device: str) -> None:
         raise ConfigError(f"device {device}: PyTorch finds no NVIDIA driver or card; `nvidia-smi` says what is there")
 
 
+def card_name(device: str) -> str:
+    """Which card it is. Raises ConfigError as `check_device` does."""
+    check_device(device)
+    import torch
+
+    return torch.cuda.get_device_name(device) if device == "cuda" else "Triton's interpreter"
+
+
 def card_memory(device: str) -> tuple[int, str]:
     """Bytes that are free on the card, and which card it is. Raises ConfigError as `check_device` does."""
     check_device(device)
     import torch
 
     free, _ = torch.cuda.mem_get_info(device)
-    return free, f"free on the GPU beside CUDA's context, {torch.cuda.get_device_name(device)}"
+    return free, f"free on the GPU beside CUDA's context, {card_name(device)}"

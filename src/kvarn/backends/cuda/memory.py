@@ -17,7 +17,7 @@ from kvarn.backends.cuda.scratch import scratch_bytes
 from kvarn.backends.cuda.step_layout import StepLayout
 from kvarn.config import CudaConfig
 from kvarn.kv_types import KV_TYPES
-from kvarn.program import Program, Rope, RopeTable, Rows, ops
+from kvarn.program import Program, Rope, RopeTable, Rows, Weight, ops
 from kvarn.program.program import weights_read
 from kvarn.tensors import DType
 
@@ -115,6 +115,21 @@ def weight_bytes(
         if name not in held:
             total += aligned(program.weight(name).num_elements * (4 if of_norm else DTYPE_BYTES[dtype]))
     return total
+
+
+def weight_sizes(program: Program, dtypes: Mapping[str, DType], config: CudaConfig) -> dict[str, int]:
+    """Bytes of each weight as kernels hold it, by name, without the allocator's rounding."""
+    forms = matrix_forms(program, dtypes, config)
+    others, element = lower(program, forms).others, DTYPE_BYTES[config.dtype]
+
+    def size(weight: Weight) -> int:
+        form = forms.get(weight.name)
+        if form is None:
+            return weight.num_elements * (4 if others.get(weight.name, False) else element)
+        rows, columns = weight.shape
+        return matrix_bytes(form, rows, columns, config.dtype, int)
+
+    return {weight.name: size(weight) for weight in program.weights}
 
 
 def step_bytes(program: Program, kv: KvCacheSpec, limits: StepLimits) -> int:
