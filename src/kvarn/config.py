@@ -132,6 +132,9 @@ class SpeculativeConfig:
     """Output tokens remembered of ended sequences of the same tenant and cache_salt, for matches; 0: none."""
     max_step_drafts: int = 64
     """Guessed tokens in one step at most, of all sequences; logits of so many more rows are allocated."""
+    p_min: float = 0.0
+    """Of draft and eagle with k given: greedy guessing goes on for as long as all that was guessed is right with this
+    probability, as the drafter holds it. Where k is None it is chosen, too."""
     heads: str = ""
     """The file of trained heads (`kvarn spec train`)."""
     model: str = ""
@@ -168,6 +171,9 @@ class SpeculativeConfig:
         _check(good, "speculative draft_vocab", self.draft_vocab, must)
         must = "between 1 and 4096"
         _check(1 <= self.max_step_drafts <= 4096, "speculative max_step_drafts", self.max_step_drafts, must)
+        must = "between 0 and 1, and 0 with k=auto or other guesses than those of draft and eagle"
+        good = self.p_min == 0 or (0 < self.p_min <= 1 and self.k is not None and self.source in ("draft", "eagle"))
+        _check(good, "speculative p_min", self.p_min, must)
         _check(1 <= self.window <= 64, "speculative window", self.window, "between 1 and 64")
         _check(2 <= self.ngram <= 16, "speculative ngram", self.ngram, "between 2 and 16")
         _check(1 <= self.guesses <= 64, "speculative guesses", self.guesses, "between 1 and 64")

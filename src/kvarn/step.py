@@ -54,6 +54,11 @@ class ScheduledSequence:
     """How many it may copy from what is known, where it looks there first; then the others are not wanted."""
     least_copied: int = 0
     """A shorter copy is worth less than what the drafter guesses otherwise."""
+    least_sure: float = 0.0
+    """A drafter that computes goes on guessing only where it holds what it has guessed right with this probability."""
+    guess_cost: float = 0.0
+    """And only where all that go on exceed theirs by as much together as these are together, of all that want guesses:
+    what one guess more for all takes, counted in tokens."""
     prompt: PromptTargets | None = None
     """Of the prompt's tokens that are computed in this step."""
 

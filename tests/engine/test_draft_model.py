@@ -68,6 +68,35 @@ def test_a_model_that_guesses_for_itself_is_always_right(sampling):
     assert stats.accepted_tokens == stats.draft_tokens > 300
 
 
+def drafts_of(sampling, **settings):
+    """Lengths of the drafts that were verified, and the answer."""
+    core = tiny_engine(**PLAIN, draft=nearly("llama", 0, 0.02), speculative=replace(DRAFT, **settings)).core
+    lengths, execute = [], core._runner.execute
+
+    def watched(scheduled):
+        lengths.extend(len(part.draft) for part in scheduled.sequences if part.draft)
+        return execute(scheduled)
+
+    core._runner.execute = watched
+    outputs = run_core(core, [request("a", TEXTS[3], max_tokens=40, **sampling)])
+    core.close()
+    return lengths, tokens_of(outputs["a"])
+
+
+def test_a_draft_model_stops_where_it_is_less_sure_than_it_is_to_be():
+    """Whose answer is greedy: guesses that are drawn are as good where many tokens are likely."""
+    k_each, expected = drafts_of({}, k=4)
+    stopped, said = drafts_of({}, k=4, p_min=0.05)
+    ones, the_same = drafts_of({}, k=4, p_min=1.0)
+    assert expected == said == the_same
+    assert set(k_each[:-2]) == {4}
+    assert 1 in stopped, "it differs from place to place"
+    assert max(stopped) > 2
+    assert set(ones) == {1}, "the first guess is made in any case"
+    drawn, _ = drafts_of({"temperature": 1.0}, k=4, p_min=1.0)
+    assert set(drawn[:-2]) == {4}
+
+
 def test_what_the_prefix_cache_has_the_draft_model_need_not_read_again(monkeypatch):
     """It computes what the target computes, and its guesses, but not a beginning that both have already."""
     core = tiny_engine(**PLAIN, speculative=DRAFT, draft=shared_model("llama", 0)).core

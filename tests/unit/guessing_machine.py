@@ -20,19 +20,22 @@ class GuessingMachine:
 
     def __init__(
         self, new_control, *, rows, batch=1, guess=0.0, read=0.0, computed=(0.5, 0.5), found=0.0, copied=(0.5, 0.5),
-        prompt=(50, 50), answer=128, seed=0,
+        prompt=(50, 50), answer=128, seed=0, knows=None,
     ):  # fmt: skip
         """new_control: of what predicts steps, as in an engine. rows: seconds of steps of 1, 2, 4, … rows.
 
         guess: seconds of one more guess of all, read: of a token that the drafter reads. found: the part of passages of
         which something can be copied. computed, copied, prompt: between what each sequence's rates and length are
-        drawn."""
+        drawn. knows: the drafter is told of each of its guesses how probable it is, to this power (below 1: it thinks
+        too well of itself), and stops where the controller says; None: it has no idea, and guesses what it is asked
+        for."""
         knots = tuple(2**place for place in range(len(rows)))
         self.cost = FittedStepCost(knots, tuple(rows), 0.0, 0.0, 0.0)
         self.believed = MeasuredCost()
         self.control = new_control(self.believed)
         self.batch, self.guess, self.read, self.found, self.answer = batch, guess, read, found, answer
         self.computed, self.copied, self.prompt = computed, copied, prompt
+        self.knows = knows
         self.random = random.Random(seed)
         self.numbers = iter(range(1 << 30))
         self.sequences = [self.sequence() for _ in range(batch)]
@@ -46,9 +49,9 @@ class GuessingMachine:
         length = self.random.randint(*self.prompt)
         self.took(StepShape(length, 1, 1, length * length // 2, length))
         return SimpleNamespace(
-            draft=(), parents=(), copied=False, num_tokens=length, acceptance={}, num_drafter_tokens=0,
-            sampling=SimpleNamespace(num_speculative_tokens=None), sequence_id=next(self.numbers),
-            num_output_tokens=0, drafter_reads=False, max_length=length + self.answer,
+            draft=(), parents=(), chances=(), copied=False, num_tokens=length, acceptance={}, num_drafter_tokens=0,
+            sampling=SimpleNamespace(num_speculative_tokens=None, greedy=True), sequence_id=next(self.numbers),
+            num_output_tokens=0, num_accepted_copies=0, drafter_reads=False, max_length=length + self.answer,
             passages=self.passages(),
             computed_rate=self.random.uniform(*self.computed), copied_rate=self.random.uniform(*self.copied),
         )  # fmt: skip
@@ -106,40 +109,66 @@ class GuessingMachine:
                 self.sequences[place] = self.sequence()
 
     def wanted(self, one):
-        """Guesses to be computed, to be copied, and how many to be copied at least."""
+        """Guesses to be computed, to be copied, how many to be copied at least, and how sure a drafter is to be."""
         count = self.control.wanted(one)
-        return (count, *self.control.copies(one)) if isinstance(self.control, CostlySpeculation) else (0, count, 0)
+        if not isinstance(self.control, CostlySpeculation):
+            return 0, count, 0, (0.0, 0.0)
+        return count, *self.control.copies(one), self.control.least_sure(one)
 
     def say(self, one, count):
         """What comes in the place of its draft, of which so many are verified."""
-        rate = one.copied_rate if one.copied else one.computed_rate
-        right = 0
-        while right < count and self.random.random() < rate:
+        rate, right = one.copied_rate, 0
+        while right < count and self.random.random() < one.chances[right]:
             right += 1
         # After the last verified guess a token comes that may be as the unverified ones of a copy say.
         lucky = one.copied and right == count and self.random.random() < rate
         told = one.draft if one.copied else one.draft[:count]
         self.control.compare(one, told, chain(len(told)), [1] * right + [1 if lucky else 0])
         self.verified[one.copied] += count
+        one.num_accepted_copies += right * one.copied
         self.tokens += right + 1
         one.num_tokens += right + 1
         one.num_output_tokens += right + 1
 
     def propose(self, wanted):
-        reading, asked, came = 0.0, [], []
-        for one, (depth, copies, least) in zip(self.sequences, wanted, strict=True):
+        reading, asked = 0.0, []
+        for one, (depth, copies, least, sure) in zip(self.sequences, wanted, strict=True):
             length = min(one.passages[min(one.num_output_tokens, self.answer)], copies)
             length = length if length >= least else 0
             one.copied = length > 0
-            one.draft, one.parents = (1,) * length, chain(length)
+            one.chances = [one.copied_rate] * length
             if depth and not length:
-                asked.append(depth)
-                came.append(depth)
-                one.draft, one.parents = (1,) * depth, chain(depth)
+                asked.append((one, depth, *sure))
                 unread = one.num_tokens - one.num_drafter_tokens
                 reading += self.read * unread if unread > NEARLY else 0.0
                 one.num_drafter_tokens, one.drafter_reads = one.num_tokens, False
-        seconds = self.guess * max(came, default=0)
+        seconds = self.guess * self.compute(asked)
+        for one in self.sequences:
+            one.draft, one.parents = (1,) * len(one.chances), chain(len(one.chances))
         self.asked += bool(asked)
-        self.control.proposed(asked, came, seconds, reading)
+        self.control.proposed([(depth, len(one.chances)) for one, depth, *_ in asked], seconds, reading)
         self.seconds += seconds + reading
+
+    def compute(self, asked):
+        """Guesses of those that are asked for them, one more of all at a time; how many times."""
+        going = [(one, depth, least, 1.0) for one, depth, least, _ in asked]
+        cost, times = sum(cost for *_, cost in asked), 0
+        while going:
+            times += 1
+            longer = []
+            for one, depth, least, believed in going:
+                one.chances.append(self.chance(one.computed_rate))
+                believed *= 1.0 if self.knows is None else one.chances[-1] ** self.knows
+                if len(one.chances) < depth and (self.knows is None or believed >= least):
+                    longer.append((one, depth, least, believed))
+            going = longer
+            if self.knows is not None and sum(believed - least for *_, least, believed in going) < cost:
+                going = []
+        return times
+
+    def chance(self, rate):
+        """How probable a guess is: nearly sure or unlikely, `rate` in the mean, if anybody knows."""
+        if self.knows is None:
+            return rate
+        high, low = 1 - 0.2 * (1 - rate), 0.3 * rate
+        return high if self.random.random() < (rate - low) / (high - low) else low

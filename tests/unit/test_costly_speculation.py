@@ -37,7 +37,7 @@ class Machine:
     def sequence(self):
         return SimpleNamespace(
             draft=(), parents=(), copied=False, num_tokens=TOKENS, acceptance={},
-            sampling=SimpleNamespace(num_speculative_tokens=None), sequence_id=next(self.numbers),
+            sampling=SimpleNamespace(num_speculative_tokens=None, greedy=True), sequence_id=next(self.numbers),
             num_drafter_tokens=0, num_output_tokens=0, drafter_reads=False,
             max_length=TOKENS + self.answer,
         )  # fmt: skip
@@ -68,10 +68,10 @@ class Machine:
             if depth:
                 preparing += self.token * max(0, one.num_tokens - one.num_drafter_tokens - 8)
                 one.num_drafter_tokens = one.num_tokens
-        asked = [depth for depth in wanted if depth]
-        lengths = [len(one.draft) for one in self.sequences if one.draft]
-        proposing = self.guess * max(lengths, default=min(len(asked), 1))
-        self.control.proposed(asked, lengths, proposing, preparing)
+        pairs = zip(wanted, self.sequences, strict=True)
+        guessed = [(depth, len(one.draft)) for depth, one in pairs if depth]
+        proposing = self.guess * max((max(length, 1) for _, length in guessed), default=0)
+        self.control.proposed(guessed, proposing, preparing)
         self.control.timed(shape, self.cost.seconds(shape))
         self.seconds += self.cost.seconds(shape) + proposing + preparing
         self.asked_depths.append(max(wanted))

@@ -21,6 +21,7 @@ from kvarn.errors import ConfigError
         ("method=draft,model=/a/b c.gguf,k=2", SpeculativeConfig("draft", 2, model="/a/b c.gguf")),
         ("method=draft, model = smollm2-135m-instruct", SpeculativeConfig("draft", model="smollm2-135m-instruct")),
         ("method=ngram+draft,model=a,k=3,max_k=16", SpeculativeConfig("ngram+draft", 3, 16, model="a")),
+        ("method=draft,model=a,k=8,p_min=0.6", SpeculativeConfig("draft", 8, model="a", p_min=0.6)),
         ("k=auto,max_k=16,max_step_drafts=128", SpeculativeConfig(max_k=16, max_step_drafts=128)),
     ],
 )
@@ -53,6 +54,10 @@ def test_settings(text, config):
         ("method=ngram+lookahead", "speculative method must be one of ngram"),
         ("ngram_min=9,ngram_max=3", r"ngram_max must be between ngram_min \(9\) and 64"),
         ("corpus_tokens=99999999", "corpus_tokens must be between 0 and"),
+        ("method=draft,model=a,k=8,p_min=1.5", "p_min must be a number between 0 and 1, not '1.5'"),
+        ("method=draft,model=a,k=8,p_min=nan", "p_min must be a number between 0 and 1, not 'nan'"),
+        ("method=draft,model=a,p_min=0.5", "p_min must be between 0 and 1, and 0 with k=auto"),
+        ("k=4,p_min=0.5", "or other guesses than those of draft and eagle, not 0.5"),
         ("max_step_drafts=0", "max_step_drafts must be between 1 and 4096"),
     ],
 )

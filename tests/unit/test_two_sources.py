@@ -14,6 +14,7 @@ CONTROLS = {
     "copies": lambda cost: AutoSpeculation(8, cost),
     "computed": lambda cost: CostlySpeculation(8, cost),
     "both": lambda cost: TwoSources(4, 8, cost),
+    "stopping": lambda cost: TwoSources(8, 8, cost, stops=True),
 }
 
 
@@ -25,6 +26,31 @@ def test_both_sources_bring_more_than_either():
     text = {"found": 0.5, "copied": (0.85, 0.9), "computed": (0.75, 0.8)}
     slowdowns = {control: machine(control, **text).run(6000).slowdown for control in ("copies", "computed", "both")}
     assert slowdowns["both"] < 0.93 * min(slowdowns["copies"], slowdowns["computed"])
+
+
+@pytest.mark.parametrize("rate", [0.7, 0.85])
+def test_a_drafter_that_knows_where_it_is_unsure_stops_there(rate):
+    """Which is worth more than a number of guesses that is the same in all places."""
+    asked, stopped = (
+        machine(control, computed=(rate, rate), knows=1.0).run(6000).slowdown for control in ("both", "stopping")
+    )
+    assert stopped < 0.98 * asked
+
+
+def test_in_a_batch_one_that_is_sure_does_not_make_the_others_wait():
+    """One guess more takes as long for one sequence as for all."""
+    text = {"computed": (0.85, 0.85), "knows": 1.0, "batch": 4, "guess": 0.005}
+    asked, stopped = (machine(control, **text).run(6000).slowdown for control in ("both", "stopping"))
+    assert stopped < 1.01 * asked
+
+
+@pytest.mark.parametrize("knows", [0.0, 0.3, 1.0, 3.0])
+def test_one_that_is_wrong_about_itself_is_found_out(knows):
+    """It may hold all of its guesses right, or hardly any: steps take no longer than without."""
+    for rate in (0.1, 0.5):
+        for guess in (0.001, 0.005):
+            made = machine("stopping", computed=(rate, rate), knows=knows, guess=guess, prompt=(20, 300))
+            assert made.run(4000).slowdown <= MOST_SLOWDOWN, (rate, guess)
 
 
 def test_copies_that_are_worth_less_make_way_for_the_drafter():
@@ -59,9 +85,10 @@ def test_what_costs_nothing_goes_on_when_the_drafter_is_in_debt():
     prompt=st.integers(1, 1500),
     answer=st.integers(4, 400),
     seed=st.integers(0, 1000),
+    knows=st.sampled_from([None, 0.2, 1.0, 2.0]),
 )
 def test_no_controller_loses_whatever_steps_cost_and_guesses_are_worth(
-    control, batch, growth, guess, read, rates, found, prompt, answer, seed
+    control, batch, growth, guess, read, rates, found, prompt, answer, seed, knows
 ):
     """guess: of a step. read: against what the growth of steps and the time of a guess let expect of a token.
 
@@ -74,7 +101,7 @@ def test_no_controller_loses_whatever_steps_cost_and_guesses_are_worth(
     computed, copied = sorted(rates[:2]), sorted(rates[2:])
     made = machine(
         control, batch=batch, rows=rows, guess=guess * 0.01, read=read, computed=computed, copied=copied,
-        found=found, prompt=(1, prompt), answer=answer, seed=seed,
+        found=found, prompt=(1, prompt), answer=answer, seed=seed, knows=knows,
     )  # fmt: skip
     assert made.run(2000 * min(batch, 4)).slowdown <= MOST_SLOWDOWN
 

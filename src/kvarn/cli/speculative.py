@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Annotated
 
 import typer
@@ -19,7 +20,8 @@ Speculative = Annotated[
         "'method=eagle,heads=FILE' or medusa: what heads say that were trained for the model (`kvarn spec train` makes "
         "them). 'method=ngram+draft,model=MODEL' (ngram+eagle, ngram+medusa): as ngram, and where that finds nothing "
         "as the other. lookahead: n-grams that the model makes up itself (window, ngram, guesses). auto: as many as "
-        "pay. Also: max_k (of auto, and of ngram+...), ngram_min, ngram_max, corpus_tokens, max_step_drafts."
+        "pay. Also: p_min (of draft and eagle: guess on while this sure), max_k (of auto, and of ngram+...), ngram_min, "
+        "ngram_max, corpus_tokens, max_step_drafts."
     ),
 ]
 _NAMES = tuple(field.name for field in dataclasses.fields(SpeculativeConfig))
@@ -43,8 +45,9 @@ def speculative_config(text: str | None) -> SpeculativeConfig | None:
     if given.get("k") == "auto":
         del given["k"]
     model, heads = (given.pop(name, "") for name in _TEXTS)
+    p_min = _share("p_min", given.pop("p_min", "0"))
     numbers = {name: _number(name, value) for name, value in given.items()}
-    return SpeculativeConfig(method, model=model, heads=heads, **numbers)
+    return SpeculativeConfig(method, model=model, heads=heads, p_min=p_min, **numbers)
 
 
 def _number(name: str, text: str) -> int:
@@ -52,3 +55,13 @@ def _number(name: str, text: str) -> int:
         must = "a whole number or auto" if name == "k" else "a whole number"
         raise ConfigError(f"--speculative: {name} must be {must}, not {text[:40]!r}")
     return int(text)
+
+
+def _share(name: str, text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = math.nan
+    if not 0 <= share <= 1:
+        raise ConfigError(f"--speculative: {name} must be a number between 0 and 1, not {text[:40]!r}")
+    return share

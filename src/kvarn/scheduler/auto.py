@@ -192,6 +192,11 @@ class AutoSpeculation:
         del sequence
         return 0, 0
 
+    def least_sure(self, sequence: Sequence) -> tuple[float, float]:
+        """None: guesses cost nothing until they are verified."""
+        del sequence
+        return 0.0, 0.0
+
     def choose(self, drafted: ListOf[Sequence], shape: StepShape, room: int) -> list[int]:
         """See `Speculation`."""
         self._choices += 1
@@ -220,7 +225,7 @@ class AutoSpeculation:
     def plan(self, ready: ListOf[Sequence], shape: StepShape) -> None:
         """There is nothing to plan: guesses cost nothing until they are verified."""
 
-    def proposed(self, asked: ListOf[int], came: ListOf[int], seconds: float, prepare_seconds: float) -> None:
+    def proposed(self, came: ListOf[tuple[int, int]], seconds: float, prepare_seconds: float) -> None:
         """Guesses that cost nothing teach nothing of what they cost."""
 
     def ended(self, sequence: Sequence) -> None:
@@ -241,6 +246,9 @@ class AutoSpeculation:
         self._steps += 1
         if is_decoding(shape):
             self._balance(shape, seconds)
+        else:
+            for account in self._accounts:
+                account.passed(seconds)
         self._times.observe(shape, seconds)
         self._said, self._aside = 0, 0.0
 
@@ -271,8 +279,13 @@ class AutoSpeculation:
     def _of_all(self, kind: int) -> Acceptance:
         """What is known of all sequences' drafts of that kind."""
         if kind not in self._common:
-            self._common[kind] = Acceptance.prior(FIRST, LATER, COMMON_MEMORY)
+            self._common[kind] = self._prior(kind)
         return self._common[kind]
+
+    def _prior(self, kind: int) -> Acceptance:
+        """What is believed of drafts of that kind as long as none was seen."""
+        del kind
+        return Acceptance.prior(FIRST, LATER, COMMON_MEMORY)
 
     def _known(self, sequence: Sequence, kind: int) -> Acceptance:
         """What is known of the sequence's."""

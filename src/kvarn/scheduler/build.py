@@ -42,10 +42,13 @@ def make_speculation(config: SpeculativeConfig | None, cost: StepCost) -> Specul
     if config is None:
         return NoSpeculation()
     if config.k is not None:
-        return FixedSpeculation(config.most, config.most_copies)
+        return FixedSpeculation(config.most, config.most_copies, config.p_min)
+    stops = config.source == "draft"
     if config.looks_up_first:
-        return TwoSources(config.most, config.most_copies, cost)
-    return CostlySpeculation(config.most, cost) if config.costly else AutoSpeculation(config.most, cost)
+        return TwoSources(config.most, config.most_copies, cost, stops=stops)
+    if config.costly:
+        return CostlySpeculation(config.most, cost, stops=stops)
+    return AutoSpeculation(config.most, cost)
 
 
 def make_scheduler(

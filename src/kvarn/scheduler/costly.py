@@ -8,12 +8,14 @@ from collections.abc import Sequence as ListOf
 from dataclasses import dataclass
 
 from kvarn.scheduler.acceptance import Acceptance
-from kvarn.scheduler.auto import LEAST_GAIN, MARGIN, PLAIN_EVERY, AutoSpeculation, best_count
+from kvarn.scheduler.auto import COMMON_MEMORY, LATER, LEAST_GAIN, MARGIN, PLAIN_EVERY, AutoSpeculation, best_count
 from kvarn.scheduler.cost import StepCost, StepShape
 from kvarn.scheduler.sequence import Sequence
 from kvarn.scheduler.speculation import limit
 
-PRIOR_SHARE = 0.4
+FIRST_COMPUTED = 0.7
+"""Probability that a first guess is right, as long as none was seen: what is asked for a guess has been thought of."""
+PRIOR_SHARE = 0.3
 """What a guess of each sequence is believed to take of a step without guesses, as long as none was measured."""
 LAST = 5
 """Measurements of which the median counts, for each number of sequences: some have texts to read first."""
@@ -27,14 +29,17 @@ NEARLY = 8
 """Tokens that a drafter may lack of a text without it being worth a thought."""
 READING_MARGIN = 1.5
 """By how much reading must be expected to pay."""
-READING_MEMORY, LEAST_OFF, UNKNOWN_OFF = 0.8, 0.1, 3.0
+READING_MEMORY, LEAST_OFF, UNKNOWN_OFF = 0.8, 0.1, 1.5
 """What is known of the time of reading counts this much less with each text; and a bound of what it may say."""
-ANSWERED_SHARE = 0.05
-"""Of each step in the share of sequences that guesses came for."""
+ANSWERED_SHARE, GOING_ON_SHARE = 0.05, 0.02
+"""Of each step in the share of sequences that guesses came for, and of each guess in the share that others follow."""
+SUREST = 0.9
+"""As sure as that a drafter need not be to go on."""
 COMMON_WEIGHT = 6.0
 """Guesses of a sequence that what is known of all sequences counts for, of those that were computed."""
-ANSWER = 128
-"""Tokens of an answer, as long as none has ended."""
+ANSWER, LONGER = 128, 0.25
+"""Tokens of an answer, as long as none has ended; and one that is longer than most is expected to go on for such a part
+of what it has already."""
 
 
 class GuessTimes:
@@ -73,8 +78,8 @@ class Prospect:
     """Of those sequences."""
     guess: float
     """Seconds that one guess more takes to make."""
-    pace: float
-    """Seconds in which one sequence gains a token, at best."""
+    token: float
+    """Seconds that a token takes at best, whosever it is."""
     depth: int = 0
     """Guesses for each sequence that are best."""
     saved: float = 0.0
@@ -84,7 +89,7 @@ class Prospect:
         """Seconds that so many tokens more save, less what it takes to verify so many guesses."""
         most = len(self.steps) - 1
         known = min(rows, most)
-        return gain * self.pace - (self.steps[known] - self.steps[0]) * rows / (max(1, known) * self.count)
+        return gain * self.token - (self.steps[known] - self.steps[0]) * rows / (max(1, known) * self.count)
 
 
 NO_PROSPECT = Prospect((0.0,), 1, 0.0, 0.0)
@@ -98,6 +103,10 @@ class CostlySpeculation(AutoSpeculation):
     at first: it is read where the answer is expected to be long enough to earn it, one text at a time, and not as long
     as what was read before has not earned it (`Account`).
 
+    A drafter that can tell how sure it is of each guess may stop by itself, and should go on where guesses are easy: it
+    is told how sure of all it has guessed it is to be for one more to be worth its time (`least_sure`), and from what
+    it did is learned how far it goes.
+
     Where guesses are not believed to pay, one is tried now and then, as often as the account has room for what it
     takes. So what guesses are worth is known, of all parts of answers, and knowing it costs no more than the account
     allows. Only verified guesses teach: one that was drawn from probabilities may be right without being what came.
@@ -106,12 +115,15 @@ class CostlySpeculation(AutoSpeculation):
     """
 
     computed_kind = 0
-    """Of all drafts that were computed: the drafter is asked for a length, and says nothing of how sure it is."""
+    """Of all drafts that were computed: the drafter is asked for a length, or how sure it is to be, and so their
+    lengths say nothing of how often they are right."""
 
-    def __init__(self, most: int, cost: StepCost) -> None:
-        """See `AutoSpeculation`."""
+    def __init__(self, most: int, cost: StepCost, *, stops: bool = False) -> None:
+        """See `AutoSpeculation`. stops: whether the drafter stops by itself where it is not as sure as `least_sure`
+        says, if the sequence is greedy: then how many guesses pay on average is no bound."""
         super().__init__(most, cost)
         self._cost = cost
+        self._stops = stops
         self._guesses = GuessTimes(cost)
         self._now = self._hoped = NO_PROSPECT
         """Of guessing for those that the drafter has read, and for all, once they are."""
@@ -130,6 +142,8 @@ class CostlySpeculation(AutoSpeculation):
         self._plans = 0
         self._answered = 1.0
         """How many of those who are asked for guesses have any: heads have none where they are not sure."""
+        self._going_on = 1.0
+        """How many guesses are followed by another where more are asked for."""
 
     def plan(self, ready: ListOf[Sequence], shape: StepShape) -> None:
         """See `Speculation`."""
@@ -143,7 +157,7 @@ class CostlySpeculation(AutoSpeculation):
         known = [sequence for sequence in ready if self._unread(sequence) <= NEARLY]
         hoped = self._prospect(ready, shape)
         now = hoped if len(known) == len(ready) else self._prospect(known, shape) if known else NO_PROSPECT
-        if not (now.depth or hoped.depth) or self._num_tried < LEAST_TRIED:
+        if not (now.depth or hoped.depth):
             self._try_one(ready, self._step_times(ready, shape, 1))
         else:
             self._now, self._hoped = now, hoped
@@ -155,15 +169,33 @@ class CostlySpeculation(AutoSpeculation):
         one = self._guesses.seconds(len(some), PRIOR_SHARE * times[0])
         rates = [self._computed(sequence) for sequence in some]
         best, tokens, share, depth, saved = MARGIN * count / times[0], float(count), self._answered, 0, 0.0
+        guesses = 0.0
         for ahead in range(1, self.most + 1):
-            tokens += share * sum(rate.gain(ahead - 1) for rate in rates)
-            seconds = share * (times[ahead] + ahead * one) + (1 - share) * (times[0] + one)
+            reached = self._reached(ahead - 1)
+            guesses += reached
+            tokens += share * reached * sum(rate.gain(ahead - 1) for rate in rates)
+            rows = times[0] + (times[ahead] - times[0]) * guesses / ahead
+            seconds = share * (rows + guesses * one) + (1 - share) * (times[0] + one)
             if tokens / seconds > best:
                 best, depth, saved = tokens / seconds, ahead, times[0] / count - seconds / tokens
         if 0 < depth < self.most and self._plans % DEEPER_EVERY == 0:
             # What rows cost that were never measured is a guess; one that is too high would never be put right.
             depth += not self._times.knows(shape.num_tokens + (depth + 1) * len(some))
-        return Prospect(times, len(some), one / len(some), count / best, depth, saved)
+        return Prospect(times, len(some), one / len(some), 1 / best, depth, saved)
+
+    def _reached(self, level: int) -> float:
+        """How often there is a guess at `level` where so many are asked for and there is a first one."""
+        return self._going_on**level
+
+    def least_sure(self, sequence: Sequence) -> tuple[float, float]:
+        """What verifying and what making one guess more takes, in tokens that such time brings otherwise: the next
+        guess is right where all before it are, and where it is right itself."""
+        prospect = self._now if self._now.depth else self._hoped
+        if not prospect.depth:
+            return 0.0, 0.0
+        row = (prospect.steps[prospect.depth] - prospect.steps[0]) / (prospect.depth * prospect.count)
+        right = prospect.token * self._computed(sequence).later[0].mean
+        return min(row / right, SUREST), min(prospect.guess / right, SUREST)
 
     def wanted(self, sequence: Sequence) -> int:
         """See `Speculation`."""
@@ -180,8 +212,14 @@ class CostlySpeculation(AutoSpeculation):
     def _depth(self, sequence: Sequence) -> int:
         """How far to guess ahead for a sequence like this one: whose text was read, is, or is now to be."""
         if self._unread(sequence) <= NEARLY:
-            return self._now.depth
-        return self._hoped.depth if sequence.drafter_reads or self._worth_reading(sequence) else 0
+            depth = self._now.depth
+        else:
+            depth = self._hoped.depth if sequence.drafter_reads or self._worth_reading(sequence) else 0
+        return self.most if depth and self._stops_for(sequence) else depth
+
+    def _stops_for(self, sequence: Sequence) -> bool:
+        """Whether the drafter says by itself how many of the sequence's guesses are worth it."""
+        return self._stops and sequence.sampling.greedy
 
     def choose(self, drafted: ListOf[Sequence], shape: StepShape, room: int) -> list[int]:
         """See `Speculation`. What guessing them took is spent already."""
@@ -192,7 +230,8 @@ class CostlySpeculation(AutoSpeculation):
         for place in order[: best_count(shape.num_sequences, gains, times)]:
             counts[place] += 1
         for place, sequence in enumerate(drafted):
-            if sequence.sequence_id == self._tried and self._kind(sequence, sequence.draft) == self.computed_kind:
+            tried = sequence.sequence_id == self._tried or self._stops_for(sequence)
+            if tried and self._kind(sequence, sequence.draft) == self.computed_kind:
                 counts[place] = min(len(sequence.draft), room - sum(counts) + counts[place])
         return counts
 
@@ -203,18 +242,26 @@ class CostlySpeculation(AutoSpeculation):
         super().compare(sequence, draft, parents, tokens)
         self._num_tried += bool(draft) and self._kind(sequence, draft) == self.computed_kind
 
-    def proposed(self, asked: ListOf[int], came: ListOf[int], seconds: float, prepare_seconds: float) -> None:
+    def proposed(self, came: ListOf[tuple[int, int]], seconds: float, prepare_seconds: float) -> None:
         """See `Speculation`. Where much is read with the first guesses, what is beyond the others is for that."""
-        if asked and not prepare_seconds:
-            self._answered += ANSWERED_SHARE * (len(came) / len(asked) - self._answered)
-        if came and self._reading:
-            expected = max(came) * self._guesses.seconds(len(asked), 0.0)
+        lengths = [length for _, length in came if length]
+        if came and not prepare_seconds:
+            self._answered += ANSWERED_SHARE * (len(lengths) / len(came) - self._answered)
+            for asked, length in came:
+                self._note_length(asked, length)
+        if lengths and self._reading:
+            expected = max(lengths) * self._guesses.seconds(len(came), 0.0)
             self._reading_taken += max(0.0, seconds - expected)
-        elif came and len(came) == len(asked):
-            self._guesses.observe(len(came), seconds / max(came))
+        elif lengths and len(lengths) == len(came):
+            self._guesses.observe(len(came), seconds / max(lengths))
         self._reading_taken += prepare_seconds
         self._aside += seconds
         self._account.saved(-prepare_seconds)
+
+    def _note_length(self, asked: int, length: int) -> None:
+        """So many guesses came of those that were asked for."""
+        for number in range(1, min(length + 1, asked)):
+            self._going_on += GOING_ON_SHARE * ((number < length) - self._going_on)
 
     def ended(self, sequence: Sequence) -> None:
         """See `Speculation`."""
@@ -223,6 +270,11 @@ class CostlySpeculation(AutoSpeculation):
     def _kind(self, sequence: Sequence, draft: tuple[int, ...]) -> int:
         del sequence, draft
         return self.computed_kind
+
+    def _prior(self, kind: int) -> Acceptance:
+        if kind != self.computed_kind:
+            return super()._prior(kind)
+        return Acceptance.prior(FIRST_COMPUTED, LATER, COMMON_MEMORY)
 
     def _weight(self, kind: int) -> float:
         return COMMON_WEIGHT if kind == self.computed_kind else super()._weight(kind)
@@ -273,7 +325,9 @@ class CostlySpeculation(AutoSpeculation):
     def _worth_reading(self, sequence: Sequence) -> bool:
         if sequence.drafter_reads or self._unread(sequence) <= NEARLY:
             return True
-        left = min(sequence.max_length - sequence.num_tokens, max(self._answer - sequence.num_output_tokens, 0))
+        said = sequence.num_output_tokens
+        left = min(sequence.max_length - sequence.num_tokens, max(self._answer - said, LONGER * said))
+        left *= self._computed_share(sequence)
         seconds = self._reading_seconds(sequence)
         if self._being_read or not self._account.bears(seconds):
             return False
@@ -281,6 +335,11 @@ class CostlySpeculation(AutoSpeculation):
             return False
         self._reads(sequence)
         return True
+
+    def _computed_share(self, sequence: Sequence) -> float:
+        """Of the tokens that are to come those that are not gained in another way."""
+        del sequence
+        return 1.0
 
     def _reads(self, sequence: Sequence) -> None:
         """Expects it to be read from now on."""

@@ -69,6 +69,8 @@ class Wanted:
     nodes: int = 0
     copies: int = 0
     least_copied: int = 0
+    least_sure: float = 0.0
+    guess_cost: float = 0.0
 
 
 NOTHING_WANTED = Wanted()
@@ -175,7 +177,7 @@ class Drafting:
             return NOTHING_WANTED
         nodes = min(self.control.wanted(sequence), self._limits.max_model_len - sequence.num_tokens - 1)
         copies, least = self.control.copies(sequence)
-        return Wanted(min(nodes, most), nodes, min(copies, most), least)
+        return Wanted(min(nodes, most), nodes, min(copies, most), least, *self.control.least_sure(sequence))
 
     def book(
         self,
@@ -205,10 +207,10 @@ class Drafting:
             if part is not None:
                 self._count(sequence, len(part.draft), min(len(said), verified[sequence.sequence_id] - 1))
         copied = {draft.sequence_id for draft in result.drafts if draft.copied}
-        computing = (part for part in scheduled.sequences if part.sequence_id not in copied)
-        asked = [part.num_drafts_wanted for part in computing if part.num_drafts_wanted]
-        lengths = [len(draft.token_ids) for draft in result.drafts if not draft.copied]
-        self.control.proposed(asked, lengths, result.draft_seconds, result.prepare_seconds)
+        lengths = {draft.sequence_id: len(draft.token_ids) for draft in result.drafts}
+        computing = (part for part in scheduled.sequences if part.num_drafts_wanted and part.sequence_id not in copied)
+        came = [(part.num_drafts_wanted, lengths.get(part.sequence_id, 0)) for part in computing]
+        self.control.proposed(came, result.draft_seconds, result.prepare_seconds)
         for draft in result.drafts:
             owner = alive.get(draft.sequence_id)
             if owner is not None:
@@ -268,4 +270,5 @@ class Drafting:
         self.counts.add(drafted, accepted, sequence.copied)
         sequence.num_draft_tokens += drafted
         sequence.num_accepted_tokens += accepted
+        sequence.num_accepted_copies += accepted * sequence.copied
         self._observer.verified(sequence, drafted, accepted)

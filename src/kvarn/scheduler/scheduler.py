@@ -382,6 +382,8 @@ class Scheduler(SchedulerState):
                 num_nodes_wanted=wanted.nodes,
                 num_copies_wanted=wanted.copies,
                 least_copied=wanted.least_copied,
+                least_sure=wanted.least_sure,
+                guess_cost=wanted.guess_cost,
                 prompt=prompt,
             )
         )

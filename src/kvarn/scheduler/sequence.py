@@ -60,6 +60,8 @@ class Sequence:
     """Guesses that were verified."""
     num_accepted_tokens: int = 0
     """Those of them that are part of the output."""
+    num_accepted_copies: int = 0
+    """Of these those that were looked up."""
     announced: bool = False
     """Whether the runner has been told of it."""
     finish_reason: FinishReason | None = None

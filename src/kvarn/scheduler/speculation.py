@@ -37,6 +37,10 @@ class Speculation(Protocol):
         guesses otherwise, at least. Asked after `wanted`."""
         ...
 
+    def least_sure(self, sequence: Sequence) -> tuple[float, float]:
+        """`least_sure` and `guess_cost` of a `ScheduledSequence`. Asked after `wanted`."""
+        ...
+
     def choose(self, drafted: ListOf[Sequence], shape: StepShape, room: int) -> list[int]:
         """For each of those that have a draft, how many of its tokens to verify in this step; `room` in all at most.
 
@@ -50,9 +54,9 @@ class Speculation(Protocol):
         """Told which tokens came in the place of a draft, of which some may have been verified, or none."""
         ...
 
-    def proposed(self, asked: ListOf[int], came: ListOf[int], seconds: float, prepare_seconds: float) -> None:
-        """Told what came of asking for guesses in a step: how many of each sequence of which any were asked, and the
-        lengths of the drafts that came, copies in neither. seconds: that making them took; prepare_seconds: and getting
+    def proposed(self, came: ListOf[tuple[int, int]], seconds: float, prepare_seconds: float) -> None:
+        """Told what came of asking for guesses in a step: for each sequence of which any were asked how many, and how
+        many came; not of those whose guesses were copied. seconds: that making them took; prepare_seconds: and getting
         ready for it."""
         ...
 
@@ -107,6 +111,11 @@ class NoSpeculation:
         del sequence
         return 0, 0
 
+    def least_sure(self, sequence: Sequence) -> tuple[float, float]:
+        """None."""
+        del sequence
+        return 0.0, 0.0
+
     def choose(self, drafted: ListOf[Sequence], shape: StepShape, room: int) -> list[int]:
         """None."""
         del shape, room
@@ -120,7 +129,7 @@ class NoSpeculation:
     def plan(self, ready: ListOf[Sequence], shape: StepShape) -> None:
         """Plans nothing."""
 
-    def proposed(self, asked: ListOf[int], came: ListOf[int], seconds: float, prepare_seconds: float) -> None:
+    def proposed(self, came: ListOf[tuple[int, int]], seconds: float, prepare_seconds: float) -> None:
         """Learns nothing."""
 
     def ended(self, sequence: Sequence) -> None:
@@ -133,10 +142,12 @@ class NoSpeculation:
 class FixedSpeculation(NoSpeculation):
     """The same number for every sequence in every step, as far as there is room; learns nothing."""
 
-    def __init__(self, k: int, copies: int = 0) -> None:
-        """k: tokens guessed ahead. copies: and where some are looked up first, so many of those."""
+    def __init__(self, k: int, copies: int = 0, p_min: float = 0.0) -> None:
+        """k: tokens guessed ahead. copies: and where some are looked up first, so many of those. p_min: see
+        `SpeculativeConfig`."""
         self.most = k
         self._copies = copies
+        self._p_min = p_min
 
     def check(self, request: Request) -> None:
         """See `Speculation`."""
@@ -149,6 +160,11 @@ class FixedSpeculation(NoSpeculation):
     def copies(self, sequence: Sequence) -> tuple[int, int]:
         """See `Speculation`. Any is taken."""
         return limit(self._copies, sequence), 0
+
+    def least_sure(self, sequence: Sequence) -> tuple[float, float]:
+        """As the settings say, for each sequence by itself."""
+        del sequence
+        return self._p_min, 0.0
 
     def choose(self, drafted: ListOf[Sequence], shape: StepShape, room: int) -> list[int]:
         """All; where there is less room, an equal share for each."""

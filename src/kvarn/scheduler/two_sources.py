@@ -14,6 +14,8 @@ from kvarn.scheduler.speculation import limit
 
 ANY_COPY_EVERY = 16
 """Of the steps in which short copies make way for the other drafter, one takes them: how often are they right?"""
+COPIED_SHARE, AS_MANY = 0.1, 32.0
+"""Of each sequence in what is known of all, and as many tokens of a sequence as that counts for."""
 
 
 class TwoSources(CostlySpeculation):
@@ -27,15 +29,17 @@ class TwoSources(CostlySpeculation):
     computed_kind = MOST_KINDS
     num_accounts = 2
 
-    def __init__(self, most: int, most_copies: int, cost: StepCost) -> None:
-        """most, most_copies: guesses for a sequence at most, by their source. cost: predicts steps, as a start."""
-        super().__init__(most, cost)
+    def __init__(self, most: int, most_copies: int, cost: StepCost, *, stops: bool = False) -> None:
+        """most, most_copies: guesses for a sequence at most, by their source. The rest as of `CostlySpeculation`."""
+        super().__init__(most, cost, stops=stops)
         self._most_copies = most_copies
         self._of_copies = self._accounts[1]
         self._computed_verified = False
         """Whether guesses that were computed are verified in this step."""
         self._plain = False
         """Whether the step after this one is to be without guesses, to measure what they are compared with."""
+        self._copied_share = 0.0
+        """Of tokens those that were copied, in sequences that ended lately."""
         self._asked = 0
         """Guesses of the sequence that `wanted` was told of last."""
 
@@ -68,12 +72,23 @@ class TwoSources(CostlySpeculation):
         self._asked = super().wanted(sequence)
         return self._asked
 
+    def ended(self, sequence: Sequence) -> None:
+        """See `Speculation`."""
+        super().ended(sequence)
+        share = sequence.num_accepted_copies / sequence.num_output_tokens
+        self._copied_share += COPIED_SHARE * (share - self._copied_share)
+
+    def _computed_share(self, sequence: Sequence) -> float:
+        copied = self._copied_share * AS_MANY + sequence.num_accepted_copies
+        return 1 - copied / (AS_MANY + sequence.num_output_tokens)
+
     def _least(self, sequence: Sequence, count: int) -> int:
         """The length of the shortest copies that are worth what the other drafter is asked for; above `count`: none."""
         computed = self._computed(sequence)
         prospect = self._now if self._now.depth else self._hoped
-        gain = sum(computed.gain(level) for level in range(self._asked))
-        worth = prospect.worth(gain, self._asked) - prospect.guess * self._asked
+        made = [self._reached(level) for level in range(self._asked)]
+        gain = sum(reached * computed.gain(level) for level, reached in enumerate(made))
+        worth = prospect.worth(gain, round(sum(made))) - prospect.guess * sum(made)
         for kind in range(MOST_KINDS):
             longest = count if kind == MOST_KINDS - 1 else min(count, (kind + 1) * LENGTHS_TOGETHER)
             if _most_saved(prospect, self._known(sequence, kind), longest) >= worth:

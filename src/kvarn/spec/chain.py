@@ -75,6 +75,13 @@ def candidates_of(logits: NDArray[np.float32], count: int, before: float = 1.0) 
     return Candidates(first.tolist(), [float(weight) / total for weight in weights[first]])
 
 
+def probability_of(logits: NDArray[np.float32], place: int) -> float:
+    """The probability of one token by float32[n] logits; 0 for place -1."""
+    if place < 0:
+        return 0.0
+    return 1 / float(np.exp(logits - logits[place]).sum())
+
+
 WIDTH = 4
 """Tokens that may stand in one place of a tree."""
 

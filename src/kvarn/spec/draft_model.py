@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from kvarn.backends import Executable, StepLimits
 from kvarn.runner import BatchBuilder, Proposal
 from kvarn.sampling import Sampler
+from kvarn.spec.chain import probability_of
 from kvarn.spec.draft_kv import DraftKv, Table
 from kvarn.step import NewSequence, SampledToken, ScheduledSequence, SchedulerOutput
 
@@ -31,7 +32,8 @@ class _Text:
     def __init__(self, new: NewSequence) -> None:
         self.tokens = list(new.prompt_token_ids)
         self.ends = frozenset(new.stop_token_ids)
-        self.drawn = not new.sampling.greedy and new.sampling.seed is None
+        self.greedy = new.sampling.greedy
+        self.drawn = not self.greedy and new.sampling.seed is None
 
 
 @dataclass(slots=True)
@@ -45,9 +47,18 @@ class _Guess:
     """Leading tokens of the text with draft KV, at the beginning."""
     depth: int
     """Tokens to guess."""
+    least_sure: float
+    guess_cost: float
+    """See `ScheduledSequence`; 0 where guesses are drawn, which are as good where many tokens are likely."""
     row: int = -1
     """Of the probabilities, where the first token's are; -1: it is not drawn from any."""
     draft: list[int] = field(default_factory=list)
+    sure: float = 1.0
+    """Probability that all of the draft is right, as the draft model holds it."""
+
+    def goes_on(self) -> bool:
+        """Whether it is to have one token more."""
+        return len(self.draft) < self.depth and self.draft[-1] >= 0 and self.sure >= self.least_sure
 
     def step(self) -> ScheduledSequence:
         """What the draft model computes for its next token."""
@@ -57,6 +68,12 @@ class _Guess:
 
     def _computing(self, tokens: list[int], start: int) -> ScheduledSequence:
         return ScheduledSequence(self.sequence_id, tuple(tokens), start, (self.table,), sample=True)
+
+
+def _going_on(guesses: Sequence[_Guess], cost: float) -> list[_Guess]:
+    """Those that are to have one token more. cost: what that takes, in tokens: it is the same for one as for all."""
+    going = [guess for guess in guesses if guess.goes_on()]
+    return going if sum(guess.sure - guess.least_sure for guess in going) >= cost else []
 
 
 class DraftModelDrafter:
@@ -139,10 +156,10 @@ class DraftModelDrafter:
         for token in sampled:
             self._texts[token.sequence_id].tokens.append(token.token_id)
         guesses = self._begin([part for part in scheduled.sequences if part.num_drafts_wanted])
-        going = guesses
+        going, total = guesses, sum(guess.guess_cost for guess in guesses)
         while going:
             self._guess(going)
-            going = [guess for guess in going if len(guess.draft) < guess.depth and guess.draft[-1] >= 0]
+            going = _going_on(going, total)
         return [proposal for guess in guesses if (proposal := self._end(guess)) is not None]
 
     def _catch_up(self, parts: Sequence[ScheduledSequence]) -> bool:
@@ -183,7 +200,8 @@ class DraftModelDrafter:
                 continue
             if not self._claim(table, known, last + depth, written):
                 continue
-            guess = _Guess(part.sequence_id, table, text, known, depth, rows if text.drawn else -1)
+            limits = (part.least_sure, part.guess_cost) if text.greedy else (0.0, 0.0)
+            guess = _Guess(part.sequence_id, table, text, known, depth, *limits, rows if text.drawn else -1)
             left, rows = left - missing, rows + depth
             guesses.append(guess)
         return guesses
@@ -215,8 +233,10 @@ class DraftModelDrafter:
             self._probabilities,
             [-1 if guess.row < 0 else guess.row + len(guess.draft) for guess in going],
         )
-        for guess, token in zip(going, tokens, strict=True):
+        for guess, token, row in zip(going, tokens, logits, strict=True):
             guess.draft.append(token)
+            if guess.least_sure or guess.guess_cost:
+                guess.sure *= probability_of(row, token)
 
     def _end(self, guess: _Guess) -> Proposal | None:
         """Books what was computed for a guess; the proposal."""

@@ -308,7 +308,8 @@ class EagleDrafter:
             if not guess.probability >= LEAST:
                 continue
             guess.levels.append(here)
-            if len(guess.levels) < min(part.num_drafts_wanted, part.num_nodes_wanted, MOST_AHEAD):
+            most = min(part.num_drafts_wanted, part.num_nodes_wanted, MOST_AHEAD)
+            if len(guess.levels) < most and guess.probability >= part.least_sure + part.guess_cost:
                 guess.feature = out[LAYER][row].copy()
                 going.append(guess)
         return going
