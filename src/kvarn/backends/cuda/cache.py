@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from kvarn.backends.base import KvCacheSpec
 from kvarn.backends.checks import check_moves
+from kvarn.backends.cuda.inputs import sendable
 from kvarn.backends.cuda.kernels.kv_write import LayerKv, kv_torch_dtype
 from kvarn.backends.cuda.memory import MOVED_BLOCKS
 from kvarn.program import KvGroups, KvLayer
@@ -84,7 +85,8 @@ class KvStore:
     def _move(self, sources: NDArray[np.int64], destinations: NDArray[np.int64]) -> None:
         if not sources.size:
             return
-        places = torch.from_numpy(np.stack([sources, destinations])).to(self._device)
+        indexes = torch.from_numpy(np.stack([sources, destinations]))
+        places = sendable(indexes, self._device).to(self._device, non_blocking=True)
         room = MOVED_BLOCKS * self.block_bytes // sources.size
         for stack in self._stacks:
             for part in _parts_of(_as_words(stack), room):

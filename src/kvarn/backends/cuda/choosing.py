@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from kvarn.backends.cuda import parts
+from kvarn.backends.cuda.inputs import sendable
 from kvarn.backends.cuda.kernels.sampling import Survey, adjust, sample
 from kvarn.backends.cuda.sampling_layout import UNDER_WAY, SamplingLayout
 from kvarn.backends.row_rules import RowRules
@@ -21,7 +22,7 @@ class TokenChooser:
 
     def __init__(self, layout: SamplingLayout, device: torch.device) -> None:
         self._layout = layout
-        self._on_card = device.type == "cuda"
+        self._device = device
         self._memory = torch.zeros(layout.nbytes, dtype=torch.uint8, device=device)
         self._arrays = {
             name: self._memory[offset : offset + int(np.prod(shape)) * size]
@@ -53,9 +54,7 @@ class TokenChooser:
         """The 32-bit words of each row, or record, on the card, until others of that name are taken there."""
         width = array.itemsize // 4 if array.ndim == 1 else array.shape[1]
         words = torch.from_numpy(np.ascontiguousarray(array).view(np.int32).reshape(len(array), width))
-        # Pinned memory is kept from others until the copy is done.
-        source = words.pin_memory() if self._on_card else words
-        return self._arrays[name][: len(array)].copy_(source, non_blocking=True)
+        return self._arrays[name][: len(array)].copy_(sendable(words, self._device), non_blocking=True)
 
 
 def rows_at_once(num_edits: NDArray[np.int32], room: int) -> Iterator[tuple[int, int, slice]]:
