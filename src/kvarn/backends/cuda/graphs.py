@@ -223,12 +223,14 @@ class CudaRecorder:
         cuda = self._torch.cuda
         graph = cuda.CUDAGraph()
         self._stream.wait_stream(cuda.current_stream())
-        with cuda.stream(self._stream):
-            run()  # what is compiled, chosen or allocated at first use must be before a recording begins
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-            try:
-                result = run()
-            finally:
-                graph.capture_end()
-        cuda.current_stream().wait_stream(self._stream)
+        try:
+            with cuda.stream(self._stream):
+                run()  # what is compiled, chosen or allocated at first use must be before a recording begins
+                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+                try:
+                    result = run()
+                finally:
+                    graph.capture_end()
+        finally:  # also where CUDA refuses: the first run may still be at work where the next one will be
+            cuda.current_stream().wait_stream(self._stream)
         return graph, result
