@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -199,9 +200,22 @@ class CudaExecutable:
 
     def _run(self, plan: Plan, step: StepTensors) -> None:
         plan.frame.begin(step.num_tokens, step.num_outputs)
-        with torch.inference_mode():
+        with torch.inference_mode(), float32_sums():
             for call in plan.calls:
                 call(step)
+
+
+@contextmanager
+def float32_sums() -> Iterator[None]:
+    """cuBLAS adds up shares of a product in float32, as the other kernels do: torch lets it round them to 16 bits
+    otherwise. Put back at the end, for others in the process."""
+    blas = torch.backends.cuda.matmul
+    before = blas.allow_bf16_reduced_precision_reduction, blas.allow_fp16_reduced_precision_reduction
+    blas.allow_bf16_reduced_precision_reduction = blas.allow_fp16_reduced_precision_reduction = False
+    try:
+        yield
+    finally:
+        blas.allow_bf16_reduced_precision_reduction, blas.allow_fp16_reduced_precision_reduction = before
 
 
 def rotary_table(table: RopeTable, positions: int, device: torch.device) -> torch.Tensor:
