@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 from op_programs import OpProgram, ragged
 
 from kvarn.backends import KvCacheSpec, StepLimits
+from kvarn.backends.cuda import executable as executable_module
 from kvarn.backends.cuda.cache import KvStore
+from kvarn.backends.cuda.card import check_types
 from kvarn.backends.reference import ReferenceBackend
-from kvarn.errors import ConfigError, EngineError
+from kvarn.errors import CapacityError, ConfigError, EngineError
 from kvarn.program import Input, KvLayer, Logits
 from kvarn.program.kv_groups import one_group
 from kvarn.testing.models import tiny_model
@@ -133,6 +135,28 @@ def test_what_cannot_be_is_refused_at_load(device):
         load(card(device), tiny_model("llama", **ONE), kv="int4")
     with pytest.raises(ConfigError, match="at most 64"):
         load(card(device), tiny_model("gpt2", n_positions=64))
+
+
+def test_types_that_a_card_is_too_old_for_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: "an old card")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (8, 6))
+    check_types("cuda", "bfloat16", "int8")
+    with pytest.raises(ConfigError, match=r"kv_cache_dtype fp8_e4m3 needs .* 8\.9 or later; an old card has 8\.6"):
+        check_types("cuda", "bfloat16", "fp8_e4m3")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (7, 5))
+    check_types("cuda", "float16", "float16")
+    for dtype, kv, said in (("bfloat16", "float16", "dtype"), ("float16", "bfloat16", "kv_cache_dtype")):
+        with pytest.raises(ConfigError, match=rf"^{said} bfloat16 needs .* 8\.0"):
+            check_types("cuda", dtype, kv)
+
+
+def test_a_card_that_others_have_filled_is_no_crash(device, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. If reserved but unallocated …")
+
+    monkeypatch.setattr(executable_module, "KvStore", full)
+    with pytest.raises(CapacityError, match=r"Tried to allocate 2\.00 GiB\. A smaller memory_utilization"):
+        load(card(device), tiny_model("llama", **ONE))
 
 
 def test_a_program_beside_another_shares_its_weights(device):
