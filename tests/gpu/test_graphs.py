@@ -77,7 +77,10 @@ def test_a_big_server_has_few_buckets():
     buckets = Buckets(StepLimits(max_num_tokens=8192, max_num_sequences=512, max_model_len=32768))
     sizes = {buckets.of(decodes([9] * count)).sequences for count in range(1, 513)}
     assert len(sizes) < 40
-    assert {buckets.of(decodes([length])).context for length in (1, 600, 5000, 32768)} == {1024, 16384, 32768}
+    assert buckets.count == 4 * len(sizes)
+    assert {buckets.of(decodes([length])).context for length in (1, 600, 1025, 5000, 32768)} == {
+        1024, 4096, 16384, 32768,
+    }  # fmt: skip
 
 
 def test_other_steps_are_in_no_bucket():

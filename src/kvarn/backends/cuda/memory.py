@@ -60,7 +60,8 @@ def memory_use(
     """
     forms = matrix_forms(program, dtypes, config, shared)
     lowered = lower(program, forms, limits.outputs)
-    libraries = library_parts(lowered, limits, graphs=graphs) if config.device == "cuda" else ()
+    recorded = graphs and not program.inputs  # a step with rows of the caller's is in no bucket
+    libraries = library_parts(lowered, limits, graphs=recorded) if config.device == "cuda" else ()
     return MemoryUse(
         weights=weight_bytes(program, lowered, forms, config.dtype, shared),
         tables=sum(table_bytes(table, limits.max_model_len) for table in rotary_tables(program)),
