@@ -122,6 +122,7 @@ class Machine:
     prompt: float
 
     def step(self, rows):
+        """Of so many rows."""
         for (below, less), (above, more) in pairwise(self.rows):
             if rows <= above:
                 return less + (more - less) * (rows - below) / (above - below)
@@ -184,11 +185,13 @@ class Answer:
         return seconds
 
     def took(self, shape, steps):
+        """A step took as long as so many plain ones; seconds of it."""
         self.cost.observe(shape, STEP * steps)
         self.control.timed(shape, STEP * steps)
         return STEP * steps
 
     def say(self, tokens):
+        """These come."""
         self.text += tokens
         self.sequence.num_tokens += len(tokens)
         self.sequence.num_output_tokens += len(tokens)
@@ -198,6 +201,7 @@ class Answer:
         return max(0, len(self.answer) - self.sequence.num_output_tokens - 1)
 
     def step(self):
+        """Computes the draft, and makes the next one; seconds of both."""
         sequence, control = self.sequence, self.control
         said, length = sequence.num_output_tokens, len(self.text)
         shape = StepShape(1, 1, 1, length, length)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from kvarn import figures
 
 MIB = 1 << 20
+Points = Sequence[dict[str, Any]]
 COLOURS = ("#1f5fa8", "#d1662a", "#7a7a7a", "#3a8f5c", "#8a5aa8")
 MARKERS = "osD^v"
 
@@ -24,7 +25,7 @@ def draw(curves: dict[str, list[dict[str, Any]]], folder: Path, machine: str) ->
     return drawn
 
 
-def _named(points: Sequence[dict[str, Any]], key: str) -> list[str]:
+def _named(points: Points, key: str) -> list[str]:
     """The names in the order they came."""
     return list(dict.fromkeys(point[key] for point in points))
 
@@ -38,7 +39,23 @@ def _logarithmic(panel: Any, places: Sequence[int]) -> None:
     panel.grid(alpha=0.25)
 
 
-def _attention(points: Sequence[dict[str, Any]], machine: str) -> Any:
+def _by_model(points: Points, draw: Callable[[Any, Points], None], size: tuple[float, float], title: str) -> Any:
+    """A panel for each model, with its points drawn. size: of a panel, in inches."""
+    models = _named(points, "model")
+    figure, panels = figures.pyplot().subplots(1, len(models), figsize=(size[0] * len(models), size[1]), squeeze=False)
+    for panel, model in zip(panels[0], models, strict=True):
+        panel.set_title(model, fontsize=9)
+        draw(panel, [point for point in points if point["model"] == model])
+    return _titled(figure, title)
+
+
+def _titled(figure: Any, title: str) -> Any:
+    figure.suptitle(title, fontsize=10)
+    figure.tight_layout()
+    return figure
+
+
+def _attention(points: Points, machine: str) -> Any:
     """Time and memory over N, both logarithmic: a slope of 2 is N²."""
     with_memory = any(point["peak_bytes"] for point in points)
     figure, panels = figures.pyplot().subplots(1, 2 if with_memory else 1, figsize=(9, 3.8), squeeze=False)
@@ -52,52 +69,46 @@ def _attention(points: Sequence[dict[str, Any]], machine: str) -> Any:
         panel.set_xlabel("tokens of the prompt (N)")
         panel.set_ylabel(label)
     panels[0][0].legend(frameon=False)
-    figure.suptitle(f"Attention of a prompt over its length, {machine}", fontsize=10)
-    figure.tight_layout()
-    return figure
+    return _titled(figure, f"Attention of a prompt over its length, {machine}")
 
 
-def _decode(points: Sequence[dict[str, Any]], machine: str) -> Any:
+def _decode(points: Points, machine: str) -> Any:
     """Tokens a second by batch, a panel for each model; hollow and dashed without graphs, dotted: the card's limit."""
-    models = _named(points, "model")
-    figure, panels = figures.pyplot().subplots(1, len(models), figsize=(4.6 * len(models), 3.9), squeeze=False)
-    for panel, model in zip(panels[0], models, strict=True):
-        for weights, colour in zip(_named(points, "weights"), COLOURS, strict=False):
-            for graphs in (True, False):
-                own = [p for p in points if (p["model"], p["weights"], p["graphs"]) == (model, weights, graphs)]
-                if own:
-                    panel.plot(
-                        [p["batch"] for p in own], [p["batch"] / p["seconds"] for p in own], color=colour, marker="o",
-                        markersize=4, markerfacecolor=colour if graphs else "white", linestyle="-" if graphs else "--",
-                        label=weights + ("" if graphs else ", no graphs"),
-                    )  # fmt: skip
-        roof = [p for p in points if p["model"] == model and p["weights"] == points[0]["weights"] and p["graphs"]]
-        panel.plot([p["batch"] for p in roof], [p["batch"] / p["floor_seconds"] for p in roof], color="black",
-                   linestyle=":", label=f"limit of the card, {points[0]['weights']}")  # fmt: skip
-        _logarithmic(panel, [point["batch"] for point in points])
-        panel.set_title(model, fontsize=9)
-        panel.set_xlabel("sequences in a step")
-        panel.set_ylabel("tokens a second")
-    panels[0][0].legend(frameon=False, fontsize=7)
-    figure.suptitle(f"Decode, {machine}", fontsize=10)
-    figure.tight_layout()
+    figure = _by_model(points, _draw_decode, (4.6, 3.9), f"Decode, {machine}")
+    figure.axes[0].legend(frameon=False, fontsize=7)
     return figure
 
 
-def _streams(points: Sequence[dict[str, Any]], machine: str) -> Any:
+def _draw_decode(panel: Any, points: Points) -> None:
+    for weights, colour in zip(_named(points, "weights"), COLOURS, strict=False):
+        for graphs in (True, False):
+            own = [point for point in points if (point["weights"], point["graphs"]) == (weights, graphs)]
+            if own:
+                panel.plot(
+                    [p["batch"] for p in own], [p["batch"] / p["seconds"] for p in own], color=colour, marker="o",
+                    markersize=4, markerfacecolor=colour if graphs else "white", linestyle="-" if graphs else "--",
+                    label=weights + ("" if graphs else ", no graphs"),
+                )  # fmt: skip
+    first = points[0]["weights"]
+    roof = [point for point in points if point["weights"] == first and point["graphs"]]
+    panel.plot([p["batch"] for p in roof], [p["batch"] / p["floor_seconds"] for p in roof], color="black",
+               linestyle=":", label=f"limit of the card, {first}")  # fmt: skip
+    _logarithmic(panel, [point["batch"] for point in points])
+    panel.set_xlabel("sequences in a step")
+    panel.set_ylabel("tokens a second")
+
+
+def _streams(points: Points, machine: str) -> Any:
     """Tokens a second of each engine, as bars in order."""
-    models = _named(points, "model")
-    figure, panels = figures.pyplot().subplots(1, len(models), figsize=(4.8 * len(models), 2.6), squeeze=False)
-    for panel, model in zip(panels[0], models, strict=True):
-        own = [point for point in points if point["model"] == model]
-        names, rates = [point["engine"] for point in own], [point["rate"] for point in own]
-        colours = [COLOURS[0] if name.startswith("kvarn") else COLOURS[2] for name in names]
-        bars = panel.barh(names, rates, color=colours)
-        panel.bar_label(bars, [f"{rate:,.0f}" for rate in rates], padding=3)
-        panel.invert_yaxis()
-        panel.margins(x=0.3)
-        panel.set_title(f"{model}, {own[0]['count']} streams", fontsize=9)
-        panel.set_xlabel("tokens a second")
-    figure.suptitle(f"Throughput on the same weights, {machine}", fontsize=10)
-    figure.tight_layout()
-    return figure
+    return _by_model(points, _draw_streams, (4.8, 2.6), f"Throughput on the same weights, {machine}")
+
+
+def _draw_streams(panel: Any, points: Points) -> None:
+    names, rates = [point["engine"] for point in points], [point["rate"] for point in points]
+    colours = [COLOURS[0] if name.startswith("kvarn") else COLOURS[2] for name in names]
+    bars = panel.barh(names, rates, color=colours)
+    panel.bar_label(bars, [f"{rate:,.0f}" for rate in rates], padding=3)
+    panel.invert_yaxis()
+    panel.margins(x=0.3)
+    panel.set_title(f"{points[0]['model']}, {points[0]['count']} streams", fontsize=9)
+    panel.set_xlabel("tokens a second")

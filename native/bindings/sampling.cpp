@@ -57,7 +57,8 @@ class Sampler {
 
     void remove(int64_t sequence) { sequences_.erase(sequence); }
 
-    // A list with what is `described` of each row; a token of -1: the sequence's rules leave none. pool: whose threads share the rows; null: the caller does them.
+    // A list with what is `described` of each row; a token below 0: there is none (`kNothingLeft`, `kNotFinite`). pool:
+    // whose threads share the rows; null: the caller does them.
     nb::list sample(const Logits &logits, const std::vector<int64_t> &sequences, const std::vector<uint64_t> &positions,
                     Pool *pool) {
         const size_t rows = logits.shape(0), vocab = logits.shape(1);
@@ -65,15 +66,12 @@ class Sampler {
             throw std::invalid_argument("one sequence and one position a row of logits");
         const std::vector<SequenceSampler *> state = states(sequences, vocab);
         std::vector<Sample> samples(rows);
-        std::vector<uint8_t> failed(rows);
         {
             nb::gil_scoped_release release;
             share(pool, state, [&](size_t r, Scratch &scratch) {
-                const Row row{logits.data() + r * vocab, vocab, positions[r]};
-                failed[r] = state[r]->sample(row, scratch, samples[r]) == Outcome::NotFinite;
+                samples[r] = state[r]->sample({logits.data() + r * vocab, vocab, positions[r]}, scratch);
             });
         }
-        check(failed, sequences);
         nb::list result;
         for (const Sample &sample : samples) result.append(described(sample));
         return result;
@@ -81,7 +79,7 @@ class Sampler {
 
     // Each sequence has a row of logits for what is known of it and one for each token of its draft, whose parents are
     // earlier ones, or -1. A list of (place of the sequence, what is `described` of a token): of each sequence the tokens
-    // up to the first that is not the draft's, going from each on to its child that is the next. One of -1 as above.
+    // up to the first that is not the draft's, going from each on to its child that is the next. One below 0 as above.
     nb::list verify(const Logits &logits, const std::vector<int64_t> &sequences, const std::vector<uint64_t> &positions,
                     const std::vector<std::vector<int32_t>> &drafts, const std::vector<std::vector<int32_t>> &parents,
                     const std::vector<std::optional<Logits>> &q, const std::optional<Bits> &bits,
@@ -95,11 +93,10 @@ class Sampler {
         std::vector<size_t> first(count);
         for (size_t s = 1; s < count; ++s) first[s] = first[s - 1] + drafts[s - 1].size() + 1;
         std::vector<std::vector<Sample>> samples(count);
-        std::vector<uint8_t> failed(count);
         {
             nb::gil_scoped_release release;
             share(pool, state, [&](size_t s, Scratch &scratch) {
-                for (int64_t level = 0, place = -1; !failed[s] && (level == 0 || place >= 0); ++level) {
+                for (int64_t level = 0, place = -1; level == 0 || place >= 0; ++level) {
                     const size_t next = size_t(place + 1), r = first[s] + next;
                     Row row{logits.data() + r * vocab, vocab, positions[s] + uint64_t(level)};
                     if (bits && (*mask_rows)[r] >= 0) row.mask = bits->data() + size_t((*mask_rows)[r]) * bits->shape(1);
@@ -107,14 +104,11 @@ class Sampler {
                         row.draft = drafts[s][next];
                         row.q = q[s]->data() + next * vocab;
                     }
-                    Sample sample;
-                    failed[s] = state[s]->sample(row, scratch, sample) == Outcome::NotFinite;
-                    place = child(drafts[s], parents[s], place, sample.token);
-                    samples[s].push_back(std::move(sample));
+                    samples[s].push_back(state[s]->sample(row, scratch));
+                    place = child(drafts[s], parents[s], place, samples[s].back().token);
                 }
             });
         }
-        check(failed, sequences);
         nb::list result;
         for (size_t s = 0; s < count; ++s)
             for (const Sample &sample : samples[s]) result.append(nb::make_tuple(s, described(sample)));
@@ -143,7 +137,8 @@ class Sampler {
         return tokens;
     }
 
-    // What is `described` of the given token of each row, with its logprobs and those of the k best.
+    // What is `described` of the given token of each row, with its logprobs and those of the k best; without where the
+    // row's logits are not finite.
     nb::list logprobs(const Logits &logits, const std::vector<int32_t> &tokens, const std::vector<int64_t> &k, Pool *pool) {
         const size_t rows = logits.shape(0), vocab = logits.shape(1);
         if (tokens.size() != rows || k.size() != rows) throw std::invalid_argument("one token and one k a row of logits");
@@ -153,8 +148,7 @@ class Sampler {
         {
             nb::gil_scoped_release release;
             share(pool, rows, [&](size_t r, Scratch &scratch) {
-                found[r] = {tokens[r], true,
-                            logprobs_at(logits.data() + r * vocab, vocab, tokens[r], k[r], scratch.weights)};
+                found[r] = logprobs_at(logits.data() + r * vocab, vocab, tokens[r], k[r], scratch.weights);
             });
         }
         nb::list result;
@@ -194,14 +188,6 @@ class Sampler {
         }
         if (scratch_.size() < size_t(pool->threads())) scratch_.resize(size_t(pool->threads()));
         pool->parallel_for(uint32_t(count), [&](uint32_t i, int thread) { body(i, scratch_[size_t(thread)]); });
-    }
-
-    static void check(const std::vector<uint8_t> &failed, const std::vector<int64_t> &sequences) {
-        const auto found = std::find(failed.begin(), failed.end(), uint8_t(1));
-        if (found != failed.end())
-            throw std::invalid_argument("the logits of sequence " +
-                                        std::to_string(sequences[size_t(found - failed.begin())]) +
-                                        " hold NaN or infinity");
     }
 
     static void check_trees(const std::vector<std::vector<int32_t>> &drafts,

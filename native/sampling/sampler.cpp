@@ -425,12 +425,13 @@ SequenceSampler::Ruled SequenceSampler::rules(const Row &row, Scratch &scratch, 
     return {adjusted.data(), nullptr, maximum(adjusted.data(), row.vocab)};
 }
 
-Outcome SequenceSampler::sample(const Row &row, Scratch &scratch, Sample &out) {
+Sample SequenceSampler::sample(const Row &row, Scratch &scratch) {
     const size_t vocab = row.vocab;
     const float raw_top = maximum(row.logits, vocab);
-    if (!std::isfinite(raw_top)) return Outcome::NotFinite;
+    if (!std::isfinite(raw_top)) return {kNotFinite};
     const Ruled ruled = rules(row, scratch, raw_top);
-    if (!std::isfinite(ruled.top)) return Outcome::NothingLeft;
+    if (!std::isfinite(ruled.top)) return {kNothingLeft};
+    Sample out;
     if (parameters_.temperature == 0.0f) {
         out.token = likeliest_of(ruled.logits, ruled.mask, vocab, ruled.top);
     } else {
@@ -441,7 +442,7 @@ Outcome SequenceSampler::sample(const Row &row, Scratch &scratch, Sample &out) {
     if (out.has_logprobs)
         out.logprobs = logprobs_of(row.logits, vocab, raw_top, out.token, parameters_.logprobs, scratch.weights);
     take(out.token);
-    return Outcome::Chosen;
+    return out;
 }
 
 void SequenceSampler::take(int32_t token) {
@@ -480,8 +481,10 @@ int32_t SequenceSampler::guess(const Row &row, const std::vector<int32_t> &ahead
     return token;
 }
 
-Logprobs logprobs_at(const float *logits, size_t vocab, int32_t token, int64_t k, std::vector<float> &scratch) {
-    return logprobs_of(logits, vocab, maximum(logits, vocab), token, k, scratch);
+Sample logprobs_at(const float *logits, size_t vocab, int32_t token, int64_t k, std::vector<float> &scratch) {
+    const float top = maximum(logits, vocab);
+    if (!std::isfinite(top)) return {token};
+    return {token, true, logprobs_of(logits, vocab, top, token, k, scratch)};
 }
 
 }  // namespace kvarn

@@ -152,7 +152,7 @@ class SampledToken:
 
     sequence_id: int
     token_id: int
-    """-1, between sampler and runner only: the sequence's rules leave no token."""
+    """Below 0, between sampler and runner only: a mark of `kvarn.backends.row_rules` that says why there is none."""
     logprob: TokenLogprob | None = None
 
 
@@ -182,13 +182,15 @@ class DraftTokens:
 class FailedSequence:
     """A sequence that cannot go on; the others do.
 
-    message: for who sent its request, where a parameter is at fault; else for the log.
+    message: for who sent its request, where a parameter or its numbers are at fault; else for the log.
     """
 
     sequence_id: int
     message: str
     field: str = "grammar"
     """The parameter at fault; "" where none is."""
+    finite: bool = True
+    """Whether the model computed numbers for it; if not, nothing that was computed of its text is to be believed."""
 
 
 @dataclass(frozen=True, slots=True)

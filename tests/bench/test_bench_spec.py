@@ -3,6 +3,7 @@
 import gzip
 import json
 import re
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -127,7 +128,8 @@ def test_what_is_counted_is_what_the_engine_counts(model, method, batch):
             assert tally.rows == tally.turns + tally.guessed  # a chain: as many rows as tokens ahead
         if method is TREE:
             assert tally.rows > tally.turns + tally.guessed
-        assert sum(map(len, lane.step_seconds.values())) <= stats.steps
+        assert {rows: len(seconds) for rows, seconds in lane.step_seconds.items()} == tally.steps
+        assert sum(tally.steps.values()) <= stats.steps
     finally:
         lane.close()
 
@@ -196,19 +198,31 @@ def test_a_speedup_is_explained():
 def test_rounds_are_compared_in_pairs():
     """A machine that is slower in one round is so for both."""
     slow_plain, slow = (
-        Tally(**{name: getattr(tally, name) * (3 if "seconds" in name else 1) for name in Tally.__slots__})
+        replace(tally, seconds=3 * tally.seconds, decode_seconds=3 * tally.decode_seconds,
+                draft_seconds=3 * tally.draft_seconds)
         for tally in (PLAIN, GUESSED)
-    )
+    )  # fmt: skip
     taken = {
         ("qa", "off"): spec._Taken([PLAIN, slow_plain]),
         ("qa", "a"): spec._Taken([GUESSED, slow], {(1, 2)}),
     }
-    row = spec.make_row(taken, "qa", "a", 4)
+    row = spec.make_row(taken, "qa", "a", 4, {})
     assert row.speedup.low == pytest.approx(row.speedup.high) == pytest.approx(11 / 7)
     assert row.why.step_cost == pytest.approx(1.2)
     assert (row.acceptance, row.length, row.num_equal) == (pytest.approx(2 / 3), 2, 3)
-    off = spec.make_row(taken, "qa", "off", 4)
+    off = spec.make_row(taken, "qa", "off", 4, {})
     assert (off.acceptance, off.predicted, off.why, off.speedup.median) == (None, None, None, 1)
+
+
+def test_a_speedup_is_counted_by_the_rows_of_steps():
+    """Whatever the machine did meanwhile: steps of three rows took 1.5 times a plain one, with whatever method."""
+    times = spec.median_times([{1: [1.0, 2.0, 9.0]}, {1: [2.0], 3: [3.0, 3.0]}])
+    assert times == {1: 2.0, 3: 3.0}
+    plain = Tally(seconds=40.0, decode_seconds=30.0, steps=Counter({1: 12}))
+    guessed = Tally(seconds=99.0, draft_seconds=1.0, prompt_draft_seconds=0.5, steps=Counter({1: 2, 3: 4}))
+    assert spec.counted(plain, guessed, times) == pytest.approx((10 + 24) / (10 + 4 + 12 + 1.5))
+    assert spec.counted(plain, plain, times) == 1
+    assert plain.plus(guessed).steps == {1: 14, 3: 4}
 
 
 def test_rows_are_compared_with_a_plain_step():

@@ -253,16 +253,27 @@ def test_who_has_no_token_left_fails_alone(engines):
     assert said({"plain": [event for event in events if event.request_id == "plain"]}) == expected
 
 
-def test_after_a_step_that_failed_nothing_of_it_is_left(engines):
-    waits, ahead, executable = engines(poison=(2,))
-    ahead.add(request("a", PROMPTS[0], max_tokens=12))
-    with pytest.raises(ValueError, match=r"the logits of sequence 0 hold NaN"):
-        finish(ahead)
-    ahead.reset()
+@pytest.mark.parametrize("late", [True, False])
+@pytest.mark.parametrize("bad", [{}, {"n": 2, "temperature": 1.0, "seed": 1}, {"frequency_penalty": 1.0}])
+@pytest.mark.parametrize("step", [0, 3])
+def test_whose_logits_are_no_numbers_fails_alone(engines, late, bad, step):
+    """It is in the step under way already, in which it reads the token that there is not, and may be wrong again."""
+    waits, ahead, executable = engines(late=late, poison=(step, step + 1))
+    others = [request("b", PROMPTS[1], max_tokens=12), request("c", PROMPTS[2], max_tokens=12, seed=1, temperature=1.0)]
+    expected = said(run_core(waits, others))
+    crowd = [request("a", PROMPTS[0], max_tokens=12, **bad), others[0], request("d", PROMPTS[0]), others[1]]
+    for each in crowd:
+        ahead.add(each)
+    events = finish(ahead)
+    failed = [event for event in events if isinstance(event, RequestFailed)]
+    assert [event.request_id for event in failed] == ["a"]
+    assert "NaN or infinity" in str(failed[0].error)
+    outputs = {name: [e for e in events if e.request_id == name] for name in ("b", "c")}
+    assert said(outputs) == expected
+    assert ahead.stats().free_blocks == ahead.stats().num_blocks
+    assert ahead.stats().failed_steps == 0
+    assert executable.num_executed == 0
     assert executable.under_way == 0
-    assert not ahead.has_work()
-    requests = [request("b", PROMPTS[1], max_tokens=12)]
-    assert said(run_core(ahead, requests)) == said(run_core(waits, requests))
 
 
 def test_a_program_that_fails_in_the_step_under_way_fails_the_step_before(engines):

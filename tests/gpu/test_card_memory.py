@@ -32,7 +32,8 @@ def held(executable):
     parts = executable._open()
     weights = [*parts.weights.vectors.values()]
     for matrix in parts.weights.matrices.values():
-        weights += [value for value in map(matrix.__getattribute__, matrix.__slots__) if torch.is_tensor(value)]
+        values = (getattr(matrix, field.name) for field in dataclasses.fields(matrix))
+        weights += [value for value in values if torch.is_tensor(value)]
     unique = {tensor.data_ptr(): tensor for tensor in weights}
     return MemoryUse(
         weights=sum(aligned(tensor.nbytes) for tensor in unique.values()),

@@ -8,11 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvarn import _native
+from kvarn.backends.row_rules import NOT_FINITE, NOTHING_LEFT
 from kvarn.errors import RequestError
 from kvarn.request import SamplingParams
 from kvarn.sampling import NativeSampler, ReferenceSampler, TokenMasks
 from kvarn.sampling.reference import distribution, philox4x32, uniform
-from kvarn.step import NewSequence
+from kvarn.step import NewSequence, SampledToken
 
 VOCAB = 211
 
@@ -113,8 +114,11 @@ def test_logprobs_of_given_tokens(kind):
     assert [item.rank for item in said] == [int((exact[r] > exact[r, 5 + r]).sum()) + 1 for r in range(3)]
     assert [len(item.top) for item in said] == [0, 2, 20]
     assert [token for token, _ in said[2].top] == np.argsort(-logits[2], kind="stable")[:20].tolist()
-    with pytest.raises(ValueError, match="NaN"):
-        sampler.logprobs(np.full((1, VOCAB), np.nan, np.float32), [1], [1])
+    for bad in (np.nan, np.inf):
+        spoilt = logits.copy()
+        spoilt[1, 3] = bad
+        assert sampler.logprobs(spoilt, [5, 6, 7], [0, 2, 20]) == [said[0], None, said[2]]
+    assert sampler.logprobs(np.full((1, VOCAB), -np.inf, np.float32), [5], [2]) == [None]
 
 
 WORDS = st.lists(st.sampled_from([0, 0, 2**32 - 1, 2**32 - 1, 0x80000001, 0xFFFFFFFE]), min_size=7, max_size=7)
@@ -263,15 +267,38 @@ def test_min_tokens_keeps_stop_tokens_out_and_then_lets_them_in():
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("kind", [NativeSampler, ReferenceSampler])
-def test_logits_that_are_no_distribution_are_refused(kind, bad):
-    logits = np.full((1, VOCAB), bad if bad == -np.inf else 0, np.float32)
-    logits[0, 3] = bad
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_row_that_is_no_distribution_gets_a_mark_and_the_others_their_tokens(kind, bad, temperature):
+    """And its own state stays as it was, so that its next row is sampled as if there had been none."""
+    logits = random_logits(3, rows=3)
+    spoilt = logits.copy()
+    spoilt[1] = bad if bad == -np.inf else 0
+    spoilt[1, 3] = bad
+    params = SamplingParams(temperature=temperature, frequency_penalty=1.0, min_tokens=1, logprobs=1)
+    said = []
+    for rows in (logits, spoilt):
+        sampler = kind(VOCAB)
+        for number in (41, 42, 43):
+            sampler.add(sequence(params, seed=number, number=number, stop=(7,)))
+        said.append(sampler.sample(rows, [41, 42, 43], [4, 4, 4]))
+    assert said[1] == [said[0][0], SampledToken(42, NOT_FINITE), said[0][2]]
+    assert sampler.sample(logits[1:2], [42], [4]) == [said[0][1]]
+
+
+@pytest.mark.parametrize("kind", [NativeSampler, ReferenceSampler])
+def test_rules_that_leave_nothing_are_told_from_logits_that_are_no_numbers(kind):
     sampler = kind(VOCAB)
-    sampler.add(sequence(SamplingParams(), number=42))
-    with pytest.raises(ValueError, match="sequence 42"):
-        sampler.sample(logits, [42], [4])
+    sampler.add(sequence(SamplingParams(allowed_token_ids=(5,), bad_words=((5,),))))
+    logits = random_logits(3, rows=1)
+    assert sampler.sample(logits, [0], [4]) == [SampledToken(0, NOTHING_LEFT)]
+    logits[0, 9] = np.nan
+    assert sampler.sample(logits, [0], [4]) == [SampledToken(0, NOT_FINITE)], "though the token is forbidden"
+
+
+@pytest.mark.parametrize("kind", [NativeSampler, ReferenceSampler])
+def test_who_was_not_added_is_refused(kind):
     with pytest.raises(ValueError, match="sequence 43 was not added"):
-        sampler.sample(logits, [43], [4])
+        kind(VOCAB).sample(random_logits(3, rows=1), [43], [4])
 
 
 @pytest.mark.parametrize("kind", [NativeSampler, ReferenceSampler])

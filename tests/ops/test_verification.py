@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from test_sampling import PARAMS, chi_square, quantile
 
 from kvarn import _native
+from kvarn.backends.row_rules import NOT_FINITE
 from kvarn.config import SpeculativeConfig
 from kvarn.draft_tree import chain, path
 from kvarn.request import SamplingParams
@@ -124,8 +125,23 @@ def test_what_is_beyond_the_first_wrong_token_is_never_looked_at():
         sampler = kind(VOCAB)
         sampler.add(sequence(SamplingParams(temperature=0.0)))
         assert [t.token_id for t in sampler.verify(logits, [0], [4], [Draft((6, 7))])] == [5]
-        with pytest.raises(ValueError, match="sequence 0 hold NaN"):
-            sampler.verify(logits, [0], [5], [Draft((5, 7))])
+
+
+def test_a_row_that_is_no_distribution_ends_its_own_draft_with_a_mark():
+    """Whether it is reached in a chain or in a tree, and with masks; the other sequence has its tokens."""
+    logits = np.zeros((8, VOCAB), np.float32)
+    logits[:, 5] = 9
+    logits[2] = np.nan
+    good = [(1, 5), (1, 5), (1, 5), (1, 5)]
+    masks = TokenMasks(np.full((1, -(-VOCAB // 32)), 0xFFFFFFFF, np.uint32), np.zeros(8, np.int32))
+    for kind in (NativeSampler, ReferenceSampler):
+        for draft, before in ((Draft((5, 5, 5)), 2), (Draft((6, 5, 7), parents=(-1, -1, 1)), 1)):
+            for mask in (None, masks):
+                sampler = kind(VOCAB)
+                for number in (0, 1):
+                    sampler.add(sequence(SamplingParams(temperature=0.0), number=number))
+                verified = sampler.verify(logits, [0, 1], [4, 4], [draft, Draft((5, 5, 5))], mask)
+                assert [(t.sequence_id, t.token_id) for t in verified] == [(0, 5)] * before + [(0, NOT_FINITE), *good]
 
 
 def test_min_tokens_and_penalties_count_what_was_accepted():

@@ -38,6 +38,20 @@ def test_evicted_blocks_are_found_by_what_follows_a_place():
     assert cache.path(ME).offloaded([*range(4), 9, 9, 9, 9, 9], 9) == found[:1]
 
 
+def test_what_is_not_believed_goes_from_the_tier_too():
+    cache = new_cache()
+    names_of(cache, [*range(8), 9], ME)
+    names_of(cache, [9] * 8, ME)
+    assert (len(cache.tier), len(cache.path(ME).offloaded(range(12), 9))) == (4, 2)
+    table, path = new_tables(cache.pool), cache.path(ME)
+    table.prepare_write(0, 8)
+    path.insert(range(9), 8, table)
+    path.disown(range(9), table)
+    assert len(cache.tier) == 2
+    assert cache.path(ME).offloaded(range(12), 9) == []
+    cache.tier.check()
+
+
 def test_names_differ_by_tokens_before_salt_and_identity():
     texts = [(range(8), ME), (range(8), OTHER), (range(8), ("mine", "")), ([0, 0, 0, 0, 4, 5, 6, 7], ME)]
     names = {name for tokens, salt in texts for name in names_of(new_cache(), tokens, salt)}

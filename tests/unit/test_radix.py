@@ -38,6 +38,10 @@ class Writer:
         self.table.release()
         self.known = 0
 
+    def disown(self):
+        self.path.disown(self.tokens, self.table)
+        self.known = 0
+
 
 @pytest.fixture
 def cache():
@@ -221,6 +225,72 @@ class TestSalts:
     def test_two_salts_about_to_compute_the_same_do_not_wait_for_one_another(self, cache):
         mine, same, others = (cache.path(salt).next_block(range(8)) for salt in (ME, ME, OTHER))
         assert mine == same != others
+
+
+def running(cache, tokens, salt=ME):
+    """A sequence that has computed its tokens and goes on."""
+    writer = Writer(cache, salt)
+    writer.start(tokens)
+    writer.compute()
+    return writer
+
+
+class TestWhatIsNotBelieved:
+    def test_it_is_found_by_nobody_whoever_computed_it(self, cache):
+        computed(cache, range(10))
+        computed(cache, [*range(4), 50, 51, 52, 53, 54])
+        computed(cache, [9, *range(10)])
+        running(cache, range(14)).disown()
+        assert found(cache, range(14)) == 0
+        assert found(cache, [*range(4), 50, 51, 52, 53, 54]) == 0, "it went on from what is not believed"
+        assert found(cache, [9, *range(10)]) == 10
+        cache.pool.check([cache.check()])
+
+    def test_what_others_go_on_from_stays_until_they_go(self, cache):
+        other = running(cache, [*range(8), 70, 71, 72, 73, 74])
+        computed(cache, [*range(8), 60, 61, 62])
+        running(cache, range(14)).disown()
+        assert found(cache, [*range(8), 60, 61, 62, 63]) == 11, "who goes on believes what all of them begin with"
+        assert found(cache, [*range(8), 70, 71, 72, 73, 74]) == 12
+        assert found(cache, range(14)) == 8
+        cache.pool.check([other.table.held, cache.check()])
+        other.disown()
+        assert cache.pool.num_free == cache.pool.num_blocks
+
+    def test_a_part_of_a_block_that_was_copied_goes_too(self, cache):
+        computed(cache, [1, 2, 3])
+        computed(cache, [2, 2, 3])
+        writer = Writer(cache)
+        assert writer.start([1, 2, 7]) == 2
+        writer.compute()
+        writer.disown()
+        assert found(cache, [1, 2, 3, 4]) == 0
+        assert found(cache, [2, 2, 3, 4]) == 3
+
+    def test_another_salt_keeps_its_own(self, cache):
+        computed(cache, range(10), salt=OTHER)
+        running(cache, range(10)).disown()
+        assert (found(cache, range(10)), found(cache, range(10), salt=OTHER)) == (0, 9)
+
+    def test_declared_prefixes_are_computed_again(self):
+        cache = RadixPrefixCache(BlockPool(32, SIZE), [range(8)])
+        computed(cache, range(10), salt=OTHER)
+        running(cache, range(10)).disown()
+        assert found(cache, range(10), salt=OTHER) == 0
+        assert cache.pool.num_free == 32
+        computed(cache, range(10))
+        assert found(cache, range(10), salt=OTHER) == 8
+        cache.pool.check([cache.check()])
+
+    def test_where_no_group_keeps_all_the_end_of_a_text_stays_while_it_is_held(self):
+        cache = RadixPrefixCache(BlockPool(32, SIZE, (5,)))
+        other = running(cache, range(30))
+        other.table.slide(30)
+        running(cache, range(10)).disown()
+        assert found(cache, range(10)) == 0
+        cache.pool.check([other.table.held, cache.check()])
+        other.end()
+        assert found(cache, range(31)) == 30
 
 
 class TestSharedPrefixes:

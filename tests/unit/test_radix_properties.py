@@ -160,6 +160,23 @@ class CacheMachine(CountedMachine):
         self.go(sequence)
         return self.come(sequence.salt, sequence.tokens) if sequence.tokens else multiple()
 
+    @rule(sequence=consumes(live))
+    def be_disowned(self, sequence):
+        """Its KV is not to be believed: of its beginning the tree has no more than what somebody holds."""
+        sequence.path.disown(sequence.tokens, sequence.table)
+        self.tables.remove(sequence)
+        self.evicted += 1
+        nodes, node = [], self.cache.root
+        for start in range(0, sequence.known, SIZE):
+            tokens = tuple(sequence.tokens[start : start + SIZE])
+            node = self.cache.find(node, sequence.salt, tokens) or self.cache.nearest(node, sequence.salt, tokens)[1]
+            if node is None:
+                break
+            nodes.append(node)
+        held = [any(self.pool.references(block) > 1 for block in node.present) for node in nodes]
+        behind = nodes[len(held) - held[::-1].index(True) :] if any(held) else nodes
+        assert not any(node.present for node in behind)
+
     @rule(count=st.integers(1, 10))
     def evict(self, count):
         free, available = self.pool.num_free, self.pool.num_available

@@ -33,12 +33,14 @@ struct Logprobs {
     std::vector<std::pair<int32_t, double>> top;
 };
 
-enum class Outcome { Chosen, NotFinite, NothingLeft };  // a token; the logits hold NaN or +inf; the rules leave none
+// In place of a token, as in src/kvarn/backends/row_rules.py: the rules leave none; the logits hold NaN or infinity, or
+// nothing but minus infinity.
+constexpr int32_t kNothingLeft = -1, kNotFinite = -2;
 
 struct Sample {
-    int32_t token = -1;
+    int32_t token = kNothingLeft;
     bool has_logprobs = false;
-    Logprobs logprobs;
+    Logprobs logprobs{};
 };
 
 // What a random number is for: to draw a token; a draft's token; whether a draft is accepted; a token in its place.
@@ -68,8 +70,8 @@ struct Scratch {
     std::vector<uint32_t> mask;
 };
 
-// The log-softmax of a row of finite logits at a token, its rank, and the k best.
-Logprobs logprobs_at(const float *logits, size_t vocab, int32_t token, int64_t k, std::vector<float> &scratch);
+// The log-softmax of a row of logits at a token, its rank, and the k best; without logprobs where they are not finite.
+Sample logprobs_at(const float *logits, size_t vocab, int32_t token, int64_t k, std::vector<float> &scratch);
 
 // The state of one sequence: its parameters and which tokens it has seen.
 class SequenceSampler {
@@ -77,7 +79,7 @@ class SequenceSampler {
     SequenceSampler(SamplingParameters parameters, const int32_t *prompt, size_t prompt_size);
 
     // Chooses the row's token, and takes it into the state, which is unchanged where there is none to choose.
-    Outcome sample(const Row &row, Scratch &scratch, Sample &out);
+    Sample sample(const Row &row, Scratch &scratch);
 
     // Chooses a draft's token from another model's logits by the same rules; the state stays as it is. ahead: the draft's
     // tokens before it. q: float[row.vocab], set to the distribution that the token is drawn from, with a number of its

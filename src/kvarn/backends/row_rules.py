@@ -34,7 +34,7 @@ EDIT = np.dtype([("token", "<i4"), ("bias", "<f4"), ("seen", "<i4"), ("count", "
 """What is known of one token. bias: added to its logit. seen: 1 where prompt or output have it, else 0. count: times
 that the output has it."""
 NOTHING_LEFT, NOT_FINITE = -1, -2
-"""In place of a token id: the rules leave none; the logits hold NaN or infinity."""
+"""In place of a token id: the rules leave none; the logits hold NaN or infinity, or nothing but minus infinity."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -82,6 +82,9 @@ class Row:
     """Of each round."""
     sources: tuple[Source, ...] = ()
     """Those of which guesses were verified."""
+    counted: float | None = None
+    """The speedup if every step without prompts took the median of all methods' steps of as many rows, and prompts what
+    they take without guesses: the machine's moods are not in it, nor what a method takes beside guessing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,10 +133,11 @@ def measure_speculation(
             stack.callback(lanes[-1].close)
         taken = _in_turns(lanes, setup, prompts, rounds, progress)
         counts = Counter(prompt.task for prompt in prompts)
-        rows = [make_row(taken, task, lane.method.name, counts[task]) for task in counts for lane in lanes]
+        times = median_times([lane.step_seconds for lane in lanes])
+        rows = [make_row(taken, task, lane.method.name, counts[task], times) for task in counts for lane in lanes]
         if len(counts) > 1:
             together = _together(taken, list(counts))
-            rows += [make_row(together, ALL, lane.method.name, len(prompts)) for lane in lanes]
+            rows += [make_row(together, ALL, lane.method.name, len(prompts), times) for lane in lanes]
         return Speculation(tuple(rows), *row_costs([lane.step_seconds for lane in lanes]))
 
 
@@ -184,8 +188,8 @@ def _together(taken: Taken, tasks: Sequence[str]) -> Taken:
     return result
 
 
-def make_row(taken: Taken, task: str, name: str, num_prompts: int) -> Row:
-    """The figures of a method on a task."""
+def make_row(taken: Taken, task: str, name: str, num_prompts: int, times: Mapping[int, float]) -> Row:
+    """The figures of a method on a task. times: see `median_times`."""
     plain, own = taken[task, OFF.name].rounds, taken[task, name]
     total = Tally.sum(own.rounds)
     judged = total.accepted + total.refused
@@ -207,6 +211,7 @@ def make_row(taken: Taken, task: str, name: str, num_prompts: int) -> Row:
         accepted_tokens=total.accepted,
         seconds=tuple(tally.seconds for tally in own.rounds),
         sources=sources(total),
+        counted=counted(Tally.sum(plain), total, times),
     )
 
 
@@ -220,6 +225,26 @@ def sources(total: Tally) -> tuple[Source, ...]:
     return tuple(
         Source(name, drafted, right, right / (right + wrong)) for name, drafted, right, wrong in counts if right + wrong
     )
+
+
+def median_times(lanes: Sequence[Mapping[int, Sequence[float]]]) -> dict[int, float]:
+    """Seconds of a step of so many rows, whatever the method: by rows. lanes: seconds of steps by rows."""
+    seconds: dict[int, list[float]] = {}
+    for lane in lanes:
+        for rows, several in lane.items():
+            seconds.setdefault(rows, []).extend(several)
+    return {rows: statistics.median(several) for rows, several in seconds.items()}
+
+
+def counted(plain: Tally, tally: Tally, times: Mapping[int, float]) -> float:
+    """See `Row.counted`. plain, tally: of all rounds, without guesses and with them."""
+    prompts = plain.seconds - plain.decode_seconds
+
+    def seconds(one: Tally) -> float:
+        steps = sum(count * times[rows] for rows, count in one.steps.items())
+        return prompts + steps + one.draft_seconds + one.prompt_draft_seconds
+
+    return seconds(plain) / seconds(tally)
 
 
 def explain(plain: Sequence[Tally], rounds: Sequence[Tally], acceptance: float, speedup: float) -> Why | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -66,6 +67,10 @@ class Tally:
     """Of `draft_tokens` those that were looked up, not computed."""
     copied_accepted: int = 0
     copied_refused: int = 0
+    prompt_draft_seconds: float = 0.0
+    """Spent on guessing in steps with prompts."""
+    steps: Counter[int] = field(default_factory=Counter)
+    """Without prompts, by rows."""
 
     def plus(self, other: Tally) -> Tally:
         """Both together."""
@@ -160,12 +165,13 @@ class Lane:
         verified["draft_tokens"] = sum(drafted for _, drafted, *_ in known)
         verified["copied_tokens"] = sum(drafted for _, drafted, *_, copied in known if copied)
         if any(len(part.token_ids) != 1 or not part.sample for part in parts) or not parts:
-            return Tally(seconds=log.seconds, tokens=tokens, **verified)
+            return Tally(seconds=log.seconds, tokens=tokens, prompt_draft_seconds=draft_seconds, **verified)
         rows = scheduled.num_tokens
         self.step_seconds.setdefault(rows, []).append(log.seconds - draft_seconds)
         return Tally(
-            log.seconds, tokens, log.seconds, draft_seconds, tokens, len(parts), rows, sum(ahead.values()), **verified
-        )
+            log.seconds, tokens, log.seconds, draft_seconds, tokens, len(parts), rows, sum(ahead.values()), **verified,
+            steps=Counter((rows,)),
+        )  # fmt: skip
 
     def close(self) -> None:
         """Releases the engine."""

@@ -53,6 +53,14 @@ class PrefixPath(Protocol):
         """Told before the sequence releases `table`: keeps a partly filled last block, too. Back at the start then."""
         ...
 
+    def disown(self, token_ids: Sequence[int], table: Tables) -> None:
+        """Releases `table`, whose KV is not to be believed, and has the cache let go of what only that held. Back at
+        the start then.
+
+        What other tables hold stays, with all that continues it there: their owners have believed it, too.
+        """
+        ...
+
     def fork(self, num_tokens: int) -> Self:
         """The place of a sequence with a fork of the table that holds the first `num_tokens` tokens."""
         ...
@@ -126,6 +134,11 @@ class NullPrefixPath:
 
     def leave(self, token_ids: Sequence[int], known: int, table: Tables) -> None:
         """Keeps nothing."""
+
+    def disown(self, token_ids: Sequence[int], table: Tables) -> None:
+        """Releases the table."""
+        del token_ids
+        table.release()
 
     def fork(self, num_tokens: int) -> Self:
         """Itself."""

@@ -192,9 +192,45 @@ class RadixPrefixCache:
                 return
             node = parent
 
-    def _walk(self, *, inner: bool = False) -> Iterator[Node]:
-        """All nodes that have tokens, parents first; inner: the others, too."""
-        level = [self.root]
+    def disown(self, node: Node, salt: Salt, depth: int, token_ids: Sequence[int]) -> None:
+        """Lets go, in the tier too, of what a sequence may have computed wrongly or taken from there.
+
+        node: where it was, at that depth in blocks, its table released already. What begins with the next of its tokens
+        behind the last node that a table holds goes, whoever computed it. Declared prefixes are computed again.
+        """
+        while node.tokens and not self._is_held(node):
+            assert node.parent is not None
+            node, depth = node.parent.home if isinstance(node.parent, Branch) else node.parent, depth - 1
+        branch = node.branches.get(salt) if isinstance(node, CommonNode) else None
+        next_token = tuple(token_ids[depth * self.pool.block_size :][:1])
+        for child in [*node.children, *(branch.children if branch else ())]:
+            if child.tokens[:1] == next_token and not self._is_held(child):
+                for below in reversed([*self._walk(child)]):
+                    self._disown(below)
+
+    def _disown(self, node: Node) -> None:
+        """A node whose children are gone but for those that are held."""
+        if len(self.tier):
+            for group in range(len(node.blocks)):
+                self.tier.drop(self.tier.of_group(self.name(node), group))
+        if isinstance(node, CommonNode):
+            if not node.children and not node.branches and node.parent is not None:
+                node.parent.remove(node)
+                self._common.remove(node)
+                self.pool.free(node.blocks)
+        elif node.children or node.present:  # or it went with its last child
+            idle = [group for group, block in enumerate(node.blocks) if self._is_idle(block)]
+            self._let_go(node, idle)
+
+    def _is_held(self, node: Node) -> bool:
+        return not all(self._is_idle(block) for block in node.present)
+
+    def _is_idle(self, block: int) -> bool:
+        return block != HOLE and self.pool.references(block) == 1
+
+    def _walk(self, start: Node | None = None, *, inner: bool = False) -> Iterator[Node]:
+        """All nodes that have tokens, parents first, from the root or `start` on; inner: the others, too."""
+        level = [start or self.root]
         while level:
             for node in level:
                 if inner or node.tokens:
@@ -331,6 +367,12 @@ class RadixPath:
         blocks = table.column(self.num_blocks) if rest else []
         if rest and all(self._cache.pool.references(block) == 1 for block in blocks):
             self._cache.file(self._node, self._salt, rest, blocks)
+        self._node, self.num_blocks = self._cache.root, 0
+
+    def disown(self, token_ids: Sequence[int], table: Tables) -> None:
+        """See `PrefixPath.disown`."""
+        table.release()
+        self._cache.disown(self._node, self._salt, self.num_blocks, token_ids)
         self._node, self.num_blocks = self._cache.root, 0
 
     def fork(self, num_tokens: int) -> Self:

@@ -20,7 +20,7 @@ Speculative = Annotated[
         "'method=eagle,heads=FILE' or medusa: what heads say that were trained for the model (`kvarn spec train` makes "
         "them). 'method=ngram+draft,model=MODEL' (ngram+eagle, ngram+medusa): as ngram, and where that finds nothing "
         "as the other. lookahead: n-grams that the model makes up itself (window, ngram, guesses). auto: as many as "
-        "pay. Also: p_min (of draft and eagle: guess on while this sure), max_k (of auto, and of ngram+...), ngram_min, "
+        "pay. Also: p_min (of draft and eagle: guess on while as sure), max_k (of auto, and of ngram+...), ngram_min, "
         "ngram_max, corpus_tokens, max_step_drafts."
     ),
 ]

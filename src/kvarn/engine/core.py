@@ -355,7 +355,7 @@ class EngineCore:
             found = (i for i, text in self._texts.items() if text.is_unfinished(sequence.sequence_id))
             request_id = next(found, None)
             if request_id is not None:
-                self._scheduler.abort(request_id)
+                self._scheduler.abort(request_id, keep=sequence.finite)
                 if sequence.field == "grammar":
                     self.grammars.forget(self._compiled[request_id].grammar)
                 self._forget(request_id, FinishReason.ERROR)
@@ -368,7 +368,8 @@ class EngineCore:
             return RequestError(sequence.message, field=sequence.field)
         error_id = new_error_id()
         logger.error("request %s failed (error id %s): %s", request_id, error_id, sequence.message)
-        return EngineError(f"the request failed in the engine (error id {error_id})")
+        told = "the request failed in the engine" if sequence.finite else sequence.message
+        return EngineError(f"{told} (error id {error_id})")
 
     def _count(self, sampled: list[tuple[Sequence, SampledToken]]) -> None:
         counters = self._counters

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from kvarn.backends import InputBatch
 from kvarn.backends.ahead import AheadExecutable
-from kvarn.backends.row_rules import NOT_FINITE
 from kvarn.sampling.reference import choose
 from kvarn.sampling.rules import RuleBook, needs_host
 from kvarn.step import PENDING, NewSequence, SampledToken, ScheduledSequence, SchedulerOutput
@@ -40,8 +39,7 @@ class Ahead(Protocol):
         ...
 
     def collect(self) -> tuple[SchedulerOutput, list[SampledToken]]:
-        """Waits for the oldest step that was begun; with its tokens, -1 where a sequence's rules leave none. Raises
-        ValueError naming the sequence where its logits hold NaN or infinity."""
+        """Waits for the oldest step that was begun; with its tokens, or marks in their place, as `Sampler.sample`."""
         ...
 
     def rechosen(self, sampled: list[SampledToken], logits: NDArray[np.float32], parts: Parts) -> list[SampledToken]:
@@ -149,9 +147,6 @@ class StepsAhead:
         scheduled = self._begun.popleft()
         ids = self._executable.collect().tolist()
         parts = [part for part in scheduled.sequences if part.sample]
-        wrong = next((part for part, token in zip(parts, ids, strict=True) if token == NOT_FINITE), None)
-        if wrong is not None:
-            raise ValueError(f"the logits of sequence {wrong.sequence_id} hold NaN or infinity")
         tokens = [SampledToken(part.sequence_id, token) for part, token in zip(parts, ids, strict=True)]
         self._said = {token.sequence_id: token.token_id for token in tokens}
         for token in tokens:

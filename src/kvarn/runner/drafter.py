@@ -90,21 +90,28 @@ def logits_rows(scheduled: SchedulerOutput) -> dict[int, int]:
     return rows
 
 
-class NullDrafter:
-    """Guesses nothing."""
+class BlocklessDrafter:
+    """A base for drafters that keep nothing for the tokens of blocks, so that there is nothing to prepare."""
 
     buffers: Sequence[str] = ()
+
+    def prepare(self, scheduled: SchedulerOutput) -> bool:
+        """Nothing."""
+        del scheduled
+        return False
+
+    def close(self) -> None:
+        """Nothing, where nothing is held."""
+
+
+class NullDrafter(BlocklessDrafter):
+    """Guesses nothing."""
 
     def add(self, sequence: NewSequence) -> None:
         """Nothing."""
 
     def remove(self, sequence_id: int) -> None:
         """Nothing."""
-
-    def prepare(self, scheduled: SchedulerOutput) -> bool:
-        """Nothing."""
-        del scheduled
-        return False
 
     def propose(
         self,
@@ -115,6 +122,3 @@ class NullDrafter:
         """Nothing."""
         del scheduled, sampled, values
         return ()
-
-    def close(self) -> None:
-        """Nothing."""

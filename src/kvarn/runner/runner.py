@@ -21,6 +21,7 @@ from kvarn.runner.batch import BatchBuilder
 from kvarn.runner.block_file import BlockFile
 from kvarn.runner.block_mover import BlockMover
 from kvarn.runner.drafter import Drafter, NullDrafter, Proposal
+from kvarn.runner.failures import asking_nothing_of, of_prompts, without_failed
 from kvarn.runner.guide import guided
 from kvarn.runner.pooler import NullPooler, Pooler
 from kvarn.runner.prompt_logprobs import take_prompts
@@ -88,6 +89,7 @@ class Runner:
         self._batches = BatchBuilder(limits, block_size, self._num_groups)
         self._block_size = block_size
         self._logits = logits
+        self._hidden = executable.program.last_layer
         self._known: set[int] = set()
         self._refused: deque[list[FailedSequence]] = deque()
         """By the steps that were submitted and not collected."""
@@ -106,12 +108,14 @@ class Runner:
         values = self._executable.execute(self._batches.build(scheduled.sequences), self._drafter.buffers)
         masks = None if pending is None else self.grammars.finish(pending)
         pooled = self.pooler.take(scheduled, values)
-        values, prompts = take_prompts(values, self._logits, scheduled.sequences, self._sampler)
-        sampled, failed = self._sample(values[self._logits], parts, masks, begun.refused)
+        values, prompts, failed = take_prompts(values, self._logits, scheduled.sequences, self._sampler)
+        failed += [*begun.refused, *of_prompts(scheduled, values.get(self._hidden))]
+        sampled, failed = self._sample(values[self._logits], parts, masks, failed)
         started = time.perf_counter()
-        proposals = guided(self.grammars, scheduled, self._drafter.propose(scheduled, sampled, values))
-        asked = any(part.num_drafts_wanted or part.num_copies_wanted for part in scheduled.sequences)
-        draft_seconds = time.perf_counter() - started if asked else 0.0
+        asked = asking_nothing_of(failed, scheduled)
+        proposals = guided(self.grammars, asked, self._drafter.propose(asked, sampled, values))
+        wanted = any(part.num_drafts_wanted or part.num_copies_wanted for part in asked.sequences)
+        draft_seconds = time.perf_counter() - started if wanted else 0.0
         self._drawn = {p.sequence_id: p for p in proposals if p.probabilities is not None}
         drafts = tuple(_tokens(p) for p in proposals if p.token_ids)
         return StepOutput(
@@ -132,7 +136,7 @@ class Runner:
     def collect(self) -> StepOutput:
         """What the oldest submitted step produced, as `execute` would say."""
         scheduled, sampled = self._ahead.collect()
-        kept, failed = _without_failed(sampled, self._refused.popleft())
+        kept, failed = without_failed(sampled, self._refused.popleft())
         return StepOutput(scheduled.step, tuple(kept), failed=tuple(failed))
 
     def discard(self) -> None:
@@ -160,11 +164,11 @@ class Runner:
         logits: NDArray[np.float32],
         parts: list[ScheduledSequence],
         masks: StepMasks | None,
-        refused: list[FailedSequence],
+        failed: list[FailedSequence],
     ) -> tuple[list[SampledToken], list[FailedSequence]]:
-        """What the parts say, and all sequences that fail in this step, those that were refused among them."""
+        """What the parts say, and all sequences that fail in this step, those that had failed before among them."""
         if not parts:
-            return [], refused
+            return [], failed
         ids, positions = [s.sequence_id for s in parts], [s.end for s in parts]
         given = () if masks is None else (TokenMasks(masks.bits, masks.rows),)
         if logits.shape[0] == len(parts):
@@ -172,7 +176,7 @@ class Runner:
         else:
             sampled = self._sampler.verify(logits, ids, positions, [self._draft(s) for s in parts], *given)
             self._move_accepted(parts, sampled)
-        kept, failed = _without_failed(sampled, refused if masks is None else refused + masks.failed)
+        kept, failed = without_failed(sampled, failed if masks is None else failed + masks.failed)
         if masks is not None:
             self.grammars.advance(kept)
         return kept, failed
@@ -255,21 +259,6 @@ class Runner:
         self._executable.close()
         self._blocks.close()
         self.grammars.close()
-
-
-def _without_failed(
-    sampled: list[SampledToken], failed: list[FailedSequence]
-) -> tuple[list[SampledToken], list[FailedSequence]]:
-    """The tokens of sequences that go on, and the others: that had failed before, or have nothing left to say."""
-    lost = {failure.sequence_id for failure in failed}
-    more = [_nothing_left(token) for token in sampled if token.token_id < 0 and token.sequence_id not in lost]
-    lost.update(failure.sequence_id for failure in more)
-    return [token for token in sampled if token.sequence_id not in lost] if lost else sampled, failed + more
-
-
-def _nothing_left(token: SampledToken) -> FailedSequence:
-    message = "allowed_token_ids, bad_words, min_tokens and the grammar together leave no token here"
-    return FailedSequence(token.sequence_id, message, "allowed_token_ids")
 
 
 def _tokens(proposal: Proposal) -> DraftTokens:

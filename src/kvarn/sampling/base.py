@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -56,8 +55,8 @@ class Sampler(Protocol):
         masks: TokenMasks | None = None,
     ) -> list[SampledToken]:
         """One token for each row of logits (R, vocab). positions[r]: where the sampled token will stand; with the
-        sequence's seed and stream it keys the random number, so that a repeated step draws the same. A token of -1:
-        the sequence's rules leave none. Raises ValueError naming the sequence where its logits hold NaN or infinity."""
+        sequence's seed and stream it keys the random number, so that a repeated step draws the same. Where there is
+        none to choose, a mark says why (see `SampledToken`), and the sequence's state stays as it is."""
         ...
 
     def verify(
@@ -73,7 +72,7 @@ class Sampler(Protocol):
         logits: for each sequence 1 + len(draft) rows, as after what is known and after each token of the draft, all
         before it given. positions: where the first of its tokens will stand. Rows are looked at one after the other,
         since penalties, `min_tokens` and `bad_words` depend on what was accepted, along what is accepted and not beyond
-        the first token that is no draft's (a token of -1, as of `sample`, is none). What comes has exactly the
+        the first token that is no draft's (a mark, as of `sample`, is none). What comes has exactly the
         distribution that `sample` would draw from token by token:
 
         - A draft without probabilities is compared with the token that `sample` would draw in its place, from the same
@@ -83,7 +82,7 @@ class Sampler(Protocol):
         - One with probabilities q is accepted with min(1, p / q), else a token is drawn from max(0, p - q), scaled to
           1; after the last one from p (Leviathan et al. 2023, algorithm 1; Chen et al. 2023, algorithm 2).
 
-        Raises as `sample` does, and ValueError where shapes do not agree or a draft's token is not in the vocabulary.
+        Raises ValueError where shapes do not agree or a draft's token is not in the vocabulary.
         """
         ...
 
@@ -110,12 +109,11 @@ class Sampler(Protocol):
         """
         ...
 
-
     def logprobs(
         self, logits: NDArray[np.float32], token_ids: Sequence[int], counts: Sequence[int]
-    ) -> list[TokenLogprob]:
-        """By row of the logits (R, vocab) what the model itself says of a token, and the `counts[r]` likeliest. Raises
-        ValueError where the logits hold NaN."""
+    ) -> list[TokenLogprob | None]:
+        """By row of the logits (R, vocab) what the model itself says of a token, and the `counts[r]` likeliest; None
+        where the row holds NaN or infinity, or nothing but minus infinity."""
         ...
 
 
@@ -203,10 +201,3 @@ def allowed_mask(sampling: SamplingParams, vocab_size: int) -> NDArray[np.uint32
     allowed[slice(vocab_size) if sampling.allowed_token_ids is None else list(sampling.allowed_token_ids)] = 1
     allowed[single] = 0
     return np.packbits(allowed, bitorder="little").view("<u4").astype(np.uint32)
-
-
-def check_numbers(logprobs: list[TokenLogprob]) -> list[TokenLogprob]:
-    """The same. Raises ValueError where one is NaN."""
-    if any(math.isnan(item.logprob) for item in logprobs):
-        raise ValueError("the logits of a prompt hold NaN or infinity")
-    return logprobs

@@ -17,7 +17,6 @@ from kvarn.sampling.base import (
     check_guesses,
     check_ids,
     check_masks,
-    check_numbers,
     forbidden_sequences,
 )
 from kvarn.step import NewSequence, SampledToken
@@ -122,13 +121,12 @@ class NativeSampler:
         )  # fmt: skip
         return tokens
 
-
     def logprobs(
         self, logits: NDArray[np.float32], token_ids: Sequence[int], counts: Sequence[int]
-    ) -> list[TokenLogprob]:
+    ) -> list[TokenLogprob | None]:
         """See `Sampler.logprobs`."""
         found = self._native.logprobs(np.ascontiguousarray(logits), list(token_ids), list(counts), self._pool())
-        return check_numbers([said for row in found if (said := _token(-1, row).logprob) is not None])
+        return [_token(-1, row).logprob for row in found]
 
 
 def _token(sequence_id: int, row: tuple[int, tuple[float, int, list[tuple[int, float]]] | None]) -> SampledToken:

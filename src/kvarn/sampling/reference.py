@@ -19,7 +19,6 @@ from kvarn.sampling.base import (
     check_guesses,
     check_ids,
     check_masks,
-    check_numbers,
     forbidden_sequences,
 )
 from kvarn.step import NewSequence, SampledToken
@@ -204,10 +203,10 @@ class ReferenceSampler:
 
     def logprobs(
         self, logits: NDArray[np.float32], token_ids: Sequence[int], counts: Sequence[int]
-    ) -> list[TokenLogprob]:
+    ) -> list[TokenLogprob | None]:
         """See `Sampler.logprobs`."""
         rows = zip(logits.astype(np.float64), token_ids, counts, strict=True)
-        return check_numbers([_logprob(row, token, count) for row, token, count in rows])
+        return [_logprob(row, token, count) if np.isfinite(row.max()) else None for row, token, count in rows]
 
     def _guess(
         self,
@@ -244,9 +243,9 @@ class ReferenceSampler:
         new, p = state.new, state.new.sampling
         x = state.adjusted(row, allowed)
         if not np.isfinite(row.max()):
-            raise ValueError(f"the logits of sequence {sequence_id} hold NaN or infinity")
+            return SampledToken(sequence_id, NOT_FINITE)
         if not np.isfinite(x.max()):
-            return SampledToken(sequence_id, -1)
+            return SampledToken(sequence_id, NOTHING_LEFT)
         if p.greedy:
             token = int(x.argmax())
         elif q is None or guess is None:

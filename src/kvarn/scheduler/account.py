@@ -9,7 +9,7 @@ AT_FIRST, SAVED, UNSPENT = 6.0, 8.0, 100.0
 that is read to be guessed costs as much as many steps."""
 MOST_OWED = 200.0
 """Steps' worth. Where times are misjudged for a while, it is not paid for long after."""
-LENT = 12.0
+LENT = 16.0
 """Steps' worth that may be owed for what is believed to pay."""
 
 
@@ -28,21 +28,16 @@ class Account:
         self._step = 0.0
         """Seconds of a step without guesses, about."""
 
-    def bears(self, seconds: float) -> bool:
-        """Whether so much may be spent on what is believed to bring more: once anything is there, or a little of it."""
-        return self.seconds > 0 or seconds < self.seconds + LENT * self._step
+    def bears(self, seconds: float, count: int) -> bool:
+        """Whether so much may be spent for one of `count` sequences on what is believed to bring more."""
+        return seconds < self.seconds + LENT * self._step / count
 
     def stepped(self, seconds: float, plain: float) -> None:
         """A step took so long; one without guesses takes `plain`."""
         if not self._step:
             self.seconds += self._share * AT_FIRST * plain
         self._step = plain
-        self.passed(seconds)
-
-    def passed(self, seconds: float) -> None:
-        """So much time went by, whatever it was for."""
-        earned = min(self.seconds + self._share * ALLOWANCE * seconds, UNSPENT * self._step)
-        self.seconds = max(self.seconds, earned)
+        self.seconds = max(self.seconds, min(self.seconds + self._share * ALLOWANCE * seconds, UNSPENT * plain))
 
     def saved(self, seconds: float) -> None:
         """Guessing has saved so much, or lost it where that is below 0."""

@@ -246,9 +246,6 @@ class AutoSpeculation:
         self._steps += 1
         if is_decoding(shape):
             self._balance(shape, seconds)
-        else:
-            for account in self._accounts:
-                account.passed(seconds)
         self._times.observe(shape, seconds)
         self._said, self._aside = 0, 0.0
 

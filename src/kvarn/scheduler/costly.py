@@ -8,7 +8,16 @@ from collections.abc import Sequence as ListOf
 from dataclasses import dataclass
 
 from kvarn.scheduler.acceptance import Acceptance
-from kvarn.scheduler.auto import COMMON_MEMORY, LATER, LEAST_GAIN, MARGIN, PLAIN_EVERY, AutoSpeculation, best_count
+from kvarn.scheduler.auto import (
+    COMMON_MEMORY,
+    LATER,
+    LEAST_GAIN,
+    LONGEST_REST,
+    MARGIN,
+    PLAIN_EVERY,
+    AutoSpeculation,
+    best_count,
+)  # fmt: skip
 from kvarn.scheduler.cost import StepCost, StepShape
 from kvarn.scheduler.sequence import Sequence
 from kvarn.scheduler.speculation import limit
@@ -20,7 +29,7 @@ PRIOR_SHARE = 0.3
 LAST = 5
 """Measurements of which the median counts, for each number of sequences: some have texts to read first."""
 LEAST_TRIED = 8
-"""Guesses that are verified at first, if not much is to be read for them, before any is believed to pay."""
+"""Guesses that are tried at first, where none are believed to pay, whatever one takes, if there is time to read."""
 TRY_EVERY = 16
 """Steps from one that is tried to the next, then, however little it takes."""
 DEEPER_EVERY = 4
@@ -37,9 +46,9 @@ SUREST = 0.9
 """As sure as that a drafter need not be to go on."""
 COMMON_WEIGHT = 6.0
 """Guesses of a sequence that what is known of all sequences counts for, of those that were computed."""
-ANSWER, LONGER = 128, 0.25
-"""Tokens of an answer, as long as none has ended; and one that is longer than most is expected to go on for such a part
-of what it has already."""
+ANSWER, ANSWER_SHARE, LONGER = 128, 0.1, 0.25
+"""Tokens of an answer, as long as none has ended; each that ends counts as much in the mean, at least; and one that is
+longer than most is expected to go on for such a part of what it has already."""
 
 
 class GuessTimes:
@@ -136,10 +145,11 @@ class CostlySpeculation(AutoSpeculation):
         self._tried: int | None = None
         """Of the one that was in the last."""
         self._num_tried = self._trials = self._last_tried = 0
-        self._answer = float(ANSWER)
+        self._answer, self._ended = float(ANSWER), 0
         self._reading_expected = self._reading_taken = 0.0
         """Seconds, fading."""
-        self._plans = 0
+        self._plans = self._planned_again = self._in_vain = 0
+        """Steps; the one from which it is worked out again what guesses bring, and how often that was nothing."""
         self._answered = 1.0
         """How many of those who are asked for guesses have any: heads have none where they are not sure."""
         self._going_on = 1.0
@@ -153,14 +163,19 @@ class CostlySpeculation(AutoSpeculation):
         ready = [sequence for sequence in ready if limit(self.most, sequence)]
         if not ready or self._plans % PLAIN_EVERY == 0 or not self._times.knows(shape.num_tokens):
             return
+        if self._plans < self._planned_again:
+            return
         self._being_read = any(sequence.drafter_reads for sequence in ready)
         known = [sequence for sequence in ready if self._unread(sequence) <= NEARLY]
         hoped = self._prospect(ready, shape)
         now = hoped if len(known) == len(ready) else self._prospect(known, shape) if known else NO_PROSPECT
-        if not (now.depth or hoped.depth):
-            self._try_one(ready, self._step_times(ready, shape, 1))
-        else:
-            self._now, self._hoped = now, hoped
+        if now.depth or hoped.depth:
+            self._now, self._hoped, self._in_vain = now, hoped, 0
+            return
+        self._try_one(ready, self._step_times(ready, shape, 1))
+        # Little changes until guesses are tried, and what is expected of them takes a share of a small model's step.
+        self._in_vain += 1
+        self._planned_again = self._plans + min(1 << min(self._in_vain, 30), LONGEST_REST)
 
     def _prospect(self, some: ListOf[Sequence], shape: StepShape) -> Prospect:
         """What is best if these are guessed for, and the step's others are not."""
@@ -265,7 +280,9 @@ class CostlySpeculation(AutoSpeculation):
 
     def ended(self, sequence: Sequence) -> None:
         """See `Speculation`."""
-        self._answer += 0.1 * (sequence.num_output_tokens - self._answer)
+        self._ended += 1
+        share = max(ANSWER_SHARE, 1 / (self._ended + 1))
+        self._answer += share * (sequence.num_output_tokens - self._answer)
 
     def _kind(self, sequence: Sequence, draft: tuple[int, ...]) -> int:
         del sequence, draft
@@ -329,7 +346,7 @@ class CostlySpeculation(AutoSpeculation):
         left = min(sequence.max_length - sequence.num_tokens, max(self._answer - said, LONGER * said))
         left *= self._computed_share(sequence)
         seconds = self._reading_seconds(sequence)
-        if self._being_read or not self._account.bears(seconds):
+        if self._being_read or not self._account.bears(seconds, self._hoped.count):
             return False
         if READING_MARGIN * seconds > self._hoped.saved * left:
             return False

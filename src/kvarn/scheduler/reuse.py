@@ -96,10 +96,17 @@ class PrefixReuse:
             self._observer.evicted(self.cache.evict(missing, spill=self._moves.worth_saving()))
         return sequence.table.prepare_write(start, end)
 
-    def give_up_blocks(self, sequence: Sequence) -> None:
-        """Empties the table. The cache keeps what it can, until somebody needs the blocks."""
-        sequence.prefix.leave(sequence.token_ids, sequence.num_computed_tokens, sequence.table)
-        sequence.table.release()
+    def give_up_blocks(self, sequence: Sequence, *, keep: bool = True) -> None:
+        """Empties the table. The cache keeps what it can, until somebody needs the blocks.
+
+        keep: False where its KV is not to be believed. Then the cache lets go of all that the sequence computed or
+        found there, but for what others go on from: they will see for themselves.
+        """
+        if keep:
+            sequence.prefix.leave(sequence.token_ids, sequence.num_computed_tokens, sequence.table)
+            sequence.table.release()
+        else:
+            sequence.prefix.disown(sequence.token_ids, sequence.table)
         sequence.num_computed_tokens = 0
 
     def forget(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 
 from kvarn.cache import BlockPool, PrefixCache, new_tables
 from kvarn.config import SchedulerConfig
@@ -135,12 +135,15 @@ class Scheduler(SchedulerState):
             self._observer.queued(sequence)
         return sequences
 
-    def abort(self, request_id: str) -> list[Sequence]:
-        """Ends all sequences of a request and frees their blocks at once; returns them. Unknown ids are ignored."""
+    def abort(self, request_id: str, *, keep: bool = True) -> list[Sequence]:
+        """Ends all sequences of a request and frees their blocks at once; returns them. Unknown ids are ignored.
+
+        keep: whether the prefix cache may keep their KV; see `PrefixReuse.give_up_blocks`.
+        """
         group = self._groups.get(request_id)
         sequences = list(group.sequences.values()) if group else []
         for sequence in sequences:
-            self._end(sequence, FinishReason.ABORT)
+            self._end(sequence, FinishReason.ABORT, keep=keep)
         return sequences
 
     def finish(self, sequence_id: int, reason: FinishReason, stop_reason: str | int | None = None) -> None:
@@ -195,7 +198,8 @@ class Scheduler(SchedulerState):
         """Books a step: computed tokens, sampled tokens, sequences that end by them.
 
         Returns the sampled tokens with their sequences, in order; `finish_reason` of those that ended is set. What
-        belongs to sequences that were ended meanwhile is dropped, and so is what comes after a sequence's end.
+        belongs to sequences that were ended meanwhile is dropped, and so is what comes after a sequence's end. Who has
+        failed in the step gains nothing; the caller ends its request (`abort`).
         stops: told of each token as it is booked; where it returns what ends the text there, the sequence ends.
         """
         if result.step != scheduled.step:
@@ -203,7 +207,7 @@ class Scheduler(SchedulerState):
         for load, count in zip(scheduled.block_loads, result.loaded, strict=True):
             self.reuse.book_load(load, count, self._sequences.get(load.sequence_id))
         if not self._pending.settle(scheduled.step):
-            self._book_computed(scheduled)
+            self._book_computed(scheduled, {failure.sequence_id for failure in result.failed if not failure.finite})
         sampled: list[tuple[Sequence, SampledToken]] = []
         for token in result.sampled:
             sequence = self._sequences.get(token.sequence_id)
@@ -349,11 +353,11 @@ class Scheduler(SchedulerState):
             group.started = True
             self.backlog.remove(sequence.num_prompt_tokens)
 
-    def _book_computed(self, scheduled: SchedulerOutput) -> None:
-        """Books the known tokens that a step computes."""
+    def _book_computed(self, scheduled: SchedulerOutput, disowned: Container[int] = ()) -> None:
+        """Books the known tokens that a step computes, but for sequences whose KV is not to be believed."""
         for part in scheduled.sequences:
             sequence = self._sequences.get(part.sequence_id)
-            if sequence is not None:
+            if sequence is not None and part.sequence_id not in disowned:
                 self.reuse.computed(sequence, part.end)
                 sequence.num_prompt_logprobs += part.num_prompt_logits
                 self._release_forks(sequence)
@@ -464,14 +468,16 @@ class Scheduler(SchedulerState):
             fork.num_computed_tokens = shared
             self._waiting.add(fork)
 
-    def _end(self, sequence: Sequence, reason: FinishReason, stop_reason: str | int | None = None) -> None:
+    def _end(
+        self, sequence: Sequence, reason: FinishReason, stop_reason: str | int | None = None, *, keep: bool = True
+    ) -> None:
         sequence.finish_reason, sequence.stop_reason = reason, stop_reason
         self._observer.ended(sequence)
         if sequence.announced:
             self._charge_prompt(sequence, sequence.num_computed_tokens)
         if self._running.pop(sequence.sequence_id, None) is None and sequence in self._waiting:
             self._waiting.remove(sequence)
-        self.reuse.give_up_blocks(sequence)
+        self.reuse.give_up_blocks(sequence, keep=keep)
         if reason in (FinishReason.STOP, FinishReason.LENGTH):
             self._forecast.ended(sequence)
         if sequence.announced:

@@ -31,7 +31,7 @@ from kvarn.program import (
     SelectRows,
     Weight,
 )
-from kvarn.runner import Proposal
+from kvarn.runner import BlocklessDrafter, Proposal
 from kvarn.spec.chain import LEAST, WIDTH, Candidates, candidates_of, kept_rows, likely_tree
 from kvarn.spec.head_model import HeadModel, HeadTensors
 from kvarn.spec.heads import Heads, HeadsShape, tensor_shapes
@@ -137,27 +137,28 @@ class _Sequence:
     """Hidden states of the rows that the layer has not computed."""
     end: int = 0
     """Position after the last row that is known."""
+    num_waiting: int = 0
+    """Those rows."""
     computed: int = 0
     """Rows in the layer's cache, those right before the waiting ones."""
 
-    @property
-    def num_waiting(self) -> int:
-        return sum(len(rows) for rows in self.waiting)
-
     def take(self, start: int, rows: Floats, window: int) -> None:
-        """Hidden states of the positions from `start` on. No more wait than the layer would see."""
+        """Hidden states of the positions from `start` on. Not many more wait than the layer would see."""
         if start > self.end:  # what lies between was found in the prefix cache: nobody has its hidden states
-            self.waiting, self.computed = [], 0
+            self.waiting, self.num_waiting, self.computed = [], 0, 0
         new = rows[max(0, self.end - start) :][-window:]
         self.end = max(self.end, start + len(rows))
-        if len(new) == 0:
-            return
-        if len(new) < window:
+        if len(new):
             self.waiting.append(new.copy())
-            if self.num_waiting <= window:
-                return
-            new = np.concatenate(self.waiting)[-window:]
-        self.waiting, self.computed = [new.copy()], 0
+            self.num_waiting += len(new)
+        if self.num_waiting > 2 * window:  # not at each row: all the others would be copied for it
+            self.trim(window)
+
+    def trim(self, window: int) -> None:
+        """Lets only those wait that the layer would see."""
+        if self.num_waiting > window:
+            self.waiting = [np.concatenate(self.waiting)[-window:].copy()]
+            self.num_waiting, self.computed = window, 0
 
 
 @dataclass(slots=True)
@@ -173,7 +174,7 @@ class _Guess:
     feature: Floats | None = None
 
 
-class EagleDrafter:
+class EagleDrafter(BlocklessDrafter):
     """Guesses a chain, token by token, for all sequences together, as long as all of it is likely enough; beside its
     tokens others that may stand in their place, where those are likelier than a longer chain.
 
@@ -214,11 +215,6 @@ class EagleDrafter:
         self._sequences.pop(sequence_id, None)
         self._rings.free(sequence_id)
 
-    def prepare(self, scheduled: SchedulerOutput) -> bool:
-        """Nothing: the layer's keys and values are in no block of the target's."""
-        del scheduled
-        return False
-
     def close(self) -> None:
         """Closes the executable."""
         self._executable.close()
@@ -252,6 +248,7 @@ class EagleDrafter:
             followed = self._sequences.get(part.sequence_id)
             if followed is None or not followed.waiting:
                 continue
+            followed.trim(self._window)
             ring, taken_from = self._rings.of(part.sequence_id, in_step)
             if taken_from is not None and taken_from in self._sequences:
                 self._sequences[taken_from].computed = 0
@@ -283,7 +280,7 @@ class EagleDrafter:
                 tokens.append(sequence.tokens[first + 1 : sequence.end + 1])
                 starts.append(sequence.computed)
                 sequence.computed += len(rows)
-                sequence.waiting = []
+                sequence.waiting, sequence.num_waiting = [], 0
             going += self._run(now, np.concatenate(features), tokens, starts)
         return going
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from kvarn.config import SpeculativeConfig
 from kvarn.draft_tree import child
-from kvarn.runner import Proposal, logits_rows
+from kvarn.runner import BlocklessDrafter, Proposal, logits_rows
 from kvarn.spec.ngram_pool import NgramPool
 from kvarn.step import NewSequence, SampledToken, ScheduledSequence, SchedulerOutput
 
@@ -61,7 +61,7 @@ class _State:
         """The window's tree, where it is in the draft that was proposed last."""
 
 
-class LookaheadDrafter:
+class LookaheadDrafter(BlocklessDrafter):
     """Fu et al. 2024, "Break the Sequential Dependency of LLM Inference Using Lookahead Decoding".
 
     A draft is one tree: the window (`LookaheadWindow`), whose rows are for the n-grams that come of them, and up to G
@@ -86,14 +86,6 @@ class LookaheadDrafter:
     def remove(self, sequence_id: int) -> None:
         """See `Drafter.remove`."""
         self._states.pop(sequence_id, None)
-
-    def prepare(self, scheduled: SchedulerOutput) -> bool:
-        """There is nothing to prepare."""
-        del scheduled
-        return False
-
-    def close(self) -> None:
-        """Nothing."""
 
     def propose(
         self,

@@ -23,7 +23,7 @@ from kvarn.program import (
     Rows,
     Weight,
 )
-from kvarn.runner import Proposal
+from kvarn.runner import BlocklessDrafter, Proposal
 from kvarn.spec.chain import LEAST, WIDTH, Candidates, candidates_of, kept_rows, likely_tree
 from kvarn.spec.head_model import HeadModel, HeadTensors, logits_input
 from kvarn.spec.heads import Heads, HeadsShape, tensor_shapes
@@ -74,7 +74,7 @@ def medusa_model(heads: Heads, target: Program, weights: TensorSource | None, k:
     )  # fmt: skip
 
 
-class MedusaDrafter:
+class MedusaDrafter(BlocklessDrafter):
     """Guesses a tree of the likeliest tokens of each head, as long as its branches are likely enough.
 
     All sequences' rows go through the heads in one step of their program.
@@ -98,11 +98,6 @@ class MedusaDrafter:
 
     def remove(self, sequence_id: int) -> None:
         """Nothing."""
-
-    def prepare(self, scheduled: SchedulerOutput) -> bool:
-        """Nothing: no heads keep anything of blocks."""
-        del scheduled
-        return False
 
     def close(self) -> None:
         """Closes the executable."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from kvarn.runner import Proposal
+from kvarn.runner import BlocklessDrafter, Proposal
 from kvarn.spec.corpus import Corpora
 from kvarn.spec.index import NgramIndex
 from kvarn.step import NewSequence, SampledToken, SchedulerOutput
@@ -25,15 +25,13 @@ class _Text:
         self.index: NgramIndex | None = None
 
 
-class NgramDrafter:
+class NgramDrafter(BlocklessDrafter):
     """Copies what followed the last occurrence of the longest n-gram that ends a sequence (Saxena 2023, "Prompt Lookup
     Decoding"; matches are found as in `NgramIndex`).
 
     Costs microseconds a token and no memory but an index of the sequence's own tokens. A copy may run into itself, so
     that a text that repeats is guessed to go on repeating. The longer the match the longer the copy.
     """
-
-    buffers: Sequence[str] = ()
 
     def __init__(self, n_min: int, n_max: int, corpora: Corpora | None = None) -> None:
         """n_min, n_max: see `NgramIndex`. corpora: of ended sequences, looked at where their match is longer."""
@@ -52,11 +50,6 @@ class NgramDrafter:
         if text is not None and self._corpora is not None:
             self._corpora.add(text.new.salt, text.tokens[len(text.new.prompt_token_ids) :])
 
-    def prepare(self, scheduled: SchedulerOutput) -> bool:
-        """There is nothing to prepare."""
-        del scheduled
-        return False
-
     def propose(
         self,
         scheduled: SchedulerOutput,
@@ -74,9 +67,6 @@ class NgramDrafter:
                 if draft:
                     proposals.append(Proposal(part.sequence_id, draft, copied=True))
         return proposals
-
-    def close(self) -> None:
-        """Nothing."""
 
     def _guess(self, sequence_id: int, count: int) -> tuple[int, ...]:
         text = self._texts[sequence_id]

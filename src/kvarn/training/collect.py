@@ -12,7 +12,7 @@ from kvarn.engine import EngineCore
 from kvarn.engine.events import RequestFailed
 from kvarn.program import Program
 from kvarn.request import Request, SamplingParams
-from kvarn.runner import Proposal
+from kvarn.runner import BlocklessDrafter, Proposal
 from kvarn.step import NewSequence, SampledToken, SchedulerOutput
 from kvarn.training.store import TextStore
 
@@ -31,7 +31,7 @@ class _Running:
     computed: int = 0
 
 
-class Recorder:
+class Recorder(BlocklessDrafter):
     """A drafter that guesses nothing: it keeps what it is shown, and puts ended sequences into a store.
 
     A sequence's seed is its prompt's number. Needs an engine without a prefix cache: rows that are not computed are not
@@ -82,14 +82,6 @@ class Recorder:
                 running.computed += new
             row = end
         return ()
-
-    def prepare(self, scheduled: SchedulerOutput) -> bool:
-        """Nothing."""
-        del scheduled
-        return False
-
-    def close(self) -> None:
-        """Nothing."""
 
 
 def unit_rows(rows: NDArray[np.float32]) -> NDArray[np.float16]:

@@ -52,75 +52,58 @@ class Dense:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Int4:
+class _Packed:
+    """What all forms but `Dense` have: codes, N rows of them, and scales."""
+
+    packed: torch.Tensor
+    scales: torch.Tensor
+
+    @property
+    def rows(self) -> int:
+        """N."""
+        return self.packed.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the card, of all tensors of the form."""
+        values = (getattr(self, field.name) for field in fields(self))
+        return sum(value.nbytes for value in values if isinstance(value, torch.Tensor))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Int4(_Packed):
     """scale * (q - 8), or scale * q + offset; q in 0 … 15.
 
     packed: int32 [N, 16 * chunks], the layout above. scales, offsets: fp16 or fp32 [N, chunks * 128 / group], those of
     groups past `width` zero. offsets None: symmetric.
     """
 
-    packed: torch.Tensor
-    scales: torch.Tensor
     offsets: torch.Tensor | None
     group: int
     width: int
 
-    @property
-    def rows(self) -> int:
-        """N."""
-        return self.packed.shape[0]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes on the card."""
-        return self.packed.nbytes + self.scales.nbytes + (0 if self.offsets is None else self.offsets.nbytes)
-
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Int8:
+class Int8(_Packed):
     """scale * q (+ offset); q in -128 … 127.
 
     packed: int8 [N, K rounded up to 16], zeros past `width`. scales: fp16 or fp32 [N, 1] where group is None (one scale
     a row; then there are no offsets), else [N, K / group], as offsets.
     """
 
-    packed: torch.Tensor
-    scales: torch.Tensor
     offsets: torch.Tensor | None
     group: int | None
     width: int
 
-    @property
-    def rows(self) -> int:
-        """N."""
-        return self.packed.shape[0]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes on the card."""
-        return self.packed.nbytes + self.scales.nbytes + (0 if self.offsets is None else self.offsets.nbytes)
-
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Fp8:
+class Fp8(_Packed):
     """scale * e4m3(code) (Micikevicius et al. 2022), one scale a row.
 
     packed: uint8 [N, K rounded up to 16], the codes, zeros past `width`. scales: fp32 [N, 1].
     """
 
-    packed: torch.Tensor
-    scales: torch.Tensor
     width: int
-
-    @property
-    def rows(self) -> int:
-        """N."""
-        return self.packed.shape[0]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes on the card."""
-        return self.packed.nbytes + self.scales.nbytes
 
 
 Weight: TypeAlias = Dense | Int4 | Int8 | Fp8
