@@ -24,6 +24,9 @@ PROBE_EVERY = 8
 """Of the choices against guesses that would pay if rows cost half as much as is believed, one is to try them."""
 PLAIN_EVERY = 64
 """Of the choices, one is for no guesses: to measure what they are compared with."""
+THIN, THIN_EVERY = 1.2, 8
+"""Where guesses are expected to bring less than this times as many tokens a second, so often: how fast a machine is
+changes within seconds, by more than they bring."""
 FIRST, LATER = 0.5, 0.8
 """Probabilities that guesses are right, as long as none was seen."""
 COMMON_MEMORY = 0.99
@@ -176,6 +179,8 @@ class AutoSpeculation:
         """Seconds that guessing took in it."""
         self._common: dict[int, Acceptance] = {}
         """By kind of draft."""
+        self._thin = False
+        """Whether the guesses that were chosen last are expected to bring little."""
         self._choices = self._refusals = 0
         self._steps = self._awake = self._against = 0
 
@@ -200,7 +205,7 @@ class AutoSpeculation:
     def choose(self, drafted: ListOf[Sequence], shape: StepShape, room: int) -> list[int]:
         """See `Speculation`."""
         self._choices += 1
-        if self._choices % PLAIN_EVERY == 0 or not self._times.knows(shape.num_tokens):
+        if self._is_plain(self._choices) or not self._times.knows(shape.num_tokens):
             return [0] * len(drafted)
         return self._best(drafted, shape, room, self._account)
 
@@ -212,6 +217,8 @@ class AutoSpeculation:
         length = sum(s.num_tokens for s in drafted) // len(drafted)
         times = self._times.seconds(shape, length, len(order))
         count = best_count(shape.num_sequences, gains, times)
+        if count:
+            self._note_gain((1 + sum(gains[:count]) / shape.num_sequences) * times[0] / times[count])
         self._against = 0 if count else self._against + 1
         if self._against >= PATIENCE:
             self._awake = self._steps + min(LONGEST_REST, 1 << min(self._against - PATIENCE, 30))
@@ -221,6 +228,14 @@ class AutoSpeculation:
         for place in order[:count]:
             counts[place] += 1
         return counts
+
+    def _is_plain(self, number: int) -> bool:
+        """Whether that choice is for no guesses."""
+        return number % (THIN_EVERY if self._thin else PLAIN_EVERY) == 0
+
+    def _note_gain(self, gain: float) -> None:
+        """Guesses are expected to bring so many times as many tokens a second."""
+        self._thin = gain < THIN
 
     def plan(self, ready: ListOf[Sequence], shape: StepShape) -> None:
         """There is nothing to plan: guesses cost nothing until they are verified."""

@@ -14,7 +14,6 @@ from kvarn.scheduler.auto import (
     LEAST_GAIN,
     LONGEST_REST,
     MARGIN,
-    PLAIN_EVERY,
     AutoSpeculation,
     best_count,
 )  # fmt: skip
@@ -30,7 +29,7 @@ LAST = 5
 """Measurements of which the median counts, for each number of sequences: some have texts to read first."""
 LEAST_TRIED = 8
 """Guesses that are tried at first, where none are believed to pay, whatever one takes, if there is time to read."""
-TRY_EVERY = 16
+TRY_EVERY = 20
 """Steps from one that is tried to the next, then, however little it takes."""
 DEEPER_EVERY = 4
 """Of the steps with guesses, one has one more of them than is believed best, as long as that was never measured."""
@@ -150,6 +149,8 @@ class CostlySpeculation(AutoSpeculation):
         """Seconds, fading."""
         self._plans = self._planned_again = self._in_vain = 0
         """Steps; the one from which it is worked out again what guesses bring, and how often that was nothing."""
+        self._plain = False
+        """Whether the step after this one is to be without guesses, to measure what they are compared with."""
         self._answered = 1.0
         """How many of those who are asked for guesses have any: heads have none where they are not sure."""
         self._going_on = 1.0
@@ -161,7 +162,8 @@ class CostlySpeculation(AutoSpeculation):
         self._reading, self._tried, self._trial = False, self._trial, None
         self._plans += 1
         ready = [sequence for sequence in ready if limit(self.most, sequence)]
-        if not ready or self._plans % PLAIN_EVERY == 0 or not self._times.knows(shape.num_tokens):
+        self._plain = self._is_plain(self._plans)
+        if not ready or self._plain or not self._times.knows(shape.num_tokens):
             return
         if self._plans < self._planned_again:
             return
@@ -171,6 +173,8 @@ class CostlySpeculation(AutoSpeculation):
         now = hoped if len(known) == len(ready) else self._prospect(known, shape) if known else NO_PROSPECT
         if now.depth or hoped.depth:
             self._now, self._hoped, self._in_vain = now, hoped, 0
+            best = min(prospect.token for prospect in (now, hoped) if prospect.depth)
+            self._note_gain(hoped.steps[0] / (shape.num_sequences * best))
             return
         self._try_one(ready, self._step_times(ready, shape, 1))
         # Little changes until guesses are tried, and what is expected of them takes a share of a small model's step.

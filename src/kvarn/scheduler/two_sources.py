@@ -6,7 +6,6 @@ from collections.abc import Sequence as ListOf
 
 from kvarn.scheduler.acceptance import LENGTHS_TOGETHER, MOST_KINDS, Acceptance, kind_of
 from kvarn.scheduler.account import Account
-from kvarn.scheduler.auto import PLAIN_EVERY
 from kvarn.scheduler.cost import StepCost, StepShape
 from kvarn.scheduler.costly import CostlySpeculation, Prospect
 from kvarn.scheduler.sequence import Sequence
@@ -36,8 +35,6 @@ class TwoSources(CostlySpeculation):
         self._of_copies = self._accounts[1]
         self._computed_verified = False
         """Whether guesses that were computed are verified in this step."""
-        self._plain = False
-        """Whether the step after this one is to be without guesses, to measure what they are compared with."""
         self._copied_share = 0.0
         """Of tokens those that were copied, in sequences that ended lately."""
         self._asked = 0
@@ -46,7 +43,6 @@ class TwoSources(CostlySpeculation):
     def plan(self, ready: ListOf[Sequence], shape: StepShape) -> None:
         """See `Speculation`."""
         super().plan(ready, shape)
-        self._plain = self._plans % PLAIN_EVERY == 0
         self._computed_verified = False
 
     def copies(self, sequence: Sequence) -> tuple[int, int]:
