@@ -37,7 +37,8 @@ from gpu_parts.bench import Bench
 from gpu_parts.limits import Limits, measure_limits
 from gpu_parts.results import Results, Row, table
 from gpu_parts.shapes import FULL, SMALL, Sizes
-from gpu_parts.timing import Clock
+
+from kvarn.backends.cuda.clock import Clock
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT = "bandwidth"

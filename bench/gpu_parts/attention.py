@@ -17,7 +17,7 @@ from gpu_parts.limits import GB, TERA
 from gpu_parts.paged import PagedStep, make_step
 from gpu_parts.results import Row, Wanted
 from gpu_parts.shapes import Heads
-from gpu_parts.timing import Peak, Timing
+from kvarn.backends.cuda.clock import Peak, Timing
 
 OURS, FLASH, NAIVE = "kvarn", "torch SDPA (flash)", "naive"
 LEAST_JUDGED = 2048

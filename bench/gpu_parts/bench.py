@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from gpu_parts.limits import Limits
 from gpu_parts.results import Results, Row
 from gpu_parts.shapes import Sizes
-from gpu_parts.timing import Clock
+from kvarn.backends.cuda.clock import Clock
 
 
 @dataclass(frozen=True, slots=True)

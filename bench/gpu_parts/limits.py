@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from gpu_parts.results import Results, Row
-from gpu_parts.timing import Clock
+from kvarn.backends.cuda.clock import Clock
+from kvarn.backends.cuda.roof import copy_rate, matmul_rate
 
 GB, TERA = 1e9, 1e12
 
@@ -28,8 +29,8 @@ class Limits:
 
 def measure_limits(results: Results, clock: Clock, copy_mib: tuple[int, ...], matmul: tuple[int, ...]) -> Limits:
     """The best of several sizes, on random data. Two rows."""
-    copies = {f"{mib} MiB": _copy(clock, mib << 20) for mib in copy_mib}
-    products = {f"{n}^3": _matmul(clock, n, torch.bfloat16) for n in matmul}
+    copies = {f"{mib} MiB": copy_rate(clock, mib << 20) for mib in copy_mib}
+    products = {f"{n}^3": matmul_rate(clock, n, torch.bfloat16) for n in matmul}
     limits = Limits(max(copies.values()), max(products.values()))
     by_size: dict[str, Any] = {size: rate / GB for size, rate in copies.items()}
     results.add(Row("bandwidth", "copy, read + written", limits.copy_bytes / GB, "GB/s", detail={"by_size": by_size}))
@@ -41,24 +42,6 @@ def measure_limits(results: Results, clock: Clock, copy_mib: tuple[int, ...], ma
             rate = max(_fp8_matmul(clock, n) for n in matmul)
             results.add(Row("bandwidth", "fp8 E4M3 matmul of torch", rate / TERA, "TFLOP/s"))
     return limits
-
-
-def _copy(clock: Clock, num_bytes: int) -> float:
-    pairs = [
-        (torch.randint(256, (num_bytes,), dtype=torch.uint8, device=clock.device),
-         torch.empty(num_bytes, dtype=torch.uint8, device=clock.device))
-        for _ in range(clock.sets(2 * num_bytes))
-    ]  # fmt: skip
-    timing = clock.time(lambda i: pairs[i % len(pairs)][1].copy_(pairs[i % len(pairs)][0]))
-    return 2 * num_bytes / timing.median
-
-
-def _matmul(clock: Clock, n: int, dtype: torch.dtype) -> float:
-    sets = min(4, clock.sets(3 * n * n * dtype.itemsize))
-    pairs = [[torch.randn(n, n, device=clock.device).to(dtype) for _ in range(2)] for _ in range(sets)]
-    out = torch.empty(n, n, dtype=dtype, device=clock.device)
-    timing = clock.time(lambda i: torch.matmul(*pairs[i % sets], out=out))
-    return 2 * n**3 / timing.median
 
 
 def _fp8_matmul(clock: Clock, n: int) -> float:

@@ -17,6 +17,7 @@ from kvarn.backends.cuda import CudaBackend
 from kvarn.backends.cuda.ahead import StepsOnCard
 from kvarn.backends.cuda.executable import CudaExecutable
 from kvarn.backends.cuda.graphs import StepGraphs
+from kvarn.backends.cuda.sampling_layout import SamplingLayout
 from kvarn.backends.cuda.step_layout import StepLayout
 from kvarn.backends.row_rules import RowRules
 from kvarn.config import CudaConfig
@@ -127,7 +128,7 @@ class Loaded:
         it = self._executable
         largest = StepLayout.largest(it.program, it.kv, it.limits)
         graphs = StepGraphs(it.launch, it.step_buffers, largest, it.limits, None, it.kv.block_size)
-        return StepsOnCard(graphs, lambda _batch: None, it.limits.max_num_outputs, it.device)
+        return StepsOnCard(graphs, lambda _batch: None, SamplingLayout.largest(it.program, it.limits), it.device)
 
     def _launch(self, batch: InputBatch) -> None:
         self._executable.launch(self._executable.step_buffers.fill(batch))

@@ -10,8 +10,9 @@ from gpu_parts.limits import GB, TERA
 from gpu_parts.loaded import Loaded, load, plan
 from gpu_parts.random_models import random_model
 from gpu_parts.results import Row, Wanted, release
-from gpu_parts.timing import Peak, Timing
 from kvarn.backends import MemoryUse
+from kvarn.backends.cuda.clock import Peak, Timing
+from kvarn.backends.cuda.libraries import allocated_bytes
 from kvarn.models.in_memory import InMemoryModel
 from kvarn.program.counts import Counts, StepShape
 
@@ -93,11 +94,12 @@ def _what(setting: Setting, batch: int, graphs: bool) -> str:
 
 def _memory_row(setting: Setting, planned: MemoryUse, measured: int | None) -> Row:
     """The most that was held while it was loaded and its largest steps ran."""
-    skipped = "" if measured else f"{planned.total:,} bytes planned; a CPU's allocator does not say what it held"
+    allocated = allocated_bytes(planned)
+    skipped = "" if measured else f"{allocated:,} bytes planned; a CPU's allocator does not say what it held"
     return Row(
         "memory", str(setting), (measured or 0) / GIB, "GiB at most", judged="measured / planned",
-        figure=measured / planned.total if measured else None, wanted=WITHIN, skipped=skipped,
-        detail={"planned": asdict(planned), "planned_total": planned.total, "measured": measured},
+        figure=measured / allocated if measured else None, wanted=WITHIN, skipped=skipped,
+        detail={"planned": asdict(planned), "planned_total": allocated, "measured": measured},
     )  # fmt: skip
 
 

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from kvarn.backends.cpu import Cost, CpuBackend
+from kvarn.bench.batches import KV
 from kvarn.bench.latency import make_row, read_sizes
 from kvarn.bench.limits import Limit, bound
 from kvarn.bench.statistics import Spread
-from kvarn.bench.stepper import KV, open_stepper
+from kvarn.bench.stepper import open_stepper
 from kvarn.bench.tasks import Task, check_tasks, compare_tasks, latency_tasks
 from kvarn.errors import ConfigError
 from kvarn.program.counts import StepShape

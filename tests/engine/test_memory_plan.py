@@ -247,7 +247,7 @@ def test_the_command_says_what_the_engine_takes(tmp_path):
     )
     with open_model(path) as files:
         memory = engine_memory(load_model(files), config, CpuBackend(threads=1), Available(64 << 20, "--memory"))
-    assert said["use"] == asdict(memory.use)
+    assert said["use"] == json.loads(json.dumps(asdict(memory.use)))
     assert (said["num_blocks"], said["max_model_len"]) == (memory.num_blocks, memory.max_model_len)
     tier = CliRunner().invoke(app, ["plan", str(path), *settings, "--kv-offload-bytes", "100MiB"]).output
     assert "to know what is in 100.0 MiB of disk" in tier

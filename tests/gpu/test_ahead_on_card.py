@@ -9,6 +9,7 @@ from kvarn.backends.ahead import AheadExecutable
 from kvarn.backends.cuda import CudaBackend, graphs
 from kvarn.backends.cuda.ahead import StepsOnCard
 from kvarn.backends.cuda.graphs import Bucket, StepGraphs
+from kvarn.backends.cuda.sampling_layout import SamplingLayout
 from kvarn.backends.cuda.step_layout import StepLayout
 from kvarn.config import CudaConfig
 from kvarn.request import SamplingParams
@@ -117,7 +118,7 @@ def test_steps_of_a_bucket_say_what_others_say(executable, monkeypatch):
     prompts = [sequence.prompt_token_ids for sequence in three]
 
     def answers(book, graphed):
-        on_card = StepsOnCard(graphed, lambda batch: None, 4, executable.device)
+        on_card = StepsOnCard(graphed, lambda batch: None, SamplingLayout(16, 4, 259), executable.device)
         said, tokens, starts = [], prompts, [0, 0, 0]
         for number in range(4):
             step, ends = batch(tokens, starts)

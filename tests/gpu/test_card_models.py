@@ -2,10 +2,12 @@
 
 import numpy as np
 import pytest
+import torch
 from card_models import assert_near, card, load, run
 from op_programs import ragged
 
 from kvarn.backends import StepLimits
+from kvarn.backends.cuda import bind
 from kvarn.backends.reference import ReferenceBackend
 from kvarn.backends.trees import with_trees
 from kvarn.tensors import DType
@@ -104,6 +106,19 @@ def test_outputs_by_name(device):
         np.testing.assert_array_equal(plain[name], got[name])
     with pytest.raises(ValueError, match="no buffer 'z'"):
         ours.execute(batch, ["z"])
+
+
+def test_sums_are_float32_in_a_step_and_as_they_were_after_it(device, monkeypatch):
+    blas = torch.backends.cuda.matmul
+
+    def rounded():
+        return blas.allow_bf16_reduced_precision_reduction, blas.allow_fp16_reduced_precision_reduction
+
+    executable, found = load(card(device), tiny_model("llama", **SMALL)), []
+    monkeypatch.setattr(bind, "linear", lambda *_: found.append(rounded()))
+    before = rounded()
+    run(executable, [(IDS[:3], 0)], TABLES[:1])
+    assert set(found) == {(False, False)} and rounded() == before == (True, True)
 
 
 def test_a_step_may_need_no_logits(device):

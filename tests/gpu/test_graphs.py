@@ -1,5 +1,7 @@
 """Which decode steps are recorded and replayed, and what they are laid out for. The graphs are not CUDA's."""
 
+import contextlib
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvarn.backends import InputBatch, StepLimits
-from kvarn.backends.cuda.graphs import EAGER_RUNS, Bucket, Buckets, StepGraphs
+from kvarn.backends.cuda.graphs import EAGER_RUNS, Bucket, Buckets, CudaRecorder, StepGraphs
 from kvarn.backends.cuda.inputs import StepBuffers
 from kvarn.backends.cuda.step_layout import StepLayout
 
@@ -75,7 +77,10 @@ def test_a_big_server_has_few_buckets():
     buckets = Buckets(StepLimits(max_num_tokens=8192, max_num_sequences=512, max_model_len=32768))
     sizes = {buckets.of(decodes([9] * count)).sequences for count in range(1, 513)}
     assert len(sizes) < 40
-    assert {buckets.of(decodes([length])).context for length in (1, 600, 5000, 32768)} == {1024, 16384, 32768}
+    assert buckets.count == 4 * len(sizes)
+    assert {buckets.of(decodes([length])).context for length in (1, 600, 1025, 5000, 32768)} == {
+        1024, 4096, 16384, 32768,
+    }  # fmt: skip
 
 
 def test_other_steps_are_in_no_bucket():
@@ -172,3 +177,73 @@ def test_without_a_recorder_steps_are_laid_out_for_themselves():
     assert graphs.run(graphs.lay_out(decodes([40, 50, 60]))).shape == (3, 1)
     assert card.launched[-1].num_tokens == 3
     assert card.launched[-1].block_tables.shape == (3, 1, 4)
+
+
+class FakeCuda:
+    """Streams and graphs that note what is asked of them, and may refuse to record."""
+
+    def __init__(self, refuses):
+        self.noted, self.refuses, self.on = [], refuses, "steps"
+
+    def Stream(self, _device):
+        return self.named("recording")
+
+    def current_stream(self):
+        return self.named(self.on)
+
+    def named(self, name):
+        cuda = self
+
+        class Stream:
+            def wait_stream(self, other):
+                cuda.noted.append(f"{name} waits for {other.name}")
+
+        Stream.name = name
+        return Stream()
+
+    @contextlib.contextmanager
+    def stream(self, stream):
+        self.on = stream.name
+        try:
+            yield
+        finally:
+            self.on = "steps"
+
+    @staticmethod
+    def graph_pool_handle():
+        return (0, 1)
+
+    def CUDAGraph(self):
+        cuda = self
+
+        class Graph:
+            def capture_begin(self, pool, capture_error_mode):
+                cuda.noted.append(f"begin {pool} {capture_error_mode}")
+
+            def capture_end(self):
+                cuda.noted.append("end")
+                if cuda.refuses:
+                    raise RuntimeError("operation failed due to a previous error during capture")
+
+        return Graph()
+
+
+@pytest.mark.parametrize("refuses", [False, True])
+def test_a_recording_waits_for_steps_and_steps_wait_for_it(refuses, monkeypatch):
+    """Also where CUDA refuses, since its first run is at work on the same memory."""
+    cuda = FakeCuda(refuses)
+    for name in ("Stream", "current_stream", "stream", "graph_pool_handle", "CUDAGraph"):
+        monkeypatch.setattr(torch.cuda, name, getattr(cuda, name))
+    logits = torch.zeros(1)
+
+    def run():
+        cuda.noted.append(f"run on {cuda.on}")
+        return logits
+
+    recorder = CudaRecorder(torch.device("cuda"))
+    with pytest.raises(RuntimeError, match="capture") if refuses else contextlib.nullcontext():
+        assert recorder.record(run)[1] is logits
+    assert cuda.noted == [
+        "recording waits for steps", "run on recording", "begin (0, 1) thread_local", "run on recording", "end",
+        "steps waits for recording",
+    ]  # fmt: skip

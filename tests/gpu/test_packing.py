@@ -12,8 +12,8 @@ from kvarn.backends.cuda.packing import (
     Int4,
     dequantize,
     pack_nibbles,
-    stack_rows,
-    stackable,
+    put_rows,
+    room_for,
     unpack_nibbles,
 )
 from kvarn.backends.cuda.quantize import from_stored, quantize_fp8, quantize_int4, quantize_int8
@@ -88,16 +88,18 @@ def test_int8_and_fp8_take_the_nearest():
 def test_stacked_rows_are_the_rows(form):
     torch.manual_seed(9)
     parts = [make(form, rows, 160, "cpu") for rows in (3, 1, 5)]
-    assert stackable(parts)
-    stacked = stack_rows(parts)
+    stacked = room_for(parts[1], 9)
+    for start, part in ((3, parts[1]), (0, parts[0]), (4, parts[2])):
+        put_rows(stacked, start, part)
     assert stacked.rows == 9 and stacked.nbytes == sum(part.nbytes for part in parts)
     assert torch.equal(dequantize(stacked), torch.cat([dequantize(part) for part in parts]))
 
 
-def test_different_forms_are_not_stacked():
+@pytest.mark.parametrize(("one", "other"), [("int4-32", "int4-64"), ("int4-32", "int4-32-symmetric"), ("int8", "fp8")])
+def test_rows_of_different_forms_are_not_one_weight(one, other):
+    whole = room_for(make(one, 2, 128, "cpu"), 4)
     with pytest.raises(ValueError, match="one form, width, group"):
-        stack_rows([make("int4-32", 2, 128, "cpu"), make("int4-64", 2, 128, "cpu")])
-    assert not stackable([make("int4-32", 2, 128, "cpu"), make("int4-32-symmetric", 2, 128, "cpu")])
+        put_rows(whole, 2, make(other, 2, 128, "cpu"))
 
 
 def test_another_group_is_refused():

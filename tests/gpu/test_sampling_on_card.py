@@ -6,6 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvarn.backends.cuda import sampling_layout
+from kvarn.backends.cuda.choosing import TokenChooser, rows_at_once
 from kvarn.backends.cuda.kernels.sampling import adjust, sample
 from kvarn.backends.row_rules import NOT_FINITE, NOTHING_LEFT, WORDS, RowRules
 from kvarn.request import SamplingParams
@@ -200,3 +202,31 @@ def test_rules_that_hold_a_mask_agree_with_the_sampler_s():
     assert native.sample(logits, [0], [4], TokenMasks(rules.masks[:1], np.zeros(1, np.int32)))[0].token_id == int(
         masked.argmax()
     )
+
+
+@given(st.lists(st.integers(0, 9), max_size=12), st.integers(9, 30))
+def test_rows_with_many_edits_are_taken_in_turns(counts, room):
+    spans = list(rows_at_once(np.array(counts, np.int32), room))
+    assert [row for begin, end, _ in spans for row in range(begin, end)] == list(range(len(counts)))
+    for begin, end, edits in spans:
+        assert edits == slice(sum(counts[:begin]), sum(counts[:end]))
+        assert edits.stop - edits.start <= room
+
+
+@pytest.mark.parametrize("room", [0, 1 << 16])
+def test_the_chooser_says_what_the_definition_says(room, monkeypatch):
+    """Where the edits of all rows fit, and where there is room for those of one; twice, in the same memory."""
+    monkeypatch.setattr(sampling_layout, "EDITS_AT_ONCE", room)
+    params = [
+        SamplingParams(temperature=0.0, repetition_penalty=1.3, logit_bias=dict.fromkeys(range(0, 200, 2), -1.5)),
+        SamplingParams(temperature=0.0, frequency_penalty=0.5, logit_bias=dict.fromkeys(range(211), 0.5)),
+        SamplingParams(temperature=0.8, top_k=5, allowed_token_ids=tuple(range(0, 211, 3))),
+        SamplingParams(temperature=0.0, repetition_penalty=2.0, logit_bias=dict.fromkeys(range(90), 0.7)),
+    ]
+    chooser = TokenChooser(sampling_layout.SamplingLayout(8, 4, VOCAB), torch.device(DEVICE))
+    before = torch.from_numpy(BEFORE).to(DEVICE)
+    for seed, chosen in ((1, params), (2, params[1:])):
+        rules = rules_of(chosen, range(len(chosen)), said=(40, 9), pending=[0, -1, 2, 2][: len(chosen)])
+        logits, out = coarse(seed, len(chosen), 0), torch.zeros(len(chosen), dtype=torch.int32, device=DEVICE)
+        chooser.choose(torch.from_numpy(logits.copy()).to(DEVICE), rules, before, out)
+        assert out.tolist() == choose(logits, rules, BEFORE).tolist()

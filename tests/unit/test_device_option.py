@@ -70,7 +70,7 @@ def test_without_a_card_commands_say_so(tmp_path):
 
 def test_a_card_is_planned_for_where_there_is_none(tmp_path):
     model = str(write_tiny_gguf(tmp_path / "tiny.gguf"))
-    plan = ["plan", model, "--device", "cuda", "--memory", "256MiB", "--max-num-seqs", "4", "--json"]
+    plan = ["plan", model, "--device", "cuda", "--memory", "2GiB", "--max-num-seqs", "4", "--json"]
     plain, small = (
         json.loads(CliRunner().invoke(app, [*plan, *more]).output) for more in ([], ["--weights", "int4"])
     )
@@ -78,7 +78,12 @@ def test_a_card_is_planned_for_where_there_is_none(tmp_path):
     assert small["packed_weight_bytes"] < plain["packed_weight_bytes"]
     table = CliRunner().invoke(app, plan[:-1]).output
     assert "weights, packed for a GPU" in table
-    assert "256.0 MiB  --memory" in table
+    assert "1.50 GiB  --memory without 512.0 MiB for CUDA's context" in table
+    parts = plain["served"]["use"]["parts"]
+    assert {part["name"] for part in parts} == {"choice of tokens", "copies of blocks", "cuBLAS", "CUDA graphs"}
+    taken = sum(size for size in plain["served"]["use"].values() if isinstance(size, int))
+    assert plain["served"]["total"] == taken + sum(part["num_bytes"] for part in parts)
+    assert all(part["name"] in table and part["source"] in table for part in parts)
 
 
 def test_types_of_the_cache_are_those_of_the_device():

@@ -1,5 +1,5 @@
 """Back-ends run programs. They know no model family, and not one another; `base` is all they share."""
 
-from kvarn.backends.base import Backend, Executable, InputBatch, KvCacheSpec, MemoryUse, StepLimits
+from kvarn.backends.base import Backend, Executable, InputBatch, KvCacheSpec, MemoryPart, MemoryUse, StepLimits
 
-__all__ = ["Backend", "Executable", "InputBatch", "KvCacheSpec", "MemoryUse", "StepLimits"]
+__all__ = ["Backend", "Executable", "InputBatch", "KvCacheSpec", "MemoryPart", "MemoryUse", "StepLimits"]

@@ -133,6 +133,15 @@ class StepLimits:
 
 
 @dataclass(frozen=True, slots=True)
+class MemoryPart:
+    """Bytes of something that only some back-ends have, and in words how they come about."""
+
+    name: str
+    num_bytes: int
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
 class MemoryUse:
     """Bytes an executable holds. `total` leaves out the interpreter and the mapped file."""
 
@@ -143,11 +152,13 @@ class MemoryUse:
     kv_cache: int
     activations: int
     """Buffers of the largest step, and the threads' working storage."""
+    parts: tuple[MemoryPart, ...] = ()
+    """What else there is, by name."""
 
     @property
     def without_cache(self) -> int:
         """What is held whatever the cache's size is."""
-        return self.weights + self.tables + self.activations
+        return self.weights + self.tables + self.activations + sum(part.num_bytes for part in self.parts)
 
     @property
     def total(self) -> int:
@@ -161,6 +172,7 @@ class MemoryUse:
             self.tables + other.tables,
             self.kv_cache + other.kv_cache,
             self.activations + other.activations,
+            (*self.parts, *other.parts),
         )
 
 

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kvarn.backends.cpu import Cost, step_cost
+from kvarn.bench.batches import KV
 from kvarn.bench.limits import Limit, bound
 from kvarn.bench.machine import Machine
 from kvarn.bench.process import Worker, kvarn_command
 from kvarn.bench.roofline import Roof, RoofProbe, middle
 from kvarn.bench.statistics import Spread
-from kvarn.bench.stepper import KV
 from kvarn.bench.tasks import Task
 from kvarn.models import load_model
 from kvarn.program import Program

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 from kvarn import figures
-from kvarn.bench.latency import Latency
 from kvarn.bench.limits import Limit
 from kvarn.bench.machine import Machine
 from kvarn.bench.profile import REST as REST_NAME
 from kvarn.bench.profile import StepProfile
 from kvarn.bench.roofline import Rooflines
 from kvarn.bench.spec import OFF, Speculation
+from kvarn.bench.statistics import Spread
+from kvarn.bench.tasks import Task
 
 READ, INTEGER, FLOAT, REST = "#2a6f97", "#c8553d", "#7a9e3c", "#c9c9c9"
 
@@ -37,10 +39,33 @@ def rooflines(path: Path, machine: Machine, result: Rooflines) -> None:
     figures.save(figure, path)
 
 
-def latency(path: Path, title: str, result: Latency) -> None:
+class Timed(Protocol):
+    """What is drawn of a task, on a processor or a card."""
+
+    @property
+    def task(self) -> Task:
+        """What was done."""
+        ...
+
+    @property
+    def tokens_per_s(self) -> Spread:
+        """Over the rounds."""
+        ...
+
+    @property
+    def share(self) -> float:
+        """Of the roof."""
+        ...
+
+    @property
+    def limit(self) -> Limit:
+        """Which part of the roof."""
+        ...
+
+
+def latency(path: Path, title: str, rows: Sequence[Timed]) -> None:
     """For each task the share of the roof, coloured by which limit it is of, with its tokens a second."""
     plt = figures.pyplot()
-    rows = result.rows
     figure, ax = plt.subplots(figsize=(8, 1.2 + 0.42 * len(rows)), layout="constrained")
     colors = {Limit.MEMORY: READ, Limit.ARITHMETIC: INTEGER}
     names = [row.task.name for row in rows]

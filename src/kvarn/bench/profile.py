@@ -8,10 +8,11 @@ from time import perf_counter
 from typing import Literal
 
 from kvarn.backends.cpu import Cost, StageCost, StageCounter, stage_costs
+from kvarn.bench.batches import KV
 from kvarn.bench.latency import Probe, Progress, Sizes
 from kvarn.bench.limits import Limit, bound
 from kvarn.bench.roofline import Roof, middle
-from kvarn.bench.stepper import KV, Stepper
+from kvarn.bench.stepper import Stepper
 from kvarn.bench.tasks import Task
 
 By = Literal["op", "layer"]

@@ -60,12 +60,14 @@ def _plain(value: object) -> Any:
 
 def about(machine: Machine, path: Path, isa: str, threads: int) -> dict[str, Any]:
     """What every result on a model says about where it comes from."""
+    return {**about_file(path), "machine": machine, "isa": isa, "threads": threads}
+
+
+def about_file(path: Path) -> dict[str, Any]:
+    """Of which file it is, when it was measured, and with what."""
     return {
         "model": path.name,
         "file_bytes": path.stat().st_size if path.is_file() else None,
-        "machine": machine,
-        "isa": isa,
-        "threads": threads,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {"kvarn": __version__, "python": platform.python_version()},
     }

@@ -13,6 +13,8 @@ from kvarn.program.counts import StepShape
 
 CHUNK = 512
 """Tokens of a prompt that one step computes."""
+CARD_CHUNK = 8192
+"""The same on a card, which wants about so many for `--max-num-batched-tokens`."""
 DECODE_STEPS = 128
 OTHER_STEPS = 32
 """Decode steps at depth and of batches."""
@@ -22,13 +24,15 @@ COMPARED_BATCH = 16
 @dataclass(frozen=True, slots=True)
 class Task:
     """prefill: one prompt of `tokens`, logits of the last. decode: `tokens` steps of one token for each of `batch`
-    sequences, which have `depth` tokens of context before; that context is made beforehand and not timed."""
+    sequences, which have `depth` tokens of context before; that context is made beforehand and not timed. chunk: tokens
+    of a prompt that one step computes."""
 
     name: str
     op: Literal["prefill", "decode"]
     tokens: int
     batch: int = 1
     depth: int = 0
+    chunk: int = CHUNK
 
     @property
     def total_tokens(self) -> int:
@@ -38,7 +42,7 @@ class Task:
     @property
     def num_steps(self) -> int:
         """Steps that are timed."""
-        return self.tokens if self.op == "decode" else -(-self.tokens // CHUNK)
+        return self.tokens if self.op == "decode" else -(-self.tokens // self.chunk)
 
     def steps(self) -> Iterator[StepShape]:
         """The shapes of the timed steps."""
@@ -46,12 +50,12 @@ class Task:
             for step in range(self.tokens):
                 yield StepShape.decode(self.batch, self.depth + step + 1)
             return
-        for start, end in chunks(self.tokens):
+        for start, end in chunks(self.tokens, self.chunk):
             yield StepShape(((end - start, end),), int(end == self.tokens))
 
     def message(self) -> dict[str, Any]:
-        """What a worker is told."""
-        return {key: value for key, value in dataclasses.asdict(self).items() if key != "name"}
+        """What a worker is told, whose chunks are `CHUNK`."""
+        return {key: value for key, value in dataclasses.asdict(self).items() if key not in ("name", "chunk")}
 
     @staticmethod
     def of(message: dict[str, Any]) -> Task:
@@ -59,10 +63,10 @@ class Task:
         return Task("", message["op"], int(message["tokens"]), int(message["batch"]), int(message["depth"]))
 
 
-def chunks(tokens: int) -> Iterator[tuple[int, int]]:
+def chunks(tokens: int, chunk: int = CHUNK) -> Iterator[tuple[int, int]]:
     """(begin, end) of the steps that compute a prompt."""
-    for start in range(0, tokens, CHUNK):
-        yield start, min(tokens, start + CHUNK)
+    for start in range(0, tokens, chunk):
+        yield start, min(tokens, start + chunk)
 
 
 def worker_messages(tasks: Iterable[Task]) -> str:
@@ -70,14 +74,16 @@ def worker_messages(tasks: Iterable[Task]) -> str:
     return json.dumps([task.message() for task in tasks])
 
 
-def latency_tasks(*, prefill: int, decode: int, depth: int, batches: Iterable[int]) -> tuple[Task, ...]:
+def latency_tasks(
+    *, prefill: int, decode: int, depth: int, batches: Iterable[int], chunk: int = CHUNK
+) -> tuple[Task, ...]:
     """What `kvarn bench latency` times. decode: steps of one sequence. depth 0: no decode at depth."""
-    tasks = [Task(f"prefill {prefill}", "prefill", prefill)]
+    tasks = [Task(f"prefill {prefill}", "prefill", prefill, chunk=chunk)]
     for batch in batches:
         steps = decode if batch == 1 else min(decode, OTHER_STEPS)
-        tasks.append(Task(f"decode, batch {batch}", "decode", steps, batch))
+        tasks.append(Task(f"decode, batch {batch}", "decode", steps, batch, chunk=chunk))
     if depth:
-        tasks.append(Task(f"decode at {depth}", "decode", min(decode, OTHER_STEPS), 1, depth))
+        tasks.append(Task(f"decode at {depth}", "decode", min(decode, OTHER_STEPS), 1, depth, chunk))
     return tuple(tasks)
 
 

@@ -8,8 +8,9 @@ from typing import Annotated
 
 import typer
 
-from kvarn.cli import bench_serve, bench_spec
-from kvarn.cli.options import ModelArgument, Threads
+from kvarn.cli import bench_latency, bench_serve, bench_spec
+from kvarn.cli.bench_latency import AsJson, Depth, Isa, Plot, Rounds, check_card
+from kvarn.cli.options import Device, ModelArgument, Threads, chosen_device
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure speed, and how far it is from the limits.")
 
@@ -18,14 +19,7 @@ Examples:
   kvarn bench roofline                       at 1, 2, 4, … threads
   kvarn bench roofline --threads 1,2 --json
   kvarn bench roofline --isa avx2 --plot roof.png
-"""
-
-LATENCY_EPILOG = """\b
-Examples:
-  kvarn bench latency smollm2-135m-instruct
-  kvarn bench latency model.gguf --threads 8 --batch 1,8,32 --rounds 9
-  kvarn bench latency model.gguf --depth 0 --json > latency.json
-  kvarn bench latency model.gguf --plot latency.png
+  kvarn bench roofline --device cuda
 """
 
 STEPS_EPILOG = """\b
@@ -41,18 +35,7 @@ Examples:
   kvarn bench compare model.gguf --peer openvino --peer-python ov/bin/python --rounds 3 --json
 """
 
-Rounds = Annotated[int, typer.Option(help="Times that each task is timed, after one that is not counted.")]
-Depth = Annotated[
-    int | None,
-    typer.Option(help="Context of the decode at depth; default: 4096 or what the model has room for; 0: none."),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-Plot = Annotated[Path | None, typer.Option(help="Draw the figures into this PNG file (needs kvarn[plots]).")]
-Isa = Annotated[str | None, typer.Option(help="Instruction set: avx512, avx2 or scalar; default: the best there is.")]
-
-
-MOST_SEQUENCES = 4096
-
+app.command("latency", epilog=bench_latency.EPILOG)(bench_latency.latency_command)
 app.command("spec", epilog=bench_spec.EPILOG)(bench_spec.spec_command)
 app.command("serve", epilog=bench_serve.EPILOG)(bench_serve.serve_command)
 
@@ -66,14 +49,19 @@ def root() -> None:
 def roofline_command(
     threads: Annotated[str | None, typer.Option(help="Numbers of threads, with commas between.")] = None,
     isa: Isa = None,
+    device: Device = "cpu",
     as_json: AsJson = False,
     plot: Plot = None,
 ) -> None:
     """Measure what the machine can do: bytes read, and multiply-adds of bytes and floats, a second.
 
     Takes about a second for each number of threads. A model's decode can be no faster than its weights are read;
-    its prefill no faster than its multiply-adds are done.
+    its prefill no faster than its multiply-adds are done. Of a card: bytes copied, and bfloat16 operations.
     """
+    _, cuda = chosen_device(device, None, None)
+    if device != "cpu":
+        _card_roofline(cuda.device, threads, isa, as_json, plot)
+        return
     from kvarn.backends.cpu import CpuBackend
     from kvarn.bench import report
     from kvarn.bench.machine import machine
@@ -82,7 +70,7 @@ def roofline_command(
 
     this = machine()
     chosen = CpuBackend(isa=isa).isa
-    counts = default_threads(this) if threads is None else _numbers("threads", threads, MAX_THREADS)
+    counts = default_threads(this) if threads is None else numbers("threads", threads, MAX_THREADS)
     if plot is not None:
         from kvarn import figures
         from kvarn.bench import plots
@@ -98,58 +86,20 @@ def roofline_command(
         print(report.rooflines_text(this, result))
 
 
-@app.command("latency", epilog=LATENCY_EPILOG)
-def latency_command(
-    model: ModelArgument,
-    prefill: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 512,
-    decode: Annotated[int, typer.Option(help="Steps of one sequence; others take at most 32.")] = 128,
-    batch: Annotated[str, typer.Option(help="Numbers of sequences that decode together.")] = "1,4,16,64",
-    depth: Depth = None,
-    rounds: Rounds = 5,
-    threads: Threads = 0,
-    isa: Isa = None,
-    as_json: AsJson = False,
-    plot: Plot = None,
-) -> None:
-    """Time prompts and decode steps of a model, and say what share of the machine's limits that is.
+def _card_roofline(device: str, threads: str | None, isa: str | None, as_json: bool, plot: Path | None) -> None:
+    from kvarn.errors import ConfigError
 
-    Steps of the program are timed, output logits among them, without tokenizer, sampler and scheduler. Bytes are those
-    that a step must read at least: weights once, the cache of every sequence.
-    """
-    from kvarn.backends.cpu import CpuBackend
-    from kvarn.bench import latency, report
-    from kvarn.bench.machine import machine
-    from kvarn.bench.tasks import check_tasks, default_depth, latency_tasks
-    from kvarn.cli.progress import resolve_with_progress, work_bar
+    if threads is not None or plot is not None:
+        raise ConfigError(f"--{'threads' if threads is not None else 'plot'} is for a CPU, not for --device cuda")
+    check_card(device, threads=0, isa=isa)
+    from kvarn.backends.cuda.card import card_name
+    from kvarn.backends.cuda.clock import Clock
+    from kvarn.backends.cuda.roof import measure_roof
+    from kvarn.bench import card_report, report
 
-    for option, value, least in (("prefill", prefill, 1), ("decode", decode, 1), ("rounds", rounds, 1)):
-        at_least(option, value, least)
-    at_least("depth", depth or 0, 0)
-    batches = _numbers("batch", batch, MOST_SEQUENCES)
-    backend = CpuBackend(threads=threads, isa=isa)
-    if plot is not None:
-        from kvarn import figures
-        from kvarn.bench import plots
-
-        figures.check(plot)
-    this = machine()
-    path = resolve_with_progress(model, quiet=as_json or not sys.stderr.isatty())
-    sizes = latency.read_sizes(path)
-    deep = default_depth(sizes.max_positions) if depth is None else depth
-    tasks = latency_tasks(prefill=prefill, decode=decode, depth=deep, batches=batches)
-    check_tasks(tasks, sizes.max_positions)
-    with work_bar("tasks") as progress:
-        result = latency.measure_latency(
-            path, sizes, tasks, machine=this, threads=backend.threads, isa=backend.isa, rounds=rounds, progress=progress
-        )
-    title = f"{path.name}, {backend.threads} threads"
-    if plot is not None:
-        plots.latency(plot, f"{title}, {this.cpu}, {backend.isa}", result)
-    if as_json:
-        about = report.about(this, path, backend.isa, backend.threads)
-        print(report.to_json({**about, "rounds": rounds, "latency": result}))
-    else:
-        print(report.latency_text(title, this, backend.isa, result))
+    roof = measure_roof(Clock(device))
+    card = card_name(device)
+    print(report.to_json({"card": card, "roofline": roof}) if as_json else f"{card}\n{card_report.roof_line(roof)}")
 
 
 @app.command("steps", epilog=STEPS_EPILOG)
@@ -240,7 +190,7 @@ def at_least(option: str, value: int, least: int) -> None:
         raise ConfigError(f"--{option} must be at least {least}, not {value}")
 
 
-def _numbers(option: str, text: str, most: int) -> tuple[int, ...]:
+def numbers(option: str, text: str, most: int) -> tuple[int, ...]:
     """A list such as "1,2,4" of numbers from 1 to `most`, each once. Raises ConfigError naming the option."""
     from kvarn.errors import ConfigError
 

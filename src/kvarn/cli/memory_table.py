@@ -16,6 +16,7 @@ def memory_rows(plan: MemoryPlan) -> list[tuple[str, str]]:
     tier = [("second tier", index)] if plan.offload_bytes else []
     draft = [("draft model", f"{size_text(plan.drafter.total)}  {size_text(plan.drafter.kv_cache)} of it KV cache")] \
         if plan.drafter else []
+    parts = [(part.name, f"{size_text(part.num_bytes)}  {part.source}") for part in use.parts]
     return [
         ("weights, packed", size_text(use.weights)),
         ("tables of positions", size_text(use.tables)),
@@ -23,6 +24,7 @@ def memory_rows(plan: MemoryPlan) -> list[tuple[str, str]]:
                         f"{plan.max_num_seqs} sequences"),
         ("KV cache", f"{size_text(use.kv_cache)}  {plan.kv_dtype}, {plan.num_blocks:,} blocks of {plan.block_size}: "
                      f"{plan.cache_tokens:,} tokens, {_count(sequences)} of {plan.max_model_len:,}"),
+        *parts,
         *draft,
         *tier,
         ("in total", f"{size_text(plan.total)}  {share:.0f} % of the {size_text(plan.budget)} that may be taken"),

@@ -123,12 +123,12 @@ def _served(
     program: Program, dtypes: Mapping[str, DType], config: EngineConfig, backend: Backend, memory: int | None
 ) -> MemoryPlan | CapacityError:
     """What `kvarn serve` would take with these settings, or why it would refuse."""
-    from kvarn.engine import backend_memory
-    from kvarn.planning import Available, plan_memory
+    from kvarn.engine import backend_memory, memory_elsewhere
+    from kvarn.planning import plan_memory
     from kvarn.spec import open_heads
 
     try:
-        available = backend_memory(config) if memory is None else Available(memory, "--memory")
+        available = backend_memory(config) if memory is None else memory_elsewhere(config, memory)
     except ConfigError as error:
         raise ConfigError(f"{error}; or say what memory to plan for: --memory 80GiB") from None
     heads = open_heads(config.speculative, program)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kvarn.engine.backends import backend_memory, engine_backend, make_backend
+from kvarn.engine.backends import backend_memory, engine_backend, make_backend, memory_elsewhere
 from kvarn.engine.core import EngineCore
 from kvarn.engine.events import EngineStats
 from kvarn.engine.llm import LLM, Choice, Completion
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "LLM", "AsyncLLM", "Choice", "Completion", "EngineCore", "EngineStats", "LoadTimes", "LoadedEngine",
-    "RequestStream", "backend_memory", "build_engine", "engine_backend", "load_engine", "make_backend", "model_name",
-    "plan_engine",
+    "RequestStream", "backend_memory", "build_engine", "engine_backend", "load_engine", "make_backend",
+    "memory_elsewhere", "model_name", "plan_engine",
 ]  # fmt: skip
 
 

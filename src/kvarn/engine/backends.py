@@ -7,6 +7,7 @@ from kvarn.backends.cpu import CpuBackend, PackedSlot
 from kvarn.config import BACKENDS, CudaConfig, EngineConfig
 from kvarn.errors import ConfigError
 from kvarn.planning import Available, available_memory
+from kvarn.planning.sizes import size_text
 
 
 def make_backend(
@@ -42,3 +43,13 @@ def backend_memory(config: EngineConfig) -> Available:
     from kvarn.backends.cuda import card_memory
 
     return Available(*card_memory(config.cuda.device))
+
+
+def memory_elsewhere(config: EngineConfig, num_bytes: int) -> Available:
+    """The memory that the settings' back-end would have of a machine, or a card, with so much of it, named --memory."""
+    if config.backend != "cuda" or config.cuda.device == "cpu":
+        return Available(num_bytes, "--memory")
+    from kvarn.backends.cuda.libraries import CONTEXT_BYTES
+
+    left = max(0, num_bytes - CONTEXT_BYTES)
+    return Available(left, f"--memory without {size_text(CONTEXT_BYTES)} for CUDA's context, an estimate")

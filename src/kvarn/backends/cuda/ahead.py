@@ -10,12 +10,11 @@ import torch
 from numpy.typing import NDArray
 
 from kvarn.backends.base import InputBatch
+from kvarn.backends.cuda.choosing import TokenChooser
 from kvarn.backends.cuda.graphs import StepGraphs
-from kvarn.backends.cuda.kernels.sampling import adjust, feed, sample
+from kvarn.backends.cuda.kernels.sampling import feed
+from kvarn.backends.cuda.sampling_layout import UNDER_WAY, SamplingLayout
 from kvarn.backends.row_rules import RowRules
-
-UNDER_WAY = 2
-"""Steps that may be submitted and not collected."""
 
 
 class StepsOnCard:
@@ -26,17 +25,15 @@ class StepsOnCard:
     """
 
     def __init__(
-        self, graphs: StepGraphs, check: Callable[[InputBatch], None], max_num_outputs: int, device: torch.device
+        self, graphs: StepGraphs, check: Callable[[InputBatch], None], layout: SamplingLayout, device: torch.device
     ) -> None:
-        """check: raises ValueError for a batch that must not run."""
+        """check: raises ValueError for a batch that must not run. layout: of the largest step."""
         self._graphs = graphs
         self._check = check
-        self._device = device
-        self._on_card = device.type == "cuda"
-        self._ids = [torch.zeros(max_num_outputs, dtype=torch.int32, device=device) for _ in range(UNDER_WAY)]
-        self._read = [torch.zeros(max_num_outputs, dtype=torch.int32, pin_memory=self._on_card) for _ in self._ids]
-        self._events = [torch.cuda.Event() if self._on_card else None for _ in self._ids]  # type: ignore[no-untyped-call]
-        self._no_masks = torch.zeros((1, 1), dtype=torch.int32, device=device)
+        on_card = device.type == "cuda"
+        self.chooser = TokenChooser(layout, device)
+        self._read = [torch.zeros(layout.rows, dtype=torch.int32, pin_memory=on_card) for _ in range(UNDER_WAY)]
+        self._events = [torch.cuda.Event() if on_card else None for _ in range(UNDER_WAY)]  # type: ignore[no-untyped-call]
         self._begun: deque[tuple[int, int]] = deque()
         """Place and number of the tokens of each step that was not collected."""
         self._last = 0
@@ -47,17 +44,13 @@ class StepsOnCard:
             raise ValueError(f"{UNDER_WAY} steps are under way; collect one first")
         self._check(batch)
         place, count = (self._last + 1) % UNDER_WAY, int(batch.output_rows.size)
-        ids = self._ids[place][:count]
+        before, ids = self.chooser.tokens[self._last], self.chooser.tokens[place][:count]
         with torch.inference_mode():
             laid_out = self._graphs.lay_out(batch)
             if (previous >= 0).any():
-                feed(laid_out.step.token_ids, self._taken(previous[:, None]), self._ids[self._last])
+                feed(laid_out.step.token_ids, self.chooser.taken("previous", previous[:, None]), before)
             logits = self._graphs.run(laid_out)
-            rows = self._taken(rules.rows)
-            if rules.edits.size or (rules.rows["pending"] >= 0).any():
-                adjust(logits, rows, self._taken(rules.edits), self._ids[self._last])
-            masks = self._taken(rules.masks) if len(rules.masks) > 1 else self._no_masks
-            sample(logits, rows, masks, ids)
+            self.chooser.choose(logits, rules, before, ids)
             self._read[place][:count].copy_(ids, non_blocking=True)
         event = self._events[place]
         if event is not None:
@@ -81,10 +74,3 @@ class StepsOnCard:
                 self.collect()
             except RuntimeError:  # of a kernel: whoever runs the next one will hear of it
                 continue
-
-    def _taken(self, array: NDArray[np.generic]) -> torch.Tensor:
-        """The 32-bit words of each row, or record, on the card."""
-        width = array.itemsize // 4 if array.ndim == 1 else array.shape[1]
-        words = torch.from_numpy(np.ascontiguousarray(array).view(np.int32).reshape(len(array), width))
-        # Pinned memory is kept from others until the copy is done.
-        return words.pin_memory().to(self._device, non_blocking=True) if self._on_card else words.clone()

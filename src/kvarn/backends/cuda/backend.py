@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from kvarn.backends.base import Executable, KvCacheSpec, MemoryUse, StepLimits
-from kvarn.backends.cuda.card import check_device
+from kvarn.backends.cuda.card import check_device, check_types
 from kvarn.backends.cuda.memory import memory_use
 from kvarn.config import CudaConfig
-from kvarn.errors import ConfigError
+from kvarn.errors import CapacityError, ConfigError
 from kvarn.program import PositionEmbed, Program
 from kvarn.tensors import DType, TensorSource
 
 if TYPE_CHECKING:
     from kvarn.backends.cuda.executable import CudaExecutable
-
-CUBLAS_BYTES = 32 << 20
-"""The workspace that torch gives cuBLAS on a Hopper card, the largest of any, for each stream: graphs are recorded on
-one of their own."""
 
 
 class CudaBackend:
@@ -44,10 +39,8 @@ class CudaBackend:
         *,
         shared: Collection[str] = (),
     ) -> MemoryUse:
-        """What `load` and the first steps will allocate on the card. CUDA's own context is not counted."""
-        use = memory_use(program, dtypes, kv, limits, self.config, shared)
-        workspace = CUBLAS_BYTES * (1 + self.graphs) if self.config.device == "cuda" else 0
-        return replace(use, activations=use.activations + workspace)
+        """What `load` and all steps will allocate on the card. CUDA's own context is not counted."""
+        return memory_use(program, dtypes, kv, limits, self.config, shared, graphs=self.graphs)
 
     def load(
         self,
@@ -61,10 +54,14 @@ class CudaBackend:
     ) -> CudaExecutable:
         """Takes every weight to the card, allocates cache and activations there. The file is not needed afterwards.
 
-        Raises ConfigError for settings and where torch, Triton or a card is missing, ModelFileError from the source.
+        Raises ConfigError for settings and where torch, Triton or a card is missing, CapacityError where others have
+        taken the card's memory meanwhile, ModelFileError from the source.
         """
         _check(program, limits)
         check_device(self.config.device)
+        check_types(self.config.device, self.config.dtype, kv.dtype)
+        import torch
+
         from kvarn.backends.cuda.executable import CudaExecutable
 
         known = None
@@ -72,9 +69,13 @@ class CudaBackend:
             if not isinstance(beside, CudaExecutable):
                 raise TypeError("beside must be an executable of this back-end")
             known = beside.shared_weights(shared)
-        return CudaExecutable(
-            program, weights, kv, limits, self.config, known=known, shared=shared, graphs=self.graphs
-        )
+        try:
+            return CudaExecutable(
+                program, weights, kv, limits, self.config, known=known, shared=shared, graphs=self.graphs
+            )
+        except torch.OutOfMemoryError as error:
+            said = str(error).split(" If reserved", 1)[0]
+            raise CapacityError(f"{said} A smaller memory_utilization, or cache, leaves more to others") from None
 
 
 def _check(program: Program, limits: StepLimits) -> None:

@@ -10,7 +10,9 @@ from numpy.typing import NDArray
 
 from kvarn.backends.base import KvCacheSpec
 from kvarn.backends.checks import check_moves
+from kvarn.backends.cuda.inputs import sendable
 from kvarn.backends.cuda.kernels.kv_write import LayerKv, kv_torch_dtype
+from kvarn.backends.cuda.memory import MOVED_BLOCKS
 from kvarn.program import KvGroups, KvLayer
 
 
@@ -83,16 +85,21 @@ class KvStore:
     def _move(self, sources: NDArray[np.int64], destinations: NDArray[np.int64]) -> None:
         if not sources.size:
             return
-        places = torch.from_numpy(np.stack([sources, destinations])).to(self._device)
+        indexes = torch.from_numpy(np.stack([sources, destinations]))
+        places = sendable(indexes, self._device).to(self._device, non_blocking=True)
+        room = MOVED_BLOCKS * self.block_bytes // sources.size
         for stack in self._stacks:
-            whole = _as_bytes(stack)
-            whole.index_copy_(1, places[1], whole.index_select(1, places[0]))
+            for part in _parts_of(_as_words(stack), room):
+                part.index_copy_(1, places[1], part.index_select(1, places[0]))
 
     def read_block(self, block: int, out: NDArray[np.uint8]) -> None:
         """Copies a block to uint8[block_bytes]. Raises ValueError."""
         self._check_flat(block, out)
-        parts = [part.reshape(-1).view(torch.uint8) for part in self._parts(block)]
-        out[:] = torch.cat(parts).cpu().numpy()
+        start = 0
+        for part in self._parts(block):
+            flat = part.reshape(-1).view(torch.uint8).cpu().numpy()
+            out[start : start + flat.size] = flat
+            start += flat.size
 
     def write_block(self, block: int, data: NDArray[np.uint8]) -> None:
         """Sets a block to what `read_block` gave. Raises ValueError."""
@@ -127,6 +134,18 @@ def _by_shape(slots: Sequence[KvLayer]) -> dict[KvLayer, list[int]]:
     return found
 
 
-def _as_bytes(stack: torch.Tensor) -> torch.Tensor:
-    """(layers, slots, bytes): what indexes copy whatever the type."""
-    return stack.view(stack.shape[0], stack.shape[1], -1).view(torch.uint8)
+def _as_words(stack: torch.Tensor) -> torch.Tensor:
+    """(layers, slots, words of 8 bytes, or bytes): what indexes copy whatever the type."""
+    flat = stack.view(stack.shape[0], stack.shape[1], -1)
+    words = flat.shape[2] * flat.element_size() % 8 == 0
+    return flat.view(torch.int64 if words else torch.uint8)
+
+
+def _parts_of(stack: torch.Tensor, room: int) -> Iterator[torch.Tensor]:
+    """A stack in parts that have at most `room` bytes of each slot, but a word."""
+    layers, _, width = stack.shape
+    words = max(1, room // stack.element_size())
+    at_once, columns = max(1, words // width), min(width, words)
+    for layer in range(0, layers, at_once):
+        for column in range(0, width, columns):
+            yield stack[layer : layer + at_once, :, column : column + columns]

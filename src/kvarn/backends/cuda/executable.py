@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +22,7 @@ from kvarn.backends.cuda.launches import View
 from kvarn.backends.cuda.lower import lower
 from kvarn.backends.cuda.memory import assign, matrix_forms, memory_use, rotary_tables
 from kvarn.backends.cuda.results import StepResults
+from kvarn.backends.cuda.sampling_layout import SamplingLayout
 from kvarn.backends.cuda.scratch import scratch_bytes
 from kvarn.backends.cuda.step_layout import StepLayout
 from kvarn.backends.cuda.weights import TORCH_DTYPES, WeightLoader, Weights
@@ -69,7 +71,7 @@ class CudaExecutable:
         self.device = device = torch.device(config.device)
         own = (weight.name for weight in program.weights if weight.name not in shared)
         dtypes = {name: source.tensor(name).dtype for name in own}
-        self._memory = memory_use(program, dtypes, kv, limits, config, shared)
+        self._memory = memory_use(program, dtypes, kv, limits, config, shared, graphs=graphs)
         self._forms = matrix_forms(program, dtypes, config, shared)
         lowered = lower(program, self._forms, limits.outputs)
         weights = WeightLoader(program, source, config, self._forms).load(lowered, known or Weights())
@@ -85,7 +87,7 @@ class CudaExecutable:
         self._plans = Plans(program, limits.outputs, self._build)
         recorder = CudaRecorder(device) if graphs and device.type == "cuda" else None
         self._graphs = StepGraphs(self.launch, self.step_buffers, largest, limits, recorder, kv.block_size)
-        self._on_card = StepsOnCard(self._graphs, self._check, limits.max_num_outputs, device)
+        self._on_card = StepsOnCard(self._graphs, self._check, SamplingLayout.largest(program, limits), device)
 
     def execute(self, batch: InputBatch, outputs: Sequence[str] = ()) -> Mapping[str, NDArray[np.float32]]:
         """Runs one step and waits for it (see `Executable`). A result leaves the card when it is first looked at."""
@@ -198,13 +200,27 @@ class CudaExecutable:
 
     def _run(self, plan: Plan, step: StepTensors) -> None:
         plan.frame.begin(step.num_tokens, step.num_outputs)
-        with torch.inference_mode():
+        with torch.inference_mode(), float32_sums():
             for call in plan.calls:
                 call(step)
+
+
+@contextmanager
+def float32_sums() -> Iterator[None]:
+    """cuBLAS adds up shares of a product in float32, as the other kernels do: torch lets it round them to 16 bits
+    otherwise. Put back at the end, for others in the process."""
+    blas = torch.backends.cuda.matmul
+    before = blas.allow_bf16_reduced_precision_reduction, blas.allow_fp16_reduced_precision_reduction
+    blas.allow_bf16_reduced_precision_reduction = blas.allow_fp16_reduced_precision_reduction = False
+    try:
+        yield
+    finally:
+        blas.allow_bf16_reduced_precision_reduction, blas.allow_fp16_reduced_precision_reduction = before
 
 
 def rotary_table(table: RopeTable, positions: int, device: torch.device) -> torch.Tensor:
     """Cosines and sines of positions 0, 1, …: float32 (positions, 2, pairs), computed in float64."""
     angles = np.arange(positions, dtype=np.float64)[:, None] * np.asarray(table.inv_freq)[None, :]
     both = np.stack([np.cos(angles), np.sin(angles)], axis=1) * table.attention_factor
-    return torch.from_numpy(both.astype(np.float32)).to(device)
+    out = torch.empty(both.shape, dtype=torch.float32, device=device)
+    return out.copy_(torch.from_numpy(both.astype(np.float32)))

@@ -47,6 +47,11 @@ class Buckets:
         self._sizes = _sizes(min(limits.max_num_sequences, limits.max_num_tokens, limits.max_num_outputs))
         self._contexts = _contexts(limits.max_model_len)
 
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        return len(self._sizes) * len(self._contexts)
+
     def of(self, batch: InputBatch) -> Bucket | None:
         """None where some sequence computes more than a token, or one that is not sampled from."""
         count = batch.num_sequences
@@ -218,12 +223,14 @@ class CudaRecorder:
         cuda = self._torch.cuda
         graph = cuda.CUDAGraph()
         self._stream.wait_stream(cuda.current_stream())
-        with cuda.stream(self._stream):
-            run()  # what is compiled, chosen or allocated at first use must be before a recording begins
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-            try:
-                result = run()
-            finally:
-                graph.capture_end()
-        cuda.current_stream().wait_stream(self._stream)
+        try:
+            with cuda.stream(self._stream):
+                run()  # what is compiled, chosen or allocated at first use must be before a recording begins
+                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+                try:
+                    result = run()
+                finally:
+                    graph.capture_end()
+        finally:  # also where CUDA refuses: the first run may still be at work where the next one will be
+            cuda.current_stream().wait_stream(self._stream)
         return graph, result

@@ -115,6 +115,12 @@ class StepBuffers:
         return StepTensors(**arrays, max_query=max_query, max_context=max_context, inputs=inputs)
 
 
+def sendable(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A host tensor from which a copy to the device need not be waited for: in pinned memory, which torch keeps from
+    others until copies that were queued from it are done. Without a card it is the tensor itself."""
+    return tensor.pin_memory() if device.type == "cuda" and tensor.numel() else tensor
+
+
 def _event() -> torch.cuda.Event:
     return torch.cuda.Event()  # type: ignore[no-untyped-call]
 

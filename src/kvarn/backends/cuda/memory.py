@@ -7,20 +7,24 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from kvarn.backends.arena import first_fit
-from kvarn.backends.base import KvCacheSpec, MemoryUse, StepLimits
+from kvarn.backends.base import KvCacheSpec, MemoryPart, MemoryUse, StepLimits
 from kvarn.backends.cuda.forms import DENSE, DTYPE_BYTES, MatrixForm, form_of, matrix_bytes
 from kvarn.backends.cuda.launches import Lowered, Place, places
+from kvarn.backends.cuda.libraries import library_parts
 from kvarn.backends.cuda.lower import lower
+from kvarn.backends.cuda.sampling_layout import SamplingLayout
 from kvarn.backends.cuda.scratch import scratch_bytes
 from kvarn.backends.cuda.step_layout import StepLayout
 from kvarn.config import CudaConfig
 from kvarn.kv_types import KV_TYPES
-from kvarn.program import Program, Rope, RopeTable, Rows, ops
+from kvarn.program import Program, Rope, RopeTable, Rows, Weight, ops
 from kvarn.program.program import weights_read
 from kvarn.tensors import DType
 
 ALIGNMENT = 512
 """Of places and tensors: what torch's allocator rounds sizes up to."""
+MOVED_BLOCKS = 8
+"""Blocks whose bytes are held beside the cache at most while any number is copied in it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,11 +50,18 @@ def memory_use(
     limits: StepLimits,
     config: CudaConfig,
     shared: Collection[str] = (),
+    *,
+    graphs: bool = True,
 ) -> MemoryUse:
-    """What an executable allocates on the card, to the byte. dtypes: how weights are stored, by name. shared: those
-    that another executable holds."""
+    """What an executable takes on the card: its tensors to the byte, and what CUDA's libraries take for it.
+
+    dtypes: how weights are stored, by name. shared: those that another executable holds. graphs: whether decode steps
+    are recorded.
+    """
     forms = matrix_forms(program, dtypes, config, shared)
     lowered = lower(program, forms, limits.outputs)
+    recorded = graphs and not program.inputs  # a step with rows of the caller's is in no bucket
+    libraries = library_parts(lowered, limits, graphs=recorded) if config.device == "cuda" else ()
     return MemoryUse(
         weights=weight_bytes(program, lowered, forms, config.dtype, shared),
         tables=sum(table_bytes(table, limits.max_model_len) for table in rotary_tables(program)),
@@ -58,6 +69,17 @@ def memory_use(
         activations=assign(lowered, limits, config.dtype).nbytes
         + aligned(scratch_bytes(program, lowered, forms, limits))
         + step_bytes(program, kv, limits),
+        parts=(*tensor_parts(program, kv, limits), *libraries),
+    )
+
+
+def tensor_parts(program: Program, kv: KvCacheSpec, limits: StepLimits) -> tuple[MemoryPart, ...]:
+    """Tensors that are neither weights nor cache nor activations."""
+    layout = SamplingLayout.largest(program, limits)
+    moved = MOVED_BLOCKS * program.kv_groups.block_bytes(KV_TYPES[kv.dtype], kv.block_size)
+    return (
+        MemoryPart("choice of tokens", aligned(layout.nbytes), f"rules and sums of {layout.rows} rows of logits"),
+        MemoryPart("copies of blocks", aligned(moved), f"{MOVED_BLOCKS} of them, on their way in the cache or to disk"),
     )
 
 
@@ -94,6 +116,21 @@ def weight_bytes(
         if name not in held:
             total += aligned(program.weight(name).num_elements * (4 if of_norm else DTYPE_BYTES[dtype]))
     return total
+
+
+def weight_sizes(program: Program, dtypes: Mapping[str, DType], config: CudaConfig) -> dict[str, int]:
+    """Bytes of each weight as kernels hold it, by name, without the allocator's rounding."""
+    forms = matrix_forms(program, dtypes, config)
+    others, element = lower(program, forms).others, DTYPE_BYTES[config.dtype]
+
+    def size(weight: Weight) -> int:
+        form = forms.get(weight.name)
+        if form is None:
+            return weight.num_elements * (4 if others.get(weight.name, False) else element)
+        rows, columns = weight.shape
+        return matrix_bytes(form, rows, columns, config.dtype, int)
+
+    return {weight.name: size(weight) for weight in program.weights}
 
 
 def step_bytes(program: Program, kv: KvCacheSpec, limits: StepLimits) -> int:

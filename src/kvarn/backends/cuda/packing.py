@@ -10,8 +10,7 @@ A plane lies in one group of any size from 16 up. Rows are filled up to whole ch
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TypeAlias
 
 import torch
@@ -161,56 +160,39 @@ def _affine(
     return values if offsets is None else values + offsets.float().repeat_interleave(group, dim=1)[:, :width]
 
 
-def stack_rows(weights: Sequence[Weight]) -> Weight:
-    """One weight with the rows of all, in order: q, k and v, or gate and up, in one product.
+def room_for(like: Weight, rows: int) -> Weight:
+    """A weight of `rows` rows, not set yet, of the form, width, group and types that another has."""
 
-    Raises ValueError where forms, widths, groups or types of scales differ; `stackable` tells before.
-    """
-    if not stackable(weights):
-        raise ValueError("only weights of one form, width, group and type of scale can be stacked")
-    first = weights[0]
-    match first:
+    def room(tensor: torch.Tensor) -> torch.Tensor:
+        return torch.empty((rows, *tensor.shape[1:]), dtype=tensor.dtype, device=tensor.device)
+
+    match like:
         case Dense():
-            return Dense(_rows([w.weight for w in weights if isinstance(w, Dense)]))
+            return Dense(room(like.weight))
         case Fp8():
-            same = [w for w in weights if isinstance(w, Fp8)]
-            return Fp8(_rows([w.packed for w in same]), _rows([w.scales for w in same]), first.width)
-        case Int4():
-            four = [w for w in weights if isinstance(w, Int4)]
-            offsets = [w.offsets for w in four if w.offsets is not None]
-            return Int4(
-                _rows([w.packed for w in four]),
-                _rows([w.scales for w in four]),
-                _rows(offsets) if offsets else None,
-                first.group,
-                first.width,
-            )
-        case Int8():
-            eight = [w for w in weights if isinstance(w, Int8)]
-            offsets = [w.offsets for w in eight if w.offsets is not None]
-            return Int8(
-                _rows([w.packed for w in eight]),
-                _rows([w.scales for w in eight]),
-                _rows(offsets) if offsets else None,
-                first.group,
-                first.width,
-            )
-
-
-def stackable(weights: Sequence[Weight]) -> bool:
-    """Whether `stack_rows` can make one weight of these."""
-    return len({_stacking_key(weight) for weight in weights}) == 1
-
-
-def _stacking_key(weight: Weight) -> tuple[object, ...]:
-    match weight:
-        case Dense():
-            return Dense, weight.width, weight.weight.dtype
-        case Fp8():
-            return Fp8, weight.width
+            return replace(like, packed=room(like.packed), scales=room(like.scales))
         case Int4() | Int8():
-            return type(weight), weight.width, weight.group, weight.scales.dtype, weight.offsets is None
+            offsets = None if like.offsets is None else room(like.offsets)
+            return replace(like, packed=room(like.packed), scales=room(like.scales), offsets=offsets)
 
 
-def _rows(parts: list[torch.Tensor]) -> torch.Tensor:
-    return torch.cat(parts, dim=0)
+def put_rows(whole: Weight, start: int, part: Weight) -> None:
+    """Sets the rows from `start` on: of a matrix that is packed piece by piece, or of q, k and v, in one product.
+
+    Raises ValueError where forms, widths, groups or types of scales differ.
+    """
+    if _form(whole) != _form(part):
+        raise ValueError("only weights of one form, width, group and type of scale can be one")
+    for (_, target), (_, source) in zip(_tensors(whole), _tensors(part), strict=True):
+        target[start : start + source.shape[0]].copy_(source)
+
+
+def _form(weight: Weight) -> tuple[object, ...]:
+    """What rows of one weight have in common."""
+    same = (getattr(weight, name, None) for name in ("width", "group"))
+    return type(weight), *same, *((name, tensor.shape[1:], tensor.dtype) for name, tensor in _tensors(weight))
+
+
+def _tensors(weight: Weight) -> list[tuple[str, torch.Tensor]]:
+    found = ((field.name, getattr(weight, field.name)) for field in fields(weight))
+    return [(name, value) for name, value in found if isinstance(value, torch.Tensor)]

@@ -6,9 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from kvarn.backends.base import InputBatch, KvCacheSpec, StepLimits
+from kvarn.backends.cuda import parts
 from kvarn.program import Program
-
-ALIGNMENT = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +40,7 @@ class StepLayout:
             -(-limits.max_model_len // kv.block_size), True,
         )  # fmt: skip
 
-    def arrays(self) -> Iterator[tuple[str, tuple[int, ...], int]]:
+    def arrays(self) -> Iterator[parts.Array]:
         """(name, shape, bytes of an element) of each array, in order."""
         yield "slot_mapping", (self.tokens, self.groups), 8
         yield "token_ids", (self.tokens,), 4
@@ -55,19 +54,9 @@ class StepLayout:
 
     def offsets(self) -> Iterator[tuple[str, tuple[int, ...], int, int]]:
         """(name, shape, bytes of an element, offset) of each array."""
-        offset = 0
-        for name, shape, size in self.arrays():
-            yield name, shape, size, offset
-            elements = 1
-            for extent in shape:
-                elements *= extent
-            offset += -(-elements * size // ALIGNMENT) * ALIGNMENT
+        return parts.offsets(self.arrays())
 
     @property
     def nbytes(self) -> int:
         """Of all arrays."""
-        *_, (_, shape, size, offset) = self.offsets()
-        elements = 1
-        for extent in shape:
-            elements *= extent
-        return offset + -(-elements * size // ALIGNMENT) * ALIGNMENT
+        return parts.num_bytes(self.arrays())

@@ -10,7 +10,7 @@ import torch
 
 from kvarn.backends.cuda.forms import DENSE, STORED, MatrixForm
 from kvarn.backends.cuda.launches import Lowered
-from kvarn.backends.cuda.packing import Dense, Weight, stack_rows
+from kvarn.backends.cuda.packing import Dense, Weight, put_rows, room_for
 from kvarn.backends.cuda.quantize import from_stored, quantize_fp8, quantize_int4, quantize_int8
 from kvarn.config import CudaConfig
 from kvarn.errors import UnsupportedModelError
@@ -20,8 +20,8 @@ from kvarn.tensors import DType, Tensor, TensorSource
 from kvarn.tensors.dequantize import dequantize as stored_values
 
 RELEASE_BYTES = 64 << 20
-ROWS_AT_ONCE = 1024
-"""Rows of a stored matrix that are float32 at a time."""
+PIECE_BYTES = 8 << 20
+"""Of a stored matrix as float32 at a time, six of which packing takes at most: less than cuBLAS' workspaces will."""
 TORCH_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -80,17 +80,24 @@ class WeightLoader:
         return found
 
     def _matrix(self, names: Sequence[str]) -> Weight:
-        """One matrix of all, in the form that they have in common. Packed on the card, a few rows at a time: there is
-        room, since cache and activations are allocated after the weights."""
+        """One matrix of all, in the form that they have in common; packed on the card, a few rows at a time, into the
+        place where it stays."""
         form = self._forms.get(names[0], DENSE)
         if form.kind == "dense":
             return Dense(self._dense(names, self._dtype))
-        parts: list[Weight] = []
+        rows = sum(self._program.weight(name).shape[0] for name in names)
+        whole: Weight | None = None
+        start = 0
         for name in names:
             tensor = self._tensor(self._program.weight(name))
-            parts.extend(self._packed(part, form) for part in _row_parts(tensor))
+            for part in _row_parts(tensor):
+                packed = self._packed(part, form)
+                whole = whole or room_for(packed, rows)
+                put_rows(whole, start, packed)
+                start += part.shape[0]
             self._note_read(tensor)
-        return parts[0] if len(parts) == 1 else stack_rows(parts)
+        assert whole is not None, "a program has no matrix of no rows"
+        return whole
 
     def _packed(self, part: Tensor, form: MatrixForm) -> Weight:
         if STORED.get(part.dtype) == form and self._stored:
@@ -136,12 +143,12 @@ class WeightLoader:
 
 def _row_parts(tensor: Tensor) -> Iterator[Tensor]:
     """The rows of a tensor, so many at a time."""
-    rows = tensor.shape[0]
-    if len(tensor.shape) == 1 or rows <= ROWS_AT_ONCE:
+    rows, at_once = tensor.shape[0], max(1, PIECE_BYTES // (4 * tensor.shape[-1]))
+    if len(tensor.shape) == 1 or rows <= at_once:
         yield tensor
         return
-    for first in range(0, rows, ROWS_AT_ONCE):
-        yield tensor.row_slice(first, min(rows, first + ROWS_AT_ONCE))
+    for first in range(0, rows, at_once):
+        yield tensor.row_slice(first, min(rows, first + at_once))
 
 
 def _on_host(tensor: Tensor) -> torch.Tensor:

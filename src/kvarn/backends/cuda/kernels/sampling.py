@@ -15,11 +15,14 @@ lie below what it looks for, which soon are most. The size of the vocabulary is 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
 from triton.language.random import philox_impl
 
+from kvarn.backends.cuda.sampling_layout import SURVEYED
 from kvarn.backends.row_rules import NOT_FINITE, NOTHING_LEFT, WORDS
 
 _WORDS = tl.constexpr(WORDS)
@@ -29,6 +32,27 @@ _INFINITY = tl.constexpr(float("inf"))
 _EMPTY = tl.constexpr(-3)
 _MORE_THAN_ONE = tl.constexpr(0x3F800001)
 """The bits of the least float32 above 1, which is the largest weight."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Survey:
+    """What is found out of each block of each row first: of its largest logit, and the sum of its weights.
+
+    tops: float32 [R, blocks], best: int32, sums: float64. Of no use after a call.
+    """
+
+    tops: torch.Tensor
+    best: torch.Tensor
+    sums: torch.Tensor
+
+    @classmethod
+    def empty(cls, rows: int, blocks: int, device: torch.device) -> Survey:
+        """Allocates it."""
+        tops, best, sums = (
+            torch.empty((rows, blocks), dtype=dtype, device=device)
+            for dtype in (torch.float32, torch.int32, torch.float64)
+        )
+        return cls(tops, best, sums)
 
 
 def adjust(
@@ -51,7 +75,8 @@ def sample(
     masks: torch.Tensor,
     out: torch.Tensor,
     *,
-    block: int = 2048,
+    survey: Survey | None = None,
+    block: int = SURVEYED,
     pivots: int = 8,
 ) -> None:
     """Chooses a token from each row: greedy ones the likeliest, others one draw by the random number of their position.
@@ -59,16 +84,15 @@ def sample(
     logits: float32 or bfloat16 [R, vocab], after `adjust`. rows: int32[R, `WORDS`], the words of `ROW`. masks:
     int32[M, ceil(vocab / 32)], those of `RowRules.masks`; not read where M is 1. out: int32[R], written: the token, the
     lowest id among equals, or `NOTHING_LEFT` or `NOT_FINITE`. Equal to what `kvarn.sampling` says up to rounding:
-    weights are float32, their sums float64. block: tokens that are looked at at once.
+    weights are float32, their sums float64. block: tokens that are looked at at once. survey: of ceil(vocab / block)
+    blocks, overwritten; None: allocated for the call.
     """
     count, vocab = logits.shape
     if not count:
         return
     blocks, masked = triton.cdiv(vocab, block), masks.shape[0] > 1
-    tops = torch.empty((count, blocks), dtype=torch.float32, device=logits.device)
-    best = torch.empty((count, blocks), dtype=torch.int32, device=logits.device)
-    sums = torch.empty((count, blocks), dtype=torch.float64, device=logits.device)
-    given = (logits, logits.stride(0), rows, masks, masks.stride(0), tops, best, sums)
+    found = survey or Survey.empty(count, blocks, logits.device)
+    given = (logits, logits.stride(0), rows, masks, masks.stride(0), found.tops, found.best, found.sums)
     _survey[(count, blocks)](*given, VOCAB=vocab, MASKED=masked, BLOCK=block, num_warps=4)
     _sample[(count,)](
         *given, out, VOCAB=vocab, MASKED=masked, BLOCK=block, BLOCKS=blocks,

@@ -65,8 +65,8 @@ class Clock:
             calls = max(LEAST_CALLS, min(MOST_CALLS, int(TIMED_SECONDS / max(each, 1e-7))))
         if not self.cuda:
             return _timing([_host_seconds(run, i) for i in range(calls)], captured=False)
-        begins = [torch.cuda.Event(enable_timing=True) for _ in range(calls)]
-        ends = [torch.cuda.Event(enable_timing=True) for _ in range(calls)]
+        begins = [_event() for _ in range(calls)]
+        ends = [_event() for _ in range(calls)]
         for i, (begin, end) in enumerate(zip(begins, ends, strict=True)):
             begin.record()
             run(i)
@@ -105,6 +105,10 @@ class Clock:
             spent = time.perf_counter() - started
             if spent >= WARM_SECONDS or done >= MOST_CALLS:
                 return spent / done
+
+
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
 
 def _host_seconds(run: Callable[[int], object], i: int) -> float:
