@@ -327,7 +327,9 @@ def test_the_plan_command_counts_it(tmp_path):
     both = json.loads(CliRunner().invoke(app, [*settings, *chosen, "--json"]).output)["served"]
     assert alone["drafter"] is None
     assert both["drafter"]["kv_cache"] == both["use"]["kv_cache"]
-    assert both["total"] == sum(sum(both[part].values()) for part in ("use", "drafter"))
+    taken = [both[part][name] for part in ("use", "drafter") for name in both[part] if name != "parts"]
+    assert both["total"] == sum(taken)
+    assert both["use"]["parts"] == both["drafter"]["parts"] == [], "which only a card has"
     table = CliRunner().invoke(app, [*settings, *chosen]).output
     assert re.search(r"draft model +\S+ \S+ +\S+ \S+ of it KV cache", table)
     assert "draft model" not in CliRunner().invoke(app, settings).output

@@ -213,6 +213,26 @@ def test_methods_types_and_sizes(url):
     check_shape(chunked, 413)
 
 
+@pytest.mark.parametrize(
+    "headers", [f"Content-Length: {9 << 20}", "Transfer-Encoding: chunked"], ids=["declared", "chunked"]
+)
+def test_a_client_that_sends_all_before_it_reads_is_told(url, headers):
+    """Of a body up to twice the limit: a server that closes at once would have the connection reset under it."""
+    host, port = url.removeprefix("http://").split(":")
+    piece = b" " * 65536
+    with socket.create_connection((host, int(port)), timeout=30) as client:
+        begin = f"POST {CHAT} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n{headers}\r\n\r\n"
+        client.sendall(begin.encode())
+        for _ in range((9 << 20) // len(piece)):
+            client.sendall(b"10000\r\n" + piece + b"\r\n" if "chunked" in headers else piece)
+        if "chunked" in headers:
+            client.sendall(b"0\r\n\r\n")
+        answer = b"".join(iter(lambda: client.recv(65536), b""))
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 413")
+    assert json.loads(body)["error"]["code"] == "body_too_large"
+
+
 def test_harmless_parameters_are_taken(url):
     body = {"messages": HELLO, "max_tokens": 2, "user": "me", "metadata": {"a": "b"}, "tools": None, "n": None,
             "response_format": {"type": "text"}, "parallel_tool_calls": True}  # fmt: skip

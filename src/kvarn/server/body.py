@@ -7,7 +7,7 @@ import gc
 import json
 import threading
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager, nullcontext
+from contextlib import asynccontextmanager, contextmanager, nullcontext, suppress
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -51,10 +51,16 @@ class BodyReader:
 
         Raises ApiError 408, 413, 415, 429, and 499 where the client leaves.
         """
-        _check_headers(request, self._limits.max_body_bytes)
         body = bytearray()
         try:
-            await self._receive(request, body)
+            try:
+                _check_headers(request, self._limits.max_body_bytes)
+                await self._receive(request, body)
+            except ApiError as error:
+                asked = "expect" in request.headers and not body  # it sends nothing until it is told to
+                if error.status in TOLD_AT_THE_END and not asked:
+                    await _drop_rest(request, 2 * self._limits.max_body_bytes - len(body))
+                raise
             yield bytes(body)
         finally:
             self._held -= len(body)
@@ -83,7 +89,20 @@ class BodyReader:
 
 
 CLOSE = {"Connection": "close"}
-"""What is left of a body that is refused need not be read."""
+"""A body that is refused is not read to its end, however long it is."""
+TOLD_AT_THE_END, LINGER_SECONDS = (413, 415, 429), 1.0
+"""Refusals that wait for the rest of the body, so long at most."""
+
+
+async def _drop_rest(request: Request, most: int) -> None:
+    """Takes in what the client still sends, `most` bytes of it, and keeps nothing: a connection that is closed with
+    bytes unread is reset, and a client that sends all before it reads would lose the answer."""
+    with suppress(ClientDisconnect, TimeoutError, RuntimeError):  # RuntimeError: it has all come already
+        async with asyncio.timeout(LINGER_SECONDS):
+            async for chunk in request.stream():
+                most -= len(chunk)
+                if most < 0:
+                    return
 
 
 def _check_headers(request: Request, limit: int) -> None:
