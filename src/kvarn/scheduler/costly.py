@@ -233,7 +233,9 @@ class CostlySpeculation(AutoSpeculation):
         if self._unread(sequence) <= NEARLY:
             depth = self._now.depth
         else:
-            depth = self._hoped.depth if sequence.drafter_reads or self._worth_reading(sequence) else 0
+            depth = self._hoped.depth
+            if depth and not (sequence.drafter_reads or self._worth_reading(sequence)):
+                depth = 0
         return self.most if depth and self._stops_for(sequence) else depth
 
     def _stops_for(self, sequence: Sequence) -> bool:
