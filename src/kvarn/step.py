@@ -8,7 +8,8 @@ are only guessed may follow them (`draft`): those that turn out to be what is sa
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 
 from kvarn.request import Pooling, SamplingParams, TokenLogprob
 
@@ -144,6 +145,18 @@ class SchedulerOutput:
     def num_tokens(self) -> int:
         """Tokens computed in the step, drafts among them; at most the token budget."""
         return sum(s.num_rows for s in self.sequences)
+
+    def asking_nothing_of(self, sequence_ids: Collection[int]) -> SchedulerOutput:
+        """The step as a drafter is told of it that is to guess nothing for some of its sequences."""
+        if not sequence_ids:
+            return self
+        parts = (
+            replace(part, num_drafts_wanted=0, num_nodes_wanted=0, num_copies_wanted=0)
+            if part.sequence_id in sequence_ids
+            else part
+            for part in self.sequences
+        )
+        return replace(self, sequences=tuple(parts))
 
 
 @dataclass(frozen=True, slots=True)

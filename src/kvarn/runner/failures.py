@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvarn.backends.row_rules import NOT_FINITE
-from kvarn.step import FailedSequence, SampledToken, ScheduledSequence, SchedulerOutput
+from kvarn.step import FailedSequence, SampledToken, SchedulerOutput
 
 
 def not_finite(sequence_id: int) -> FailedSequence:
@@ -56,19 +55,6 @@ def without_failed(
     for failure in sorted(found, key=lambda failure: failure.finite):
         lost.setdefault(failure.sequence_id, failure)
     return [token for token in sampled if token.sequence_id not in lost], list(lost.values())
-
-
-def asking_nothing_of(failed: Sequence[FailedSequence], scheduled: SchedulerOutput) -> SchedulerOutput:
-    """The step as drafters are told of it, so that they guess for nobody who does not go on."""
-    if not failed:
-        return scheduled
-    lost = {failure.sequence_id for failure in failed}
-    parts = (_asking_nothing(part) if part.sequence_id in lost else part for part in scheduled.sequences)
-    return replace(scheduled, sequences=tuple(parts))
-
-
-def _asking_nothing(part: ScheduledSequence) -> ScheduledSequence:
-    return replace(part, num_drafts_wanted=0, num_nodes_wanted=0, num_copies_wanted=0)
 
 
 def _failure(token: SampledToken) -> FailedSequence:

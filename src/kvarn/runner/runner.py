@@ -21,7 +21,7 @@ from kvarn.runner.batch import BatchBuilder
 from kvarn.runner.block_file import BlockFile
 from kvarn.runner.block_mover import BlockMover
 from kvarn.runner.drafter import Drafter, NullDrafter, Proposal
-from kvarn.runner.failures import asking_nothing_of, of_prompts, without_failed
+from kvarn.runner.failures import of_prompts, without_failed
 from kvarn.runner.guide import guided
 from kvarn.runner.pooler import NullPooler, Pooler
 from kvarn.runner.prompt_logprobs import take_prompts
@@ -112,7 +112,7 @@ class Runner:
         failed += [*begun.refused, *of_prompts(scheduled, values.get(self._hidden))]
         sampled, failed = self._sample(values[self._logits], parts, masks, failed)
         started = time.perf_counter()
-        asked = asking_nothing_of(failed, scheduled)
+        asked = scheduled.asking_nothing_of({failure.sequence_id for failure in failed})
         proposals = guided(self.grammars, asked, self._drafter.propose(asked, sampled, values))
         wanted = any(part.num_drafts_wanted or part.num_copies_wanted for part in asked.sequences)
         draft_seconds = time.perf_counter() - started if wanted else 0.0

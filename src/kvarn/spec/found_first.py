@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -41,7 +41,7 @@ class FoundFirst:
     def prepare(self, scheduled: SchedulerOutput) -> bool:
         """See `Drafter.prepare`. Whoever is being copied is likely to go on so: nothing is read for that."""
         computed = self._lookup.prepare(scheduled)
-        return self._other.prepare(_unasked(scheduled, self._copying)) or computed
+        return self._other.prepare(scheduled.asking_nothing_of(self._copying)) or computed
 
     def propose(
         self,
@@ -56,7 +56,7 @@ class FoundFirst:
         found = [proposal for proposal in proposed if len(proposal.token_ids) >= least[proposal.sequence_id]]
         self._copying.difference_update(least)
         self._copying.update(proposal.sequence_id for proposal in found)
-        return [*found, *self._other.propose(_unasked(scheduled, self._copying), sampled, values)]
+        return [*found, *self._other.propose(scheduled.asking_nothing_of(self._copying), sampled, values)]
 
     def close(self) -> None:
         """Closes both."""
@@ -68,12 +68,3 @@ def _copying(part: ScheduledSequence) -> ScheduledSequence:
     """The part as a drafter is asked that only copies."""
     count = part.num_copies_wanted
     return replace(part, num_drafts_wanted=count, num_nodes_wanted=count)
-
-
-def _unasked(scheduled: SchedulerOutput, sequence_ids: Collection[int]) -> SchedulerOutput:
-    """The step as a drafter sees it that is to guess nothing for some sequences."""
-    parts = [
-        replace(part, num_drafts_wanted=0, num_nodes_wanted=0) if part.sequence_id in sequence_ids else part
-        for part in scheduled.sequences
-    ]
-    return replace(scheduled, sequences=tuple(parts))
