@@ -16,7 +16,7 @@ from kvarn.scheduler.auto import (
     AutoSpeculation,
     best_count,
     margin,
-)  # fmt: skip
+)
 from kvarn.scheduler.cost import StepCost, StepShape
 from kvarn.scheduler.sequence import Sequence
 from kvarn.scheduler.speculation import limit
@@ -234,7 +234,7 @@ class CostlySpeculation(AutoSpeculation):
             depth = self._now.depth
         else:
             depth = self._hoped.depth
-            if depth and not (sequence.drafter_reads or self._worth_reading(sequence)):
+            if depth and not self._worth_reading(sequence):
                 depth = 0
         return self.most if depth and self._stops_for(sequence) else depth
 
@@ -346,7 +346,7 @@ class CostlySpeculation(AutoSpeculation):
         return self._guesses.seconds(1, PRIOR_SHARE * step) * self._cost.seconds(many) / step
 
     def _worth_reading(self, sequence: Sequence) -> bool:
-        if sequence.drafter_reads or self._unread(sequence) <= NEARLY:
+        if sequence.drafter_reads:
             return True
         said = sequence.num_output_tokens
         left = min(sequence.max_length - sequence.num_tokens, max(self._answer - said, LONGER * said))
