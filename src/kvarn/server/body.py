@@ -53,17 +53,22 @@ class BodyReader:
         """
         body = bytearray()
         try:
-            try:
-                _check_headers(request, self._limits.max_body_bytes)
-                await self._receive(request, body)
-            except ApiError as error:
-                asked = "expect" in request.headers and not body  # it sends nothing until it is told to
-                if error.status in TOLD_AT_THE_END and not asked:
-                    await _drop_rest(request, 2 * self._limits.max_body_bytes - len(body))
-                raise
+            await self._take(request, body)
             yield bytes(body)
         finally:
             self._held -= len(body)
+
+    async def _take(self, request: Request, body: bytearray) -> None:
+        """Fills the body. Whoever sends one that is refused may send on for a moment before that is told."""
+        most = self._limits.max_body_bytes
+        try:
+            _check_headers(request, most)
+            await self._receive(request, body)
+        except ApiError as error:
+            waits = "expect" in request.headers and not body  # it sends nothing until it is told to
+            if error.status in TOLD_AT_THE_END and not waits:
+                await _drop_rest(request, 2 * most - len(body))
+            raise
 
     async def _receive(self, request: Request, body: bytearray) -> None:
         timeout = self._limits.body_timeout
